@@ -22,7 +22,7 @@ from ckpt.elastic.rendezvous.agent import LOOK_S as AGENT_LOOK_S
 from ckpt.elastic.rendezvous.agent import VIEW_S as AGENT_VIEW_S
 from ckpt.format.manifest import MANIFEST_BYTES_MAX
 from ckpt.ipc.mailbox import POLL_LAST_S
-from ckpt.keeper.nodes.progress import STANDING_S
+from ckpt.keeper.nodes.progress import PROGRESS_S
 from ckpt.keeper.nodes.remote_mailbox import ANSWER_S
 from ckpt.session.decisions import RANKS_PER_S_MAX
 
@@ -97,7 +97,7 @@ def ranks(nodes: int) -> int:
 
 def steps_a_s(step_s: float) -> float:
     """How often a node's standing changes, and is told at most."""
-    return min(1 / step_s, 1 / STANDING_S)
+    return min(1 / step_s, 1 / PROGRESS_S)
 
 
 def lines(nodes: int, *, centre: bool) -> int:

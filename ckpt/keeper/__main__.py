@@ -1,9 +1,8 @@
-"""``python -m ckpt.keeper FOLDER``: the keeper of the job whose specification comes on standard
-input.
+"""``python -m ckpt.keeper FOLDER``: the keeper of the job whose specification is on standard input.
 
-The first process ends as soon as the socket listens, with 0, or with 3 where another keeper holds
-the job's lock; the keeper itself goes on in a session of its own. Its output goes where the caller
-sent it: the job folder's log.
+The first process exits as soon as the socket listens, with 0, or with 3 if another keeper holds the
+job's lock. The keeper itself continues in a session of its own. Its output goes where the
+caller directed it: the log of the job's folder.
 """
 
 from __future__ import annotations
@@ -28,28 +27,27 @@ LOCKED_STATUS = 3
 
 
 def main() -> int:
-    """See the module."""
+    """Run a keeper; returns the exit status."""
     spec = KeeperSpec.decode(sys.stdin.buffer.read())
-    home = KeeperListener.acquire(spec, JobFolder.at(Path(sys.argv[1])))
-    if home is None:
+    listener = KeeperListener.acquire(spec, JobFolder.at(Path(sys.argv[1])))
+    if listener is None:
         return LOCKED_STATUS
-    home.describe()
+    listener.describe()
     if os.fork():
         os._exit(0)
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # whoever ends a node ends its trainers first, and they end the job
-    home.describe()
+    # A node that is shut down ends its trainers too, and they end the job.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    listener.describe()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        # Only now: whoever waits for the first process to end connects meanwhile.
+        # Imported only now: the client that waits for the first process to exit connects meanwhile.
         daemon: type[Daemon] = import_module("ckpt.keeper.daemon").Daemon
-        daemon(spec, home, incarnation=os.urandom(8).hex(), emit=emit_to_logging(-1)).run()
+        daemon(spec, listener, incarnation=os.urandom(8).hex(), emit=emit_to_logging(-1)).run()
     finally:
-        home.close()
+        listener.close()
     return 0
 
 

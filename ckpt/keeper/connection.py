@@ -1,4 +1,5 @@
-"""The keeper's connections: one socket each, read and written without ever waiting."""
+"""The keeper's connections to the clients on its node: one socket each, read and written without
+blocking."""
 
 from __future__ import annotations
 
@@ -6,24 +7,24 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ckpt.errors import CkptError, UnavailableError
+from ckpt.events import Fact
 from ckpt.ipc.frames import FRAME_BYTES_MAX, Inbox, Outbox
 from ckpt.ipc.messages import Done, Hello, Message, Reply, from_error
 
 UNADMITTED_BYTES_MAX = 64 << 10
-"""No longer frame is taken of who has not been admitted to the job: of tools, and before a
-hello."""
+"""The largest frame that is accepted from a tool, or from a client before its hello."""
 
 TOOL_WAITING_BYTES_MAX = 4 << 20
-"""What waits for a tool at most; one that asks on and reads nothing is hung up on."""
+"""The most that waits for a tool. One that keeps asking and reads nothing is disconnected."""
 
 
 class ClientConnection:
-    """One connection. ``hello`` is None until the first message; ``planned`` after a ``Bye``.
+    """One connection. ``hello`` is None until the first message; ``planned`` is set by a ``Bye``.
 
-    Memory: a read's chunk, a frame that is not whole (STRANGER_BYTES_MAX until it is admitted), and
+    Memory: a read's chunk, an incomplete frame (UNADMITTED_BYTES_MAX until it is admitted), and
     what it does not read.
     """
 
@@ -36,8 +37,8 @@ class ClientConnection:
         self.hello: Hello | None = None
         self.planned = False
         self.lost = False
-        """Whether it was hung up on, for it reads nothing: what it still says counts for
-        nothing."""
+        """Whether it was disconnected because it reads nothing: messages that still arrive from it
+        are ignored."""
         self.since_s = time.monotonic()
         self._inbox = Inbox(frame_bytes_max=UNADMITTED_BYTES_MAX)
         self._outbox = Outbox()
@@ -48,63 +49,106 @@ class ClientConnection:
 
     @property
     def role(self) -> str:
-        """What it said it is; "" before its hello."""
+        """The role of its hello; "" before."""
         return self.hello.role if self.hello is not None else ""
 
     @property
     def rank(self) -> int:
-        """The rank that it said; -1 before its hello."""
+        """The rank of its hello; -1 before."""
         return self.hello.rank if self.hello is not None else -1
 
     @property
     def attempt(self) -> int:
-        """The attempt that it said it belongs to; 0 for none."""
+        """The attempt of its hello; 0 for none."""
         return self.hello.attempt if self.hello is not None else 0
 
+    def facts(self) -> Mapping[str, Fact]:
+        """Which client this is, for events."""
+        return {"role": self.role, "rank": self.rank}
+
     def admit(self, hello: Hello) -> None:
-        """It is what it says."""
+        """Accept its hello; all but tools may send large frames from now on."""
         self.hello = hello
         if hello.role != "tool":
             self._inbox.frame_bytes_max = FRAME_BYTES_MAX
 
     def read(self) -> tuple[list[tuple[Message, list[int]]], bool]:
-        """Whole messages that have come, with their descriptors, and whether the connection
-        ended."""
+        """The complete messages that have arrived, with their descriptors, and whether the
+        connection ended."""
         return self._inbox.read(self.sock)
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Queue a message and send what goes at once; the rest when there is room. ``fds`` stay the
-        caller's."""
+        """Queue a message and send as much as the socket takes now. ``fds`` stay the caller's."""
         if self.lost:
             return
         try:
             if self.role in ("", "tool") and self._outbox.size_bytes > TOOL_WAITING_BYTES_MAX:
                 raise UnavailableError(
-                    f"a tool doesn't read what it is sent. waiting_bytes={self._outbox.size_bytes}"
+                    f"a tool does not read its answers. waiting_bytes={self._outbox.size_bytes}"
                 )
+            # Duplicates: the caller may close its own before the socket takes the message.
             self._outbox.push(message, [os.dup(fd) for fd in fds])
-        except (
-            UnavailableError
-        ):  # it has left too much unread: as good as gone, and its end is read soon
+        except UnavailableError:
+            # Not closed here: the loop reads the end of the connection next, and removes it in one
+            # place.
             self.lost = True
-            with contextlib.suppress(OSError):  # it has hung up
+            with contextlib.suppress(OSError):  # already disconnected by the client
                 self.sock.shutdown(socket.SHUT_RDWR)
             return
         if not self.flush():
             self._on_blocked(self)
 
+    def send_error(self, call_id: int, error: CkptError) -> None:
+        """Answer a call with an error."""
+        self.send(error_reply(call_id, error))
+
     def flush(self) -> bool:
-        """Send what goes; True where nothing is left. A peer that is gone takes everything."""
+        """Send as much as the socket takes; True if nothing is left. A broken connection counts as
+        having taken all."""
         try:
             return self._outbox.flush(self.sock)
-        except OSError:  # its end is read, and told, where it is read
+        except OSError:  # the loop sees and reports its end when it reads
             return True
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the socket and all descriptors that were not delivered."""
         self._inbox.close()
         self._outbox.close()
         self.sock.close()
+
+
+class Clients:
+    """The open connections of one keeper, by number. Only the keeper's loop adds and removes
+    them."""
+
+    def __init__(self) -> None:
+        self._connections: dict[int, ClientConnection] = {}
+
+    def __iter__(self) -> Iterator[ClientConnection]:
+        """A copy: connections may be added and removed meanwhile."""
+        return iter(list(self._connections.values()))
+
+    def __contains__(self, client: ClientConnection) -> bool:
+        return client.number in self._connections
+
+    @property
+    def members(self) -> list[ClientConnection]:
+        """All admitted clients but tools."""
+        return [client for client in self if client.role not in ("", "tool")]
+
+    def add(self, client: ClientConnection) -> None:
+        """A connection was accepted."""
+        self._connections[client.number] = client
+
+    def remove(self, client: ClientConnection) -> None:
+        """A connection has ended."""
+        self._connections.pop(client.number, None)
+
+    def broadcast(self, role: str, message: Message, *, rank: int | None = None) -> None:
+        """Send a message to all clients of a role, or to those of one rank."""
+        for client in self:
+            if client.role == role and rank in (None, client.rank):
+                client.send(message)
 
 
 def error_reply(call_id: int, error: CkptError, *, rank: int = -1) -> Reply:

@@ -1,10 +1,9 @@
-"""The keeper's loop: one thread, one selector, no call that waits. Uploads have threads of their
-own and post back here."""
+"""The keeper's loop: one thread, one selector, no call that blocks. Uploads have threads of their
+own and post back."""
 
 from __future__ import annotations
 
 import errno
-import os
 import select
 import selectors
 import socket
@@ -13,136 +12,55 @@ import time
 from collections import deque
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 
 from ckpt.errors import CkptError, InternalError, UsageError
 from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.frames import close_fds
-from ckpt.ipc.messages import (
-    WIRE_VERSION,
-    BoardKept,
-    Bye,
-    GetStatus,
-    Hello,
-    KeeperReport,
-    Message,
-    RankReport,
-    SlotCreated,
-    SlotKept,
-    Status,
-    Welcome,
-)
-from ckpt.keeper.attempts.supervisors import Supervisors
-from ckpt.keeper.connection import ClientConnection
+from ckpt.ipc.messages import BoardKept, Hello, Message, SlotCreated, SlotKept
+from ckpt.keeper.connection import ClientConnection, Clients
 from ckpt.keeper.job import Job
 from ckpt.keeper.process import KeeperListener, StallDetector, Watchdog, end_hung_process
-from ckpt.keeper.trainer_calls import TrainerCalls
-
-# What a keeper tells tools about itself.
-
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-
-
-def status_report(job: Job, crew: Supervisors) -> KeeperReport:
-    """All of it, at one moment."""
-    roster = crew.roster
-    complete = job.slots.complete_snapshots(job.ranks) if job.slots is not None else []
-    state = "lingering"
-    if job.members:
-        state = roster.state.value if roster is not None and crew.supervised else "in place"
-    return KeeperReport(
-        job=job.spec.job,
-        store=job.spec.store,
-        pid=os.getpid(),
-        boot=job.incarnation,
-        launch=job.launch,
-        attempt=crew.attempt,
-        epoch=job.uploads.epoch if job.uploads is not None else 0,
-        state=state,
-        since_s=time.monotonic() - job.times.began_s,
-        complete=complete[0] if complete else None,
-        durable=job.uploads.durable if job.uploads is not None else None,
-        uploads=job.uploads.in_flight if job.uploads is not None else 0,
-        slot_bytes=job.slots.total_bytes if job.slots is not None else 0,
-        rss_bytes=_own_bytes(),
-        ranks=tuple(_rank(job, crew, rank) for rank in range(job.ranks)),
-        recoveries=tuple(crew.recoveries),
-        nodes=job.nodes.standbys.report() if job.nodes is not None else (),
-        mirror_bytes=job.nodes.memory.sent_bytes if job.nodes is not None else 0,
-        refused=job.nodes.refused if job.nodes is not None else {},
-    )
-
-
-def _rank(job: Job, crew: Supervisors, rank: int) -> RankReport:
-    assert job.board is not None and job.slots is not None, "there are ranks"
-    words = job.board.rank(rank)
-    member = crew.roster.members.get(rank) if crew.roster is not None else None
-    alone = next(
-        (peer.hello for peer in job.members if peer.role == "trainer" and peer.rank == rank), None
-    )
-    trainer_pid = (
-        member.trainer_pid if member is not None else alone.pid if alone is not None else 0
-    )
-    now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    completed = words.completed
-    return RankReport(
-        rank=rank,
-        supervisor_pid=member.pid if member is not None else 0,
-        trainer_pid=trainer_pid,
-        completed=-1 if completed is None else completed,
-        phase=words.phase.name.lower(),
-        idle_s=(now_ns - words.beat_ns) / 1e9 if words.beat_ns else 0.0,
-        staged=words.staged,
-        skipped=words.skipped,
-        slots=job.slots.report(rank),
-    )
-
-
-def _own_bytes() -> int:
-    """Memory of this process that is no slot: resident pages that are not shared."""
-    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    return (int(fields[1]) - int(fields[2])) * PAGE_BYTES
-
 
 FIRST_HELLO_S = 30.0
-"""How long a keeper that nobody spoke to stays, and a connection on which nobody says hello."""
+"""How long a keeper without any client stays, and a connection that sends no hello."""
 
 TICK_S_MAX = 1.0
 
-HOME_LOOK_S = 5.0
-"""How often a keeper looks whether it can still be found: who logs out of a machine may have all
-runtime folders removed."""
+FOLDER_CHECK_S = 5.0
+"""How often a keeper checks that it can still be found: a logout from a machine may remove all
+runtime folders."""
 
 FULL_WAIT_S = 0.2
-"""How long connections wait where this process has no descriptor left for them."""
+"""How long new connections wait if this process has no descriptor left for them."""
 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 DRAIN_READS_MAX = 256
-"""Reads, of 1 MiB each at most, to take what one trainer left; one that lives may go on sending for
-ever."""
+"""Reads, of at most 1 MiB each, of what one trainer sent. A trainer that is alive might send
+without end."""
 
 CARRIERS = (SlotCreated, SlotKept, BoardKept)
-"""The messages that come with one descriptor."""
+"""The messages that arrive with one descriptor."""
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Daemon:
-    """Serves one job until it is over."""
+    """Serves one job until it is over. More attributes than usual: sockets, wake-up and timers
+    belong to one loop."""
 
     def __init__(
         self, spec: KeeperSpec, listener: KeeperListener, *, incarnation: str, emit: Emit
     ) -> None:
-        self._home = listener
-        self._home_look_s = time.monotonic() + HOME_LOOK_S
+        self._listener = listener
+        self._folder_check_s = time.monotonic() + FOLDER_CHECK_S
         self._accept_at_s: float | None = None
+        """When the listener is watched again after descriptors ran out; None: it is watched."""
         self._alarms: set[str] = set()
-        """Kinds of alarms about finding and taking connections that were told, and have not been
-        overcome since."""
+        """Kinds of alarms about the folder and the listener that were reported and still last."""
         self._importing: threading.Thread | None = None
-        self._tell = emit
+        self._emit = emit
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], object]] = deque()
         # Sockets, not a pipe: a thread that posts after the end must not write to whatever has its
@@ -150,33 +68,37 @@ class Daemon:
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
-        self._thread = threading.get_ident()
-        self._job = Job(spec, incarnation=incarnation, post=self.post, emit=emit)
-        self._job.drain = self._drain
-        self._desk = TrainerCalls(self._job)
-        self._crew = Supervisors(self._job, self._desk, stacks=listener.folder.stacks)
+        self._job = Job(
+            spec,
+            incarnation=incarnation,
+            post=self.post,
+            emit=emit,
+            drain=self._drain_trainers,
+            stacks=listener.folder.stacks,
+        )
         self._numbers = 0
-        self._met_anyone = False
+
+    @property
+    def _clients(self) -> Clients:
+        return self._job.state.clients
 
     def post(self, call: Callable[[], object]) -> None:
-        """Have ``call`` made by the loop; from any thread."""
+        """Have the loop make ``call``; from any thread."""
         self._posted.append(call)
         try:
             self._wake_write.send(b"\0")
-        except OSError:  # it is awake already, or it has ended
+        except OSError:  # the loop is awake already, or it has ended
             return
 
     def run(self) -> None:
         """Serve until the job is over."""
-        began_s, stalls = time.monotonic(), StallDetector(self._tell)
+        began_s, stalls = time.monotonic(), StallDetector(self._emit)
         watchdog = Watchdog(end_hung_process)
-        self._selector.register(self._home.listener, _READ, self._home)
+        self._selector.register(self._listener.listener, _READ, self._listener)
         self._selector.register(self._wake_read, _READ, None)
         try:
             while not (self._over(began_s) and self._hidden()):
-                wait_s = min(
-                    TICK_S_MAX, self._crew.tick(), self._desk.tick(time.monotonic()), self._look()
-                )
+                wait_s = min(TICK_S_MAX, self._job.tick(), self._check_listener())
                 stalls.before_wait(wait_s)
                 watchdog.beat()
                 for key, mask in self._selector.select(max(0.0, wait_s)):
@@ -186,8 +108,8 @@ class Daemon:
             watchdog.stop()
             if self._importing is not None:
                 self._importing.join()
-            for peer in list(self._job.peers.values()):
-                peer.close()
+            for client in self._clients:
+                client.close()
             self._job.close()
             self._selector.close()
             self._wake_read.close()
@@ -195,42 +117,42 @@ class Daemon:
 
     def _over(self, began_s: float) -> bool:
         now_s = time.monotonic()
-        if any(peer.role != "tool" and not _mute(peer, now_s) for peer in self._job.peers.values()):
+        if any(client.role != "tool" and not _mute(client, now_s) for client in self._clients):
             return False
-        if not self._met_anyone:
+        if not self._job.met_anyone:
             return now_s - began_s > FIRST_HELLO_S
         return self._job.over()
 
     def _hidden(self) -> bool:
-        """Whether nobody comes any more. Who had found the keeper before it was hidden is served,
-        by the same keeper."""
-        self._home.hide()
-        if not self._home.has_pending():
+        """Remove the socket's name; True if no connection is pending. A client that had found the
+        keeper is served."""
+        self._listener.hide()
+        if not self._listener.has_pending():
             return True
-        self._move()
+        self._renew_listener()
         return False
 
-    def _look(self) -> float:
-        """See whether the keeper can be found, and can take connections again; returns seconds
-        until the next look."""
+    def _check_listener(self) -> float:
+        """Check that clients can find the keeper and connect; returns the seconds until the next
+        check."""
         now_s = time.monotonic()
-        for peer in [one for one in self._job.peers.values() if _mute(one, now_s)]:
-            self._tell(Event("peer-lost", "a connection on which nobody said hello was ended"))
-            self._gone(peer)
+        for client in [one for one in self._clients if _mute(one, now_s)]:
+            self._emit(Event("peer-lost", "closed a connection that sent no hello"))
+            self._disconnected(client)
         if self._accept_at_s is not None and now_s >= self._accept_at_s:
             self._accept_at_s = None
-            self._selector.register(self._home.listener, _READ, self._home)
-        if now_s >= self._home_look_s:
-            self._home_look_s = now_s + HOME_LOOK_S
-            if not self._home.is_reachable():
-                self._move()
-        return min(self._home_look_s, self._accept_at_s or self._home_look_s) - now_s
+            self._selector.register(self._listener.listener, _READ, self._listener)
+        if now_s >= self._folder_check_s:
+            self._folder_check_s = now_s + FOLDER_CHECK_S
+            if not self._listener.is_reachable():
+                self._renew_listener()
+        return min(self._folder_check_s, self._accept_at_s or self._folder_check_s) - now_s
 
-    def _move(self) -> None:
-        """Be found again. Where another keeper has come instead, this one goes on with those that
-        it has."""
+    def _renew_listener(self) -> None:
+        """Make folder and socket anew. If another keeper has taken the folder, this one serves the
+        clients it has."""
         try:
-            old = self._home.renew()
+            old = self._listener.renew()
         except (CkptError, OSError) as error:
             self._alarm("home-lost", f"the keeper's folder can't be made anew: {error}")
             return
@@ -238,58 +160,59 @@ class Daemon:
             self._alarm("home-lost", "another keeper has taken over this job's folder")
             return
         self._alarms.discard("home-lost")
-        self._tell(Event("home-renewed", "the keeper's socket was gone, and is there again"))
+        self._emit(Event("home-renewed", "the keeper's socket was removed, and has been made anew"))
         if self._accept_at_s is None:
             self._selector.unregister(old)
-            self._selector.register(self._home.listener, _READ, self._home)
+            self._selector.register(self._listener.listener, _READ, self._listener)
+        # Clients that connected to the old socket wait in its queue, and would be reset when it is
+        # closed.
         while self._accept(old):
             continue
         old.close()
 
     def _alarm(self, kind: str, text: str) -> None:
-        """Tell it once for as long as it lasts."""
+        """Report a condition once for as long as it lasts."""
         if kind not in self._alarms:
             self._alarms.add(kind)
-            self._tell(Event(kind, text, alarm=True))
+            self._emit(Event(kind, text, alarm=True))
 
     def _serve(self, key: selectors.SelectorKey, mask: int) -> None:
-        if key.data is self._home:
-            self._accept(self._home.listener)
+        if key.data is self._listener:
+            self._accept(self._listener.listener)
         elif key.fileobj is self._wake_read:
             self._drain_wake()
         else:
-            peer: ClientConnection = key.data
-            if peer.number not in self._job.peers:  # it went while another's words were obeyed
+            client: ClientConnection = key.data
+            if client not in self._clients:  # removed while another client's message was handled
                 return
-            if mask & _WRITE and peer.flush():
-                self._selector.modify(peer.sock, _READ, peer)
-            if mask & _READ and peer.number in self._job.peers:
-                self._read(peer)
+            if mask & _WRITE and client.flush():
+                self._selector.modify(client.sock, _READ, client)
+            if mask & _READ and client in self._clients:
+                self._read(client)
 
     def _accept(self, listener: socket.socket) -> bool:
-        """Take one connection; False where there is none, or no room for one."""
+        """Take one connection; False if there is none, or no descriptor for one."""
         try:
             sock, _ = listener.accept()
-        except OSError as error:  # else it hung up before we looked
+        except OSError as error:  # else the client has closed it already
             if error.errno in _FULL and self._accept_at_s is None:
-                self._selector.unregister(
-                    self._home.listener
-                )  # it would be shown as readable again and again
+                # Unregistered, or the selector would report it as readable in each turn.
+                self._selector.unregister(self._listener.listener)
                 self._accept_at_s = time.monotonic() + FULL_WAIT_S
-                self._alarm("full", f"the keeper can take no connection now: {error}")
+                self._alarm("full", f"the keeper can't accept connections now: {error}")
             return False
         self._alarms.discard("full")
         sock.setblocking(False)
         self._numbers += 1
-        peer = ClientConnection(self._numbers, sock, on_blocked=self._blocked)
-        self._job.peers[peer.number] = peer
-        self._selector.register(sock, _READ, peer)
+        client = ClientConnection(self._numbers, sock, on_blocked=self._blocked)
+        self._clients.add(client)
+        self._selector.register(sock, _READ, client)
         return True
 
-    def _blocked(self, peer: ClientConnection) -> None:
-        """Something is left to send: look for room too."""
-        if peer.number in self._job.peers:
-            self._selector.modify(peer.sock, _READ | _WRITE, peer)
+    def _blocked(self, client: ClientConnection) -> None:
+        """The socket's buffer is full: watch for room too."""
+        if client in self._clients:
+            self._selector.modify(client.sock, _READ | _WRITE, client)
 
     def _drain_wake(self) -> None:
         try:
@@ -304,142 +227,76 @@ class Daemon:
             try:
                 call()
             except Exception as error:  # noqa: BLE001  the loop's border: a keeper that ends takes the slots with it
-                self._tell(
+                self._emit(
                     Event(
-                        "keeper-failed",
-                        f"a call failed in an unforeseen way: {error!r}",
-                        alarm=True,
+                        "keeper-failed", f"unexpected error in a posted call: {error!r}", alarm=True
                     )
                 )
 
-    def _read(self, peer: ClientConnection) -> None:
+    def _read(self, client: ClientConnection) -> None:
         try:
-            messages, ended = peer.read()
+            messages, ended = client.read()
         except (CkptError, OSError) as error:
-            self._tell(
-                Event(
-                    "peer-lost",
-                    f"a connection failed: {error}",
-                    {"role": peer.role, "rank": peer.rank},
-                )
-            )
+            self._emit(Event("peer-lost", f"a connection failed: {error}", client.facts()))
             messages, ended = [], True
         for message, fds in messages:
-            if peer.lost:
+            if client.lost:
                 close_fds(fds)
             else:
-                self._take(peer, message, fds)
+                self._take(client, message, fds)
         if ended:
-            self._gone(peer)
+            self._disconnected(client)
 
-    def _drain(self) -> None:
-        """Read what trainers sent: one that is dead left all of it in its socket, and its end."""
-        for peer in list(self._job.peers.values()):
+    def _drain_trainers(self) -> None:
+        """Read what trainers sent: all messages of a dead one are in its socket, and then its
+        end."""
+        for client in self._clients:
             for _ in range(DRAIN_READS_MAX):
                 if (
-                    peer.role != "trainer"
-                    or peer.number not in self._job.peers
-                    or not _readable(peer.sock)
+                    client.role != "trainer"
+                    or client not in self._clients
+                    or not _readable(client.sock)
                 ):
                     break
-                self._read(peer)
+                self._read(client)
 
-    def _take(self, peer: ClientConnection, message: Message, fds: list[int]) -> None:
+    def _take(self, client: ClientConnection, message: Message, fds: list[int]) -> None:
+        kind = type(message).__name__
         try:
-            if fds and (len(fds) > 1 or peer.hello is None or not isinstance(message, CARRIERS)):
+            if fds and (len(fds) > 1 or client.hello is None or not isinstance(message, CARRIERS)):
                 close_fds(fds)
-                raise UsageError(
-                    "descriptors beside a message that has no use for them. "
-                    f"message={type(message).__name__}"
-                )
-            self._dispatch(peer, message, fds)
+                raise UsageError(f"unexpected descriptors beside a message. message={kind}")
+            self._dispatch(client, message, fds)
         except CkptError as error:
-            self._fail(peer, message, error)
+            self._fail(client, message, error)
         except Exception as error:  # noqa: BLE001  the loop's border, as above
-            self._tell(
+            self._emit(
                 Event(
-                    "keeper-failed",
-                    f"a message failed: {type(message).__name__} {error!r}",
-                    alarm=True,
+                    "keeper-failed", f"unexpected error in a message: {kind} {error!r}", alarm=True
                 )
             )
             self._fail(
-                peer,
-                message,
-                InternalError(
-                    f"the keeper failed. message={type(message).__name__} cause={error!r}"
-                ),
+                client, message, InternalError(f"the keeper failed. message={kind} cause={error!r}")
             )
 
-    def _fail(self, peer: ClientConnection, message: Message, error: CkptError) -> None:
-        if message.id:
-            self._job.refuse(peer, message.id, error)
-        else:
-            self._tell(
-                Event("refused", str(error), {"role": peer.role, "rank": peer.rank}, alarm=True)
-            )
-
-    def _dispatch(self, peer: ClientConnection, message: Message, fds: list[int]) -> None:
+    def _dispatch(self, client: ClientConnection, message: Message, fds: list[int]) -> None:
         if isinstance(message, Hello):
-            self._hello(peer, message)
-            if peer.role != "tool":
+            self._job.hello(client, message)
+            if client.role != "tool":
                 self._import_ahead()
-            return
-        if peer.hello is None:
-            raise UsageError(f"a peer speaks before its hello. message={type(message).__name__}")
-        match message:
-            case Bye():
-                peer.planned = True
-            case GetStatus():
-                peer.send(Status(id=message.id, report=status_report(self._job, self._crew)))
-            case _ if peer.role != "tool" and (
-                self._crew.handle(peer, message, fds)
-                or (self._job.board and self._desk.handle(peer, message, fds))
-            ):
-                return
-            case _:
-                close_fds(fds)
-                raise UsageError(
-                    f"a message that a {peer.role} does not send. message={type(message).__name__}"
-                )
+        elif client.hello is None:
+            raise UsageError(f"a client must say hello first. message={type(message).__name__}")
+        else:
+            self._job.handle(client, message, fds)
 
-    def _hello(self, peer: ClientConnection, hello: Hello) -> None:
-        if peer.hello is not None:
-            raise UsageError("a peer says hello twice.")
-        if hello.version != WIRE_VERSION:
-            raise UsageError(
-                f"another release of torch-ckpt holds this job. theirs={WIRE_VERSION} "
-                f"ours={hello.version}; end that run first"
-            )
-        if hello.role not in ("supervisor", "trainer", "events", "tool"):
-            raise UsageError(f"an unknown role. role={hello.role!r}")
-        self._met_anyone |= hello.role != "tool"
-        if hello.role == "tool":
-            peer.admit(hello)
-            peer.send(
-                Welcome(
-                    id=hello.id,
-                    boot=self._job.incarnation,
-                    pid=os.getpid(),
-                    attempt=self._crew.attempt,
-                )
-            )
-            return
-        new = self._job.admit(hello)
-        peer.admit(hello)
-        if hello.role == "supervisor":
-            self._crew.join(peer, hello, new=new)
-            return
-        if new and self._job.slots is not None and self._job.board is not None:
-            self._desk.clear()
-            self._job.board.begin_attempt(max(self._job.board.attempt, self._crew.attempt) + 1)
-            self._job.slots.sync_board()
-        self._job.welcome(peer, hello, attempt=self._crew.attempt, new=new)
-        if self._crew.attempt and hello.role == "events":
-            self._crew.repeat_stop(peer)
+    def _fail(self, client: ClientConnection, message: Message, error: CkptError) -> None:
+        if message.id:
+            client.send_error(message.id, error)
+        else:
+            self._emit(Event("refused", str(error), client.facts(), alarm=True))
 
     def _import_ahead(self) -> None:
-        """Import what uploads need beside the loop: a supervisor is answered before that, and needs
+        """Import what uploads need, beside the loop: supervisors are answered before that and need
         none of it."""
         if self._importing is None:
             self._importing = threading.Thread(
@@ -447,25 +304,16 @@ class Daemon:
             )
             self._importing.start()
 
-    def _gone(self, peer: ClientConnection) -> None:
-        self._selector.unregister(peer.sock)
-        peer.close()
-        self._job.peers.pop(peer.number, None)
-        self._desk.disconnected(peer)
-        if peer.role == "supervisor":
-            self._crew.disconnected(peer)
-        if peer.role in ("", "tool"):
-            return
-        if peer.role == "trainer" and not peer.planned and not self._crew.supervised:
-            self._job.lone_trainer_lost()
-        cut_off = not peer.planned or self._job.cut_off or self._crew.cut_off
-        if not self._job.members and cut_off and not self._crew.ended_well:
-            self._job.abandon()
+    def _disconnected(self, client: ClientConnection) -> None:
+        self._selector.unregister(client.sock)
+        client.close()
+        self._clients.remove(client)
+        self._job.disconnected(client)
 
 
-def _mute(peer: ClientConnection, now_s: float) -> bool:
-    """Whether it has had all the time in the world to say hello."""
-    return peer.hello is None and now_s - peer.since_s > FIRST_HELLO_S
+def _mute(client: ClientConnection, now_s: float) -> bool:
+    """Whether its time to say hello has passed."""
+    return client.hello is None and now_s - client.since_s > FIRST_HELLO_S
 
 
 def _readable(sock: socket.socket) -> bool:

@@ -1,9 +1,8 @@
-"""One job in its keeper: who is connected, what they hold, what happens next. No sockets, no
-waiting.
+"""One job in its keeper, from the first hello until nothing is left to do: what each client says,
+and when to end.
 
-The loop (``daemon``) hands in what peers say; ``Supervisors`` follows supervisors and attempts,
-``Desk`` answers trainers. A job ends when nobody is connected, nothing is in flight, and either all
-left as planned or nobody came back in time.
+No sockets and no waiting: the loop (``daemon``) passes in what clients send. ``Supervisors``
+follows the attempts, ``TrainerCalls`` answers trainers.
 """
 
 from __future__ import annotations
@@ -12,42 +11,42 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from ckpt.errors import CkptError, ConflictError, UnavailableError, UsageError
+from ckpt.errors import ConflictError, UsageError
 from ckpt.events import Emit
-from ckpt.ipc.board import RANKS_MAX, Board
+from ckpt.ipc.board import RANKS_MAX
 from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.frames import close_fds
 from ckpt.ipc.messages import (
-    DropSlot,
-    Fenced,
+    WIRE_VERSION,
+    Bye,
+    GetStatus,
     Hello,
+    KeeperReport,
     Message,
-    Outcome,
-    Policy,
-    RemoteError,
+    RankReport,
+    Status,
     Welcome,
 )
-from ckpt.keeper.connection import ClientConnection, error_reply
-from ckpt.keeper.slots import PostToLoop, SlotTable
-from ckpt.values import SnapshotId, SnapshotInfo
+from ckpt.keeper.attempts.supervisors import Supervisors
+from ckpt.keeper.connection import ClientConnection
+from ckpt.keeper.job_state import JobState
+from ckpt.keeper.slots import PostToLoop
+from ckpt.keeper.trainer_calls import TrainerCalls
 
-if TYPE_CHECKING:
-    from ckpt.keeper.nodes.nodes import Nodes
-    from ckpt.keeper.uploads.uploads import Uploads
-
-SETTLE_WAIT_S = 600.0
-"""How long a keeper that nobody needs any more goes on trying to bring to a store what it
-promised."""
+FLUSH_WAIT_S = 600.0
+"""How long a keeper without clients tries to make durable what it promised."""
 
 TIDY_WAIT_S = 120.0
-"""How long, after that, it drops and deletes old snapshots; what is left is for the next run."""
+"""How long it then drops and deletes old snapshots; the rest is left to the next run."""
+
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(slots=True)
 class JobTimes:
-    """When things happened, CLOCK_MONOTONIC seconds; None: not."""
+    """When something happened, in CLOCK_MONOTONIC seconds; None: it did not."""
 
     began_s: float
     abandoned_s: float | None = None
@@ -56,238 +55,244 @@ class JobTimes:
 
 
 class Job:
-    """The state that crew and desk share. ``post`` brings a call of another thread to the loop."""
+    """The parts of one job and its life. ``drain`` reads what trainers sent before they died;
+    ``stacks``: a folder.
 
-    def __init__(self, spec: KeeperSpec, *, incarnation: str, post: PostToLoop, emit: Emit) -> None:
-        self.spec = spec
-        self.incarnation = incarnation
-        self.post = post
-        self.emit = emit
-        self.peers: dict[int, ClientConnection] = {}
-        self.launch = ""
-        self.ranks = 0
-        self.policy = Policy()
-        self.times = JobTimes(time.monotonic())
-        self.board: Board | None = None
-        self.slots: SlotTable | None = None
-        self.uploads: Uploads | None = None
-        """Made by ``need_uploads``; None while nobody needed any."""
-        self._settling: SnapshotId | None = None
-        """The pair that was last asked to be settled since anybody trained."""
-        self.fenced: str = ""
-        self.cut_off = False
-        """Whether a trainer without supervisor of this launch went without a word."""
-        self.nodes: Nodes | None = None
-        """The job's other nodes, where it may have some; set by the crew."""
-        self.drain: Callable[[], None] = lambda: None
-        """Takes what trainers said before they died and nobody has read yet."""
+    The job ends if no client is connected, nothing is in flight, and either all clients left as
+    planned or none came back in time.
+    """
 
-    @property
-    def members(self) -> list[ClientConnection]:
-        """Everybody but tools."""
-        return [peer for peer in self.peers.values() if peer.role not in ("", "tool")]
+    def __init__(
+        self,
+        spec: KeeperSpec,
+        *,
+        incarnation: str,
+        post: PostToLoop,
+        emit: Emit,
+        drain: Callable[[], object],
+        stacks: Path,
+    ) -> None:
+        self.state = JobState.create(spec, incarnation=incarnation, post=post, emit=emit)
+        self.met_anyone = False
+        """Whether a client other than a tool has said hello."""
+        self._calls = TrainerCalls(self.state)
+        self._supervisors = Supervisors(self.state, self._calls, stacks=stacks, drain=drain)
+        self._times = JobTimes(time.monotonic())
+
+    # ---- what clients say
+
+    def hello(self, client: ClientConnection, hello: Hello) -> None:
+        """Admit a client. Raises UsageError, ConflictError or UnavailableError if it can't be
+        admitted."""
+        if client.hello is not None:
+            raise UsageError("a client said hello twice.")
+        if hello.version != WIRE_VERSION:
+            raise UsageError(
+                f"another release of torch-ckpt holds this job. theirs={WIRE_VERSION} "
+                f"ours={hello.version}; end that run first"
+            )
+        if hello.role not in ("supervisor", "trainer", "events", "tool"):
+            raise UsageError(f"unknown role. role={hello.role!r}")
+        self.met_anyone |= hello.role != "tool"
+        state, attempt = self.state, self._supervisors.attempt
+        if hello.role == "tool":
+            client.admit(hello)
+            client.send(
+                Welcome(id=hello.id, boot=state.incarnation, pid=os.getpid(), attempt=attempt)
+            )
+            return
+        new = self.admit(hello)
+        client.admit(hello)
+        if hello.role == "supervisor":
+            self._supervisors.join(client, hello, new=new)
+            return
+        if new and state.memory.slots is not None and state.memory.board is not None:
+            self._calls.clear()
+            state.memory.board.begin_attempt(max(state.memory.board.attempt, attempt) + 1)
+            state.memory.slots.sync_board()
+        state.welcome(client, hello, attempt=attempt, new=new)
+        if attempt and hello.role == "events":
+            self._supervisors.repeat_stop(client)
+
+    def handle(self, client: ClientConnection, message: Message, fds: list[int]) -> None:
+        """Obey one message of an admitted client. Owns ``fds``. Raises UsageError for one that its
+        role does not send."""
+        match message:
+            case Bye():
+                client.planned = True
+            case GetStatus():
+                client.send(Status(id=message.id, report=self.report()))
+            case _ if client.role != "tool" and (
+                self._supervisors.handle(client, message, fds)
+                or (self.state.memory.board and self._calls.handle(client, message, fds))
+            ):
+                return
+            case _:
+                close_fds(fds)
+                raise UsageError(
+                    f"a {client.role} does not send this message. message={type(message).__name__}"
+                )
+
+    def disconnected(self, client: ClientConnection) -> None:
+        """A connection ended; ``client`` is no longer among the clients."""
+        self._calls.disconnected(client)
+        if client.role == "supervisor":
+            self._supervisors.disconnected(client)
+        if client.role in ("", "tool"):
+            return
+        launch = self.state.launch
+        if client.role == "trainer" and not client.planned and not self._supervisors.supervised:
+            launch.trainer_lost()
+            # What it had not submitted is submitted or refused for it, so that other ranks' uploads
+            # can complete.
+            self.state.uploads.attempt_ended()
+        cut_off = not client.planned or launch.cut_off or self._supervisors.cut_off
+        if not self.state.clients.members and cut_off and not self._supervisors.ended_well:
+            self._abandon()
+
+    # ---- the launches
 
     def admit(self, hello: Hello) -> bool:
-        """Take the peer's launch as the current one; True where this keeper is new to it.
+        """Make the client's launch the current one; True if this keeper is new to it.
 
-        Raises ConflictError where another launch of the job still lives here, UnavailableError
-        where what an earlier one with another number of ranks left is still on its way to a store:
-        it would be thrown away. Ask again then.
+        Raises ConflictError if another launch of the job is still alive here. Raises
+        UnavailableError while an earlier launch with another number of ranks has a snapshot to
+        upload, which would be lost: the client asks again.
         """
         if not 1 <= hello.ranks <= RANKS_MAX or not 0 <= hello.rank < hello.ranks:
-            raise UsageError(f"a rank out of range. rank={hello.rank} ranks={hello.ranks}")
-        if hello.launch == self.launch and hello.ranks == self.ranks:
-            self.times.abandoned_s = self.times.idle_s = None
+            raise UsageError(f"rank out of range. rank={hello.rank} ranks={hello.ranks}")
+        state = self.state
+        same_ranks = hello.ranks == state.memory.ranks
+        if hello.launch == state.launch.id and same_ranks:
+            self._times.abandoned_s = self._times.idle_s = None
             return False
-        others = sorted({peer.hello.pid for peer in self.members if peer.hello is not None})
+        others = sorted(
+            {client.hello.pid for client in state.clients.members if client.hello is not None}
+        )
         if others:
             raise ConflictError(
-                f"this job is running already on this node. job={self.spec.job!r} "
-                f"store={self.spec.store} pids={others}; "
-                "stop it first, or give this run another job name"
+                f"this job is running already on this node. job={state.spec.job!r} "
+                f"store={state.spec.store} pids={others}; stop it first, or give this run another "
+                "job name"
             )
-        if hello.ranks != self.ranks:
-            self._check_settled()
-        self.launch = hello.launch
-        self.policy = hello.policy or self.policy
-        self.fenced = ""
-        self.cut_off = False
-        self._settling = None
-        if hello.ranks != self.ranks:
-            self._make_room(hello.ranks)
-        elif self.uploads is not None:
-            self.uploads.new_launch()
-        self.times.abandoned_s = self.times.idle_s = None
+        if not same_ranks:
+            state.uploads.check_flushed()
+        state.launch.begin(hello)
+        if not same_ranks:  # what the old ranks staged can't belong to the new ones
+            state.memory.close()
+            state.uploads.discard()
+            state.memory.resize(hello.ranks)
+        state.uploads.new_launch()
+        self._times.abandoned_s = self._times.idle_s = None
         return True
 
-    def adopt_board(self, fd: int) -> None:
-        """Take over the board that a supervisor kept, where this keeper has only a fresh one of its
-        own."""
-        kept = Board.attach(fd)
-        if self.board is None or self.slots is None or kept.ranks != self.ranks or list(self.slots):
-            kept.close()
-            return
-        kept.attempt = max(kept.attempt, self.board.attempt)
-        self.board.close()
-        self.board = kept
-        self.slots = SlotTable(kept, self.post, dropped=self._dropped)
+    def _abandon(self) -> None:
+        """All clients are gone, and not as planned: upload the newest snapshot, and wait for one to
+        come back."""
+        self._times.abandoned_s = time.monotonic()
+        self.state.uploads.attempt_ended()
+        self.state.uploads.flush_newest()
 
-    def _make_room(self, ranks: int) -> None:
-        """Board, slots and queues for another number of ranks: what the old ranks staged can't be
-        theirs."""
-        if self.slots is not None:
-            self.slots.close()
-        if self.board is not None:
-            self.board.close()
-        if self.uploads is not None:
-            self.uploads.close(0.0)
-        self.ranks = ranks
-        self.board = Board.create(ranks)
-        self.slots = SlotTable(self.board, self.post, dropped=self._dropped)
-        self.uploads = None
+    # ---- time
 
-    def need_uploads(self) -> Uploads:
-        """The uploads of these ranks, made when they are first needed: importing them takes longer
-        than a hello may."""
-        if self.uploads is None:
-            made: type[Uploads] = import_module("ckpt.keeper.uploads.uploads").Uploads
-            self.uploads = made(
-                self.spec,
-                ranks=self.ranks,
-                post=self.post,
-                on_outcome=self._outcome,
-                on_fenced_text=self._fenced,
-                emit=self.emit,
-            )
-            self.uploads.use_channels(
-                self.nodes.uploads.channel_of if self.nodes is not None else None
-            )
-        return self.uploads
-
-    def keep_newest(self) -> None:
-        """Nobody trains on for now: bring the newest complete pair, which only memory holds, to a
-        store."""
-        if self.slots is None:
-            return
-        pairs = self.slots.complete_snapshots(self.ranks)
-        if pairs:
-            self._settling = pairs[0]
-            self.need_uploads().flush_newest(pairs, self.slots.hold_snapshot)
-
-    def _check_settled(self) -> None:
-        """Raise UnavailableError while something may still become durable. What can't any more is
-        no reason to wait."""
-        if self.slots is None:
-            return
-        newest = next(iter(self.slots.complete_snapshots(self.ranks)), None)
-        durable = (
-            self.uploads.durable.id
-            if self.uploads is not None and self.uploads.durable is not None
-            else None
-        )
-        if (
-            newest is not None
-            and newest != self._settling
-            and (durable is None or newest > durable)
-        ):
-            self.keep_newest()
-        if self.uploads is None or self.uploads.idle:
-            return
-        what = f"step {newest.step}" if newest is not None else "the last snapshot"
-        raise UnavailableError(
-            f"still bringing {what} to the store; wait. job={self.spec.job!r} "
-            f"store={self.spec.store} ranks={self.ranks}"
-        )
-
-    def refuse(self, peer: ClientConnection, call_id: int, error: CkptError) -> None:
-        """Answer a call with an error."""
-        peer.send(error_reply(call_id, error))
-
-    def welcome(self, peer: ClientConnection, hello: Hello, *, attempt: int, new: bool) -> None:
-        """Answer a hello."""
-        seating = self.nodes.seating if self.nodes is not None else None
-        peer.send(
-            Welcome(
-                id=hello.id,
-                boot=self.incarnation,
-                pid=os.getpid(),
-                attempt=attempt,
-                new=new,
-                seating=seating,
-            )
-        )
-
-    def say(self, role: str, message: Message, *, rank: int | None = None) -> None:
-        """Send a word to all peers of a role, or to one rank's."""
-        for peer in list(self.peers.values()):
-            if peer.role == role and rank in (None, peer.rank):
-                peer.send(message)
-
-    def completed(self) -> int:
-        """The most steps that any rank has completed in this attempt; -1 for none."""
-        if self.board is None:
-            return -1
-        done = [self.board.rank(rank).completed for rank in range(self.ranks)]
-        return max((one for one in done if one is not None), default=-1)
-
-    def abandon(self) -> None:
-        """Everybody is gone without a word: bring the newest complete pair to a store, and wait for
-        somebody to come back."""
-        self.times.abandoned_s = time.monotonic()
-        if self.uploads is not None and self.slots is not None:
-            self.uploads.attempt_ended(self.slots.hold_snapshot)
-        self.keep_newest()
-
-    def lone_trainer_lost(self) -> None:
-        """A trainer without supervisor is gone without a word: what it had not handed in is settled
-        for the others' sake."""
-        self.cut_off = True
-        if self.uploads is not None and self.slots is not None:
-            self.uploads.attempt_ended(self.slots.hold_snapshot)
+    def tick(self) -> float:
+        """Do what is due; returns the seconds until the next tick is needed."""
+        return min(self._supervisors.tick(), self._calls.tick(time.monotonic()))
 
     def over(self) -> bool:
         """Whether the keeper may end."""
-        now_s = time.monotonic()
-        if self.members:
-            self.times.idle_s = self.times.tidy_s = None
+        state, times, now_s = self.state, self._times, time.monotonic()
+        if state.clients.members:
+            times.idle_s = times.tidy_s = None
             return False
-        if self.nodes is not None and self.nodes.busy:
+        if state.launch.cluster.busy:
             return False
         if (
-            self.times.abandoned_s is not None
-            and now_s - self.times.abandoned_s < self.policy.linger_s
+            times.abandoned_s is not None
+            and now_s - times.abandoned_s < state.launch.policy.linger_s
         ):
             return False
-        if self.uploads is None:
+        uploads = state.uploads.current
+        if uploads is None:
             return True
-        if self.times.idle_s is None:
-            self.times.idle_s = now_s
-        if not self.uploads.idle:
-            return now_s - self.times.idle_s > SETTLE_WAIT_S
-        begin = self.times.tidy_s is None
-        if self.times.tidy_s is None:
-            self.times.tidy_s = now_s
-        return self.uploads.finish_retention(begin=begin) or now_s - self.times.tidy_s > TIDY_WAIT_S
+        if times.idle_s is None:
+            times.idle_s = now_s
+        if not uploads.idle:
+            return now_s - times.idle_s > FLUSH_WAIT_S
+        begin = times.tidy_s is None
+        if times.tidy_s is None:
+            times.tidy_s = now_s
+        return uploads.finish_retention(begin=begin) or now_s - times.tidy_s > TIDY_WAIT_S
 
     def close(self) -> None:
-        """Give everything back."""
-        if self.nodes is not None:
-            self.nodes.close()
-        if self.uploads is not None:
-            self.uploads.close(1.0)
-        if self.slots is not None:
-            self.slots.close()
-        if self.board is not None:
-            self.board.close()
+        """Free everything. The nodes come first: their parts read slots and board."""
+        self.state.launch.cluster.close()
+        self.state.uploads.close()
+        self.state.memory.close()
 
-    def _dropped(self, rank: int, index: int) -> None:
-        self.say("supervisor", DropSlot(rank=rank, index=index))
+    # ---- for tools
 
-    def _outcome(
-        self, rank: int, snapshot: SnapshotId, info: SnapshotInfo | None, error: RemoteError | None
-    ) -> None:
-        self.say("events", Outcome(snapshot=snapshot, info=info, error=error), rank=rank)
+    def report(self) -> KeeperReport:
+        """What the keeper says of itself and its ranks at this moment."""
+        state, supervisors = self.state, self._supervisors
+        roster, slots, uploads = supervisors.roster, state.memory.slots, state.uploads.current
+        complete = slots.complete_snapshots(state.memory.ranks) if slots is not None else []
+        doing = "lingering"
+        if state.clients.members:
+            doing = (
+                roster.state.value if roster is not None and supervisors.supervised else "in place"
+            )
+        cluster = state.launch.cluster.status()
+        return KeeperReport(
+            job=state.spec.job,
+            store=state.spec.store,
+            pid=os.getpid(),
+            boot=state.incarnation,
+            launch=state.launch.id,
+            attempt=supervisors.attempt,
+            epoch=uploads.epoch if uploads is not None else 0,
+            state=doing,
+            since_s=time.monotonic() - self._times.began_s,
+            complete=complete[0] if complete else None,
+            durable=uploads.durable if uploads is not None else None,
+            uploads=uploads.in_flight if uploads is not None else 0,
+            slot_bytes=slots.total_bytes if slots is not None else 0,
+            rss_bytes=_own_bytes(),
+            ranks=tuple(self._rank_report(rank) for rank in range(state.memory.ranks)),
+            recoveries=tuple(supervisors.recoveries),
+            nodes=cluster.nodes,
+            mirror_bytes=cluster.mirror_bytes,
+            refused=dict(cluster.refused),
+        )
 
-    def _fenced(self, text: str) -> None:
-        self.fenced = text
-        self.say("events", Fenced(text=text))
+    def _rank_report(self, rank: int) -> RankReport:
+        memory, roster = self.state.memory, self._supervisors.roster
+        assert memory.board is not None and memory.slots is not None, "there are ranks"
+        board = memory.board.rank(rank)
+        entry = roster.members.get(rank) if roster is not None else None
+        members = self.state.clients.members
+        alone = next(
+            (one.hello for one in members if one.role == "trainer" and one.rank == rank), None
+        )
+        trainer_pid = (
+            entry.trainer_pid if entry is not None else alone.pid if alone is not None else 0
+        )
+        now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        completed = board.completed
+        return RankReport(
+            rank=rank,
+            supervisor_pid=entry.pid if entry is not None else 0,
+            trainer_pid=trainer_pid,
+            completed=-1 if completed is None else completed,
+            phase=board.phase.name.lower(),
+            idle_s=(now_ns - board.beat_ns) / 1e9 if board.beat_ns else 0.0,
+            staged=board.staged,
+            skipped=board.skipped,
+            slots=memory.slots.report(rank),
+        )
+
+
+def _own_bytes() -> int:
+    """Memory of this process that is no slot: resident pages that are not shared."""
+    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return (int(fields[1]) - int(fields[2])) * PAGE_BYTES

@@ -1,5 +1,7 @@
-"""The messages of one attempt's ranks: posted once, looked for by all. The room is at one keeper,
-which the others ask."""
+"""The messages between the ranks of one attempt: each is posted once and may be read by all.
+
+A mailbox is at one keeper, that of rank 0's node; other keepers ask it (``nodes.remote_mailbox``).
+"""
 
 from __future__ import annotations
 
@@ -11,29 +13,29 @@ from typing import Protocol
 from ckpt.errors import UsageError
 
 WAIT_S_MAX = 3600.0
-"""No question waits longer for a message."""
+"""The longest that a question waits for a message."""
 
 COUNT_MAX = 2**62
-"""A counter beyond this could not be told to anybody any more."""
+"""The largest sum of a counter: integers of messages have 64 bits."""
 
 ValueCallback = Callable[["bytes | None"], object]
-"""Takes the value of a key, or None where it was not posted in time; in the keeper's loop."""
+"""Gets the value of a key, or None if it was not posted in time; called in the keeper's loop."""
 
 
 class KeeperMailbox(Protocol):
-    """What a trainer's keeper does for it; all in the loop, which it never holds up."""
+    """What a keeper does for a trainer's messages. All in the loop, and without blocking it."""
 
     def post(self, key: str, value: bytes) -> None:
         """Publish a value."""
         ...
 
     def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
-        """Have ``answer`` told the value as soon as it is there; ``owner``: with whom the question
-        ends."""
+        """Call ``answer`` with the value as soon as it is there. The question ends with
+        ``owner``."""
         ...
 
     def count(self, key: str, amount: int, *, answer: Callable[[int], object]) -> None:
-        """Add to a counter, and have ``answer`` told the sum."""
+        """Add to a counter, and call ``answer`` with the sum."""
         ...
 
     def forget(self, key: str) -> None:
@@ -49,7 +51,7 @@ class _Question:
 
 
 class LocalMailbox:
-    """The room where it is: in this keeper."""
+    """A ``KeeperMailbox`` in this keeper."""
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
@@ -57,20 +59,18 @@ class LocalMailbox:
         self._waiting: dict[str, list[_Question]] = {}
 
     def clear(self) -> None:
-        """Forget all messages and questions: a new attempt, or launch, starts with an empty
-        room."""
+        """Drop all messages and questions: a new attempt or launch begins with an empty mailbox."""
         self._values.clear()
         self._counts.clear()
         self._waiting.clear()
 
     def post(self, key: str, value: bytes) -> None:
-        """See Room."""
         self._values[key] = value
+        # Popped before answering: an answer may post or ask again.
         for question in self._waiting.pop(key, ()):
             question.answer(value)
 
     def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
-        """See Room."""
         value = self._values.get(key)
         if value is not None or wait_s <= 0:
             answer(value)
@@ -79,19 +79,18 @@ class LocalMailbox:
         self._waiting.setdefault(key, []).append(_Question(owner, answer, until_s))
 
     def count(self, key: str, amount: int, *, answer: Callable[[int], object]) -> None:
-        """See Room. Raises UsageError for a sum that no message could bring."""
+        """Raises UsageError if the sum exceeds what a message can carry."""
         total = self._counts.get(key, 0) + amount
         if abs(total) > COUNT_MAX:
-            raise UsageError(f"a counter runs over. key={key} amount={amount} limit={COUNT_MAX}")
+            raise UsageError(f"counter overflow. key={key} amount={amount} limit={COUNT_MAX}")
         self._counts[key] = total
         answer(total)
 
     def forget(self, key: str) -> None:
-        """See Room."""
         self._values.pop(key, None)
 
     def tick(self, now_s: float) -> float:
-        """Answer those that have waited long enough; returns seconds until the next has."""
+        """Answer the questions whose time is up; returns the seconds until the next is."""
         left_s = WAIT_S_MAX
         for key, waiting in list(self._waiting.items()):
             for question in list(waiting):
@@ -105,6 +104,6 @@ class LocalMailbox:
         return left_s
 
     def cancel(self, owner: object) -> None:
-        """Nobody waits there any more."""
+        """Drop the questions of ``owner``."""
         for waiting in self._waiting.values():
-            waiting[:] = [one for one in waiting if one.owner is not owner]
+            waiting[:] = [question for question in waiting if question.owner is not owner]

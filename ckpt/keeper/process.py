@@ -1,5 +1,5 @@
-"""Where a keeper can be found: its folder, the lock on it, and the socket in it; made anew where
-somebody took them away."""
+"""The keeper as a process: its folder, lock and socket; ending it if its loop hangs; noticing that
+the loop stood still."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.runtime_dir import JobFolder
 
+# ---- listener: folder, lock and socket, made anew if they were removed
+
 
 class KeeperListener:
-    """One keeper's place. Owns lock and listener until ``close``."""
+    """One keeper's job folder, the lock on it, and the socket in it. Owns lock and listener until
+    ``close``."""
 
     def __init__(self, spec: KeeperSpec, folder: JobFolder, lock: int) -> None:
         self._spec = spec
@@ -29,16 +32,16 @@ class KeeperListener:
 
     @classmethod
     def acquire(cls, spec: KeeperSpec, folder: JobFolder) -> KeeperListener | None:
-        """Move in and listen; None where another keeper lives there."""
+        """Lock the folder and listen in it; None if another keeper holds the lock."""
         lock = folder.try_lock()
         return cls(spec, folder, lock) if lock is not None else None
 
     def describe(self) -> None:
-        """Say whose folder it is, with this process as the keeper."""
+        """Write whose folder it is, with this process as the keeper."""
         self.folder.write_info(self._spec.store, self._spec.job)
 
     def is_reachable(self) -> bool:
-        """Whether who looks for this keeper still finds it. Makes the small things that are
+        """Whether clients that look for this keeper find it. Restores small files that are
         missing."""
         if not self._owns() or _file_of(self.folder.socket_path) != self._socket_file:
             return False
@@ -46,13 +49,16 @@ class KeeperListener:
             self.folder.stacks.mkdir(mode=0o700, exist_ok=True)
             if self.folder.read_info() is None:
                 self.describe()
-        except OSError:  # the folder goes at this very moment
+        except OSError:  # the folder is being removed at this very moment
             return False
         return True
 
     def renew(self) -> socket.socket | None:
-        """Folder, lock and socket anew. The old listener, where there may be calls in wait; None
-        where another keeper came."""
+        """Make folder, lock and socket anew. Returns the old listener; None if another keeper has
+        taken the folder.
+
+        The old listener may still have connections that were not accepted.
+        """
         if not self._owns():
             self.folder.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = self.folder.try_lock()
@@ -65,16 +71,17 @@ class KeeperListener:
         return old
 
     def hide(self) -> None:
-        """Nobody finds this keeper from now on; who has found it waits at the listener."""
+        """Remove the socket's name: no client finds this keeper any more; those that found it wait
+        at the listener."""
         if _file_of(self.folder.socket_path) == self._socket_file:
             self.folder.socket_path.unlink(missing_ok=True)
 
     def has_pending(self) -> bool:
-        """Whether there is a connection that was not accepted yet."""
+        """Whether a connection waits to be accepted."""
         return bool(select.select([self.listener], [], [], 0)[0])
 
     def close(self, *, remove: bool = True) -> None:
-        """Move out, and take the folder along unless somebody else has moved in."""
+        """Close listener and lock, and remove the folder unless another keeper has taken it."""
         self.listener.close()
         if remove and self._owns():
             self.folder.remove()
@@ -87,56 +94,59 @@ class KeeperListener:
         return listener
 
     def _owns(self) -> bool:
-        """Whether the lock that is held is still the one that others look at."""
+        """Whether the lock that is held is on the file that other keepers would lock."""
         held = os.fstat(self._lock)
         return _file_of(self.folder.lock_path) == (held.st_dev, held.st_ino)
 
 
 def _file_of(path: os.PathLike[str]) -> tuple[int, int] | None:
-    """Which file a path leads to; None: to none."""
+    """The file at a path, as device and inode; None if there is none."""
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
-# Ends a keeper whose loop hangs: its supervisors start another, which gets all that they hold for
-# it.
+# ---- watchdog: a keeper whose loop hangs ends; its supervisors start another and pass on its slots
 #
-# Its lease is kept alive by a thread of its own, so a node whose loop hangs would look well to
-# all others, and do nothing.
+# A thread of its own keeps the lease alive, so a node whose loop hangs would seem well to all
+# others, and do nothing.
 
-LOOK_S = 1.0
-LOOKS_MAX = 300
-"""Longer than anything keeps a loop that will go on: to leave a membership that doesn't answer
-takes up to three minutes.
+CHECK_S = 1.0
+CHECKS_MAX = 300
+"""Longer than anything blocks a loop that recovers: leaving a membership that does not answer takes
+up to three minutes.
 
-Looks count, not seconds: a machine that slept wakes well.
+Checks count, not seconds, so that a machine that slept is not taken for hung.
 """
 
 WRITE_S = 5.0
-"""How long its last words may take."""
+"""How long writing its last log lines may take."""
 
 
 class Watchdog:
-    """Call ``turn`` in each turn of the loop, and ``stop`` after the last. ``hung``: what follows
-    where none came."""
+    """Calls ``on_hung`` if no ``beat`` arrives for ``checks_max`` checks. Call ``stop`` when the
+    loop has ended."""
 
     def __init__(
-        self, hung: Callable[[], object], *, look_s: float = LOOK_S, looks_max: int = LOOKS_MAX
+        self,
+        on_hung: Callable[[], object],
+        *,
+        check_s: float = CHECK_S,
+        checks_max: int = CHECKS_MAX,
     ) -> None:
-        self._hung = hung
-        self._look_s = look_s
-        self._looks_max = looks_max
-        self._turned = threading.Event()
+        self._on_hung = on_hung
+        self._check_s = check_s
+        self._checks_max = checks_max
+        self._beaten = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ckpt-watchdog", daemon=True)
         self._thread.start()
 
     def beat(self) -> None:
-        """The loop goes on."""
-        self._turned.set()
+        """The loop is alive; to be called in each turn."""
+        self._beaten.set()
 
     def stop(self) -> None:
         """There is no loop any more."""
@@ -144,43 +154,45 @@ class Watchdog:
         self._thread.join()
 
     def _run(self) -> None:
-        looks = 0
-        while not self._stopped.wait(self._look_s):
-            looks = 0 if self._turned.is_set() else looks + 1
-            self._turned.clear()
-            if looks >= self._looks_max:
-                self._hung()
+        checks = 0
+        while not self._stopped.wait(self._check_s):
+            checks = 0 if self._beaten.is_set() else checks + 1
+            self._beaten.clear()
+            if checks >= self._checks_max:
+                self._on_hung()
                 return
 
 
 def end_hung_process() -> None:
-    """Say where each thread stands, in the log, and be gone as if killed: nothing here can be
-    trusted to end well.
+    """Log the stack of each thread and end as if killed: no orderly end can be trusted here.
 
-    The loop may hang in writing that very log, so another one's clock runs that needs nothing of
-    Python. A loop that hangs and keeps the interpreter's lock is not found.
+    The loop may hang in writing that very log, so a timer that needs nothing of Python ends the
+    process as well. A loop that hangs while it holds the interpreter's lock is not found.
     """
     faulthandler.dump_traceback_later(WRITE_S, exit=True)
     try:
-        text = f"the keeper's loop has hung for some {LOOKS_MAX * LOOK_S:.0f} s; it ends, and its threads stood here:\n"
+        text = (
+            f"the keeper's loop has hung for some {CHECKS_MAX * CHECK_S:.0f} s; it ends. Its "
+            "threads were here:\n"
+        )
         os.write(sys.stderr.fileno(), text.encode())
         faulthandler.dump_traceback(sys.stderr)
     finally:
         os.kill(os.getpid(), signal.SIGKILL)  # not abort: a core would hold all slots
 
 
-# Notices that the keeper's loop stood still: nothing is told to other nodes meanwhile, and nobody
-# here is served.
+# ---- stalls: while the loop stands still no client is served and nothing is sent to other nodes
 
 STALL_S = 0.5
 """A turn of the loop takes a few milliseconds; leases last for seconds."""
 
 
 class StallDetector:
-    """Call ``turn`` once in each turn of the loop, in its thread.
+    """Reports turns of the loop that took too long. Call ``before_wait`` once in each turn, in the
+    loop's thread.
 
-    ``clock`` and ``computed`` are seconds: of the world, and of the processor's that this thread
-    took.
+    ``clock`` and ``computed`` return seconds: elapsed, and of processor time that this thread has
+    used.
     """
 
     def __init__(
@@ -189,24 +201,23 @@ class StallDetector:
         clock: Callable[[], float] = time.monotonic,
         computed: Callable[[], float] = time.thread_time,
     ) -> None:
-        self._tell = emit
+        self._emit = emit
         self._clock = clock
         self._computed = computed
         self._before: tuple[float, float] | None = None
 
-    def before_wait(self, waits_s: float) -> None:
-        """The loop is about to wait, for ``waits_s`` at most."""
+    def before_wait(self, wait_s: float) -> None:
+        """The loop is about to wait, for at most ``wait_s``, which is not counted."""
         now_s, computed_s = self._clock(), self._computed()
         if self._before is not None and now_s - self._before[0] > STALL_S:
             stood_s, busy_s = now_s - self._before[0], computed_s - self._before[1]
             text = (
-                f"the keeper stood still for {stood_s:.1f} s, of which it computed for "
-                f"{busy_s:.1f} s; the rest it waited, "
-                "for a processor of this machine or for a disk"
+                f"the keeper stood still for {stood_s:.1f} s: it computed for {busy_s:.1f} s, and "
+                "for the rest waited for a processor of this machine or for a disk"
             )
-            self._tell(
+            self._emit(
                 Event(
                     "stalled", text, {"seconds": round(stood_s, 3), "computed_s": round(busy_s, 3)}
                 )
             )
-        self._before = (now_s + max(0.0, waits_s), computed_s)
+        self._before = (now_s + max(0.0, wait_s), computed_s)

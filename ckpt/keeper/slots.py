@@ -1,5 +1,5 @@
-"""The slots that a keeper holds: memfds of all ranks, what they hold sealed, and what that means
-for the board."""
+"""The memory of this node's ranks: slots (memfds) of all ranks, what they hold sealed, and what the
+board says of that."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ckpt.staging.memory import available_bytes
 from ckpt.values import SnapshotId, StagedIndex
 
 PostToLoop = Callable[[Callable[[], object]], None]
-"""Has a call made by the keeper's loop, soon; from any thread."""
+"""Has the keeper's loop make a call, soon; from any thread."""
 
 PAGE_BLOCK_BYTES = 512
-"""What ``st_blocks`` counts in."""
+"""The unit of ``st_blocks``."""
 
 
 @dataclass(slots=True, eq=False)
 class HeldSlot:
-    """One memfd and its mapping. ``uploads`` hold it now. ``retired``: its rank gave it up
-    meanwhile."""
+    """One memfd and its mapping. ``uploads``: how many hold it now. ``retired``: its rank has given
+    it up meanwhile."""
 
     rank: int
     index: int
@@ -49,14 +49,14 @@ class HeldSlot:
         return memoryview(self.mapping)
 
     def read(self) -> tuple[StagedIndex, int] | None:
-        """What is sealed and its generation, or None; damaged headers hold nothing."""
+        """What is sealed, and its generation; None if nothing is, or the header is damaged."""
         try:
             return read_slot(self.memory)
         except IntegrityError:
             return None
 
-    def brief(self) -> tuple[SlotSummary, int] | None:
-        """As ``read``, but only whose state of which snapshot it is: far quicker."""
+    def summary(self) -> tuple[SlotSummary, int] | None:
+        """As ``read``, but only which snapshot of which rank it is: far quicker."""
         try:
             return read_summary(self.memory)
         except IntegrityError:
@@ -64,10 +64,10 @@ class HeldSlot:
 
 
 class SlotTable:
-    """All slots of one job on this node. Used by the keeper's loop alone; ``post`` brings what
-    other threads tell back to it.
+    """All slots of one job on this node, for the keeper's loop alone. ``post`` brings releases of
+    other threads to it.
 
-    ``dropped`` hears of each slot that is gone.
+    ``dropped`` is called with rank and index of each slot that is gone.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class SlotTable:
         self._post = post
         self._slots: dict[tuple[int, int], HeldSlot] = {}
         self._outlived: list[HeldSlot] = []
-        """Slots that uploads still hold and whose number another one has taken over: no word of the
-        board is about them."""
+        """Slots that uploads still hold and whose number another slot has taken: the board says
+        nothing of them."""
 
     def add(self, rank: int, index: int, fd: int, size_bytes: int) -> HeldSlot:
-        """Take ``fd`` over. UsageError where the number is taken, sizes lie or memory is short;
-        ``fd`` is then closed.
+        """Take ``fd`` over. Raises UsageError if the number is taken, sizes differ or memory is
+        short; ``fd`` is then closed.
 
-        A number whose slot was given up is free, even while an upload still holds that one.
+        The number of a slot that was given up is free, even while an upload still holds that slot.
         """
         try:
             self._check(rank, index, fd, size_bytes)
@@ -100,9 +100,10 @@ class SlotTable:
         return slot
 
     def of_rank(self, rank: int) -> list[HeldSlot]:
-        """The slots of ``rank`` that it still uses, by index."""
+        """The slots that ``rank`` still uses, by index."""
         return sorted(
-            (one for one in self if one.rank == rank and not one.retired), key=lambda one: one.index
+            (slot for slot in self if slot.rank == rank and not slot.retired),
+            key=lambda slot: slot.index,
         )
 
     def __iter__(self) -> Iterator[HeldSlot]:
@@ -115,7 +116,8 @@ class SlotTable:
         return sum(slot.size_bytes for slot in self._all())
 
     def drop(self, rank: int, index: int) -> bool:
-        """The rank gave its slot up; it goes once no upload holds it. True where it is gone now."""
+        """The rank gave its slot up; the memory is freed once no upload holds it. True if it is
+        freed now."""
         slot = self._slots.get((rank, index))
         if slot is None:
             return False
@@ -123,48 +125,50 @@ class SlotTable:
         return self._free_retired(slot)
 
     def hold(self, rank: int, index: int, generation: int) -> SealedSlot | None:
-        """Slot ``index`` for an upload, where it is still sealed under ``generation``; marked as
-        held until released."""
+        """Slot ``index`` for an upload, if it is still sealed under ``generation``; held until it
+        is released."""
         slot = self._slots.get((rank, index))
-        found = slot.read() if slot is not None else None
-        if slot is None or found is None or found[1] != generation:
+        sealed = slot.read() if slot is not None else None
+        if slot is None or sealed is None or sealed[1] != generation:
             if slot is not None and not slot.uploads:
+                # The trainer marked it as held before it asked; without an upload nothing else
+                # clears the mark.
                 self._board.rank(rank).release(index)
             return None
-        return self._hold(slot, *found)
+        return self._hold(slot, *sealed)
 
     def hold_snapshot(self, rank: int, snapshot: SnapshotId) -> SealedSlot | None:
-        """The slot of ``rank`` that holds ``snapshot``, for an upload; marked as held until
+        """The slot of ``rank`` that holds ``snapshot``, for an upload; held until it is
         released."""
         for slot in self.of_rank(rank):
-            brief = slot.brief()
-            if brief is None or brief[0].snapshot != snapshot:
+            summary = slot.summary()
+            if summary is None or summary[0].snapshot != snapshot:
                 continue
-            found = slot.read()
-            if found is not None and found[0].snapshot == snapshot:
-                return self._hold(slot, *found)
+            sealed = slot.read()
+            if sealed is not None and sealed[0].snapshot == snapshot:
+                return self._hold(slot, *sealed)
         return None
 
     def sync_board(self) -> None:
         """Between attempts: make the board say what the headers say. Half-written slots hold
         nothing.
 
-        A trainer that died between its mark and its word leaves a mark that nobody would clear:
-        only uploads' marks stay.
+        A trainer that died after it marked a slot as held and before it sent the message leaves a
+        mark that nothing would clear, so only marks of uploads stay.
         """
         for slot in self:
             if not slot.uploads:
                 self._board.rank(slot.rank).release(slot.index)
             entry = self._board.rank(slot.rank).slot(slot.index)
-            found = slot.brief()
-            if found is None:
+            summary = slot.summary()
+            if summary is None:
                 self._board.rank(slot.rank).clear(slot.index)
-            elif (entry.snapshot, entry.generation) != (found[0].snapshot, found[1]):
-                self._board.rank(slot.rank).publish(slot.index, found[0].snapshot, found[1])
+            elif (entry.snapshot, entry.generation) != (summary[0].snapshot, summary[1]):
+                self._board.rank(slot.rank).publish(slot.index, summary[0].snapshot, summary[1])
 
     def discard_after(self, resume: SnapshotId | None) -> None:
-        """Training goes on from ``resume``: what was captured after it (None: at all) is on no line
-        and holds nothing now."""
+        """Training continues from ``resume``: captures after it (None: all) are on no lineage, and
+        their slots are free."""
         for slot in self:
             entry = self._board.rank(slot.rank).slot(slot.index)
             if (
@@ -174,21 +178,23 @@ class SlotTable:
             ):
                 self._board.rank(slot.rank).clear(slot.index)
                 header_bytes = header_bytes_of(slot.memory)
-                if header_bytes is not None:  # else it is damaged, and holds nothing anyway
+                if (
+                    header_bytes is not None
+                ):  # else the header is damaged, and the slot holds nothing
                     Header(slot.memory, header_bytes=header_bytes).begin()
 
     def complete_snapshots(self, ranks: int) -> list[SnapshotId]:
-        """Every pair that all ranks hold sealed, newest first, by their headers."""
+        """Every snapshot that all ranks hold sealed, newest first, by their headers."""
         return list(self.snapshot_origins(ranks))
 
     def snapshot_origins(self, ranks: int) -> dict[SnapshotId, str]:
-        """As ``complete``, with what the pairs' indexes carry: equal numbers of two openings make
-        no pair."""
+        """As ``complete_snapshots``, with the origins in the headers: equal numbers of different
+        origins do not match."""
         held: list[set[tuple[SnapshotId, str]]] = [set() for _ in range(ranks)]
         for slot in self:
-            found = slot.brief()
-            if found is not None and slot.rank < ranks and found[0].world_size == ranks:
-                held[slot.rank].add((found[0].snapshot, found[0].origin))
+            summary = slot.summary()
+            if summary is not None and slot.rank < ranks and summary[0].world_size == ranks:
+                held[slot.rank].add((summary[0].snapshot, summary[0].origin))
         return dict(sorted(set.intersection(*held), reverse=True)) if held else {}
 
     def report(self, rank: int) -> tuple[SlotReport, ...]:
@@ -205,7 +211,7 @@ class SlotTable:
         )
 
     def entries(self, rank: int) -> tuple[SlotEntry, ...]:
-        """What ``GetSlots`` answers."""
+        """The answer to ``GetSlots``."""
         return tuple(SlotEntry(slot.index, slot.size_bytes) for slot in self.of_rank(rank))
 
     def close(self) -> None:
@@ -219,8 +225,8 @@ class SlotTable:
         return [*self._slots.values(), *self._outlived]
 
     def _outlive(self, slot: HeldSlot) -> None:
-        """Another slot takes over the number of one that was given up. Supervisors and board know
-        slots by number only."""
+        """Another slot takes the number of one that was given up. Supervisors and board know slots
+        by number only."""
         self._outlived.append(slot)
         self._board.rank(slot.rank).clear(slot.index)
         self._board.rank(slot.rank).release(slot.index)
@@ -236,14 +242,14 @@ class SlotTable:
             slot.uploads -= 1
             if slot.uploads:
                 return
-            if slot in self._outlived:
+            if slot in self._outlived:  # its number on the board is another slot's now
                 self._outlived.remove(slot)
                 os.close(slot.fd)
             elif self._slots.get((slot.rank, slot.index)) is slot:
                 rank_board.release(slot.index)
                 self._free_retired(slot)
 
-        def release() -> None:
+        def release() -> None:  # by an upload's thread; the table belongs to the loop
             self._post(released)
 
         def unchanged() -> bool:
@@ -267,29 +273,75 @@ class SlotTable:
         return True
 
     def _check(self, rank: int, index: int, fd: int, size_bytes: int) -> None:
-        there = self._slots.get((rank, index))
-        taken = there is not None and not there.retired
+        other = self._slots.get((rank, index))
+        taken = other is not None and not other.retired
         if not 0 <= index < SLOTS_MAX or not 0 <= rank < self._board.ranks or taken:
-            raise UsageError(f"a slot's place is taken or out of range. rank={rank} index={index}")
+            raise UsageError(f"a slot number is taken or out of range. rank={rank} index={index}")
         found_bytes = os.fstat(fd).st_size
         if size_bytes <= 0 or found_bytes != size_bytes:
             raise UsageError(
-                f"a slot of another size than told. size_bytes={found_bytes} "
-                f"told_bytes={size_bytes}"
+                f"slot size mismatch. size_bytes={found_bytes} declared_bytes={size_bytes}"
             )
-        # Slots take their pages little by little: what was promised and is not taken yet is as good
+        # Slots take their pages little by little: memory that is promised and not taken yet counts
         # as used.
         promised = size_bytes + sum(
             max(0, slot.size_bytes - _taken(slot.fd)) for slot in self._all()
         )
-        left = available_bytes()
-        if left is not None and promised - _taken(fd) > left:
+        available = available_bytes()
+        if available is not None and promised - _taken(fd) > available:
             raise UsageError(
-                f"this node's memory does not bear another slot. rank={rank} "
-                f"slot_bytes={size_bytes} promised_bytes={promised} "
-                f"available_bytes={left} slots={len(self._all())}; allow fewer slots or set "
-                "memory_every=0"
+                f"not enough memory for another slot. rank={rank} slot_bytes={size_bytes} "
+                f"promised_bytes={promised} available_bytes={available} slots={len(self._all())}; "
+                "allow fewer slots or set memory_every=0"
             )
+
+
+class RankMemory:
+    """What this node's ranks stage: how many they are, their board and their slots. For the
+    keeper's loop alone.
+
+    Board and slots are None until a launch is admitted; they are replaced together if the number of
+    ranks changes.
+    """
+
+    def __init__(self, post: PostToLoop, *, dropped: Callable[[int, int], None]) -> None:
+        self._post = post
+        self._dropped = dropped
+        self.ranks = 0
+        self.board: Board | None = None
+        self.slots: SlotTable | None = None
+
+    def resize(self, ranks: int) -> None:
+        """A fresh board and no slots, for another number of ranks; after ``close``."""
+        self.ranks = ranks
+        self.board = Board.create(ranks)
+        self.slots = SlotTable(self.board, self._post, dropped=self._dropped)
+
+    def adopt_board(self, fd: int) -> None:
+        """Take over the board that a supervisor kept from an earlier keeper, if this one has only
+        an unused one."""
+        kept = Board.attach(fd)
+        if self.board is None or self.slots is None or kept.ranks != self.ranks or list(self.slots):
+            kept.close()
+            return
+        kept.attempt = max(kept.attempt, self.board.attempt)
+        self.board.close()
+        self.board = kept
+        self.slots = SlotTable(kept, self._post, dropped=self._dropped)
+
+    def completed(self) -> int:
+        """The most steps that any rank has completed in this attempt; -1 for none."""
+        if self.board is None:
+            return -1
+        steps = [self.board.rank(rank).completed for rank in range(self.ranks)]
+        return max((step for step in steps if step is not None), default=-1)
+
+    def close(self) -> None:
+        """Give slots and board up."""
+        if self.slots is not None:
+            self.slots.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def _taken(fd: int) -> int:
@@ -297,5 +349,5 @@ def _taken(fd: int) -> int:
 
 
 def _header_bytes(slot: HeldSlot) -> int:
-    words = slot.memory[:64].cast("Q")
-    return int(words[3])
+    fields = slot.memory[:64].cast("Q")
+    return int(fields[3])

@@ -1,14 +1,13 @@
-"""What trainers ask of their keeper, answered."""
+"""The calls of trainers, answered: mailbox, slots, log and uploads."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ckpt.errors import CkptError, FencedError, InternalError, UsageError
+from ckpt.ipc.frames import close_fds
 from ckpt.ipc.messages import (
     Choices,
     Count,
@@ -39,216 +38,205 @@ from ckpt.ipc.messages import (
     from_error,
     to_error,
 )
-from ckpt.keeper.connection import ClientConnection
-from ckpt.keeper.job import Job
+from ckpt.keeper.connection import ClientConnection, error_reply
+from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox
 from ckpt.values import SnapshotId
+
+if TYPE_CHECKING:  # three modules that the keeper needs for nothing else when it starts
+    from concurrent.futures import Future
 
 T = TypeVar("T")
 
 
 class TrainerCalls:
-    """Answers the calls of trainers. ``room`` has the attempt's messages, and is empty when the
-    attempt begins."""
+    """Answers the calls of trainers. The mailbox has the messages of one attempt and is empty when
+    it begins."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self.own_mailbox = LocalMailbox()
-        """The room, where it is this keeper's."""
-        self.mailbox: KeeperMailbox = self.own_mailbox
-        self.resume: SnapshotId | None = None
-        """Where the last epoch that was opened goes on from."""
+    def __init__(self, state: JobState) -> None:
+        self._state = state
+        self._own_mailbox = LocalMailbox()
+        self._mailbox: KeeperMailbox = self._own_mailbox
+        """This keeper's, or the one at the node of rank 0."""
 
     def begin(self, attempt: int) -> None:
-        """An attempt begins in an empty room: this keeper's, or the one at the node of rank 0."""
+        """An attempt begins, with an empty mailbox."""
         self.clear()
-        nodes = self._job.nodes
-        self.mailbox = self.own_mailbox if nodes is None else nodes.begin(attempt, self.own_mailbox)
+        self._mailbox = self._state.launch.cluster.begin(attempt, self._own_mailbox)
 
     def clear(self) -> None:
-        """Forget all messages: a new attempt, or launch, starts with an empty room."""
-        self.own_mailbox.clear()
+        """Drop all messages: no message of an earlier attempt or launch may reach a later one."""
+        self._own_mailbox.clear()
 
     def tick(self, now_s: float) -> float:
-        """Answer those that have waited long enough; returns seconds until the next has."""
-        return self.own_mailbox.tick(now_s)
+        """Answer the questions whose time is up; returns the seconds until the next is."""
+        return self._own_mailbox.tick(now_s)
 
-    def disconnected(self, peer: ClientConnection) -> None:
-        """Nobody waits there any more."""
-        self.own_mailbox.cancel(peer)
+    def disconnected(self, client: ClientConnection) -> None:
+        """Drop the client's questions."""
+        self._own_mailbox.cancel(client)
 
-    def _peek(self, peer: ClientConnection, message: Peek) -> None:
-        def answer(value: bytes | None) -> None:
-            peer.send(Value(id=message.id, value=value))
-
-        self.mailbox.peek(message.key, wait_s=message.wait_s, owner=peer, answer=answer)
-
-    def _count(self, peer: ClientConnection, message: Count) -> None:
-        def answer(number: int) -> None:
-            peer.send(Number(id=message.id, number=number))
-
-        self.mailbox.count(message.key, message.amount, answer=answer)
-
-    def handle(self, peer: ClientConnection, message: Message, fds: Sequence[int]) -> bool:
-        """Answer one message; False where it is none of a trainer's. Owns ``fds``."""
+    def handle(self, client: ClientConnection, message: Message, fds: Sequence[int]) -> bool:
+        """Answer one message; False if trainers do not send it. Owns ``fds``."""
+        memory, cluster = self._state.memory, self._state.launch.cluster
         match message:
-            case Peek():
-                self._peek(peer, message)
-            case Post():
-                self.mailbox.post(message.key, message.value)
-            case Count():
-                self._count(peer, message)
-            case Forget():
-                self.mailbox.forget(message.key)
+            case Peek() | Count() | Post() | Forget():
+                self._message(client, message)
             case Decided():
-                if self._job.nodes is not None:
-                    self._job.nodes.decided(message.boundary, message.flags)
+                cluster.decided(message.boundary, message.flags)
             case GetSources():
-                nodes = self._job.nodes
-                found = nodes.memory.sources(message.snapshot) if nodes is not None else ()
-                epoch = nodes.epoch.number if nodes is not None and nodes.epoch is not None else 0
-                peer.send(Sources(id=message.id, ranks=found, epoch=epoch))
+                sources, epoch = cluster.sources(message.snapshot)
+                client.send(Sources(id=message.id, ranks=sources, epoch=epoch))
             case GetBoard():
-                assert self._job.board is not None, "admitted"
-                peer.send(Done(id=message.id), [self._job.board.fd])
+                assert memory.board is not None, "admitted"
+                client.send(Done(id=message.id), [memory.board.fd])
             case GetSlots() | SlotCreated() | SlotReleased():
-                self._slots(peer, message, fds)
+                self._slots(client, message, fds)
             case GetChoices() | OpenEpoch() | SetTag():
-                self._log(peer, message)
+                self._log(client, message)
             case VerifiedChunks() | Persist() | Refuse():
-                self._upload(peer, message)
+                self._upload(client, message)
             case _:
                 return False
         return True
 
+    def _message(self, client: ClientConnection, message: Peek | Count | Post | Forget) -> None:
+        match message:
+            case Peek(id=call_id):
+
+                def value_is(value: bytes | None) -> None:
+                    client.send(Value(id=call_id, value=value))
+
+                self._mailbox.peek(
+                    message.key, wait_s=message.wait_s, owner=client, answer=value_is
+                )
+            case Count(id=call_id):
+
+                def number_is(number: int) -> None:
+                    client.send(Number(id=call_id, number=number))
+
+                self._mailbox.count(message.key, message.amount, answer=number_is)
+            case Post():
+                self._mailbox.post(message.key, message.value)
+            case Forget():
+                self._mailbox.forget(message.key)
+
     def _slots(
         self,
-        peer: ClientConnection,
+        client: ClientConnection,
         message: GetSlots | SlotCreated | SlotReleased,
         fds: Sequence[int],
     ) -> None:
-        table = self._job.slots
+        table = self._state.memory.slots
         assert table is not None, "admitted"
         match message:
             case GetSlots():
                 slots = table.of_rank(message.rank)
-                peer.send(
+                client.send(
                     Slots(id=message.id, slots=table.entries(message.rank)),
                     [slot.fd for slot in slots],
                 )
             case SlotCreated() if len(fds) == 1:
                 try:
-                    slot = table.add(peer.rank, message.index, fds[0], message.size_bytes)
+                    slot = table.add(client.rank, message.index, fds[0], message.size_bytes)
                 except CkptError as error:
-                    self._job.refuse(peer, message.id, error)
+                    client.send_error(message.id, error)
                     return
-                peer.send(Done(id=message.id))
-                for other in self._job.members:
+                client.send(Done(id=message.id))
+                keep = Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes)
+                # Every supervisor holds every slot: the memory outlives the keeper and any one
+                # supervisor.
+                for other in self._state.clients.members:
                     if other.role == "supervisor":
-                        other.send(
-                            Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes),
-                            [slot.fd],
-                        )
+                        other.send(keep, [slot.fd])
             case SlotCreated():
-                for fd in fds:
-                    os.close(fd)
-                self._job.refuse(
-                    peer, message.id, UsageError("a slot comes with exactly one descriptor.")
+                close_fds(fds)
+                client.send_error(
+                    message.id, UsageError("a slot comes with exactly one descriptor.")
                 )
             case SlotReleased():
-                table.drop(peer.rank, message.index)
+                table.drop(client.rank, message.index)
 
-    def _log(self, peer: ClientConnection, message: GetChoices | OpenEpoch | SetTag) -> None:
-        job = self._job
-        assert job.slots is not None, "admitted"
-        if job.fenced:
-            job.refuse(peer, message.id, FencedError(job.fenced))
+    def _log(self, client: ClientConnection, message: GetChoices | OpenEpoch | SetTag) -> None:
+        uploads = self._state.uploads
+        if uploads.fenced:
+            client.send_error(message.id, FencedError(uploads.fenced))
             return
         match message:
             case GetChoices():
 
                 def choose(origins: Mapping[SnapshotId, str]) -> None:
-                    answer = job.need_uploads().choices(tuple(origins), origins)
+                    choices = uploads.need().choices(tuple(origins), origins)
                     self._answer(
-                        peer,
+                        client,
                         message.id,
-                        answer,
-                        lambda found: Choices(id=message.id, choices=tuple(found)),
+                        choices,
+                        lambda best: Choices(id=message.id, choices=tuple(best)),
                     )
 
-                if job.nodes is None:
-                    choose(job.slots.snapshot_origins(job.ranks))
-                else:
-                    job.nodes.memory.gather(choose)
+                self._state.launch.cluster.gather(choose)
             case OpenEpoch():
-                opened = job.need_uploads().open_epoch(
+                opened = uploads.need().open_epoch(
                     message.resume, message.retention, newest=message.newest
                 )
-                self._answer(peer, message.id, opened, lambda number: self._opened(message, number))
+                self._answer(
+                    client, message.id, opened, lambda number: self._epoch_opened(message, number)
+                )
             case SetTag():
-                tagged = job.need_uploads().tag(message.name, message.snapshot)
-                self._answer(peer, message.id, tagged, lambda _: Done(id=message.id))
+                tagged = uploads.need().tag(message.name, message.snapshot)
+                self._answer(client, message.id, tagged, lambda _: Done(id=message.id))
 
-    def _opened(self, message: OpenEpoch, number: int) -> Reply:
-        """What lies beyond the pair that the epoch goes on from is on no line now. Not before: it
-        may have failed to open."""
-        assert self._job.slots is not None, "admitted"
-        if self._job.nodes is not None:
-            self._job.nodes.uploads.open(message.resume)
-        else:
-            self._job.slots.discard_after(message.resume)
-        self.resume = message.resume
+    def _epoch_opened(self, message: OpenEpoch, number: int) -> Reply:
+        """Only now, when the epoch is open, are captures beyond its ``resume`` void: opening it
+        might have failed."""
+        self._state.launch.cluster.log_epoch_opened(message.resume)
         return Number(
-            id=message.id, number=number, origin=self._job.need_uploads().origin_of(number)
+            id=message.id, number=number, origin=self._state.uploads.need().origin_of(number)
         )
 
-    def _upload(self, peer: ClientConnection, message: VerifiedChunks | Persist | Refuse) -> None:
-        job = self._job
-        assert job.slots is not None, "admitted"
-        uploads = job.need_uploads()
+    def _upload(self, client: ClientConnection, message: VerifiedChunks | Persist | Refuse) -> None:
+        slots, rank = self._state.memory.slots, client.rank
+        assert slots is not None, "admitted"
+        uploads = self._state.uploads.need()
         match message:
             case VerifiedChunks():
                 if len(message.digests) != len(message.locations):
-                    raise UsageError("chunks that are known come with one place each.")
-                known = dict(zip(message.digests, message.locations, strict=True))
-                uploads.refer_next(peer.rank, message.base, known)
+                    raise UsageError("each known chunk needs exactly one location.")
+                locations = dict(zip(message.digests, message.locations, strict=True))
+                uploads.refer_next(rank, message.base, locations)
             case Refuse():
-                uploads.refuse(peer.rank, message.snapshot, to_error(message.error))
-                job.say(
-                    "events",
-                    Outcome(snapshot=message.snapshot, error=message.error),
-                    rank=peer.rank,
-                )
+                uploads.refuse(rank, message.snapshot, to_error(message.error))
+                outcome = Outcome(snapshot=message.snapshot, error=message.error)
+                self._state.clients.broadcast("events", outcome, rank=rank)
             case Persist():
-                sealed = job.slots.hold(peer.rank, message.index, message.generation)
-                if sealed is None:
-                    text = f"a slot was handed in that is not sealed. snapshot={message.snapshot} rank={peer.rank}"
-                    lost = InternalError(text)
-                    uploads.refuse(peer.rank, message.snapshot, lost)
-                    told = Outcome(
-                        snapshot=message.snapshot, error=from_error(lost, rank=peer.rank)
-                    )
-                    job.say("events", told, rank=peer.rank)
-                else:
+                sealed = slots.hold(rank, message.index, message.generation)
+                if sealed is not None:
                     uploads.persist(
-                        peer.rank, replace(sealed, shared=dict(message.shared)), message.tags
+                        rank, replace(sealed, shared=dict(message.shared)), message.tags
                     )
+                    return
+                error = InternalError(
+                    f"a slot was submitted that is not sealed. snapshot={message.snapshot} "
+                    f"rank={rank}"
+                )
+                uploads.refuse(rank, message.snapshot, error)
+                outcome = Outcome(snapshot=message.snapshot, error=from_error(error, rank=rank))
+                self._state.clients.broadcast("events", outcome, rank=rank)
 
     def _answer(
-        self, peer: ClientConnection, call_id: int, future: Future[T], reply: Callable[[T], Reply]
+        self, client: ClientConnection, call_id: int, future: Future[T], reply: Callable[[T], Reply]
     ) -> None:
-        """Answer a call when ``future`` is done, from the loop."""
+        """Answer a call from the loop when ``future`` is done."""
 
         def send() -> None:
             error = future.exception()
             if error is None:
-                peer.send(reply(future.result()))
+                client.send(reply(future.result()))
+            elif isinstance(error, CkptError):
+                client.send(error_reply(call_id, error))
             else:
-                known = (
-                    error
-                    if isinstance(error, CkptError)
-                    else InternalError(f"a keeper failed. cause={error!r}")
+                client.send(
+                    error_reply(call_id, InternalError(f"a keeper failed. cause={error!r}"))
                 )
-                peer.send(Done(id=call_id, error=from_error(known, rank=-1)))
 
-        future.add_done_callback(lambda _: self._job.post(send))
+        future.add_done_callback(lambda _: self._state.post(send))

@@ -247,7 +247,7 @@ def test_job_that_is_told_of_its_end_stops_durable_is_queued_again_and_goes_on(a
     stopped = allocation.steps()
     newest = ckpt.Checkpointer(str(allocation.folder / "store")).latest()
     assert newest is not None and newest.step == stopped, allocation.output()
-    assert "nodes speak TLS; this node's certificate is valid until" in allocation.keepers()
+    assert "nodes use TLS; this node's certificate is valid until" in allocation.keepers()
 
     process = allocation.start(stopped + 200)  # less is to be done now, so that it ends
     assert process.wait(WAIT_S) == 0, allocation.output()

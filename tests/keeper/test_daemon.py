@@ -148,7 +148,7 @@ def test_another_release_is_refused_and_told_why(serve: Serve) -> None:
 def test_who_speaks_before_its_hello_is_refused(serve: Serve) -> None:
     served = serve()
     calls = KeeperClient(served.wire())
-    with pytest.raises(UsageError, match="before its hello"):
+    with pytest.raises(UsageError, match="say hello first"):
         calls.call(Count(key="c", amount=1))
     calls.close()
 
@@ -231,7 +231,7 @@ def test_a_launch_of_another_size_starts_with_nothing_of_the_old_one(serve: Serv
     first.hand_in(PAIR)
     assert first.outcome().error is None
     first.leave(planned=False)
-    until(lambda: served.report().state == "lingering" and served.daemon._job.uploads.idle)
+    until(lambda: served.report().state == "lingering" and served.daemon._job.state.uploads.idle)
     others = [served.trainer(rank, 3, launch="b") for rank in range(3)]
     assert [one.board.ranks for one in others] == [3] * 3
     assert others[0].calls.ask(GetSlots(rank=0), Slots).slots == ()
@@ -257,10 +257,10 @@ def test_a_launch_of_another_size_waits_for_what_the_old_one_left(
         error = refused.next(Done).error
         assert error is not None
         assert error.code == "unavailable"
-        assert error.text.startswith("still bringing step 5 to the store; wait.")
+        assert error.text.startswith("step 5 is still being uploaded; wait.")
         refused.leave(planned=False)
     go_on.set()
-    until(lambda: served.daemon._job.uploads.idle)
+    until(lambda: served.daemon._job.state.uploads.idle)
     second = served.trainer(0, 3, launch="b")
     assert durable(served) == [PAIR]
     second.leave()
@@ -277,8 +277,8 @@ def test_a_job_that_ended_well_is_settled_before_another_size_takes_its_place(se
     go_on.set()
     error = refused.next(Done).error
     assert error is not None
-    assert "still bringing step 5" in error.text
-    until(lambda: served.daemon._job.uploads.idle)
+    assert "step 5 is still being uploaded" in error.text
+    until(lambda: served.daemon._job.state.uploads.idle)
     second = served.trainer(0, 2, launch="b")
     assert durable(served) == [PAIR]
     for one in (refused, second):
@@ -293,7 +293,7 @@ def test_what_cannot_be_settled_keeps_no_launch_of_another_size_out(serve: Serve
     first.stage(PAIR)
     Journal.open(FileBackend(served.store)).open_epoch(resume=None)  # somebody else goes on with the job
     first.leave(planned=False)
-    until(lambda: served.report().state == "lingering" and served.daemon._job.uploads.idle)
+    until(lambda: served.report().state == "lingering" and served.daemon._job.state.uploads.idle)
     served.trainer(0, 3, launch="b").leave()
 
 

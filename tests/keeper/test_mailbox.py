@@ -62,7 +62,7 @@ def test_counter_that_would_run_over_is_refused_and_counts_on() -> None:
     room, answers = LocalMailbox(), Answers()
     room.count("n", COUNT_MAX, answer=answers)
     for amount in (1, 2**64 - 1, -(2**63) - COUNT_MAX):
-        with pytest.raises(UsageError, match="runs over"):
+        with pytest.raises(UsageError, match="overflow"):
             room.count("n", amount, answer=answers)
     room.count("n", -5, answer=answers)
     assert answers.got == [COUNT_MAX, COUNT_MAX - 5]
@@ -86,7 +86,7 @@ class Net:
     def carry(self) -> None:
         while self.on_the_way:
             source, target, word = self.on_the_way.popleft()
-            self.ends[target].take(source, word)  # type: ignore[arg-type]
+            self.ends[target].receive(source, word)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -130,8 +130,8 @@ def test_words_of_a_dead_attempt_reach_no_later_room(net: Net) -> None:
     old = RemoteMailbox(net.ends["far"], attempt_mailbox(1), "root")
     old.post("k", b"old")
     old.peek("never", wait_s=60.0, owner=None, answer=answers)
-    net.ends["root"].new_epoch(2, era=1)
-    net.ends["far"].new_epoch(2, era=1)
+    net.ends["root"].new_epoch(2, generation=1)
+    net.ends["far"].new_epoch(2, generation=1)
     net.ends["root"].serve(attempt_mailbox(2), second)
     net.carry()
     first.post("never", b"x")
@@ -147,8 +147,8 @@ def test_room_of_uploads_outlives_attempts(net: Net) -> None:
     far = RemoteMailbox(net.ends["far"], "uploads/1", "root")
     far.peek("receipt", wait_s=60.0, owner=None, answer=answers)
     net.carry()
-    net.ends["far"].new_epoch(2, era=1)
-    net.ends["root"].new_epoch(2, era=1)
+    net.ends["far"].new_epoch(2, generation=1)
+    net.ends["root"].new_epoch(2, generation=1)
     own.post("receipt", b"r")
     net.carry()
     assert answers.got == [b"r"]
@@ -161,7 +161,7 @@ def test_room_of_uploads_ends_with_its_era(net: Net) -> None:
     far.peek("receipt", wait_s=60.0, owner=None, answer=answers)
     net.carry()
     for end in net.ends.values():
-        end.new_epoch(3, era=3)
+        end.new_epoch(3, generation=3)
     own.post("receipt", b"r")
     net.carry()
     assert answers.got == []

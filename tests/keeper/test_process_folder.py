@@ -62,7 +62,7 @@ def take_away(folder: Path) -> None:
 def test_a_keeper_whose_folder_was_taken_away_is_found_again(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    monkeypatch.setattr(daemon_module, "HOME_LOOK_S", 0.05)
+    monkeypatch.setattr(daemon_module, "FOLDER_CHECK_S", 0.05)
     served = serve(LINGERS)
     one = served.trainer(0, 2)
     waits = served.folder.connect() if lost == "socket" else None
@@ -90,7 +90,7 @@ def test_a_keeper_whose_folder_was_taken_away_is_found_again(
 
 
 def test_a_small_thing_that_is_missing_is_made_again(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon_module, "HOME_LOOK_S", 0.05)
+    monkeypatch.setattr(daemon_module, "FOLDER_CHECK_S", 0.05)
     served = serve(LINGERS)
     one = served.trainer()
     served.folder.stacks.rmdir()
@@ -103,7 +103,7 @@ def test_a_small_thing_that_is_missing_is_made_again(serve: Serve, monkeypatch: 
 def test_a_keeper_whose_folder_another_one_took_over_goes_on_with_those_it_has(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon_module, "HOME_LOOK_S", 0.05)
+    monkeypatch.setattr(daemon_module, "FOLDER_CHECK_S", 0.05)
     served = serve(LINGERS)
     one = served.trainer()
     go_on = served.pause()
@@ -112,8 +112,8 @@ def test_a_keeper_whose_folder_another_one_took_over_goes_on_with_those_it_has(
     assert other is not None
     go_on.set()
     until(lambda: served.told("home-lost"))
-    looked_s = served.daemon._home_look_s
-    until(lambda: served.daemon._home_look_s > looked_s)
+    looked_s = served.daemon._folder_check_s
+    until(lambda: served.daemon._folder_check_s > looked_s)
     assert len(served.told("home-lost")) == 1
     assert one.calls.ask(Count(key="c", amount=1), Number).number == 1
     one.leave()

@@ -18,7 +18,7 @@ import threading
 from ckpt.keeper.process import Watchdog, end_hung_process
 def loop_that_hangs():
     threading.Event().wait()
-Watchdog(end_hung_process, look_s=0.01, looks_max=5)
+Watchdog(end_hung_process, check_s=0.01, checks_max=5)
 loop_that_hangs()
 """
 
@@ -39,7 +39,7 @@ def test_hung_loop_ends_its_process_though_nothing_can_be_written() -> None:
 @pytest.mark.slow
 def test_loop_that_turns_is_left_alone_and_one_that_ended_too() -> None:
     hung = threading.Event()
-    watchdog = Watchdog(hung.set, look_s=0.1, looks_max=25)
+    watchdog = Watchdog(hung.set, check_s=0.1, checks_max=25)
     until_s = time.monotonic() + 4.0
     while time.monotonic() < until_s:
         watchdog.beat()
@@ -56,7 +56,7 @@ def test_it_is_called_once_where_no_turn_comes() -> None:
         calls.append(time.monotonic())
         came.set()
 
-    watchdog = Watchdog(hung, look_s=0.01, looks_max=5)
+    watchdog = Watchdog(hung, check_s=0.01, checks_max=5)
     assert came.wait(30.0)
     watchdog.stop()
     assert len(calls) == 1

@@ -125,7 +125,7 @@ class Live:
     def unforeseen(self) -> list[str]:
         """What the keeper says that it had not reckoned with."""
         said = (self.folder.path / "keeper.log").read_text(errors="replace").splitlines()
-        return [line for line in said if "a message failed" in line or "unforeseen" in line or "Traceback" in line]
+        return [line for line in said if "unexpected error" in line or "Traceback" in line]
 
     def settled(self) -> None:
         """All descriptors and connections of others are gone again."""

@@ -1,1 +1,1 @@
-"""Who runs: the state of a launch's attempts, their failures and hangs."""
+"""The attempts of a launch: who runs, what failed, what hangs, what follows."""

@@ -1,4 +1,5 @@
-"""The events that a roster takes and the actions that it asks for. Frozen; no behaviour."""
+"""The events that the roster takes and the actions that it asks for: frozen values without
+behaviour. Pure."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from ckpt.ipc.messages import Failing
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an attempt ended. ``status``: the trainer's, 0: none died; ``text`` about a rank begins
-    with ``rank N``.
+    """Why an attempt ended. ``status``: the trainer's exit status; 0: none died. A ``text`` about a
+    rank begins with ``rank N``.
 
-    ``kind``: died, error, hang, supervisor, preempted, missing, cut, overdue (this node could not
-    act for a while: no fault of the program's), or elsewhere (on another node, which is judged
-    there).
+    ``kind``: died, error, hang, supervisor (lost), preempted, missing, cut (rank 0's node is
+    unreachable), overdue (this node could not act for a while: no fault of the program), or
+    elsewhere (on another node, where it is decided).
     """
 
     rank: int
@@ -29,8 +30,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class SupervisorJoined:
-    """A supervisor said hello, its trainer (if it had one) dead. ``status``: how that one had ended
-    by itself, if it had."""
+    """A supervisor is ready: it runs no trainer. ``status``: how its last trainer ended by itself,
+    if it did."""
 
     rank: int
     peer: int
@@ -50,7 +51,7 @@ class TrainerStarted:
 
 @dataclass(frozen=True, slots=True)
 class TrainerFailing:
-    """A trainer told the exception that it is about to die of."""
+    """A trainer reported the exception that it is about to die of."""
 
     rank: int
     attempt: int
@@ -59,7 +60,7 @@ class TrainerFailing:
 
 @dataclass(frozen=True, slots=True)
 class TrainerFinished:
-    """A trainer's decorated call returned: what follows is the rest of its program, and not to be
+    """A trainer's decorated call returned. What follows is the rest of its program, which must not
     run twice."""
 
     rank: int
@@ -68,7 +69,7 @@ class TrainerFinished:
 
 @dataclass(frozen=True, slots=True)
 class TrainerEntered:
-    """A trainer's decorated call began: the first one, or one after others have returned."""
+    """A trainer's decorated call began: the first one, or one after earlier calls have returned."""
 
     rank: int
     attempt: int
@@ -76,8 +77,8 @@ class TrainerEntered:
 
 @dataclass(frozen=True, slots=True)
 class TrainerDied:
-    """A trainer ended by itself, or ``overdue``: see Died. ``completed``: the most steps that any
-    rank had completed (-1)."""
+    """A trainer ended by itself, or was ``overdue``: see the message ``Died``. ``completed``: the
+    most steps of any rank; -1 for none."""
 
     rank: int
     attempt: int
@@ -100,7 +101,7 @@ class Hung:
 
 @dataclass(frozen=True, slots=True)
 class TrainerKilled:
-    """Nothing of the attempt's process group is left on this rank."""
+    """No process of the attempt is left on this rank."""
 
     rank: int
     attempt: int
@@ -108,7 +109,7 @@ class TrainerKilled:
 
 @dataclass(frozen=True, slots=True)
 class SupervisorLeft:
-    """A supervisor's connection ended: as planned or cut off."""
+    """A supervisor's connection ended; ``planned``: it said so before."""
 
     rank: int
     peer: int
@@ -119,19 +120,19 @@ class SupervisorLeft:
 
 @dataclass(frozen=True, slots=True)
 class PreemptRequested:
-    """Somebody asked the job to stop."""
+    """The job is to stop, for example because a launcher got SIGTERM."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraceExpired:
-    """A preempted job took too long."""
+    """A preempted job did not stop in time."""
 
     at_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class GatheringTimedOut:
-    """Some ranks did not come in time; ``text`` names them."""
+    """Some ranks did not join in time; ``text`` names them."""
 
     text: str
     at_s: float
@@ -139,7 +140,7 @@ class GatheringTimedOut:
 
 @dataclass(frozen=True, slots=True)
 class Rank0Unreachable:
-    """Of a job with several nodes: this one can't speak to the node of rank 0 any more."""
+    """Of a job with several nodes: this node lost its connection to the node of rank 0."""
 
     attempt: int
     text: str
@@ -149,8 +150,8 @@ class Rank0Unreachable:
 
 @dataclass(frozen=True, slots=True)
 class EpochChanged:
-    """The job's nodes have a new epoch. ``placed``: it has ranks for this node; ``text`` says why
-    it came."""
+    """The membership has a new epoch. ``placed``: it has ranks for this node; ``text``: why it was
+    opened."""
 
     number: int
     placed: bool
@@ -160,7 +161,7 @@ class EpochChanged:
 
 @dataclass(frozen=True, slots=True)
 class JobEnded:
-    """Who leads the job's nodes decided that there is no next attempt anywhere."""
+    """The leader of the job's nodes decided that no attempt follows on any node."""
 
     status: int
     text: str
@@ -203,7 +204,8 @@ class KillAll:
 
 @dataclass(frozen=True, slots=True)
 class AttemptOver:
-    """Nothing of ``attempt`` lives any more; ``failure`` says why. Before the next one starts."""
+    """No process of ``attempt`` is left; ``failure`` says why it ended. Precedes the start of the
+    next one."""
 
     attempt: int
     failure: Failure
@@ -211,15 +213,15 @@ class AttemptOver:
 
 @dataclass(frozen=True, slots=True)
 class LeaveAll:
-    """Every supervisor that is left exits with ``status``; ``text`` for people.
+    """Every remaining supervisor exits with ``status``; ``text`` is for people.
 
-    ``held``: first what only memory holds goes to a store. Not where the launcher starts the
+    ``flush_first``: what only memory holds is made durable before. Not if the launcher starts the
     program again at once.
     """
 
     status: int
     text: str
-    held: bool = True
+    flush_first: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +234,13 @@ class LeaveOne:
 
 @dataclass(frozen=True, slots=True)
 class RequestStop:
-    """Ask the trainers to stop at a boundary."""
+    """Ask the trainers to stop at a step boundary."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestEpoch:
-    """Of a job with several nodes: this node is ready for the next epoch. ``failure``: why the last
-    one ended here, if it did.
+    """Of a job with several nodes: this node is ready for the next epoch. ``failure``: why its last
+    attempt ended, if it did.
 
     ``completed``: the most steps that any rank of this node has completed so far.
     """

@@ -1,9 +1,10 @@
-"""What the leader of several nodes makes of their failures: wait for a better explanation, go on,
-or end the job. Pure.
+"""Which failure of an attempt counts, and whether another attempt may follow it, on one node or on
+several. Pure.
 
-Each node tells why its own trainers died (``Failure``). Where another node's death broke their
-collectives that is an exception, which explains nothing. So exceptions wait for ``ECHO_S``,
-everything else is judged at once.
+The roster of each node asks ``assess``. With several nodes their leader asks ``decide``: each node
+reports why its own trainers died. If another node's death broke their collectives, that is an
+exception, which explains nothing. So exceptions wait for ``ECHO_S`` for a better explanation, and
+everything else is decided at once.
 """
 
 from __future__ import annotations
@@ -15,24 +16,25 @@ from dataclasses import dataclass, replace
 from ckpt.ipc.messages import Policy
 from ckpt.keeper.attempts.events import Failure
 
-# Which failure counts, and whether an attempt may follow it. Pure; for a node's roster and for
-# who leads several nodes.
-
 ECHO_S = 1.0
-"""An exception this soon before another trainer's death was told may come from that death."""
+"""An exception at most this long before another trainer's death was reported may come from that
+death."""
 
 OVERDUE_MAX = 20
-"""So often in a row nodes may not be able to act before one new step was completed: what starts
-there starves them."""
+"""How often in a row trainers may be stopped because their node could not act, with no new step:
+they starve the node."""
+
+# ---- one attempt: its cause, and what the failures before it say
 
 
 @dataclass(frozen=True, slots=True)
 class FailureHistory:
-    """What is remembered from failure to failure: how often the same error came, how often nothing
-    was completed.
+    """What is remembered from failure to failure.
 
-    ``overdue``: how often trainers were stopped because their node could not act, with nothing
-    completed in between.
+    ``fingerprint`` and ``step``: of the last failure. ``same``: how often in a row the same error
+    came at the same step. ``stuck``: how many attempts in a row failed without a new step.
+    ``completed``: the most steps of any attempt; -1 for none. ``overdue``: how often in a row
+    trainers were stopped because their node could not act, without a new step.
     """
 
     fingerprint: str = ""
@@ -44,89 +46,90 @@ class FailureHistory:
 
 
 def cause_of(failures: Sequence[Failure]) -> Failure | None:
-    """The failure that is judged: one that needs no other to explain it before exceptions, else the
-    first."""
-    first = min(failures, key=lambda one: one.at_s, default=None)
-    causes = [one for one in failures if one.kind not in ("error", "cut")]
+    """The failure that counts: the first one, unless it is an exception that a death within ECHO_S
+    explains."""
+    first = min(failures, key=lambda failure: failure.at_s, default=None)
+    causes = [failure for failure in failures if failure.kind not in UNEXPLAINED]
     if first is None or not causes:
         return first
-    cause = min(causes, key=lambda one: one.at_s)
+    cause = min(causes, key=lambda failure: failure.at_s)
     return cause if cause.at_s <= first.at_s + ECHO_S else first
 
 
-def after_failure(record: FailureHistory, completed: int) -> FailureHistory:
-    """The record once an attempt failed that had completed so many steps (-1: none)."""
-    moved = completed > record.completed
-    completed = max(completed, record.completed)
+def after_failure(history: FailureHistory, completed: int) -> FailureHistory:
+    """The history after an attempt failed that had completed so many steps (-1: none)."""
+    moved = completed > history.completed
     return replace(
-        record,
-        completed=completed,
-        stuck=0 if moved else record.stuck + 1,
-        overdue=0 if moved else record.overdue,
+        history,
+        completed=max(completed, history.completed),
+        stuck=0 if moved else history.stuck + 1,
+        overdue=0 if moved else history.overdue,
     )
 
 
-def after_overdue(record: FailureHistory, completed: int) -> FailureHistory:
-    """The same where its trainers were stopped because their node could not act: no failure of
-    theirs."""
-    moved = completed > record.completed
-    completed = max(completed, record.completed)
+def after_overdue(history: FailureHistory, completed: int) -> FailureHistory:
+    """The history after trainers were stopped because their node could not act: not counted as a
+    failure of theirs."""
+    moved = completed > history.completed
     return replace(
-        record,
-        completed=completed,
-        stuck=0 if moved else record.stuck,
-        overdue=1 if moved else record.overdue + 1,
+        history,
+        completed=max(completed, history.completed),
+        stuck=0 if moved else history.stuck,
+        overdue=1 if moved else history.overdue + 1,
     )
 
 
 def assess(
-    record: FailureHistory, failure: Failure, policy: Policy
+    history: FailureHistory, failure: Failure, policy: Policy
 ) -> tuple[FailureHistory, str | None]:
-    """The record once ``failure`` was judged, and why no attempt follows: it would only come again.
+    """The history with ``failure`` counted, and why no attempt may follow: it would only repeat.
     None: one may follow."""
     same = failure.kind == "error" and (failure.fingerprint, failure.step) == (
-        record.fingerprint,
-        record.step,
+        history.fingerprint,
+        history.step,
     )
-    record = replace(
-        record,
+    history = replace(
+        history,
         fingerprint=failure.fingerprint,
         step=failure.step,
-        same=record.same + 1 if same else 1,
+        same=history.same + 1 if same else 1,
     )
     if failure.final:
-        return record, failure.text
-    if failure.kind == "error" and record.same >= policy.same_error_max:
+        return history, failure.text
+    if failure.kind == "error" and history.same >= policy.same_error_max:
         return (
-            record,
-            f"{failure.text}; the same error at the same step {record.same} times in a row: a bug, "
-            "no fault",
+            history,
+            f"{failure.text}; the same error at the same step {history.same} times in a row: a "
+            "bug, no fault",
         )
-    if record.overdue >= OVERDUE_MAX:
+    if history.overdue >= OVERDUE_MAX:
         return (
-            record,
-            f"{failure.text}; {record.overdue} times without one new step completed: it starves "
+            history,
+            f"{failure.text}; {history.overdue} times without one new step completed: it starves "
             "its own node",
         )
-    if record.stuck >= policy.stuck_max:
+    if history.stuck >= policy.stuck_max:
         return (
-            record,
-            f"{failure.text}; {record.stuck} failures in a row without one new step completed",
+            history,
+            f"{failure.text}; {history.stuck} failures in a row without one new step completed",
         )
-    return record, None
+    return history, None
 
 
 UNEXPLAINED = ("error", "cut")
-"""What may come from another node's end: an exception, a broken line."""
+"""Kinds of failures that another node's end may cause: an exception, a broken connection."""
+
+
+# ---- several nodes: what their leader decides
 
 
 @dataclass(frozen=True, slots=True)
 class EpochFailures:
-    """What is known to have gone wrong in one epoch. Times are the leader's, when it heard of it.
+    """What is known to have gone wrong in one epoch. Times are when the leader heard of it, by its
+    own clock.
 
-    ``failures`` by node; ``lost``: nodes of the epoch that are dead, since when; ``ended``: those
-    whose ranks all ended well. ``completed``: the most steps that any of them is known to have
-    completed.
+    ``failures`` by node. ``lost``: dead nodes of the epoch, and since when. ``ended``: nodes whose
+    ranks all ended well. ``completed``: the most steps that any of them is known to have completed.
     """
 
     failures: Mapping[str, Failure]
@@ -142,7 +145,7 @@ class NoFailure:
 
 @dataclass(frozen=True, slots=True)
 class WaitForCause:
-    """An exception may yet be explained; judge again then."""
+    """An exception may yet be explained; decide again then."""
 
     until_s: float
 
@@ -167,33 +170,33 @@ EpochDecision = NoFailure | WaitForCause | StartNextEpoch | EndJob
 
 
 def decide(
-    trouble: EpochFailures, record: FailureHistory, policy: Policy, now_s: float
+    known: EpochFailures, history: FailureHistory, policy: Policy, now_s: float
 ) -> EpochDecision:
-    """What follows. ``record`` is what the epoch carries from the ones before."""
+    """What follows. ``history``: as the epoch carries it from the epochs before."""
     failures = [
-        *trouble.failures.values(),
-        *(_lost(node, at_s) for node, at_s in sorted(trouble.lost.items())),
+        *known.failures.values(),
+        *(_lost(node, at_s) for node, at_s in sorted(known.lost.items())),
     ]
     cause = cause_of(failures)
     if cause is None:
         return NoFailure()
-    finals = [one for one in failures if one.final]
-    if finals:  # whatever else happened, that node can't go on
+    finals = [failure for failure in failures if failure.final]
+    if finals:  # whatever else happened, that node can't continue
         cause = finals[0]
     elif cause.kind in UNEXPLAINED and now_s < cause.at_s + ECHO_S:
         return WaitForCause(cause.at_s + ECHO_S)
     if cause.kind == "overdue":
-        record = after_overdue(record, trouble.completed)
-    elif (
-        cause.kind != "node" or trouble.completed >= 0
-    ):  # else nobody could tell yet how far they were
-        record = after_failure(record, trouble.completed)
-    record, why = assess(record, cause, policy)
-    if why is None and trouble.ended:
-        why = f"{cause.text}, after the ranks of another node had ended"
-    if why is None:
-        return StartNextEpoch(record, cause.text)
-    return EndJob(_status(cause), why)
+        history = after_overdue(history, known.completed)
+    elif cause.kind != "node" or known.completed >= 0:
+        # A lost node before any other has reported its steps says nothing about progress: it is not
+        # counted as stuck.
+        history = after_failure(history, known.completed)
+    history, reason = assess(history, cause, policy)
+    if reason is None and known.ended:
+        reason = f"{cause.text}, after the ranks of another node had ended"
+    if reason is None:
+        return StartNextEpoch(history, cause.text)
+    return EndJob(_status(cause), reason)
 
 
 def _lost(node: str, at_s: float) -> Failure:
@@ -205,13 +208,13 @@ def _status(failure: Failure) -> int:
 
 
 def with_global_rank(failure: Failure, first_rank: int) -> Failure:
-    """The same, told of a rank of the whole job instead of one of its node."""
+    """The same failure, with the rank's number in the whole job instead of on its node."""
     if failure.rank < 0:
         return failure
-    rank, here = failure.rank + first_rank, f"rank {failure.rank} "
+    rank, local = failure.rank + first_rank, f"rank {failure.rank} "
     text = (
-        f"rank {rank} {failure.text.removeprefix(here)}"
-        if failure.text.startswith(here)
+        f"rank {rank} {failure.text.removeprefix(local)}"
+        if failure.text.startswith(local)
         else failure.text
     )
     return replace(failure, rank=rank, text=text)

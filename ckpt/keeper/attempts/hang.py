@@ -1,8 +1,8 @@
-"""Does a rank still complete steps? Pure.
+"""Whether a rank still completes steps. Pure.
 
-A step is late when it takes far longer than the job's own steps. The first step (it compiles),
-pauses and debuggers are exempt: there a long wait means nothing. Not so where the process itself is
-stopped (SIGSTOP): nothing that it could be doing takes time.
+A step is late if it takes far longer than the job's own steps. The first step (it may compile),
+pauses and debuggers are exempt: a long wait means nothing there. A stopped process (SIGSTOP) is not
+exempt, whatever its phase, because nothing that it does takes time.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from dataclasses import dataclass
 from ckpt.ipc.board import TrainerPhase
 
 STEP_TIME_FACTOR = 10.0
-"""How many times its longest recent step a job may take for one."""
+"""A step may take this many times the longest recent step of the job."""
 
 CHECKS_PER_TIMEOUT = 8
 CHECK_S_MIN, CHECK_S_MAX = 0.1, 5.0
 
 
 LOOK_GAPS_MAX = 2.0
-"""How much one gap between two looks may count, in times of the usual one: in a longer one the
-watcher itself stood still."""
+"""The most that the gap between two observations counts, in usual gaps. In a longer one the
+observer itself stood still."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a watcher saw of all ranks at ``at_s``, and since when (``idle_s``, its own awake time)
-    nothing of it has changed.
+    """What was observed of all ranks at ``at_s``, and for how long (``idle_s``, the observer's own
+    awake time) it has not changed.
 
-    ``marks`` by rank: anything that changes with each step. No clock of the watched ones counts: a
-    machine that slept, or a group that was frozen, would look like a hang of all.
+    ``marks`` by rank: anything that changes with each step. No clock of the observed processes
+    counts: after a machine slept, or a group of processes was frozen, all of them would seem to
+    hang.
     """
 
     at_s: float
@@ -41,10 +42,11 @@ class Observation:
 def observe(
     before: Observation | None, marks: Mapping[int, object], *, now_s: float, check_s: float
 ) -> Observation:
-    """Look again. Time between two looks counts while both see the same, and LOOK_GAPS_MAX usual
-    gaps at most."""
+    """The next observation. The time since the last one counts if both see the same, and at most
+    LOOK_GAPS_MAX usual gaps of it."""
     if before is None:
         return Observation(now_s, marks, dict.fromkeys(marks, 0.0))
+    # Capped: in a longer gap the observer itself stood still, and the ranks may have as well.
     gap_s = min(max(0.0, now_s - before.at_s), LOOK_GAPS_MAX * check_s)
     missing = object()
     idle_s = {
@@ -59,8 +61,7 @@ class Pulse:
     """What the board says of one rank, how long it stands still, and whether a debugger holds its
     process.
 
-    ``stopped``: the system keeps the process from running, and nobody but the one who stopped it
-    will change that.
+    ``stopped``: the process is stopped by a signal, and only another signal lets it run again.
     """
 
     rank: int
@@ -74,23 +75,23 @@ class Pulse:
 
 
 def timeout_s(pulses: Sequence[Pulse], *, floor_s: float) -> float:
-    """How long a step of this job may take: the floor, or more where the job's own steps are
-    long."""
+    """How long a step of this job may take: the floor, or more if the job's own steps are long."""
     return max(
         floor_s, STEP_TIME_FACTOR * max((pulse.longest_step_s for pulse in pulses), default=0.0)
     )
 
 
 def hung_ranks(pulses: Sequence[Pulse], *, floor_s: float) -> tuple[int, ...]:
-    """The ranks that stand still, those furthest behind first; none where ``floor_s`` is 0.
+    """The ranks that stand still, the furthest behind first; none if ``floor_s`` is 0.
 
-    Nobody counts while any rank is exempt: the others may be waiting for it, which is no fault of
-    theirs. A stopped process is never exempt.
+    While a rank is exempt none is reported: the others may be waiting for it. A stopped process is
+    never exempt.
     """
     if not floor_s or not pulses:
         return ()
     limit_s = timeout_s(pulses, floor_s=floor_s)
     training = [pulse for pulse in pulses if pulse.phase is not TrainerPhase.FINISHED]
+    # A stopped process first: it holds up all others, which may be exempt or not late yet.
     halted = [
         pulse for pulse in training if pulse.stopped and not pulse.traced and pulse.idle_s > limit_s
     ]
@@ -101,6 +102,7 @@ def hung_ranks(pulses: Sequence[Pulse], *, floor_s: float) -> tuple[int, ...]:
         for pulse in training
     ):
         return ()
+    # The rank furthest behind is the likely cause; the others wait for it in a collective.
     late = [pulse for pulse in training if pulse.idle_s > limit_s]
     return tuple(
         pulse.rank for pulse in sorted(late, key=lambda pulse: (pulse.completed, -pulse.idle_s))
@@ -108,5 +110,5 @@ def hung_ranks(pulses: Sequence[Pulse], *, floor_s: float) -> tuple[int, ...]:
 
 
 def check_interval_s(floor_s: float) -> float:
-    """How often to look."""
+    """How often to observe."""
     return min(CHECK_S_MAX, max(CHECK_S_MIN, floor_s / CHECKS_PER_TIMEOUT))

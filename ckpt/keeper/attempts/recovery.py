@@ -1,9 +1,9 @@
-"""One recovery, told: from the failure to the first new step, cut into phases. Pure.
+"""One recovery, from the failure to the first new step, as a list of phases. Pure.
 
-Phases, each from the end of the one before: ``kill`` (all trainers dead), ``fork`` (the slowest
-rank's function entered), ``rendezvous`` (its process group made; 0 where none is), ``build`` (its
-first track call), ``restore``, ``step`` (the first new step complete). ``detect`` is the time from
-the death to the keeper's knowing.
+Each phase begins where the one before ended: ``kill`` (all trainers dead), ``fork`` (the slowest
+rank's function entered), ``rendezvous`` (its process group made; absent if there is none),
+``build`` (its first track call), ``restore``, ``step`` (the first new step complete). ``detect`` is
+the time from the death until the keeper knew of it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ NAMES = {
 
 @dataclass(slots=True)
 class Recovery:
-    """One recovery as it goes on. Times are CLOCK_MONOTONIC seconds; ``points`` by rank and
-    name."""
+    """One recovery in progress. Times are CLOCK_MONOTONIC seconds; ``points``: the milestones of
+    each rank, by name."""
 
     attempt: int
     failure: Failure
@@ -40,7 +40,7 @@ class Recovery:
     points: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def reach(self, rank: int, name: str, at_s: float) -> None:
-        """A rank reached a point; the first time counts."""
+        """A rank reached a milestone; only the first time counts."""
         if name in POINTS:
             self.points.setdefault(rank, {}).setdefault(name, at_s)
 
@@ -50,12 +50,12 @@ class Recovery:
 
     @property
     def steps_lost(self) -> int:
-        """Completed steps that have to be done again."""
+        """Completed steps that must be done again."""
         resumed = self.resume.step if self.resume is not None else 0
         return max(0, self.completed - resumed)
 
     def phases(self) -> dict[str, float]:
-        """Seconds of each phase, in order; a phase that did not happen is left out."""
+        """Seconds of each phase, in order, without phases that did not occur."""
         began_s = min(self.failure.at_s, self.known_s)
         found = {"detect": self.known_s - began_s, "kill": max(0.0, self.killed_s - self.known_s)}
         last_s = self.killed_s
@@ -91,6 +91,6 @@ class Recovery:
         at = f"step {self.resume.step}" if self.resume is not None else "the start"
         return (
             f"recovered in {self.seconds:.3f} s: {self.failure.text} with {max(0, self.completed)} "
-            "steps complete; "
-            f"all ranks went on from {at} ({phases}); {self.steps_lost} steps redone"
+            f"steps complete; all ranks went on from {at} ({phases}); {self.steps_lost} steps "
+            "redone"
         )

@@ -1,12 +1,12 @@
-"""Who trains on this node, and what to do when one of them fails. Pure: events in, a new roster and
-actions out.
+"""Who trains on this node, and what to do if a trainer fails: events in, a new roster and actions
+out. Pure.
 
 A roster is one launch of a program with supervisors. Its attempts follow each other: all ranks
-start, one fails, all are killed, all start again. Only the first failure of an attempt is judged;
-what comes after it is an echo.
+start, one fails, all are killed, all start again. Only the first failure of an attempt counts;
+later ones are its echo.
 
-Where the job has several nodes (``shared``), attempts are epochs of their membership: a roster is
-told when one begins, and only tells why its own ranks failed. Who leads the nodes judges.
+If the job has several nodes (``shared``), its attempts are epochs of their membership: the roster
+learns when one begins, and only reports why its own ranks failed. The leader of the nodes decides.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ PREEMPTED_STATUS = 128 + signal.SIGTERM
 
 
 class RosterState(enum.Enum):
-    """What a roster is doing."""
+    """What the launch is doing: gathering supervisors, waiting for an epoch, running, killing, or
+    over."""
 
     GATHERING = "gathering"
     WAITING = "waiting"
@@ -62,7 +63,7 @@ class RosterState(enum.Enum):
 
 
 class RankState(enum.Enum):
-    """What a rank's trainer is doing."""
+    """What the trainer of one rank is doing."""
 
     IDLE = "idle"
     STARTING = "starting"
@@ -77,8 +78,8 @@ _LIVE = (RankState.STARTING, RankState.ALIVE)
 
 @dataclass(frozen=True, slots=True)
 class RosterEntry:
-    """One rank: the connection of its supervisor, and its trainer. ``finished``: that one is in the
-    rest of its program."""
+    """One rank: the connection of its supervisor, and its trainer. ``finished``: the trainer's
+    decorated call has returned."""
 
     rank: int
     peer: int
@@ -92,11 +93,11 @@ class RosterEntry:
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """One launch. ``members`` by rank; ``failures`` are those of the attempt that is being killed.
+    """One launch. ``members`` by rank; ``failures``: those of the attempt that is being killed.
 
-    ``status``: what it was told to leave with, once it is over. ``came``: the newest epoch of
-    several nodes, and whether it has ranks for this one; ``ended``: what the nodes' leader told all
-    to leave with, while trainers are still being killed for it.
+    ``status``: what supervisors leave with, once it is over. With several nodes, ``newest_epoch``:
+    the newest epoch, and whether it has ranks for this node; ``job_ended``: the leader's decision
+    to end the job, while trainers are still being killed for it.
     """
 
     launch: str
@@ -110,25 +111,23 @@ class Roster:
     preempted: bool = False
     status: int = 0
     shared: bool = False
-    came: EpochChanged | None = None
-    ended: JobEnded | None = None
+    newest_epoch: EpochChanged | None = None
+    job_ended: JobEnded | None = None
 
     @property
     def failure(self) -> Failure | None:
-        """The failure that is judged: one that needs no other to explain it before exceptions, else
-        the first."""
+        """The failure that counts: see ``cause_of``."""
         return cause_of(self.failures)
 
 
 def step(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]]:
     """The roster after ``event``, and what is to be done, in order. Events of dead attempts change
     nothing."""
-    if (
-        roster.state is RosterState.OVER
-    ):  # who comes too late goes at once: nobody else would tell it to
-        return roster, [LeaveOne(event.rank, roster.status)] if isinstance(
-            event, SupervisorJoined
-        ) else []
+    if roster.state is RosterState.OVER:
+        # A supervisor that joins too late leaves at once: no later action would tell it to.
+        if isinstance(event, SupervisorJoined):
+            return roster, [LeaveOne(event.rank, roster.status)]
+        return roster, []
     # While ranks gather or wait no attempt lives: the number is that of the last one, perhaps an
     # earlier keeper's.
     live = (
@@ -162,7 +161,7 @@ def step(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]
 
 
 def _of_job(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]]:
-    """What concerns all ranks."""
+    """Events that concern all ranks."""
     match event:
         case PreemptRequested():
             return _preempted(roster)
@@ -186,7 +185,7 @@ def _of_job(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterActi
                 _leave(roster, Failure(-1, "missing", text, 1, at_s)) if gathering else (roster, [])
             )
         case _:
-            raise AssertionError(f"an event that nobody takes: {event}")
+            raise AssertionError(f"unknown event: {event}")
 
 
 def _preempted(roster: Roster) -> tuple[Roster, list[RosterAction]]:
@@ -204,14 +203,15 @@ def _preempted(roster: Roster) -> tuple[Roster, list[RosterAction]]:
 
 def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterAction]]:
     ended = event.status is not None and _well(roster, event.status)
-    member = RosterEntry(
+    entry = RosterEntry(
         event.rank, event.peer, event.pid, seat=RankState.ENDED if ended else RankState.IDLE
     )
-    roster = replace(roster, members={**roster.members, member.rank: member})
+    roster = replace(roster, members={**roster.members, entry.rank: entry})
     leaves: list[RosterAction] = [LeaveOne(event.rank, event.status or 0)] if ended else []
     if roster.state is not RosterState.GATHERING or len(roster.members) < roster.ranks:
         return roster, leaves
-    ends = [one.seat is RankState.ENDED for one in roster.members.values()]
+    ends = [entry.seat is RankState.ENDED for entry in roster.members.values()]
+    # Trainers may have ended by themselves while no keeper was there to hear of it.
     if all(ends):
         return replace(roster, state=RosterState.OVER, status=event.status or 0), leaves
     if any(ends):
@@ -223,27 +223,34 @@ def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterA
 
 
 def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterAction]]:
-    """Nothing lives here: start at once where a newer epoch has come, else ask for one, or say that
+    """No trainer lives here: start if a newer epoch has arrived, else ask for one, or report that
     none can follow here."""
     last = failure is not None and _is_last(roster)
     roster = replace(roster, state=RosterState.WAITING, failures=())
-    came = roster.came
+    newest = roster.newest_epoch
     if roster.preempted and failure is None:
         failure, last = Failure(-1, "preempted", "preempted before its first epoch", 0, 0.0), True
-    if came is not None and came.number > roster.attempt and not last:
-        return _start(roster) if came.placed else (roster, [])
-    told = replace(failure, final=True) if failure is not None and last else failure
-    return roster, [RequestEpoch(told, roster.record.completed)]
+    if newest is not None and newest.number > roster.attempt and not last:
+        # An epoch without ranks for this node: as a standby it waits for one that has some.
+        return _start(roster) if newest.placed else (roster, [])
+    if failure is not None and last:
+        failure = replace(failure, final=True)
+    return roster, [RequestEpoch(failure, roster.record.completed)]
 
 
 def _epoch(roster: Roster, event: EpochChanged) -> tuple[Roster, list[RosterAction]]:
-    """A newer epoch ends what runs under an older one; it begins once nothing of that lives."""
-    known = (roster.came.number, roster.came.placed) if roster.came is not None else (0, False)
-    # A node that is out of the membership says so as an epoch that has no place for it; the real
-    # one may yet have one.
+    """A newer epoch ends an attempt of an older one, and begins once nothing of that one lives."""
+    known = (
+        (roster.newest_epoch.number, roster.newest_epoch.placed)
+        if roster.newest_epoch is not None
+        else (0, False)
+    )
+    # A node that lost its membership gets an epoch without a place for it, numbered as the next.
+    # The real epoch of that number may have one, so of equal numbers the placed one is newer.
     if event.number <= roster.attempt or (event.number, event.placed) <= known:
         return roster, []
-    roster = replace(roster, came=event)
+    # Remembered in any state: an epoch may arrive while trainers of the last one are being killed.
+    roster = replace(roster, newest_epoch=event)
     if roster.state is RosterState.RUNNING:
         return _fail(
             roster, Failure(-1, "elsewhere", event.text, 0, event.at_s), roster.record.completed
@@ -254,27 +261,29 @@ def _epoch(roster: Roster, event: EpochChanged) -> tuple[Roster, list[RosterActi
 
 
 def _job_ended(roster: Roster, event: JobEnded) -> tuple[Roster, list[RosterAction]]:
-    roster = replace(roster, ended=event)
+    roster = replace(roster, job_ended=event)
     failure = Failure(-1, "elsewhere", event.text, event.status, event.at_s)
     if roster.state in (RosterState.RUNNING, RosterState.KILLING):
         return _fail(roster, failure, roster.record.completed)
     if event.status == 0:  # it held no rank, and none is needed any more
-        return replace(roster, state=RosterState.OVER), [LeaveAll(0, event.text, held=False)]
+        return replace(roster, state=RosterState.OVER), [LeaveAll(0, event.text, flush_first=False)]
     return _leave(roster, failure)
 
 
 def _well(roster: Roster, status: int) -> bool:
-    """Whether a trainer that ended so was done."""
+    """Whether a trainer with this exit status was done."""
     return status == 0 or (roster.preempted and status == PREEMPTED_STATUS)
 
 
 def _start(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     attempt = (
-        roster.came.number if roster.shared and roster.came is not None else roster.attempt + 1
+        roster.newest_epoch.number
+        if roster.shared and roster.newest_epoch is not None
+        else roster.attempt + 1
     )
     members = {
-        rank: replace(one, seat=RankState.STARTING, trainer_pid=0, failing=None, finished=False)
-        for rank, one in roster.members.items()
+        rank: replace(entry, seat=RankState.STARTING, trainer_pid=0, failing=None, finished=False)
+        for rank, entry in roster.members.items()
     }
     started = replace(
         roster, attempt=attempt, state=RosterState.RUNNING, members=members, failures=()
@@ -285,48 +294,51 @@ def _start(roster: Roster) -> tuple[Roster, list[RosterAction]]:
 def _seat(
     roster: Roster, rank: int, *, of: Collection[RankState] = tuple(RankState), **changes: object
 ) -> Roster:
-    """Change what is known of a rank's trainer, where its seat is one ``of`` those."""
+    """Change the entry of a rank if its state is one ``of`` those."""
     if rank not in roster.members or roster.members[rank].seat not in of:
         return roster
-    member = replace(roster.members[rank], **changes)  # type: ignore[arg-type]
-    return replace(roster, members={**roster.members, rank: member})
+    entry = replace(roster.members[rank], **changes)  # type: ignore[arg-type]
+    return replace(roster, members={**roster.members, rank: entry})
 
 
 def _moved_on(roster: Roster) -> Roster:
-    """A decorated call is done, or another one begins: the failures before say nothing about what
-    comes."""
+    """A decorated call is done, or another one begins: earlier failures say nothing about what
+    follows."""
     return replace(roster, record=replace(roster.record, stuck=0))
 
 
 def _entered(roster: Roster, rank: int) -> Roster:
-    """A decorated call began. One after another takes back that its rank had finished; each
-    attempt's first says nothing."""
+    """A decorated call began. After an earlier call had returned, its rank counts as unfinished
+    again.
+
+    The first call of an attempt does not reset the history: every attempt begins with it.
+    """
     again = rank in roster.members and roster.members[rank].finished
     roster = _seat(roster, rank, finished=False, failing=None)
     return _moved_on(roster) if again else roster
 
 
 def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction]]:
-    member = roster.members.get(event.rank)
-    if member is None or member.seat in (RankState.DEAD, RankState.ENDED):
+    entry = roster.members.get(event.rank)
+    if entry is None or entry.seat in (RankState.DEAD, RankState.ENDED):
         return roster, []
     if _well(roster, event.status):
         roster = _seat(roster, event.rank, seat=RankState.ENDED)
         leaves: list[RosterAction] = [LeaveOne(event.rank, event.status)]
-        if (
-            roster.state is RosterState.KILLING
-        ):  # it was done before the kill came: not to be started again
+        if roster.state is RosterState.KILLING:
+            # It was done before the kill reached it, so it must not be started again.
             roster, actions = _gone(roster)
             return roster, [*leaves, *actions]
-        ended = all(one.seat is RankState.ENDED for one in roster.members.values())
+        ended = all(entry.seat is RankState.ENDED for entry in roster.members.values())
         if ended and roster.shared:
             leaves = [ReportEnded(event.status), *leaves]
         return replace(
             roster, state=RosterState.OVER, status=event.status
         ) if ended else roster, leaves
+    # A trainer that reported an exception before it died is judged by that, not by its status.
     roster = _seat(roster, event.rank, seat=RankState.DEAD)
-    failing = member.failing
-    if event.status == -signal.SIGINT:  # somebody wants the end, whatever else went wrong
+    failing = entry.failing
+    if event.status == -signal.SIGINT:  # a person wants the end, whatever else went wrong
         text = f"rank {event.rank} {status_text(event.status)}"
         failure = Failure(event.rank, "died", text, event.status, event.at_s, final=True)
     elif failing is not None:
@@ -342,7 +354,8 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
         )
     elif event.overdue:
         text = (
-            f"rank {event.rank} was stopped, because its node had lost touch with the job's others"
+            f"rank {event.rank} was stopped, because its node had lost contact with the job's "
+            "other nodes"
         )
         failure = Failure(event.rank, "overdue", text, event.status, event.at_s)
     else:
@@ -357,26 +370,28 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
 
 
 def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[RosterAction]]:
-    member = roster.members.get(event.rank)
-    if member is None or member.peer != event.peer:
+    entry = roster.members.get(event.rank)
+    if entry is None or entry.peer != event.peer:
         return roster, []
-    if member.seat is RankState.ENDED and roster.state is RosterState.GATHERING:
-        return roster, []  # it has come, and that it ended is known to those who come later
-    members = {rank: one for rank, one in roster.members.items() if rank != event.rank}
+    if entry.seat is RankState.ENDED and roster.state is RosterState.GATHERING:
+        return roster, []  # it has joined; that it ended is remembered for those that join later
+    members = {rank: entry for rank, entry in roster.members.items() if rank != event.rank}
     roster = replace(roster, members=members)
-    if member.seat is RankState.ENDED:
+    if entry.seat is RankState.ENDED:
         return (replace(roster, state=RosterState.OVER) if not members else roster), []
     text = f"the supervisor of rank {event.rank} {'left' if event.planned else 'was cut off'}"
     return _fail(roster, Failure(event.rank, "supervisor", text, 1, event.at_s), event.completed)
 
 
 def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, list[RosterAction]]:
-    """Note a failure; the first one has everything killed."""
+    """Note a failure; the first one of an attempt has all trainers killed."""
     roster = replace(roster, failures=(*roster.failures, failure))
     if roster.state in (RosterState.GATHERING, RosterState.WAITING):
         return _leave(roster, failure)
     if roster.state is RosterState.KILLING:
         return _gone(roster)
+    # All trainers are killed, also healthy ones: a communicator with a lost rank can't be repaired,
+    # and their state is in the slots.
     killing = replace(
         roster, state=RosterState.KILLING, record=after_failure(roster.record, completed)
     )
@@ -385,31 +400,37 @@ def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, lis
 
 
 def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
-    """Once all are dead: judge, then start again or end."""
-    left = [one for one in roster.members.values() if one.seat in _LIVE]
+    """Once all are dead: decide, then start again or end."""
+    left = [entry for entry in roster.members.values() if entry.seat in _LIVE]
     failure = roster.failure
     if roster.state is not RosterState.KILLING or left or failure is None:
         return roster, []
+    # All dead: only now is known what all died of, and the next attempt must not meet a live one.
     over = AttemptOver(roster.attempt, failure)
-    if roster.ended is not None:
+    if roster.job_ended is not None:
         roster, actions = _leave(
-            roster, Failure(-1, "elsewhere", roster.ended.text, roster.ended.status, failure.at_s)
+            roster,
+            Failure(-1, "elsewhere", roster.job_ended.text, roster.job_ended.status, failure.at_s),
         )
         return roster, [over, *actions]
+    # With several nodes the leader decides. A lost supervisor ends this node's launch in any case:
+    # its launcher starts the program again.
     if roster.shared and failure.kind != "supervisor":
         roster, actions = _wait(roster, failure)
         return roster, [over, *actions]
-    roster, why = _judge(roster, failure)
-    roster, actions = _start(roster) if why is None else _leave(roster, replace(failure, text=why))
+    roster, reason = _judge(roster, failure)
+    roster, actions = (
+        _start(roster) if reason is None else _leave(roster, replace(failure, text=reason))
+    )
     return roster, [over, *actions]
 
 
 def _is_last(roster: Roster) -> bool:
-    """Whether no attempt can follow on this node, whatever the attempt died of."""
+    """Whether no attempt can follow on this node, whatever this one died of."""
     gone = len(roster.members) < roster.ranks or any(
-        one.seat is RankState.ENDED for one in roster.members.values()
+        entry.seat is RankState.ENDED for entry in roster.members.values()
     )
-    return gone or roster.preempted or any(one.finished for one in roster.members.values())
+    return gone or roster.preempted or any(entry.finished for entry in roster.members.values())
 
 
 def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]]:
@@ -419,35 +440,35 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]
         status = 128 - failure.status
     else:
         status = failure.status or 1
-    # The keeper lives on and the launcher starts the program at once where a supervisor was lost:
-    # no need to wait.
-    leave = LeaveAll(status, failure.text, held=failure.kind != "supervisor")
+    # After the loss of a supervisor the launcher starts the program at once, and the keeper lives
+    # on: nothing need be flushed before that.
+    leave = LeaveAll(status, failure.text, flush_first=failure.kind != "supervisor")
     return replace(roster, state=RosterState.OVER, status=status), [leave]
 
 
 def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
-    """The roster with its record brought up to date, and why there is no next attempt; None: start
-    it."""
-    record, why = assess(roster.record, failure, roster.policy)
+    """The roster with its history brought up to date, and why no attempt follows; None: start
+    one."""
+    record, reason = assess(roster.record, failure, roster.policy)
     roster = replace(roster, record=record)
     if roster.preempted or failure.kind == "supervisor" or failure.final:
         return roster, failure.text
     if (
-        any(one.seat is RankState.ENDED for one in roster.members.values())
+        any(entry.seat is RankState.ENDED for entry in roster.members.values())
         or len(roster.members) < roster.ranks
     ):
         return roster, f"{failure.text}, after another rank had ended"
-    if any(one.finished for one in roster.members.values()):
+    if any(entry.finished for entry in roster.members.values()):
         return (
             roster,
             f"{failure.text}, after the training function had returned: the rest of a program is "
             "not run again",
         )
-    return roster, why
+    return roster, reason
 
 
 def status_text(status: int) -> str:
-    """How a process ended, in words."""
+    """How a process ended, for people."""
     if status >= 0:
         return f"exited with {status}"
     try:

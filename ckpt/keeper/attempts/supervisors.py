@@ -1,12 +1,11 @@
-"""Supervisors and their attempts: carries out what the roster decides, watches for hangs, tells
+"""The supervisors of one launch: carries out what the roster decides, reports hangs and
 recoveries."""
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from ckpt.events import Event as Told
-from ckpt.events import Fact
-from ckpt.ipc import messages as words
+from ckpt.events import Event, Fact
+from ckpt.ipc import messages
+from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.ipc.frames import close_fds
 from ckpt.ipc.messages import Hello, Message
 from ckpt.keeper.attempts import roster as rules
@@ -47,39 +46,50 @@ from ckpt.keeper.attempts.hang_watch import HangWatch
 from ckpt.keeper.attempts.recovery import Recovery
 from ckpt.keeper.attempts.roster import RankState, Roster, RosterState
 from ckpt.keeper.connection import ClientConnection
-from ckpt.keeper.job import Job
+from ckpt.keeper.job_state import JobState
 from ckpt.keeper.trainer_calls import TrainerCalls
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported for a job with several nodes only
     from ckpt.keeper.nodes.nodes import Nodes
 
-GATHER_TELL_S = 30.0
-"""Ranks that come later than this are asked for by name."""
+GATHER_REPORT_S = 30.0
+"""Ranks that have not joined by then are named to the user."""
 GATHER_MAX_S = 600.0
-"""How long those that have come wait for the others."""
+"""How long the ranks that have joined wait for the others."""
 
 RECOVERIES_KEPT = 20
 
 
 class Supervisors:
-    """The supervisors of one launch."""
+    """The supervisors of one launch. ``drain`` reads what trainers sent before they died.
 
-    def __init__(self, job: Job, trainer_calls: TrainerCalls, *, stacks: Path) -> None:
-        self._job = job
-        self._desk = trainer_calls
-        self._watch = HangWatch(job, stacks=stacks)
+    The roster decides (it is pure); this class turns messages and time into its events and carries
+    out its actions. It has more attributes than usual because each is one deadline or memory of the
+    launch that only it uses.
+    """
+
+    def __init__(
+        self, state: JobState, calls: TrainerCalls, *, stacks: Path, drain: Callable[[], object]
+    ) -> None:
+        self._state = state
+        self._calls = calls
+        self._drain = drain
+        self._watch = HangWatch(state, stacks=stacks)
         self.roster: Roster | None = None
         self.recoveries: deque[Mapping[str, Fact]] = deque(maxlen=RECOVERIES_KEPT)
         self._recovery: Recovery | None = None
         self._attempt = 0
         self._grace_until_s: float | None = None
-        self._leaving: tuple[float, words.Leave] | None = None
-        """What supervisors are told once all is durable, or at that time at the latest."""
+        self._leaving: tuple[float, messages.Leave] | None = None
+        """What supervisors are sent once all is durable, or at that time at the latest."""
         self._gathering_s = 0.0
-        self._missing_told = False
-        self._waiting: dict[int, int | None] = {}
-        """Supervisors that met an earlier keeper and hand over what they hold; how their trainers
-        had ended by themselves."""
+        self._missing_reported = False
+        self._handing_over: dict[int, int | None] = {}
+        """Supervisors (by connection) that served an earlier keeper and still hand over what they
+        hold.
+
+        The value is the exit status of their trainer, if it ended by itself.
+        """
         self._cut_off = False
 
     @property
@@ -87,323 +97,318 @@ class Supervisors:
         """The attempt that runs, or the last one."""
         return self._attempt
 
-    def join(self, peer: ClientConnection, hello: Hello, *, new: bool) -> None:
-        """A supervisor said hello. One that met an earlier keeper first hands over what it holds
-        and ends with ``Killed``."""
-        job = self._job
-        if (
-            self.roster is None
-            or self.roster.launch != job.launch
-            or (new and self.roster.state is RosterState.OVER)
-        ):
-            self.roster = Roster(
-                job.launch,
-                job.ranks,
-                job.policy,
-                attempt=self._attempt,
-                shared=self._meet_nodes(hello.agent),
-            )
-            self._cut_off = False
-            self._grace_until_s = self._leaving = None
-            self._gathering_s, self._missing_told = time.monotonic(), False
-        met_another = hello.holds or hello.attempt > 0
-        self._attempt = max(self._attempt, hello.attempt)
-        if (
-            self.roster.state is RosterState.GATHERING
-        ):  # numbers of attempts only grow, over keepers too
-            self.roster = replace(self.roster, attempt=self._attempt)
-        job.welcome(peer, hello, attempt=self._attempt, new=met_another)
-        if met_another:
-            self._waiting[peer.number] = None
-        else:
-            self._joined(peer, None)
-
-    def handle(self, peer: ClientConnection, message: Message, fds: list[int]) -> bool:
-        """One message of a supervisor, or of a trainer about its fate; False where it is neither.
-        Owns ``fds``."""
-        job = self._job
-        match message:
-            case words.Started():
-                self._on(
-                    TrainerStarted(peer.rank, message.attempt, message.trainer_pid, message.how)
-                )
-                if self._recovery is not None and message.attempt == self._attempt:
-                    self._recovery.how = message.how
-            case words.Died() if peer.number in self._waiting:
-                self._waiting[peer.number] = message.status
-            case words.Died():
-                job.drain()
-                self._on(
-                    TrainerDied(
-                        peer.rank,
-                        message.attempt,
-                        message.status,
-                        message.at_s,
-                        job.completed(),
-                        message.overdue,
-                    )
-                )
-            case words.Killed():
-                if peer.number in self._waiting:
-                    self._joined(peer, self._waiting.pop(peer.number))
-                else:
-                    self._on(TrainerKilled(peer.rank, message.attempt))
-            case words.Preempt():
-                self._preempt(message.grace_s)
-            case words.SlotKept() if fds and job.slots is not None:
-                if (message.rank, message.index) not in {
-                    (slot.rank, slot.index) for slot in job.slots
-                }:
-                    job.slots.add(message.rank, message.index, fds[0], message.size_bytes)
-                    return True
-                close_fds(fds)
-            case words.BoardKept() if fds:
-                job.adopt_board(fds[0])
-            case _:
-                return self._take_of_trainer(peer, message)
-        return True
-
-    def _take_of_trainer(self, peer: ClientConnection, message: Message) -> bool:
-        match message:
-            case words.Failing():
-                self._on(TrainerFailing(peer.rank, peer.attempt, message))
-            case words.Finished():
-                self._on(TrainerFinished(peer.rank, peer.attempt))
-            case words.Phase():
-                if message.name == "entered":
-                    self._on(TrainerEntered(peer.rank, peer.attempt))
-                self._phase(peer.rank, message)
-            case _:
-                return False
-        return True
-
     @property
     def supervised(self) -> bool:
-        """Whether a launch with supervisors is here."""
-        return self.roster is not None and self.roster.launch == self._job.launch
+        """Whether the current launch has supervisors."""
+        return self.roster is not None and self.roster.launch == self._state.launch.id
 
     @property
     def cut_off(self) -> bool:
-        """Whether a supervisor of the launch went without a word: the launcher starts the program
-        anew."""
+        """Whether a supervisor of the launch was lost: then the launcher starts the program
+        again."""
         return self.supervised and self._cut_off
 
     @property
     def ended_well(self) -> bool:
-        """Whether the launch ran to an end of its own: nobody will come back for it."""
-        return (
-            self.roster is not None
-            and self.supervised
-            and self.roster.state is RosterState.OVER
-            and not self._cut_off
-        )
+        """Whether the launch ended as it should: no process returns for it."""
+        over = self.roster is not None and self.roster.state is RosterState.OVER
+        return over and self.supervised and not self._cut_off
 
-    def repeat_stop(self, peer: ClientConnection) -> None:
-        """A trainer came after the job was asked to stop: tell it too."""
+    # ---- messages
+
+    def join(self, client: ClientConnection, hello: Hello, *, new: bool) -> None:
+        """A supervisor said hello. If it served an earlier keeper it first hands over its slots,
+        then sends ``Killed``."""
+        state = self._state
+        if (
+            self.roster is None
+            or self.roster.launch != state.launch.id
+            or (new and self.roster.state is RosterState.OVER)
+        ):
+            self.roster = Roster(
+                state.launch.id,
+                state.memory.ranks,
+                state.launch.policy,
+                attempt=self._attempt,
+                shared=self._enter_cluster(hello.agent),
+            )
+            self._cut_off = False
+            self._grace_until_s = self._leaving = None
+            self._gathering_s, self._missing_reported = time.monotonic(), False
+        served_another = hello.holds or hello.attempt > 0
+        self._attempt = max(self._attempt, hello.attempt)
+        if (
+            self.roster.state is RosterState.GATHERING
+        ):  # attempt numbers only grow, also from keeper to keeper
+            self.roster = replace(self.roster, attempt=self._attempt)
+        state.welcome(client, hello, attempt=self._attempt, new=served_another)
+        if served_another:
+            self._handing_over[client.number] = None
+        else:
+            self._joined(client, None)
+
+    def handle(self, client: ClientConnection, message: Message, fds: list[int]) -> bool:
+        """Take one message of a supervisor, or of a trainer about its fate; False for any other.
+        Owns ``fds``."""
+        memory = self._state.memory
+        match message:
+            case messages.Started():
+                self._on(
+                    TrainerStarted(client.rank, message.attempt, message.trainer_pid, message.how)
+                )
+                if self._recovery is not None and message.attempt == self._attempt:
+                    self._recovery.how = message.how
+            case messages.Died() if client.number in self._handing_over:
+                self._handing_over[client.number] = message.status
+            case messages.Died():
+                # The trainer may have sent its exception before it died: read that first, it
+                # explains the death.
+                self._drain()
+                self._on(
+                    TrainerDied(
+                        client.rank,
+                        message.attempt,
+                        message.status,
+                        message.at_s,
+                        memory.completed(),
+                        message.overdue,
+                    )
+                )
+            case messages.Killed():
+                if client.number in self._handing_over:
+                    self._joined(client, self._handing_over.pop(client.number))
+                else:
+                    self._on(TrainerKilled(client.rank, message.attempt))
+            case messages.Preempt():
+                self._preempt(message.grace_s)
+            case messages.SlotKept() if fds and memory.slots is not None:
+                # Several supervisors hold the same slots: the first that hands one over counts.
+                if (message.rank, message.index) not in {
+                    (slot.rank, slot.index) for slot in memory.slots
+                }:
+                    memory.slots.add(message.rank, message.index, fds[0], message.size_bytes)
+                    return True
+                close_fds(fds)
+            case messages.BoardKept() if fds:
+                memory.adopt_board(fds[0])
+            case _:
+                return self._handle_of_trainer(client, message)
+        return True
+
+    def _handle_of_trainer(self, client: ClientConnection, message: Message) -> bool:
+        match message:
+            case messages.Failing():
+                self._on(TrainerFailing(client.rank, client.attempt, message))
+            case messages.Finished():
+                self._on(TrainerFinished(client.rank, client.attempt))
+            case messages.Phase():
+                if message.name == "entered":
+                    self._on(TrainerEntered(client.rank, client.attempt))
+                self._milestone(client.rank, message)
+            case _:
+                return False
+        return True
+
+    def repeat_stop(self, client: ClientConnection) -> None:
+        """A trainer connected after the job was asked to stop: ask it too."""
         if self._grace_until_s is not None and self.roster is not None and self.roster.preempted:
-            peer.send(words.Stop(grace_s=max(0.1, self._grace_left_s())))
+            client.send(messages.Stop(grace_s=max(0.1, self._grace_left_s())))
 
-    def disconnected(self, peer: ClientConnection) -> None:
+    def disconnected(self, client: ClientConnection) -> None:
         """A supervisor's connection ended."""
-        self._waiting.pop(peer.number, None)
-        now_s = time.monotonic()
-        seat = (
-            self.roster.members[peer.rank].seat
-            if self.roster and peer.rank in self.roster.members
-            else None
-        )
+        self._handing_over.pop(client.number, None)
+        now_s, roster = time.monotonic(), self.roster
+        entry = roster.members.get(client.rank) if roster is not None else None
         self._cut_off |= (
-            not peer.planned
-            and seat is not RankState.ENDED
-            and self.roster is not None
-            and self.roster.state is not RosterState.OVER
+            not client.planned
+            and (entry is None or entry.seat is not RankState.ENDED)
+            and roster is not None
+            and roster.state is not RosterState.OVER
         )
-        self._on(SupervisorLeft(peer.rank, peer.number, peer.planned, now_s, self._job.completed()))
+        completed = self._state.memory.completed()
+        self._on(SupervisorLeft(client.rank, client.number, client.planned, now_s, completed))
+
+    # ---- time
 
     def tick(self) -> float:
-        """Look at the clock; returns seconds until the next look."""
+        """Do what is due; returns the seconds until the next call is needed."""
         now_s = time.monotonic()
         if self._grace_until_s is not None and now_s >= self._grace_until_s:
             self._grace_until_s = None
             self._on(GraceExpired(now_s))
-        if self._leaving is not None and (now_s >= self._leaving[0] or self._all_durable()):
+        if self._leaving is not None and (now_s >= self._leaving[0] or self._state.uploads.idle):
             leave, self._leaving = self._leaving[1], None
-            self._job.say("supervisor", leave)
+            self._state.clients.broadcast("supervisor", leave)
         hung = self._watch.tick(self.roster, now_s)
         if hung is not None:
             self._on(hung)
         if self.roster is not None and self.roster.state is RosterState.GATHERING:
-            self._ask_for_missing(self.roster, now_s)
-        untils_s = [self._grace_until_s, self._leaving[0] if self._leaving is not None else None]
-        waits = [until_s - now_s for until_s in untils_s if until_s is not None]
+            self._check_gathering(self.roster, now_s)
+        deadlines_s = [self._grace_until_s, self._leaving[0] if self._leaving is not None else None]
+        waits_s = [until_s - now_s for until_s in deadlines_s if until_s is not None]
         watch_s = self._watch.wait_s()
-        waits += [watch_s] if watch_s is not None else []
-        waits += [self._job.nodes.tick(now_s)] if self._job.nodes is not None else []
-        return min(waits, default=5.0)
+        if watch_s is not None:
+            waits_s.append(watch_s)
+        waits_s.append(self._state.launch.cluster.tick(now_s))
+        return min(waits_s)
 
-    def _joined(self, peer: ClientConnection, status: int | None) -> None:
-        if self._job.slots is not None:
-            self._job.slots.sync_board()
-        assert peer.hello is not None, "it said hello"
-        if self._job.board is not None and self._job.slots is not None:
-            peer.send(words.KeepBoard(), [self._job.board.fd])
-            for slot in self._job.slots:
-                peer.send(
-                    words.Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes),
-                    [slot.fd],
-                )
-        self._on(SupervisorJoined(peer.rank, peer.number, peer.hello.pid, status))
+    def _check_gathering(self, roster: Roster, now_s: float) -> None:
+        """Name the ranks that do not join. A launcher that starts too few of them would have the
+        others wait in silence."""
+        waited_s = now_s - self._gathering_s
+        if waited_s < GATHER_REPORT_S or (self._missing_reported and waited_s < GATHER_MAX_S):
+            return
+        missing = ", ".join(str(rank) for rank in range(roster.ranks) if rank not in roster.members)
+        text = (
+            f"ranks are missing on this node: {missing} of {roster.ranks} have not joined for "
+            f"{waited_s:.0f} s; start them, or set LOCAL_WORLD_SIZE to the number of ranks on this "
+            "node"
+        )
+        if waited_s >= GATHER_MAX_S:
+            self._on(GatheringTimedOut(text, now_s))
+            return
+        self._missing_reported = True
+        self._state.emit(Event("missing", text, alarm=True))
+        self._state.clients.broadcast("supervisor", messages.PrintLine(text=text, alarm=True))
+
+    # ---- events and actions of the roster
+
+    def _joined(self, client: ClientConnection, status: int | None) -> None:
+        """A supervisor has handed over what it holds: give it all that this keeper holds, and count
+        its rank in."""
+        memory = self._state.memory
+        assert client.hello is not None, "it said hello"
+        if memory.slots is not None:
+            memory.slots.sync_board()
+        if memory.board is not None and memory.slots is not None:
+            client.send(messages.KeepBoard(), [memory.board.fd])
+            for slot in memory.slots:
+                keep = messages.Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes)
+                client.send(keep, [slot.fd])
+        self._on(SupervisorJoined(client.rank, client.number, client.hello.pid, status))
 
     def _on(self, event: RosterEvent) -> None:
         if self.roster is None:
             return
         before = self.roster.state
+        # The new roster is stored before the actions: an action may cause another event at once.
         self.roster, actions = rules.step(self.roster, event)
         for action in actions:
             self._do(action)
         over = self.roster.state is RosterState.OVER and before is not RosterState.OVER
-        if over and not any(
-            isinstance(action, LeaveAll) for action in actions
-        ):  # which keeps the newest by itself
-            self._job.keep_newest()  # no more than a look, where all ended as they should: what they left last is durable
+        # ``LeaveAll`` flushes by itself. If all ranks ended as they should this finds nothing:
+        # their last is durable.
+        if over and not any(isinstance(action, LeaveAll) for action in actions):
+            self._state.uploads.flush_newest()
 
     def _do(self, action: RosterAction) -> None:
-        job = self._job
+        state = self._state
         match action:
             case StartAll(attempt):
                 self._begin(attempt)
-                self._explain()
-                job.say("supervisor", self._start_word(attempt))
+                state.clients.broadcast("supervisor", state.launch.cluster.start_message(attempt))
             case KillAll(attempt, failure):
                 self._watch.stop()
-                self._recovery = Recovery(attempt + 1, failure, job.completed(), time.monotonic())
-                job.say("supervisor", words.Kill(attempt=attempt))
+                self._recovery = Recovery(
+                    attempt + 1, failure, state.memory.completed(), time.monotonic()
+                )
+                state.clients.broadcast("supervisor", messages.Kill(attempt=attempt))
             case AttemptOver():
-                job.drain()
-                if self._recovery is not None:
-                    self._recovery.failure = action.failure
-                    self._recovery.killed_s = time.monotonic()
-                if job.slots is not None and job.uploads is not None:
-                    job.slots.sync_board()
-                    job.uploads.attempt_ended(job.slots.hold_snapshot)
+                self._attempt_over(action)
             case LeaveAll():
-                self._recovery = None  # who starts it again later does not recover from this
+                self._recovery = None  # a later launch does not recover from this failure
                 self._leave(action)
             case LeaveOne(rank, status):
-                job.say("supervisor", words.Leave(status=status), rank=rank)
+                state.clients.broadcast("supervisor", messages.Leave(status=status), rank=rank)
             case RequestEpoch(failure, completed):
-                assert job.nodes is not None and self.roster is not None, "a shared roster"
-                job.nodes.ask(failure, completed, self.roster.attempt)
+                assert self.roster is not None, "it asked"
+                state.launch.cluster.request_epoch(failure, completed, self.roster.attempt)
             case ReportEnded():
-                assert job.nodes is not None, "a shared roster"
-                job.nodes.ended(self._attempt)
+                state.launch.cluster.report_ended(self._attempt)
             case RequestStop():
-                job.say("events", words.Stop(grace_s=max(0.1, self._grace_left_s())))
-
-    def _meet_nodes(self, agent: str) -> bool:
-        """Whether the job may have other nodes: then a launch begins with none known. ``agent``:
-        who launched it here."""
-        job = self._job
-        if job.spec.nodes is None:
-            return False
-        if job.nodes is not None:
-            job.nodes.close()
-        # Only where there are nodes: what they need takes long to import.
-        made: type[Nodes] = import_module("ckpt.keeper.nodes.nodes").Nodes
-        job.nodes = made(job, structs.replace(job.spec.nodes, agent=agent), on=self._on)
-        return True
-
-    def _explain(self) -> None:
-        """Of several nodes the epoch says why the last one ended: what was seen here may only be
-        what came of it."""
-        nodes = self._job.nodes
-        if (
-            self._recovery is not None
-            and nodes is not None
-            and nodes.epoch is not None
-            and nodes.epoch.note.why
-        ):
-            self._recovery.failure = replace(self._recovery.failure, text=nodes.epoch.note.why)
-
-    def _start_word(self, attempt: int) -> words.Start:
-        nodes = self._job.nodes
-        if nodes is None:
-            return words.Start(attempt=attempt, port=_free_port())
-        return words.Start(attempt=attempt, port=nodes.port, seating=nodes.seating)
+                state.clients.broadcast(
+                    "events", messages.Stop(grace_s=max(0.1, self._grace_left_s()))
+                )
 
     def _begin(self, attempt: int) -> None:
         self._attempt = attempt
-        self._desk.begin(attempt)
-        if self._job.board is not None:
-            self._job.board.begin_attempt(attempt)
+        self._calls.begin(attempt)
+        if self._state.memory.board is not None:
+            self._state.memory.board.begin_attempt(attempt)
         self._watch.begin()
+        # With several nodes the epoch says why the last one ended: what failed here may only follow
+        # from that.
+        reason = self._state.launch.cluster.epoch_reason
+        if self._recovery is not None and reason:
+            self._recovery.failure = replace(self._recovery.failure, text=reason)
+
+    def _attempt_over(self, action: AttemptOver) -> None:
+        """No trainer is left: take what they sent and staged, before the next attempt changes slots
+        and board."""
+        self._drain()
+        if self._recovery is not None:
+            self._recovery.failure = action.failure
+            self._recovery.killed_s = time.monotonic()
+        state = self._state
+        if state.memory.slots is not None and state.uploads.current is not None:
+            state.memory.slots.sync_board()
+            state.uploads.attempt_ended()
+
+    def _enter_cluster(self, agent: str) -> bool:
+        """Enter the cluster anew if the job may have several nodes; whether it may. ``agent``: what
+        launched it here."""
+        spec = self._state.spec.nodes
+        if spec is None:
+            return False
+        self._state.launch.enter_cluster(
+            lambda: self._make_nodes(structs.replace(spec, agent=agent))
+        )
+        return True
+
+    def _make_nodes(self, spec: NodesSpec) -> Nodes:
+        made: type[Nodes] = import_module("ckpt.keeper.nodes.nodes").Nodes
+        return made(self._state, spec, on=self._on)
 
     def _leave(self, action: LeaveAll) -> None:
-        """All leave: at once, or once all is durable. Where the last process of a container ends,
-        the keeper ends with it."""
-        job = self._job
-        job.emit(Told("ended", action.text, {"status": action.status}, alarm=True))
-        job.keep_newest()
-        if job.nodes is not None:  # the others go on without this node, or leave too
-            job.nodes.leave()
-        leave = words.Leave(status=action.status, text=action.text)
-        wait_s = min(job.policy.linger_s, job.policy.grace_s)
-        if not action.held or wait_s <= 0 or self._all_durable():
-            job.say("supervisor", leave)
+        """All supervisors leave: at once, or once all is durable. In a container the keeper ends
+        with the last of them."""
+        state = self._state
+        state.emit(Event("ended", action.text, {"status": action.status}, alarm=True))
+        state.uploads.flush_newest()
+        state.launch.cluster.leave()
+        leave = messages.Leave(status=action.status, text=action.text)
+        wait_s = min(state.launch.policy.linger_s, state.launch.policy.grace_s)
+        if not action.flush_first or wait_s <= 0 or state.uploads.idle:
+            state.clients.broadcast("supervisor", leave)
             return
         self._leaving = (time.monotonic() + wait_s, leave)
-        text = f"{action.text}; leaving when what is staged is in the store, in {wait_s:.0f} s at the latest"
-        job.say("supervisor", words.PrintLine(text=text), rank=0)
-
-    def _all_durable(self) -> bool:
-        return self._job.uploads is None or self._job.uploads.idle
-
-    def _ask_for_missing(self, roster: Roster, now_s: float) -> None:
-        """Ranks that don't come are named: a launcher that starts fewer than it says would have the
-        others wait in silence."""
-        waited_s = now_s - self._gathering_s
-        if waited_s < GATHER_TELL_S or (self._missing_told and waited_s < GATHER_MAX_S):
-            return
-        missing = ", ".join(str(rank) for rank in range(roster.ranks) if rank not in roster.members)
         text = (
-            f"ranks are missing on this node: {missing} of {roster.ranks} did not come for "
-            f"{waited_s:.0f} s; start them, or "
-            "set LOCAL_WORLD_SIZE to how many there are on this node"
+            f"{action.text}; leaving when what is staged is in the store, in {wait_s:.0f} s at the "
+            "latest"
         )
-        if waited_s >= GATHER_MAX_S:
-            self._on(GatheringTimedOut(text, now_s))
-            return
-        self._missing_told = True
-        self._job.emit(Told("missing", text, alarm=True))
-        self._job.say("supervisor", words.PrintLine(text=text, alarm=True))
+        state.clients.broadcast("supervisor", messages.PrintLine(text=text), rank=0)
 
     def _preempt(self, grace_s: float) -> None:
         if self._grace_until_s is None:
-            self._grace_until_s = time.monotonic() + min(grace_s, self._job.policy.grace_s)
+            self._grace_until_s = time.monotonic() + min(grace_s, self._state.launch.policy.grace_s)
         self._on(PreemptRequested())
 
     def _grace_left_s(self) -> float:
         return (self._grace_until_s or time.monotonic()) - time.monotonic()
 
-    def _phase(self, rank: int, phase: words.Phase) -> None:
+    def _milestone(self, rank: int, phase: messages.Phase) -> None:
+        """A trainer reached a milestone of its start; the last one of all ranks ends the
+        recovery."""
         recovery = self._recovery
         if recovery is None or recovery.attempt != self._attempt:
             return
         if phase.name == "restored":
-            nodes = self._job.nodes
-            recovery.resume = self._desk.resume if nodes is None else nodes.uploads.resume
+            recovery.resume = self._state.launch.cluster.resumed_from
         recovery.reach(rank, phase.name, phase.at_s)
-        if recovery.done(self._job.ranks):
+        if recovery.done(self._state.memory.ranks):
             self._recovery = None
             self.recoveries.append(recovery.facts())
-            self._job.emit(Told("recovered", recovery.line(), recovery.facts(), alarm=True))
-            self._job.say("supervisor", words.PrintLine(text=recovery.line()), rank=0)
-
-
-def _free_port() -> int:
-    """A port on loopback that nobody listens on now. Whoever takes it in between makes an attempt
-    fail, which is repeated."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+            self._state.emit(Event("recovered", recovery.line(), recovery.facts(), alarm=True))
+            self._state.clients.broadcast(
+                "supervisor", messages.PrintLine(text=recovery.line()), rank=0
+            )

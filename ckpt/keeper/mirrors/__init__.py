@@ -1,1 +1,1 @@
-"""Copies of staged state in the memory of other nodes."""
+"""Copies of staged state in the memory of other nodes. Imported if a job has several nodes."""

@@ -1,7 +1,9 @@
-"""What the nodes of a job hold in memory, and which pairs are complete over all of them. Pure.
+"""What the nodes of a job hold in memory, which snapshots they hold completely, and which they
+mirror next. Pure.
 
-A node's ranks follow each other, and so do the shares that it holds: what it says is of spans of
-ranks, and so is what is worked out of it. So its cost grows with the number of nodes, not of ranks.
+The ranks of a node are consecutive, and so are the shares that it holds: nodes report ranges of
+ranks, and all that is computed from them is ranges. So the cost grows with the number of nodes, not
+of ranks.
 """
 
 from __future__ import annotations
@@ -13,21 +15,21 @@ from itertools import pairwise
 
 from msgspec import structs
 
-from ckpt.cluster.mesh import messages as said
+from ckpt.cluster.mesh import messages as mesh
 from ckpt.cluster.mesh.messages import InventoryEntry, MeshSources
 from ckpt.cluster.peermem.http import RANGES_MAX, ByteRange
 from ckpt.format.part_rules import WORLD_MAX
 from ckpt.values import CHUNK_BYTES, SnapshotId, StagedIndex, StagedShard
 
 SNAPSHOTS_MAX = 8
-"""So many complete pairs are offered to restore from: more are never needed, each slot holds
+"""How many complete snapshots are offered to restore from. More are never needed: each slot holds
 one."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRange:
-    """``ranks`` ranks that follow each other, whose shares the same nodes have: in a slot before as
-    a mirror."""
+    """``ranks`` consecutive ranks whose shares the same nodes have; a node that has one in a slot
+    precedes those with mirrors."""
 
     ranks: int
     nodes: tuple[str, ...]
@@ -35,7 +37,7 @@ class SourceRange:
 
 @dataclass(frozen=True, slots=True)
 class MemorySnapshot:
-    """A pair that can be restored from memory: of a world of ``world_size`` ranks, each rank's
+    """A snapshot that can be restored from memory: a world of ``world_size`` ranks, each rank's
     share at some nodes.
 
     ``spans``: all its ranks, from 0 on.
@@ -52,88 +54,96 @@ class MemorySnapshot:
         return tuple(span.nodes for span in self.spans for _ in range(span.ranks))
 
 
-def merge_ranges(holdings: Iterable[InventoryEntry]) -> list[InventoryEntry]:
-    """The same, where ranks that follow each other are one."""
-    found: list[InventoryEntry] = []
-    for one in sorted(
-        holdings, key=lambda one: (one.snapshot, one.origin, one.world_size, one.mirror, one.rank)
+def merge_ranges(entries: Iterable[InventoryEntry]) -> list[InventoryEntry]:
+    """The same entries, with consecutive ranks merged into one."""
+    merged: list[InventoryEntry] = []
+    for entry in sorted(
+        entries,
+        key=lambda entry: (
+            entry.snapshot,
+            entry.origin,
+            entry.world_size,
+            entry.mirror,
+            entry.rank,
+        ),
     ):
-        last = found[-1] if found else one
-        alike = structs.replace(last, rank=one.rank, ranks=one.ranks) == one
-        if found and alike and one.rank <= last.rank + last.ranks:
-            found[-1] = structs.replace(
-                last, ranks=max(last.ranks, one.rank + one.ranks - last.rank)
+        last = merged[-1] if merged else entry
+        alike = structs.replace(last, rank=entry.rank, ranks=entry.ranks) == entry
+        if merged and alike and entry.rank <= last.rank + last.ranks:
+            merged[-1] = structs.replace(
+                last, ranks=max(last.ranks, entry.rank + entry.ranks - last.rank)
             )
         else:
-            found.append(one)
-    return found
+            merged.append(entry)
+    return merged
 
 
 def complete_snapshots(held: Mapping[str, Sequence[InventoryEntry]]) -> list[MemorySnapshot]:
-    """The pairs of which every rank's share is somewhere, newest first. ``held``: what each node
-    says that it holds."""
-    found = []
+    """The snapshots of which every rank's share is somewhere, newest first. ``held``: what each
+    node reports."""
+    snapshots = []
     for (snapshot, origin, size), segments in _segments(held, with_origin=True).items():
         if all(nodes for _, _, nodes in segments):
-            found.append(MemorySnapshot(snapshot, origin, size, _spans(segments)))
+            snapshots.append(MemorySnapshot(snapshot, origin, size, _spans(segments)))
     # An epoch's number may have been given out twice: the log says which of the two origins counts.
     return sorted(
-        found, key=lambda pair: (pair.snapshot, pair.origin, pair.world_size), reverse=True
+        snapshots, key=lambda each: (each.snapshot, each.origin, each.world_size), reverse=True
     )[:SNAPSHOTS_MAX]
 
 
 def missing_ranks(
     held: Mapping[str, Sequence[InventoryEntry]],
 ) -> dict[SnapshotId, tuple[range, ...]]:
-    """Of the pairs that are not complete: the ranks whose share nobody has. For people."""
-    found = {}
+    """For each snapshot that is not complete, the ranks whose share no node has. For people."""
+    incomplete = {}
     for (snapshot, _, _), segments in sorted(
         _segments(held, with_origin=False).items(), reverse=True
     ):
         missing = tuple(range(start, end) for start, end, nodes in segments if not nodes)
         if missing:
-            found[snapshot] = missing
-    return found
+            incomplete[snapshot] = missing
+    return incomplete
 
 
-def to_message(attempt: int, pairs: Sequence[MemorySnapshot]) -> MeshSources:
-    """What all nodes are told: each node's name once."""
-    names = {node: None for pair in pairs for span in pair.spans for node in span.nodes}
+def to_message(attempt: int, snapshots: Sequence[MemorySnapshot]) -> MeshSources:
+    """What all nodes receive: each node's name occurs once, and ranges refer to it by number."""
+    names = {node: None for each in snapshots for span in each.spans for node in span.nodes}
     numbers = {node: number for number, node in enumerate(names)}
     return MeshSources(
         attempt=attempt,
         nodes=tuple(names),
         pairs=tuple(
             (
-                pair.snapshot,
-                pair.world_size,
+                each.snapshot,
+                each.world_size,
                 tuple(
-                    (span.ranks, tuple(numbers[node] for node in span.nodes)) for span in pair.spans
+                    (span.ranks, tuple(numbers[node] for node in span.nodes)) for span in each.spans
                 ),
             )
-            for pair in pairs
+            for each in snapshots
         ),
     )
 
 
-def from_message(word: MeshSources) -> dict[SnapshotId, tuple[SourceRange, ...]]:
-    """Where the shares of each pair are. A pair of which the word contradicts itself is none.
+def from_message(message: MeshSources) -> dict[SnapshotId, tuple[SourceRange, ...]]:
+    """Where the shares of each snapshot are. A snapshot whose part of the message is inconsistent
+    is left out.
 
-    Of one number that was given out twice the first counts, as in what is offered to restore.
+    Of a number that was given out twice the first counts, as in what is offered to restore.
     """
-    found: dict[SnapshotId, tuple[SourceRange, ...]] = {}
-    for snapshot, size, spans in word.pairs:
-        sound = all(
-            ranks > 0 and nodes and all(0 <= node < len(word.nodes) for node in nodes)
+    sources: dict[SnapshotId, tuple[SourceRange, ...]] = {}
+    for snapshot, size, spans in message.pairs:
+        consistent = all(
+            ranks > 0 and nodes and all(0 <= node < len(message.nodes) for node in nodes)
             for ranks, nodes in spans
         )
-        if sound and size <= WORLD_MAX and sum(ranks for ranks, _ in spans) == size:
+        if consistent and size <= WORLD_MAX and sum(ranks for ranks, _ in spans) == size:
             named = tuple(
-                SourceRange(ranks, tuple(word.nodes[node] for node in nodes))
+                SourceRange(ranks, tuple(message.nodes[node] for node in nodes))
                 for ranks, nodes in spans
             )
-            found.setdefault(snapshot, named)
-    return found
+            sources.setdefault(snapshot, named)
+    return sources
 
 
 _Segment = tuple[int, int, tuple[str, ...]]
@@ -143,58 +153,59 @@ _Segment = tuple[int, int, tuple[str, ...]]
 def _segments(
     held: Mapping[str, Sequence[InventoryEntry]], *, with_origin: bool
 ) -> dict[tuple[SnapshotId, str, int], list[_Segment]]:
-    """Of each pair that somebody has a share of: the whole world in segments, each at the same
-    nodes everywhere."""
+    """For each snapshot of which a node has a share: the whole world in segments, each at the same
+    nodes throughout."""
     changes: dict[tuple[SnapshotId, str, int], dict[int, list[tuple[bool, bool, str]]]] = {}
-    for node, holdings in held.items():
-        for one in holdings:
-            end = one.rank + one.ranks
-            if one.rank < 0 or one.ranks < 1 or not end <= one.world_size <= WORLD_MAX:
+    for node, entries in held.items():
+        for entry in entries:
+            end = entry.rank + entry.ranks
+            if entry.rank < 0 or entry.ranks < 1 or not end <= entry.world_size <= WORLD_MAX:
                 continue
-            at = changes.setdefault(
-                (one.snapshot, one.origin if with_origin else "", one.world_size), {}
+            at_rank = changes.setdefault(
+                (entry.snapshot, entry.origin if with_origin else "", entry.world_size), {}
             )
-            at.setdefault(one.rank, []).append((True, one.mirror, node))
-            at.setdefault(end, []).append((False, one.mirror, node))
-    return {pair: _sweep(pair[2], at) for pair, at in changes.items()}
+            at_rank.setdefault(entry.rank, []).append((True, entry.mirror, node))
+            at_rank.setdefault(end, []).append((False, entry.mirror, node))
+    return {pair: _sweep(pair[2], at_rank) for pair, at_rank in changes.items()}
 
 
 def _sweep(size: int, changes: dict[int, list[tuple[bool, bool, str]]]) -> list[_Segment]:
-    """``changes``: at which rank a node's share begins (True) or ends."""
-    found: list[_Segment] = []
-    there: dict[tuple[bool, str], int] = {}
+    """``changes``: at which ranks a node's share begins (True) or ends."""
+    segments: list[_Segment] = []
+    present: dict[tuple[bool, str], int] = {}
     ranks = sorted({0, size, *changes})
     for start, end in pairwise(ranks):
         for begins, mirror, node in changes.get(start, ()):
-            count = there.get((mirror, node), 0) + (1 if begins else -1)
-            there[mirror, node] = count
+            count = present.get((mirror, node), 0) + (1 if begins else -1)
+            present[mirror, node] = count
             if not count:
-                del there[mirror, node]
-        found.append((start, end, tuple(dict.fromkeys(node for _, node in sorted(there)))))
-    return found
+                del present[mirror, node]
+        segments.append((start, end, tuple(dict.fromkeys(node for _, node in sorted(present)))))
+    return segments
 
 
 def _spans(segments: Sequence[_Segment]) -> tuple[SourceRange, ...]:
-    found: list[SourceRange] = []
+    spans: list[SourceRange] = []
     for start, end, nodes in segments:
-        if found and found[-1].nodes == nodes:
-            found[-1] = SourceRange(found[-1].ranks + end - start, nodes)
+        if spans and spans[-1].nodes == nodes:
+            spans[-1] = SourceRange(spans[-1].ranks + end - start, nodes)
         else:
-            found.append(SourceRange(end - start, nodes))
-    return tuple(found)
+            spans.append(SourceRange(end - start, nodes))
+    return tuple(spans)
 
 
-# Which pair all nodes keep on others next: one for all, named by the node of rank 0. Pure.
+# ---- rounds: which snapshot all nodes mirror next
 #
-# Were each node to keep the newest that it knows of, two nodes' mirrors might be of different
-# pairs, and after a loss none would be whole. So one pair is named, every node keeps it (in its
-# own memory beside the slots, and on its peers), and only when all have it the next one is named
-# and older ones go.
+# If each node mirrored the newest snapshot that it knows of, the mirrors of two nodes might be of
+# different snapshots, and after a loss none would be complete. So the node of rank 0 names one
+# snapshot, every node mirrors it (in its own memory beside the slots, and on its peers), and only
+# when all have it the next one is named and older mirrors go.
 
 
 @dataclass(frozen=True, slots=True)
 class MirrorRound:
-    """``named``: the pair that all nodes keep now; ``kept``: the newest that all have."""
+    """``named``: the snapshot that all nodes mirror now; ``kept``: the newest that all have
+    mirrored."""
 
     named: SnapshotId | None = None
     kept: SnapshotId | None = None
@@ -202,30 +213,30 @@ class MirrorRound:
 
 @dataclass(frozen=True, slots=True)
 class MirrorReport:
-    """What a node says: the last named pair that it has kept everywhere, and the last one that it
-    could not."""
+    """A node's report: the last named snapshot that it has mirrored everywhere, and the last one
+    that it could not."""
 
     mirrored: SnapshotId | None = None
     missed: SnapshotId | None = None
 
 
 def next_round(
-    now: MirrorRound, words: Sequence[MirrorReport | None], complete: SnapshotId | None
+    now: MirrorRound, reports: Sequence[MirrorReport | None], complete: SnapshotId | None
 ) -> MirrorRound:
-    """The round that follows. ``words``: of every node, None from those that said nothing yet;
-    ``complete``: the newest pair.
+    """The round that follows. ``reports``: of every node, None if it sent none yet;
+    ``complete``: the newest snapshot.
 
-    A pair that a node could not keep, because its slot had gone on or a peer had no room, is passed
-    over for a newer one.
+    A snapshot that a node could not mirror, because its slot was reused or a peer had no memory, is
+    passed over for a newer one.
     """
     if now.named is not None and all(
-        word is not None and word.mirrored == now.named for word in words
+        report is not None and report.mirrored == now.named for report in reports
     ):
         now = replace(now, kept=now.named)
     over = (
         now.named is None
         or now.kept == now.named
-        or any(word is not None and word.missed == now.named for word in words)
+        or any(report is not None and report.missed == now.named for report in reports)
     )
     if over and complete is not None and (now.named is None or complete > now.named):
         return replace(now, named=complete)
@@ -233,30 +244,31 @@ def next_round(
 
 
 def retained_mirrors(now: MirrorRound, before: frozenset[SnapshotId]) -> frozenset[SnapshotId]:
-    """The pairs of which mirrors stay. ``before``: those that were there when the epoch began, for
-    until something is kept."""
+    """The snapshots whose mirrors stay. ``before``: those that were mirrored when the epoch began,
+    until one is kept in this epoch."""
     named = {now.named} if now.named is not None else set()
     return frozenset(named | ({now.kept} if now.kept is not None else before))
 
 
-# What of a share must be sent to a node that has an earlier one of the same rank. Pure.
+# ---- delta: what of a share must be sent to a node that has an earlier one of the same rank
 #
-# A chunk is taken for the same where the digests are: 128 bits of xxh3, made by the trainer that
-# staged it, and trusted here as everywhere in ckpt. They tell apart what happens to differ, not
-# what somebody makes collide: who could do that holds the job's secret or trains in it.
+# Chunks with equal digests are taken for equal: 128 bits of xxh3, made by the trainer that staged
+# the chunk, and trusted here as everywhere in ckpt. They tell apart chunks that happen to differ,
+# not chunks that an attacker makes collide: that one would hold the job's secret or train in it.
 
 CHANGED_SHARE_MAX = 0.75
-"""Where more of the bytes changed, all are sent: copying the rest would gain the peer nothing."""
+"""If a larger part of the bytes changed, all are sent: copying the rest would save the peer
+nothing."""
 
 JOIN_BYTES = 16 << 10
-"""Ranges that lie nearer to each other are sent as one: another range costs about as much as so
+"""Ranges closer to each other than this are sent as one: another range costs about as much as so
 many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class StagedShare:
-    """What one rank staged of a snapshot as it is sent: a header, and behind it the data that
-    ``index`` tells of."""
+    """What one rank staged of a snapshot, as it is sent: a header, then the data that ``index``
+    describes."""
 
     index: StagedIndex
     header_bytes: int
@@ -264,42 +276,42 @@ class StagedShare:
 
     @property
     def size_bytes(self) -> int:
-        """All of it."""
+        """Header and data."""
         return self.header_bytes + self.data_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaRanges:
-    """Only these ranges are sent, header and data counted as one; all else is as in the earlier
+    """Only these ranges are sent, counted over header and data; all else is as in the earlier
     share."""
 
     ranges: tuple[ByteRange, ...]
 
     @property
     def size_bytes(self) -> int:
-        """How much they hold."""
+        """The bytes of all ranges."""
         return sum(length for _, length in self.ranges)
 
 
 @dataclass(frozen=True, slots=True)
 class WholeShare:
-    """All is sent, and why."""
+    """All is sent; ``why`` says the reason."""
 
     why: str
 
 
 def delta_of(share: StagedShare, base: StagedShare) -> DeltaRanges | WholeShare:
-    """What of ``share`` must be sent where ``base`` is.
+    """What of ``share`` must be sent to a node that has ``base``.
 
-    The header always, and each chunk unless ``base`` has a shard at the same place and of the same
-    length, whose chunk has the same digest there: its name and box are the header's matter. So what
-    of the data is in no shard is the base's.
+    Always the header; and each chunk, unless ``base`` has a shard at the same offset and of the
+    same length whose chunk has the same digest. (The header names the shard and its box.) So bytes
+    of the data that are in no shard stay those of ``base``.
     """
     if (share.header_bytes, share.data_bytes) != (base.header_bytes, base.data_bytes):
         return WholeShare("another length of header or data")
     ranges = _joined([(0, share.header_bytes), *sorted(_changed_chunks(share, base))])
     if len(ranges) > RANGES_MAX:
-        return WholeShare("changes lie too far apart")
+        return WholeShare("changes are too far apart")
     changed = DeltaRanges(tuple(ranges))
     if changed.size_bytes > CHANGED_SHARE_MAX * share.size_bytes:
         return WholeShare("most has changed")
@@ -307,14 +319,16 @@ def delta_of(share: StagedShare, base: StagedShare) -> DeltaRanges | WholeShare:
 
 
 def _changed_chunks(share: StagedShare, base: StagedShare) -> Iterator[ByteRange]:
-    there = {_place(shard): shard.digests for shard in base.index.shards}
+    base_digests = {_place(shard): shard.digests for shard in base.index.shards}
     for shard in share.index.shards:
-        known: Sequence[bytes | None] = there.get(_place(shard)) or [None] * len(shard.digests)
-        begin = share.header_bytes + shard.offset_bytes
-        for number, (digest, old) in enumerate(zip(shard.digests, known, strict=True)):
+        old_digests: Sequence[bytes | None] = base_digests.get(_place(shard)) or [None] * len(
+            shard.digests
+        )
+        begin_bytes = share.header_bytes + shard.offset_bytes
+        for number, (digest, old) in enumerate(zip(shard.digests, old_digests, strict=True)):
             if digest != old:
                 at = number * CHUNK_BYTES
-                yield begin + at, min(CHUNK_BYTES, shard.size_bytes - at)
+                yield begin_bytes + at, min(CHUNK_BYTES, shard.size_bytes - at)
 
 
 def _place(shard: StagedShard) -> ByteRange:
@@ -322,7 +336,7 @@ def _place(shard: StagedShard) -> ByteRange:
 
 
 def _joined(ranges: Iterable[ByteRange]) -> list[ByteRange]:
-    """``ranges``, which ascend and may overlap, with those that touch or nearly do as one."""
+    """``ranges``, which ascend and may overlap, with those that touch or nearly touch merged."""
     joined: list[ByteRange] = []
     for offset, length in ranges:
         if joined and offset - sum(joined[-1]) < JOIN_BYTES:
@@ -333,27 +347,28 @@ def _joined(ranges: Iterable[ByteRange]) -> list[ByteRange]:
     return joined
 
 
-# Asking all nodes what they hold in memory, for the node of rank 0. In its keeper's loop.
+# ---- inventory: asking all nodes what they hold in memory, for the node of rank 0
 
 WAIT_S = 3.0
-"""How long a node may take to say what it holds; one that says nothing has nothing."""
+"""How long a node may take to report what it holds. One that does not report has nothing."""
 
 Answer = Callable[[dict[str, Sequence[InventoryEntry]]], object]
 
 
 @dataclass(slots=True, eq=False)
 class _Asking:
-    waits_for: set[str]
+    awaited: set[str]
     until_s: float
     answer: Answer
     held: dict[str, Sequence[InventoryEntry]] = field(default_factory=dict)
 
 
 class InventoryQuery:
-    """Questions to all nodes, each answered once all have spoken or WAIT_S have passed."""
+    """Questions to all nodes, each answered once all have replied or WAIT_S have passed. In the
+    keeper's loop."""
 
-    def __init__(self, say: Callable[[str, said.MeshMessage], bool]) -> None:
-        self._say = say
+    def __init__(self, send: Callable[[str, mesh.MeshMessage], bool]) -> None:
+        self._send = send
         self._calls = itertools.count(1)
         self._asking: dict[int, _Asking] = {}
 
@@ -364,34 +379,35 @@ class InventoryQuery:
         now_s: float,
         answer: Answer,
     ) -> None:
-        """Ask ``nodes``, and have ``answer`` told what they and this node hold."""
+        """Ask ``nodes``, then call ``answer`` with what they and this node hold."""
         call = next(self._calls)
-        asked = {node for node in nodes if self._say(node, said.AskNodeInventory(call=call))}
+        asked = {node for node in nodes if self._send(node, mesh.AskNodeInventory(call=call))}
         self._asking[call] = _Asking(asked, now_s + WAIT_S, answer, {own[0]: own[1]})
-        self._settle(call, now_s)
+        self._finish_if_done(call, now_s)
 
-    def answered(self, node: str, word: said.NodeInventory, now_s: float) -> None:
-        """A node's answer."""
-        asking = self._asking.get(word.call)
-        if asking is not None and node in asking.waits_for:
-            asking.waits_for.discard(node)
-            asking.held[node] = word.holdings
-            self._settle(word.call, now_s)
+    def answered(self, node: str, message: mesh.NodeInventory, now_s: float) -> None:
+        """A node's reply."""
+        asking = self._asking.get(message.call)
+        if asking is not None and node in asking.awaited:
+            asking.awaited.discard(node)
+            asking.held[node] = message.holdings
+            self._finish_if_done(message.call, now_s)
 
     def disconnected(self, node: str, now_s: float) -> None:
-        """A node won't answer any more."""
+        """A node will not reply any more."""
         for call, asking in list(self._asking.items()):
-            asking.waits_for.discard(node)
-            self._settle(call, now_s)
+            asking.awaited.discard(node)
+            self._finish_if_done(call, now_s)
 
     def tick(self, now_s: float) -> float:
-        """Give up what waits too long; returns seconds until the next look."""
+        """Give up questions that have waited too long; returns the seconds until the next call is
+        needed."""
         for call in list(self._asking):
-            self._settle(call, now_s)
-        return min((one.until_s - now_s for one in self._asking.values()), default=WAIT_S)
+            self._finish_if_done(call, now_s)
+        return min((asking.until_s - now_s for asking in self._asking.values()), default=WAIT_S)
 
-    def _settle(self, call: int, now_s: float) -> None:
+    def _finish_if_done(self, call: int, now_s: float) -> None:
         asking = self._asking.get(call)
-        if asking is not None and (not asking.waits_for or now_s >= asking.until_s):
+        if asking is not None and (not asking.awaited or now_s >= asking.until_s):
             del self._asking[call]
             asking.answer(asking.held)

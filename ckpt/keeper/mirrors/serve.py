@@ -1,5 +1,5 @@
-"""What this node lends to the others: its slots, read-only, and what it keeps for them. One server,
-one vault."""
+"""What this node serves to the others: its slots, read-only, and the mirrors that it keeps for
+them."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from ckpt.staging.memory import available_bytes
 from ckpt.values import SnapshotId
 
 VAULT_SHARE = 0.5
-"""How much of the memory that is free at the start the mirrors of others may take."""
+"""The part of the free memory, at the start, that mirrors of others may take."""
 
 VAULT_BYTES_DEFAULT = 8 << 30
-"""Where nothing says how much memory there is."""
+"""The limit of mirrors if the free memory is unknown."""
 
 
 @dataclass(slots=True, eq=False)
-class _Lent:
-    """One slot as it is lent: a mapping of its own, which lives as long as anybody reads."""
+class _ServedSlot:
+    """One slot as it is served: a mapping of its own, which lives until its last reader is done."""
 
     fd: int
     size_bytes: int
     mapping: mmap.mmap
     known: tuple[SlotSummary, int] | None = None
 
-    def brief(self) -> tuple[SlotSummary, int] | None:
-        """What it holds sealed. Looked into once a generation: each request asks, and an index may
+    def summary(self) -> tuple[SlotSummary, int] | None:
+        """What it holds sealed. Read once a generation: each request asks for it, and an index may
         be long."""
         memory = memoryview(self.mapping)
         if self.known is None or generation_of(memory) != self.known[1]:
@@ -62,38 +62,38 @@ class _Lent:
 
 
 class SlotCatalog:
-    """A ``ServedSource`` of this node's slots: ``slots/<pair>/<rank>`` is a slot's whole memory.
-    Thread-safe.
+    """A ``ServedSource`` of this node's slots: ``slots/<snapshot>/<rank>`` is a slot's whole
+    memory. Thread-safe.
 
-    The keeper's loop says which there are. A slot that is overwritten while it is sent is found by
-    its generation, and what was sent of it by its chunks' digests.
+    The keeper's loop says which slots there are. If a slot is overwritten while it is sent, its
+    generation shows it, and the digests of its chunks show it for what was sent.
     """
 
     prefix = SLOTS_PREFIX
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._lent: dict[HeldSlot, _Lent] = {}
+        self._served: dict[HeldSlot, _ServedSlot] = {}
 
     def show(self, slots: Iterable[HeldSlot]) -> None:
         """These are the slots of this node now."""
         with self._lock:
-            here = set(slots)
-            for gone in self._lent.keys() - here:
-                self._lent.pop(gone).close()
-            for slot in here - self._lent.keys():
-                if (lent := _lent(slot)) is not None:
-                    self._lent[slot] = lent
+            current = set(slots)
+            for gone in self._served.keys() - current:
+                self._served.pop(gone).close()
+            for slot in current - self._served.keys():
+                if (served := _serve_slot(slot)) is not None:
+                    self._served[slot] = served
 
     @contextlib.contextmanager
     def reading(self, key: str) -> Iterator[ServedObject]:
-        """See Source."""
         with self._lock:
-            found = self._find(key)
-            if found is None:
-                raise NotFoundError(f"no slot of this node holds that. key={key}")
-            lent, generation = found
-            fd, view = os.dup(lent.fd), memoryview(lent.mapping)
+            match = self._find(key)
+            if match is None:
+                raise NotFoundError(f"no slot of this node holds this object. key={key}")
+            served, generation = match
+            # A descriptor and view of its own: ``show`` may drop the slot during the read.
+            fd, view = os.dup(served.fd), memoryview(served.mapping)
         try:
             yield ServedObject(
                 view=view,
@@ -108,42 +108,42 @@ class SlotCatalog:
             os.close(fd)
 
     def stat(self, key: str) -> Stat | None:
-        """See Source."""
         with self._lock:
-            found = self._find(key)
-            return None if found is None else Stat(key, found[0].size_bytes, 0.0)
+            match = self._find(key)
+            return None if match is None else Stat(key, match[0].size_bytes, 0.0)
 
     def list(self) -> list[Stat]:
-        """See Source."""
         with self._lock:
             held = [
-                (lent, brief[0])
-                for lent in self._lent.values()
-                if (brief := lent.brief()) is not None
+                (served, summary[0])
+                for served in self._served.values()
+                if (summary := served.summary()) is not None
             ]
         stats = [
-            Stat(slot_key(brief.snapshot, brief.rank), lent.size_bytes, 0.0) for lent, brief in held
+            Stat(slot_key(summary.snapshot, summary.rank), served.size_bytes, 0.0)
+            for served, summary in held
         ]
-        return sorted(stats, key=lambda one: one.key)
+        return sorted(stats, key=lambda stat: stat.key)
 
-    def _find(self, key: str) -> tuple[_Lent, int] | None:
+    def _find(self, key: str) -> tuple[_ServedSlot, int] | None:
         wanted = parse_slot_key(key)
-        for lent in self._lent.values() if wanted is not None else ():
-            brief = lent.brief()
-            if brief is not None and (brief[0].snapshot, brief[0].rank) == wanted:
-                return lent, brief[1]
+        for served in self._served.values() if wanted is not None else ():
+            summary = served.summary()
+            if summary is not None and (summary[0].snapshot, summary[0].rank) == wanted:
+                return served, summary[1]
         return None
 
 
-def _lent(slot: HeldSlot) -> _Lent | None:
-    """None where the system has no descriptor or no room left: then it is tried again, and others
-    have mirrors."""
+def _serve_slot(slot: HeldSlot) -> _ServedSlot | None:
+    """None if the system has no descriptor or no address space left: the next tick tries again, and
+    other nodes have mirrors. s _ServedSlot => _ServedSlot s _serve_slot(slot) => _serve_slot(slot)
+    s def _lent( => def _serve_slot( s self._served => self._served"""
     try:
         fd = os.dup(slot.fd)
     except OSError:
         return None
     try:
-        return _Lent(fd, slot.size_bytes, mmap.mmap(fd, slot.size_bytes, prot=mmap.PROT_READ))
+        return _ServedSlot(fd, slot.size_bytes, mmap.mmap(fd, slot.size_bytes, prot=mmap.PROT_READ))
     except (OSError, ValueError):
         os.close(fd)
         return None
@@ -166,21 +166,21 @@ class NodeMemoryServer:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port at which it listens."""
         return self._server.address[1]
 
     @property
     def refused(self) -> dict[str, int]:
-        """How many requests and connections were turned away, by kind."""
+        """How many requests and connections were rejected, by kind."""
         return dict(self._server.stats().refused)
 
     def see_epoch(self, number: int) -> None:
-        """Refuse from now on whatever comes in the name of an older epoch of the membership."""
+        """Refuse requests of older epochs of the membership from now on."""
         self._server.see_epoch(number)
 
     def mirrored(self) -> list[InventoryEntry]:
-        """What this node keeps for others; what is damaged is nothing."""
-        found = []
+        """The mirrors that this node keeps; damaged ones are left out."""
+        entries = []
         for stat in self.vault.list(MIRRORS_PREFIX):
             wanted = parse_mirror_key(stat.key)
             if wanted is None:
@@ -189,52 +189,53 @@ class NodeMemoryServer:
                 contextlib.suppress(NotFoundError, IntegrityError),
                 self.vault.reading(stat.key) as held,
             ):
-                brief = read_summary(held.view)
-                if brief is not None and (brief[0].snapshot, brief[0].rank) == wanted:
-                    found.append(
+                summary = read_summary(held.view)
+                if summary is not None and (summary[0].snapshot, summary[0].rank) == wanted:
+                    entries.append(
                         InventoryEntry(
-                            snapshot=brief[0].snapshot,
-                            origin=brief[0].origin,
-                            world_size=brief[0].world_size,
-                            rank=brief[0].rank,
+                            snapshot=summary[0].snapshot,
+                            origin=summary[0].origin,
+                            world_size=summary[0].world_size,
+                            rank=summary[0].rank,
                             mirror=True,
                         )
                     )
-        return found
+        return entries
 
     def kept(self) -> list[tuple[SnapshotId, int, int]]:
-        """Of what is kept here, by its name: the pair, the rank and the bytes of each share."""
-        found = (
+        """The mirrors here by their names: snapshot, rank and bytes of each share."""
+        keys = (
             (parse_mirror_key(stat.key), stat.size_bytes)
             for stat in self.vault.list(MIRRORS_PREFIX)
         )
-        return [(*of, size_bytes) for of, size_bytes in found if of is not None]
+        return [(*key, size_bytes) for key, size_bytes in keys if key is not None]
 
     def keep(self, key: str, pieces: Sequence[Buffer]) -> None:
-        """Keep this node's own share beside its slots, which training goes on to overwrite. Raises
+        """Keep this node's own share beside its slots, which training overwrites. Raises
         StoreFullError."""
         views = [memoryview(piece).cast("B") for piece in pieces]
+        # A copy, not a reference: training overwrites the slots while mirrors must stay.
         with self.vault.incoming(key, sum(view.nbytes for view in views)) as room:
-            at = 0
+            offset = 0
             for view in views:
-                copy_bytes(room.view[at : at + view.nbytes], view)
-                at += view.nbytes
+                copy_bytes(room.view[offset : offset + view.nbytes], view)
+                offset += view.nbytes
             room.publish()
 
-    def pairs(self) -> frozenset[SnapshotId]:
-        """The pairs of which something is kept here."""
-        found = (parse_mirror_key(stat.key) for stat in self.vault.list(MIRRORS_PREFIX))
-        return frozenset(one[0] for one in found if one is not None)
+    def snapshots(self) -> frozenset[SnapshotId]:
+        """The snapshots of which mirrors are kept here."""
+        keys = (parse_mirror_key(stat.key) for stat in self.vault.list(MIRRORS_PREFIX))
+        return frozenset(key[0] for key in keys if key is not None)
 
     def retain(self, pairs: frozenset[SnapshotId]) -> None:
-        """Of what is kept here only these pairs are still needed."""
+        """Remove the mirrors of all other snapshots."""
         for stat in self.vault.list(MIRRORS_PREFIX):
             kept = parse_mirror_key(stat.key)
             if kept is not None and kept[0] not in pairs:
                 self.vault.delete(stat.key)
 
     def close(self) -> None:
-        """End the server. What was kept for others is gone."""
+        """End the server. Mirrors kept for others are gone."""
         self._server.stop()
         self.slots.show(())
         self.vault.retain(())

@@ -1,1 +1,1 @@
-"""This keeper among those of the job's other nodes."""
+"""The cluster side of a job with several nodes. Imported only for such a job."""

@@ -1,4 +1,4 @@
-"""How a keeper gets among the nodes of its job: membership, lines, and the judge of failures, put
+"""How a keeper joins the nodes of its job: puts membership, mesh and the decision about failures
 together."""
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from ckpt.cluster.endpoint import Endpoint
@@ -16,7 +15,7 @@ from ckpt.cluster.membership.decide import MembershipOptions
 from ckpt.cluster.membership.open import open_membership
 from ckpt.cluster.membership.records import NodeInfo
 from ckpt.cluster.membership.transactions import agent_fact
-from ckpt.cluster.mesh import messages as said
+from ckpt.cluster.mesh import messages as mesh
 from ckpt.cluster.mesh.connections import Mesh, MeshObserver
 from ckpt.cluster.node.epochs import NodeDeps, NodeObserver
 from ckpt.cluster.node.leading import FLOOR_CAPABILITY, PEER_CAPABILITY, EpochNote, FailureDecision
@@ -35,35 +34,23 @@ from ckpt.keeper.attempts.failures import (
     WaitForCause,
     decide,
 )
+from ckpt.keeper.cluster_view import free_port
+from ckpt.keeper.job_state import JobState
 from ckpt.keyspace.address import ETCD_SCHEME, keyspace_location
 
 VALID_S_WANTED = 86_400.0
 """A certificate that ends sooner is an alarm: connections that are made after its end fail."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeeperFacts:
-    """What is asked of this keeper, from the node's threads.
-
-    ``attempt``: the greatest that it knows of; ``completed``: the most steps that one of its ranks
-    has, -1: none.
-    """
-
-    policy: Callable[[], Policy]
-    attempt: Callable[[], int]
-    completed: Callable[[], int]
-
-
 def check_spec(spec: NodesSpec) -> None:
-    """Raises UsageError where nodes could not know each other, or what they lend each other could
-    be read by anybody."""
+    """Raise UsageError if the nodes could not authenticate each other, or their traffic would be
+    readable by others."""
     if spec.agent:
         agent_fact(spec.agent)
     if not spec.secret and spec.where.startswith(ETCD_SCHEME):
         raise UsageError(
             f"nodes that meet in etcd need a secret. where={spec.where}; name a file of 64 hex "
-            "digits that only you can read, "
-            "the same on all nodes"
+            "digits that only you can read, the same on all nodes"
         )
     host = spec.host or host_towards(spec.where)
     check_network(spec, host)
@@ -75,47 +62,58 @@ def join(
     secret: bytes,
     *,
     host: str,
-    ranks: int,
+    state: JobState,
+    attempt: Callable[[], int],
     peer_port: int,
-    here: KeeperFacts,
-    told: NodeObserver,
+    observer: NodeObserver,
     emit: Emit,
 ) -> Node:
-    """This machine as a node with ``ranks`` ranks; it lends its memory at ``peer_port``. Waits for
-    nothing."""
-    witnesses = _witnesses(spec)
-    tls = job_tls(spec)
-    _tell_validity(check_tls(spec, host), emit)
+    """Join as a node that serves its memory at ``peer_port``. Returns at once; threads do the
+    rest.
 
-    def lines(node: str, heard: MeshObserver) -> Mesh:
+    ``attempt`` returns the greatest attempt that this keeper knows of. The threads call it, and
+    read policy and progress from ``state``, whenever they need them.
+    """
+    witnesses = _witnesses_min(spec)
+    tls = job_tls(spec)
+    _report_validity(check_tls(spec, host), emit)
+
+    def open_mesh(node: str, mesh_observer: MeshObserver) -> Mesh:
         return Mesh(
-            secret, job=spec.job, node=node, listen=f"{host}:0", observer=heard, emit=emit, tls=tls
+            secret,
+            job=spec.job,
+            node=node,
+            listen=f"{host}:0",
+            observer=mesh_observer,
+            emit=emit,
+            tls=tls,
         )
 
     def info() -> NodeInfo:
         name = socket.gethostname()
         return NodeInfo(
+            # A new id for each join, which tells a node from its earlier self that was lost.
             node=f"{_printable(name)}-{os.urandom(6).hex()}",
             host=name,
-            slots=ranks,
+            slots=state.memory.ranks,
             domain=spec.domain,
             address=host,
             capabilities=(
                 f"{PEER_CAPABILITY}{memory_address(host, peer_port)}",
-                f"{FLOOR_CAPABILITY}{here.attempt()}",
+                f"{FLOOR_CAPABILITY}{attempt()}",
             ),
         )
 
-    def judged(
+    def decide_failures(
         note: EpochNote,
-        failures: Mapping[str, said.NodeFailed],
+        failures: Mapping[str, mesh.NodeFailed],
         lost: Mapping[str, float],
         ended: AbstractSet[str],
-        heard_s: Mapping[str, float],
+        received_s: Mapping[str, float],
         now_s: float,
     ) -> FailureDecision:
-        known = EpochFailures({}, lost, ended, here.completed())
-        return _judged(note, failures, known, heard_s, now_s, here.policy())
+        known = EpochFailures({}, lost, ended, state.memory.completed())
+        return _decided(note, failures, known, received_s, now_s, state.launch.policy)
 
     return Node(
         open_membership(
@@ -123,7 +121,7 @@ def join(
             spec.job,
             ttl_s=spec.ttl_s,
             witnesses_min=witnesses,
-            on_act_until=told.on_act_until,
+            on_act_until=observer.on_act_until,
         ),
         info,
         MembershipOptions(
@@ -133,87 +131,88 @@ def join(
             shrink_wait_s=spec.shrink_wait_s,
             witnesses_min=witnesses,
         ),
-        decide_failures=judged,
-        observer=told,
+        decide_failures=decide_failures,
+        observer=observer,
         emit=emit,
-        deps=NodeDeps(lines, lambda: (host, free_port(host)), spec.agent),
+        deps=NodeDeps(open_mesh, lambda: (host, free_port(host)), spec.agent),
         grow_wait_s=spec.grow_wait_s,
     )
 
 
 def memory_address(host: str, port: int) -> str:
-    """Where this node lends its memory, as others read it."""
+    """Where this node serves its memory, as other nodes parse it."""
     return str(Endpoint(host, port, plaintext=True))
 
 
-def free_port(host: str) -> int:
-    """A port that nobody listens on now. Whoever takes it in between makes an attempt fail, which
-    is repeated."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _failure(failed: mesh.NodeFailed, received_s: float) -> Failure:
+    """A node's report; its time is the leader's own, since clocks of different nodes are not
+    compared."""
+    return Failure(
+        failed.rank,
+        failed.kind,
+        failed.text,
+        failed.status,
+        received_s,
+        failed.fingerprint,
+        failed.step,
+        failed.final,
+    )
 
 
-def _judged(
+def _decided(
     note: EpochNote,
-    failures: Mapping[str, said.NodeFailed],
+    failures: Mapping[str, mesh.NodeFailed],
     known: EpochFailures,
-    heard_s: Mapping[str, float],
+    received_s: Mapping[str, float],
     now_s: float,
     policy: Policy,
 ) -> FailureDecision:
-    """What ``judge`` makes of it, as the membership's leader takes it."""
-    told = {
-        node: Failure(
-            one.rank,
-            one.kind,
-            one.text,
-            one.status,
-            heard_s[node],
-            one.fingerprint,
-            one.step,
-            one.final,
-        )
-        for node, one in failures.items()
-    }
-    completed = max(known.completed, *[one.completed for one in failures.values()], -1)
-    record = FailureHistory(
+    """The decision, in the form that the membership's leader publishes.
+
+    ``known`` is completed with the ``failures`` that nodes reported, received at ``received_s``.
+    """
+    reported = {node: _failure(failed, received_s[node]) for node, failed in failures.items()}
+    completed = max(known.completed, *[failed.completed for failed in failures.values()], -1)
+    known = EpochFailures(reported, known.lost, known.ended, completed)
+    history = FailureHistory(
         note.fingerprint, note.step, note.same, note.stuck, note.completed, note.overdue
     )
-    match decide(EpochFailures(told, known.lost, known.ended, completed), record, policy, now_s):
+    match decide(known, history, policy, now_s):
         case StartNextEpoch(after, text):
             return FailureDecision(_note(after, text))
         case EndJob(status, text):
-            return FailureDecision(_note(record, text, end=status))
+            return FailureDecision(_note(history, text, end=status))
         case WaitForCause(until_s):
             return FailureDecision(until_s=until_s)
         case _:
             return FailureDecision()
 
 
-def _note(record: FailureHistory, text: str, *, end: int | None = None) -> EpochNote:
+def _note(history: FailureHistory, text: str, *, end: int | None = None) -> EpochNote:
     return EpochNote(
         why=text,
-        fingerprint=record.fingerprint,
-        step=record.step,
-        same=record.same,
-        stuck=record.stuck,
-        completed=record.completed,
-        overdue=record.overdue,
+        fingerprint=history.fingerprint,
+        step=history.step,
+        same=history.same,
+        stuck=history.stuck,
+        completed=history.completed,
+        overdue=history.overdue,
         end=end,
     )
 
 
-def _tell_validity(ends_s: float | None, tell: Emit) -> None:
+def _report_validity(ends_s: float | None, emit: Emit) -> None:
     if ends_s is not None:
         until = datetime.fromtimestamp(ends_s, timezone.utc).isoformat()
-        text = f"nodes speak TLS; this node's certificate is valid until {until}, and is read when a launch begins"
-        tell(Event("tls", text, alarm=ends_s - time.time() < VALID_S_WANTED))
+        text = (
+            f"nodes use TLS; this node's certificate is valid until {until}, and is read when a "
+            "launch begins"
+        )
+        emit(Event("tls", text, alarm=ends_s - time.time() < VALID_S_WANTED))
 
 
-def _witnesses(spec: NodesSpec) -> int:
-    """Of two nodes only one is left to see the other's end."""
+def _witnesses_min(spec: NodesSpec) -> int:
+    """With two nodes only one is left to see the other's end."""
     return 2 if spec.nodes_max > 2 else 1
 
 

@@ -1,13 +1,13 @@
-"""Whether all nodes of an epoch still answer at it: what lets them go on while the membership's
-server does not answer. Pure.
+"""Whether all nodes of an epoch still answer in it, so that they may act although the membership is
+silent. Pure.
 
-The node of rank 0 calls the roll over and over; each node answers while that epoch is its newest
-and it was told of no loss. A call says which earlier one everybody answered. Let call n say that
-all answered k: then this node's answer to k came before call n was made, and when call n is
-answered by all, each of them was there after that moment. From it on this node may act as long as a
-lease lasts. So a node that goes over to another epoch, or is cut off, stops all others within the
-time in which their leases would have ended, however long words were on the way; and times of
-different machines are never compared.
+The node of rank 0 makes numbered calls; each node answers while that epoch is its newest and its
+membership is not lost. A call also carries the number of an earlier call that all nodes answered.
+Let call n say that all answered k: then this node's answer to k was sent before call n was made,
+and if call n is answered by all, each of them was in the epoch after that moment. From that moment
+on this node may act for as long as a lease lasts. So a node that moves to another epoch, or is cut
+off, stops all others within the time in which their leases would have ended, no matter how long
+messages take; and times of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ KEPT = 4 * CALLS_PER_TTL
 
 @dataclass(frozen=True, slots=True)
 class LivenessRound:
-    """What one node knows of the roll of one epoch. Times are its own, of the clock that leases
+    """What one node knows of the calls of one epoch. Times are its own, of the clock that leases
     use.
 
-    ``number``: of the last call, made or answered; ``missing``: where it calls itself, who has not
-    answered which call; ``answered``: the last one that everybody answered. ``said_s``: when this
-    node answered a call; ``since_s``: a moment of its own after which everybody who answers that
-    call was there.
+    ``number``: the last call, made or answered. ``missing``, on the node that calls: by call, who
+    has not answered. ``answered``: the last call that all answered. ``said_s``: by call, when this
+    node answered it. ``since_s``: by call, a moment of this node after which all nodes that
+    answered the call were in the epoch.
     """
 
     attempt: int = 0
@@ -39,69 +39,73 @@ class LivenessRound:
     since_s: Mapping[int, float] = field(default_factory=dict)
 
     def until_s(self, *, ttl_s: float, margin_s: float) -> float:
-        """Until when this node may act for that all answered; 0: it may not for that reason."""
+        """Until when this node may act because all answered; 0: it may not for that reason."""
         since_s = self.since_s.get(self.answered)
         return since_s + ttl_s - margin_s if since_s is not None else 0.0
 
 
 def next_call(
-    roll: LivenessRound, attempt: int, others: Collection[str], now_s: float
+    now: LivenessRound, attempt: int, others: Collection[str], now_s: float
 ) -> LivenessRound:
-    """The next call goes out to ``others``, from the node of rank 0. Nobody else there: nothing is
-    learned from it."""
-    if roll.attempt != attempt:
-        roll = LivenessRound(attempt)
-    number = roll.number + 1
-    missing = {one: names for one, names in roll.missing.items() if one > number - KEPT}
+    """Make the next call to ``others``, on the node of rank 0. With no others a call proves
+    nothing."""
+    if now.attempt != attempt:
+        now = LivenessRound(attempt)
+    number = now.number + 1
+    missing = {call: names for call, names in now.missing.items() if call > number - KEPT}
     return replace(
-        roll,
+        now,
         number=number,
         missing={**missing, number: frozenset(others)},
-        since_s=_noted(roll.since_s, number, roll.answered, now_s),
+        since_s=_with_time(now.since_s, number, now.answered, now_s),
     )
 
 
-def answer_received(roll: LivenessRound, attempt: int, number: int, node: str) -> LivenessRound:
-    """``node`` answers a call of this node; whoever answers was there after all earlier calls as
+def answer_received(now: LivenessRound, attempt: int, number: int, node: str) -> LivenessRound:
+    """``node`` answered a call of this node; so it was in the epoch after all earlier calls as
     well."""
-    if attempt != roll.attempt or number > roll.number:
-        return roll
+    if attempt != now.attempt or number > now.number:
+        return now
     missing = {
-        one: names - {node} if one <= number else names for one, names in roll.missing.items()
+        call: names - {node} if call <= number else names for call, names in now.missing.items()
     }
-    done = max((one for one, names in missing.items() if not names), default=0)
+    complete = max((call for call, names in missing.items() if not names), default=0)
     return replace(
-        roll,
-        missing={one: names for one, names in missing.items() if one > done},
-        answered=max(roll.answered, done),
+        now,
+        missing={call: names for call, names in missing.items() if call > complete},
+        answered=max(now.answered, complete),
     )
 
 
 def answer_call(
-    roll: LivenessRound, attempt: int, number: int, answered: int, now_s: float
+    now: LivenessRound, attempt: int, number: int, answered: int, now_s: float
 ) -> LivenessRound:
-    """This node answers a call, now; ``answered``: the call that everybody answered, as the caller
-    says."""
-    if roll.attempt != attempt:
-        roll = LivenessRound(attempt)
-    if number <= roll.number:
-        return roll
-    since_s = roll.since_s
-    if answered in roll.said_s:
-        since_s = _noted(since_s, number, answered, roll.said_s[answered])
+    """This node answers a call, now; ``answered``: the call that, as the caller says, all nodes
+    answered."""
+    if now.attempt != attempt:
+        now = LivenessRound(attempt)
+    if number <= now.number:
+        return now
+    since_s = now.since_s
+    if answered in now.said_s:
+        # Not the time of this call: only its own earlier answer was surely sent before the call was
+        # made.
+        since_s = _with_time(since_s, number, answered, now.said_s[answered])
     return replace(
-        roll,
+        now,
         number=number,
-        answered=max(roll.answered, answered),
+        answered=max(now.answered, answered),
         since_s=since_s,
-        said_s=_noted(roll.said_s, number, answered, now_s),
+        said_s=_with_time(now.said_s, number, answered, now_s),
     )
 
 
-def _noted(
+def _with_time(
     times_s: Mapping[int, float], number: int, answered: int, time_s: float
 ) -> Mapping[int, float]:
-    """With the time of one more call. Of older ones the last few stay, and the one that everybody
-    answered."""
-    kept = {one: at_s for one, at_s in times_s.items() if one > number - KEPT or one == answered}
+    """``times_s`` with the time of one more call. Of older calls the last few stay, and the one
+    that all answered."""
+    kept = {
+        call: at_s for call, at_s in times_s.items() if call > number - KEPT or call == answered
+    }
     return {**kept, number: time_s}

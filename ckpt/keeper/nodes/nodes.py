@@ -1,22 +1,22 @@
-"""This keeper among those of the job's other nodes, for its loop: epochs, the room of rank 0's
-node, how far all are.
+"""This keeper's side of a job with several nodes: epochs of the membership, attempts, and messages
+of other nodes.
 
-``Node`` (in ``fleet``) has threads and speaks with the membership; all that it tells comes here
-through ``Job.post``. On the node of rank 0 this has the rooms, and others ask it; elsewhere it
-asks. What becomes durable and what memory holds are the matter of ``uploads`` and ``memory``.
+``Node`` (in ``ckpt.cluster.node``) has the threads and talks to the membership; what it reports is
+posted to the keeper's loop and handled here. Uploads over several nodes are the matter of
+``uploads``, memory of ``mirrors.memory``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from importlib import import_module
 
 from ckpt.cluster.membership.leases import LeaseState
 from ckpt.cluster.membership.records import StateInventory
-from ckpt.cluster.mesh import messages as said
+from ckpt.cluster.mesh import messages as mesh
 from ckpt.cluster.mesh.messages import MeshMessage
 from ckpt.cluster.node.epochs import NodeEpoch, NodeObserver
 from ckpt.cluster.node.node import Node
@@ -25,259 +25,217 @@ from ckpt.errors import CkptError
 from ckpt.events import Event
 from ckpt.ipc.board import Board
 from ckpt.ipc.cluster_spec import NodesSpec, host_towards
-from ckpt.ipc.messages import RankPlacement, StartPrepared
+from ckpt.ipc.mailbox import RankMailbox
+from ckpt.ipc.messages import RankPlacement, Source, Start, StartPrepared
 from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Unreachable
 from ckpt.keeper.attempts.failures import with_global_rank
-from ckpt.keeper.job import Job
+from ckpt.keeper.cluster_view import ClusterStatus
+from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox
 from ckpt.keeper.mirrors.memory import ClusterMemory
-from ckpt.keeper.nodes.join import KeeperFacts, check_spec, join
+from ckpt.keeper.nodes.epoch_view import EpochView
+from ckpt.keeper.nodes.join import check_spec, join
 from ckpt.keeper.nodes.progress import LivenessExchange, ProgressExchange, Standbys
-from ckpt.keeper.nodes.remote_mailbox import RemoteMailbox, RemoteMailboxes, attempt_mailbox
+from ckpt.keeper.nodes.remote_mailbox import attempt_mailbox
 from ckpt.keeper.nodes.uploads import ClusterUploads
 from ckpt.threads import start_thread
+from ckpt.values import SnapshotId
 
 LOOK_S = 1.0
-"""How often the clock is looked at where nothing is due."""
+"""How often the clock is checked if nothing is due."""
 
 
 class Nodes:
-    """See the module. ``on`` takes what the roster has to know; in the loop, as all calls here are.
+    """The cluster side of one launch; see ``ClusterView``. ``on`` takes the roster's events. In the
+    keeper's loop.
 
-    Raises UsageError where the specification can't work.
+    Raises UsageError if the specification can't work. It has more attributes than usual: one part
+    per kind of message (mailboxes, progress, liveness, standbys, uploads, memory), and the
+    progress of the launch.
     """
 
     def __init__(
         self,
-        job: Job,
+        state: JobState,
         spec: NodesSpec,
         *,
         on: Callable[[EpochChanged | JobEnded | Rank0Unreachable], object],
     ) -> None:
         check_spec(spec)
-        self._job = job
-        self._spec = spec
+        self._state = state
         self._on = on
-        self._node: Node | None = None
-        self.epoch: NodeEpoch | None = None
-        """See Among."""
-        self._rooms = RemoteMailboxes(self.say)
-        self._roll = LivenessExchange(self, ttl_s=spec.ttl_s)
+        self.view = EpochView()
+        host, secret = spec.host or host_towards(spec.where), job_secret(spec)
+        self._join = partial(join, spec, secret, host=host)
+        self._liveness = LivenessExchange(self.view, ttl_s=spec.ttl_s)
+        self.uploads = ClusterUploads(state, self.view)
+        self.memory = ClusterMemory(state, self.view, spec, secret, host=host, emit=self._emit)
+        self._progress = ProgressExchange(state.memory, self.view, self.memory)
+        self.standbys = Standbys(self.view, self.memory, put_inventory=self._put_inventory)
+        self._attempt = 0
+        """The greatest attempt that this node knows of: the next epoch's number must be greater."""
+        self._prepared_in = 0
+        """The last epoch in which the supervisors here were told to start the prepared trainers."""
         self._ended_at_s: float | None = None
         self._all_ended = False
         self._leaving: Future[None] | None = None
-        self._out = False
-        """Whether this node is no member at the moment."""
-        self._attempt = 0
-        self._ran_ahead = 0
-        """The last epoch in which the supervisors here heard that they stand by."""
-        host, secret = spec.host or host_towards(spec.where), job_secret(spec)
-        self._host, self._secret = host, secret
-        self.uploads = ClusterUploads(job, self, seating=lambda: self.seating)
-        """What becomes durable together."""
-        self.memory = ClusterMemory(job, self, spec, secret, host=host, emit=self._tell)
-        """What all hold together."""
-        self._progress = ProgressExchange(job, self, self.memory)
-        self.standbys = Standbys(self, self.memory, holds=self._holds)
-        """What those have that hold no ranks."""
 
-    # ---- the roster's
+    # ---- what the keeper asks
 
-    def ask(self, failure: Failure | None, completed: int, attempt: int) -> None:
-        """This node is ready for the next epoch; ``failure``: why the last one ended here."""
+    @property
+    def busy(self) -> bool:
+        if self._ended_at_s is None or self._all_ended:
+            return False
+        return time.monotonic() - self._ended_at_s < self._state.launch.policy.linger_s
+
+    @property
+    def placement(self) -> RankPlacement | None:
+        return self.view.placement
+
+    @property
+    def epoch_reason(self) -> str:
+        return self.view.epoch.note.why if self.view.epoch is not None else ""
+
+    @property
+    def resumed_from(self) -> SnapshotId | None:
+        return self.uploads.resume
+
+    @property
+    def channel_of(self) -> Callable[[int], RankMailbox]:
+        return self.uploads.channel_of
+
+    def request_epoch(self, failure: Failure | None, completed: int, attempt: int) -> None:
         self._attempt = max(self._attempt, attempt)
-        if self._node is None:
+        if self.view.node is None:
             # It takes long to import, and the first attempt here needs it: the others shall not
             # wait for that.
             import_module("ckpt.keeper.uploads.uploads")
             try:
-                self._node = self._join()
+                self.view.node = self._joined()
             except (CkptError, OSError) as error:
+                # Posted, not called: the roster, which asks right now, must not get an event in the
+                # middle of a step.
                 self._post(partial(self._fail, f"this node can't meet the job's others: {error}"))
                 return
         if failure is not None:
-            first = self._ranks_here().start if self.placed else 0
-            told = with_global_rank(failure, first)
-            self._node.report_failure(
-                said.NodeFailed(
+            first = self.view.local_ranks.start if self.view.placed else 0
+            failure = with_global_rank(failure, first)
+            self.view.node.report_failure(
+                mesh.NodeFailed(
                     attempt=attempt,
-                    rank=told.rank,
-                    kind=told.kind,
-                    text=told.text,
-                    status=told.status,
-                    fingerprint=told.fingerprint,
-                    step=told.step,
-                    final=told.final,
+                    rank=failure.rank,
+                    kind=failure.kind,
+                    text=failure.text,
+                    status=failure.status,
+                    fingerprint=failure.fingerprint,
+                    step=failure.step,
+                    final=failure.final,
                     completed=completed,
                 )
             )
 
     def begin(self, attempt: int, own: LocalMailbox) -> KeeperMailbox:
-        """An attempt begins; its room: ``own`` on the node of rank 0."""
         self.uploads.begin(attempt)
-        assert self.epoch is not None, "an epoch with ranks here"
+        view = self.view
+        assert view.epoch is not None, "an epoch with ranks here"
         if (
-            not self.root
-            and self._node is not None
-            and not self._node.is_connected(self.epoch.record.rank0_node)
+            not view.has_rank0
+            and view.node is not None
+            and not view.node.is_connected(view.epoch.record.rank0_node)
         ):
-            self._post(
-                lambda: self._cut("it broke before the attempt began")
-            )  # once the roster knows that it runs
-        return self.room(attempt_mailbox(attempt), own)
+            # Posted: the roster knows only after this call that the attempt runs, and would ignore
+            # the event.
+            self._post(lambda: self._report_unreachable("it broke before the attempt began"))
+        return view.mailbox(attempt_mailbox(attempt), own)
 
-    def ended(self, attempt: int) -> None:
-        """All ranks of this node ended well: it stays for the others."""
+    def start_message(self, attempt: int) -> Start:
+        epoch = self.view.epoch
+        assert epoch is not None and epoch.meeting is not None, "an epoch with ranks here"
+        return Start(attempt=attempt, port=epoch.meeting.port, seating=self.view.placement)
+
+    def report_ended(self, attempt: int) -> None:
         self._ended_at_s = time.monotonic()
-        if self._node is not None:
-            self._node.report_ended(attempt)
-
-    @property
-    def busy(self) -> bool:
-        """Whether this node is still needed though its own ranks have ended: the others may not
-        have."""
-        if self._ended_at_s is None or self._all_ended:
-            return False
-        return time.monotonic() - self._ended_at_s < self._job.policy.linger_s
-
-    # ---- what everybody asks
-
-    @property
-    def me(self) -> str:
-        """See Among. Of the newest epoch, though this node may have joined anew since."""
-        if self.epoch is not None:
-            return self.epoch.me
-        return self._node.node_id if self._node is not None else ""
-
-    @property
-    def placed(self) -> bool:
-        """Whether the newest epoch has ranks for this node."""
-        return self.epoch is not None and not self._out and self.me in self.epoch.record.ranks
-
-    @property
-    def root(self) -> bool:
-        """See Among."""
-        return self.epoch is not None and self.epoch.record.rank0_node == self.me
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """See Among."""
-        return (
-            tuple(node for node in self.epoch.record.ranks if node != self.me)
-            if self.epoch is not None
-            else ()
-        )
-
-    @property
-    def seating(self) -> RankPlacement | None:
-        """Where this node's ranks are in the newest epoch; None where it has none."""
-        epoch = self.epoch
-        if epoch is None or epoch.meeting is None or not self.placed:
-            return None
-        nodes = list(epoch.record.ranks)
-        return RankPlacement(
-            host=epoch.meeting.host,
-            first_rank=self._ranks_here().start,
-            world_size=epoch.record.world_size,
-            node=nodes.index(self.me),
-            nodes=len(nodes),
-        )
-
-    @property
-    def port(self) -> int:
-        """Where the trainers of the newest epoch meet."""
-        assert self.epoch is not None and self.epoch.meeting is not None, "an epoch with ranks here"
-        return self.epoch.meeting.port
-
-    @property
-    def refused(self) -> dict[str, int]:
-        """What was turned away, by kind: see Report."""
-        lines = self._node.refused if self._node is not None else 0
-        return {**self.memory.refused, **({"line": lines} if lines else {})}
-
-    def room(self, name: str, own: LocalMailbox) -> KeeperMailbox:
-        """See Among."""
-        assert self.epoch is not None, "an epoch with ranks here"
-        if self.root:
-            self._rooms.serve(name, own)
-            return own
-        return RemoteMailbox(self._rooms, name, self.epoch.record.rank0_node)
-
-    def say(self, node: str, word: MeshMessage) -> bool:
-        """See Among."""
-        return self._node is not None and self._node.send(node, word)
-
-    def say_to_all(self, word: MeshMessage) -> None:
-        """See Among."""
-        for node in self.others:
-            self.say(node, word)
+        if self.view.node is not None:
+            self.view.node.report_ended(attempt)
 
     def decided(self, boundary: int, flags: int) -> None:
-        """Rank 0 decided what all ranks do at a boundary."""
-        if self._job.board is not None:
-            self.say_to_all(
-                said.MeshDecided(attempt=self._job.board.attempt, boundary=boundary, flags=flags)
+        board = self._state.memory.board
+        if board is not None:
+            self.view.send_to_others(
+                mesh.MeshDecided(attempt=board.attempt, boundary=boundary, flags=flags)
             )
 
+    def gather(self, answer: Callable[[Mapping[SnapshotId, str]], object]) -> None:
+        self.memory.gather(answer)
+
+    def sources(self, snapshot: SnapshotId) -> tuple[tuple[Source, ...], int]:
+        return self.memory.sources(snapshot), self.view.number
+
+    def log_epoch_opened(self, resume: SnapshotId | None) -> None:
+        self.uploads.open(resume)
+
+    def status(self) -> ClusterStatus:
+        node = self.view.node
+        connections = node.refused if node is not None else 0
+        refused = {**self.memory.refused, **({"line": connections} if connections else {})}
+        return ClusterStatus(self.standbys.report(), self.memory.sent_bytes, refused)
+
     def tick(self, now_s: float) -> float:
-        """Tell how far this node is, and until when it may act; returns seconds until the next
-        look."""
-        board, node = self._job.board, self._node
+        board, node, view = self._state.memory.board, self.view.node, self.view
         if board is None or node is None:
             return LOOK_S
-        self._tell_time(board, node)
-        wait_s = min(LOOK_S, self.memory.tick(now_s, placed=self.placed))
+        self._extend_act_until(board, node)
+        wait_s = min(LOOK_S, self.memory.tick(now_s, placed=view.placed))
         self.standbys.tick(now_s)
-        if not self.placed or not (self.others or (self.epoch is not None and self.epoch.standbys)):
+        if not view.placed or not (view.others or (view.epoch is not None and view.epoch.standbys)):
             return wait_s
-        self._roll.tick(now_s)
+        self._liveness.tick(now_s)
         return max(0.0, min(self._progress.tick(now_s), wait_s))
 
-    def _tell_time(self, board: Board, node: Node) -> None:
-        """Until when this node may act, where its supervisors see it, whatever becomes of this
-        process.
-
-        While its lease may have run out unheard of, because nothing answers there, all nodes'
-        answers do as well.
-        """
-        standing = node.lease_status
-        until_s = standing.act_until_s
-        if standing.state is not LeaseState.LOST and self.placed:
-            until_s = max(until_s, self._roll.until_s())
-        board.extend_act_until(int(until_s * 1e9))
-
-    def _acts(self, until_s: float) -> None:
-        """Its lease was prolonged. In the lease's own thread: a loop that stands still, for a disk
-        say, costs no trainer."""
-        if (board := self._job.board) is not None:
-            board.extend_act_until(int(until_s * 1e9))
-
     def leave(self) -> None:
-        """Leave the membership, beside the loop: nothing of this launch follows here.
-
-        Where the job ended everywhere the membership is over already, and lines stay for what is on
-        its way to a store.
-        """
+        # If the job ended everywhere the membership is over already; connections stay for uploads
+        # that are in flight.
         if not self._all_ended:
-            self._hang_up()
+            self._disconnect()
 
     def close(self) -> None:
-        """Leave the membership and lend no more; waits until that is done."""
-        self._hang_up()
+        self._disconnect()
         if self._leaving is not None:
             self._leaving.result()
         self.memory.close()
 
-    def _hang_up(self) -> None:
-        if self._node is not None:
-            node, self._node = self._node, None
+    def _disconnect(self) -> None:
+        node, self.view.node = self.view.node, None
+        if node is not None:
             self._leaving = start_thread(node.close, name="ckpt-node-leave")
 
-    # ---- what comes from the node's threads, in the loop
+    # ---- until when this node may act
 
-    def _came(self, epoch: NodeEpoch) -> None:
-        before, self.epoch = self.epoch, epoch
-        self._out = False
+    def _extend_act_until(self, board: Board, node: Node) -> None:
+        """Publish until when this node may act. Supervisors read it from the board even if this
+        process hangs.
+
+        Normally that is the end of the lease. While the membership's server does not answer, the
+        answers of all nodes of the epoch prolong it, because they show that no newer epoch has
+        begun anywhere.
+        """
+        status = node.lease_status
+        until_s = status.act_until_s
+        if status.state is not LeaseState.LOST and self.view.placed:
+            until_s = max(until_s, self._liveness.until_s())
+        board.extend_act_until(int(until_s * 1e9))
+
+    def _lease_prolonged(self, until_s: float) -> None:
+        """In the lease's own thread: so trainers are not stopped if the loop stands still, for a
+        disk say."""
+        if (board := self._state.memory.board) is not None:
+            board.extend_act_until(int(until_s * 1e9))
+
+    # ---- what the node's threads report, in the loop
+
+    def _epoch_opened(self, epoch: NodeEpoch) -> None:
+        view, before = self.view, self.view.epoch
+        view.epoch, view.out = epoch, False
         self._attempt = max(self._attempt, epoch.number)
         if epoch.note.end is not None:
             self._all_ended = True
@@ -285,140 +243,138 @@ class Nodes:
             return
         self._progress.begin()
         self.memory.see_epoch(epoch)
-        self.standbys.see()
-        self._rooms.new_epoch(epoch.number, era=epoch.note.era)
-        self.uploads.see_epoch(epoch, before, placed=self.placed)
-        if self._job.board is not None:
-            self._job.board.has_remote_ranks = self.placed and bool(self.others)
+        self.standbys.see_epoch()
+        view.mailboxes.new_epoch(epoch.number, generation=epoch.note.era)
+        self.uploads.see_epoch(epoch, before, placed=view.placed)
+        board = self._state.memory.board
+        if board is not None:
+            board.has_remote_ranks = view.placed and bool(view.others)
             if (
-                self._node is not None
-            ):  # before anything starts: what is there may be from an earlier membership
-                self._tell_time(self._job.board, self._node)
-        self._on(EpochChanged(epoch.number, self.placed, epoch.note.why, time.monotonic()))
-        self._stand_by()
+                view.node is not None
+            ):  # before any trainer starts: the board's value may be from an earlier membership
+                self._extend_act_until(board, view.node)
+        self._on(EpochChanged(epoch.number, view.placed, epoch.note.why, time.monotonic()))
+        self._start_prepared()
 
-    def _stand_by(self) -> None:
-        """Where this node holds no rank: once an epoch, for a trainer that ran ahead in vain shall
-        not do so over and over."""
-        epoch = self.epoch
+    def _start_prepared(self) -> None:
+        """On a standby, start the prepared trainers, once per epoch: a failing one is not started
+        in a loop."""
+        epoch = self.view.epoch
         if (
             epoch is not None
-            and not self.placed
-            and not self._out
-            and self._ran_ahead < epoch.number
+            and not self.view.placed
+            and not self.view.out
+            and self._prepared_in < epoch.number
         ):
-            self._ran_ahead = epoch.number
-            self._job.say("supervisor", StartPrepared())
+            self._prepared_in = epoch.number
+            self._state.clients.broadcast("supervisor", StartPrepared())
 
-    def _see_members(self, epoch: NodeEpoch) -> None:
-        """Other standbys came to an epoch, or this one did: nothing begins or ends by that."""
-        before = self.epoch
+    def _standbys_changed(self, epoch: NodeEpoch) -> None:
+        """The epoch has other standbys, or this node became one: no attempt begins or ends by
+        that."""
+        view, before = self.view, self.view.epoch
         if before is not None and before.number > epoch.number:
             return
-        self.epoch = epoch
+        view.epoch = epoch
         if before is None or before.me != epoch.me:
-            self._out = False  # it joined anew
+            view.out = False  # it joined anew, under another id
         if before is None or (before.number, before.me) != (epoch.number, epoch.me):
             self.memory.see_epoch(epoch)
-            self.standbys.see()
+            self.standbys.see_epoch()
         self.memory.see_members(epoch)
-        self._stand_by()
+        self._start_prepared()
 
-    def _lost(self, why: str) -> None:
-        self._out = True
-        number = self.epoch.number + 1 if self.epoch is not None else 1
-        self._job.emit(
-            Event(
-                "out",
-                f"this node is out of its job's membership, and joins anew: {why}",
-                alarm=True,
-            )
-        )
-        self._on(EpochChanged(number, False, why, time.monotonic()))
+    def _membership_lost(self, reason: str) -> None:
+        """An epoch without a place for this node ends the attempt; the real next epoch has the same
+        number at least."""
+        self.view.out = True
+        number = self.view.epoch.number + 1 if self.view.epoch is not None else 1
+        text = f"this node lost its membership in the job, and joins anew: {reason}"
+        self._state.emit(Event("out", text, alarm=True))
+        self._on(EpochChanged(number, False, reason, time.monotonic()))
 
     def _fail(self, text: str) -> None:
         self._on(JobEnded(1, text, time.monotonic()))
 
-    def _up(self, node: str) -> None:
-        self.uploads.connected(node)
-
-    def _down(self, node: str, why: str) -> None:
-        """Without the node of rank 0 the ranks here can't agree on anything, and what they said may
-        be lost."""
+    def _disconnected(self, node: str, reason: str) -> None:
         self.memory.disconnected(node)
-        epoch = self.epoch
-        if epoch is None or not self.placed or self.root or node != epoch.record.rank0_node:
-            return
-        self._cut(why)
+        epoch = self.view.epoch
+        if (
+            epoch is not None
+            and self.view.placed
+            and not self.view.has_rank0
+            and node == epoch.record.rank0_node
+        ):
+            self._report_unreachable(reason)
 
-    def _cut(self, why: str) -> None:
-        epoch = self.epoch
+    def _report_unreachable(self, reason: str) -> None:
+        """Without rank 0's node the ranks here can't agree on anything, and messages to it may be
+        lost."""
+        epoch = self.view.epoch
         assert epoch is not None, "an epoch"
-        text = f"the line to the node of rank 0 is broken: {why}"
-        self._on(Rank0Unreachable(epoch.number, text, time.monotonic(), self._job.completed()))
+        text = f"the connection to the node of rank 0 is broken: {reason}"
+        self._on(
+            Rank0Unreachable(epoch.number, text, time.monotonic(), self._state.memory.completed())
+        )
 
-    def _word(self, node: str, word: MeshMessage) -> None:
-        board = self._job.board
-        match word:
+    def _receive(self, node: str, message: MeshMessage) -> None:
+        board = self._state.memory.board
+        match message:
             case (
-                said.MeshPost()
-                | said.MeshPeek()
-                | said.MeshCount()
-                | said.MeshForget()
-                | said.MeshReply()
+                mesh.MeshPost()
+                | mesh.MeshPeek()
+                | mesh.MeshCount()
+                | mesh.MeshForget()
+                | mesh.MeshReply()
             ):
-                self._rooms.take(node, word)
-            case said.NodeProgress() if self.standbys.take(node, word):
-                pass
-            case said.NodeProgress():
-                self._progress.take(node, word)
-            case said.LivenessCall() | said.LivenessAnswer():
-                if self.placed:
-                    self._roll.take(node, word)
-            case said.NodeSubmissions() | said.MeshEpochOpened():
-                self.uploads.take(node, word)
-            case said.AskNodeInventory() | said.NodeInventory() | said.MeshSources():
-                self.memory.take(node, word)
-            case said.MeshDecided():
-                if board is not None and self.epoch is not None and word.attempt == board.attempt:
-                    board.decide(word.boundary, word.flags)
+                self.view.mailboxes.receive(node, message)
+            case mesh.NodeProgress():
+                if not self.standbys.receive(node, message):
+                    self._progress.receive(node, message)
+            case mesh.LivenessCall() | mesh.LivenessAnswer():
+                if self.view.placed:
+                    self._liveness.receive(node, message)
+            case mesh.NodeSubmissions() | mesh.MeshEpochOpened():
+                self.uploads.receive(node, message)
+            case mesh.AskNodeInventory() | mesh.NodeInventory() | mesh.MeshSources():
+                self.memory.receive(node, message)
+            case mesh.MeshDecided():
+                if (
+                    board is not None
+                    and self.view.epoch is not None
+                    and message.attempt == board.attempt
+                ):
+                    board.decide(message.boundary, message.flags)
 
     # ---- small parts
 
-    def _holds(self, holdings: StateInventory) -> None:
-        if self._node is not None:
-            self._node.put_inventory(holdings)
-
-    def _ranks_here(self) -> range:
-        assert self.epoch is not None, "an epoch"
-        return self.epoch.record.ranks[self.me]
+    def _put_inventory(self, inventory: StateInventory) -> None:
+        if self.view.node is not None:
+            self.view.node.put_inventory(inventory)
 
     def _post(self, call: Callable[[], object]) -> None:
-        """Have it done by the loop, unless this launch has left meanwhile: the next one must hear
-        nothing of it."""
-        self._job.post(lambda: call() if self._leaving is None else None)
+        """Have the loop make ``call``, unless this launch has left by then: the next launch must
+        not get its events."""
+        self._state.post(lambda: call() if self._leaving is None else None)
 
-    def _tell(self, event: Event) -> None:
-        self._job.post(lambda: self._job.emit(event))
+    def _emit(self, event: Event) -> None:
+        self._state.post(lambda: self._state.emit(event))
 
-    def _join(self) -> Node:
-        job, post = self._job, self._post
-        told = NodeObserver(
-            on_epoch=lambda epoch: post(lambda: self._came(epoch)),
-            on_standbys=lambda epoch: post(lambda: self._see_members(epoch)),
-            on_membership_lost=lambda why: post(lambda: self._lost(why)),
-            on_message=lambda node, word: post(lambda: self._word(node, word)),
-            on_connected=lambda node: post(lambda: self._up(node)),
-            on_disconnected=lambda node, why: post(lambda: self._down(node, why)),
-            on_act_until=self._acts,
+    def _joined(self) -> Node:
+        post = self._post
+        observer = NodeObserver(
+            on_epoch=lambda epoch: post(lambda: self._epoch_opened(epoch)),
+            on_standbys=lambda epoch: post(lambda: self._standbys_changed(epoch)),
+            on_membership_lost=lambda reason: post(lambda: self._membership_lost(reason)),
+            on_message=lambda node, message: post(lambda: self._receive(node, message)),
+            on_connected=lambda node: post(lambda: self.uploads.connected(node)),
+            on_disconnected=lambda node, reason: post(lambda: self._disconnected(node, reason)),
+            on_act_until=self._lease_prolonged,
         )
-        return join(
-            self._spec,
-            self._secret,
-            host=self._host,
-            ranks=job.ranks,
+        return self._join(
+            state=self._state,
+            attempt=lambda: self._attempt,
             peer_port=self.memory.port,
-            here=KeeperFacts(lambda: job.policy, lambda: self._attempt, job.completed),
-            told=told,
-            emit=self._tell,
+            observer=observer,
+            emit=self._emit,
         )

@@ -1,6 +1,8 @@
-"""How far this node's ranks are, told to the others, and how far theirs are. In the loop.
+"""What nodes regularly tell each other: progress of their ranks, mirrors of standbys, liveness. In
+the keeper's loop.
 
-All nodes tell rank 0's; that one tells each of the others what all but it have in common.
+All nodes send their progress to rank 0's node; that one sends each of them what all others have in
+common.
 """
 
 from __future__ import annotations
@@ -13,16 +15,12 @@ from msgspec.structs import replace
 from ckpt.cluster.membership.leases import default_margin_s
 from ckpt.cluster.membership.member import boottime_s
 from ckpt.cluster.membership.records import StateInventory
-from ckpt.cluster.mesh import messages as said
-from ckpt.cluster.mesh.messages import NodeProgress
-from ckpt.cluster.node.epochs import NodeEpoch
+from ckpt.cluster.mesh.messages import LivenessAnswer, LivenessCall, NodeProgress
 from ckpt.ipc.board import RankBoard
 from ckpt.ipc.messages import NodeReport
-from ckpt.keeper.cluster_view import EpochView
-from ckpt.keeper.job import Job
-from ckpt.keeper.mirrors import plan as rounds
 from ckpt.keeper.mirrors.memory import ClusterMemory
-from ckpt.keeper.mirrors.plan import MirrorReport, MirrorRound
+from ckpt.keeper.mirrors.plan import MirrorReport, MirrorRound, next_round
+from ckpt.keeper.nodes.epoch_view import EpochView
 from ckpt.keeper.nodes.liveness import (
     CALLS_PER_TTL,
     LivenessRound,
@@ -30,231 +28,263 @@ from ckpt.keeper.nodes.liveness import (
     answer_received,
     next_call,
 )
+from ckpt.keeper.slots import RankMemory
 from ckpt.values import SnapshotId
 
-# What ranks have in common: how far all of them are, and what all of them hold. Pure but for
-# reading the board.
+# ---- what ranks have in common: steps that all have completed, snapshots that all hold
 
 NO_ROUND = MirrorRound()
 
 
-def progress_of(ranks: Sequence[RankBoard], attempt: int, word: MirrorReport) -> NodeProgress:
-    """The standing of some ranks of this node. How far they are is read before what they hold."""
-    done = [-1 if one.completed is None else one.completed for one in ranks]
-    held = [one.sealed_snapshots() for one in ranks]
+def progress_of(ranks: Sequence[RankBoard], attempt: int, report: MirrorReport) -> NodeProgress:
+    """The progress of some ranks of this node. Steps are read before snapshots.
+
+    A rank that completes a step in between then seems to hold more than it has completed, never
+    less.
+    """
+    steps = [-1 if rank.completed is None else rank.completed for rank in ranks]
+    sealed = [rank.sealed_snapshots() for rank in ranks]
     return NodeProgress(
         attempt=attempt,
-        sealed=_all_hold(held),
-        completed=min(done, default=-1),
-        mirrored=word.mirrored,
-        missed=word.missed,
+        sealed=_common_snapshots(sealed),
+        completed=min(steps, default=-1),
+        mirrored=report.mirrored,
+        missed=report.missed,
     )
 
 
 def common_progress(
-    standings: Sequence[NodeProgress | None], attempt: int, now: MirrorRound = NO_ROUND
+    reports: Sequence[NodeProgress | None], attempt: int, now: MirrorRound = NO_ROUND
 ) -> NodeProgress:
-    """Of several nodes as one, in the round ``now``; where one has not told its own yet they have
-    nothing."""
-    known = [one for one in standings if one is not None]
-    if len(known) < len(standings) or not known:
+    """The progress of several nodes as one, in the round ``now``; nothing if one has not reported
+    yet (None)."""
+    known = [report for report in reports if report is not None]
+    if len(known) < len(reports) or not known:
         return NodeProgress(
             attempt=attempt, sealed=(), completed=-1, mirrored=now.kept, named=now.named
         )
     return NodeProgress(
         attempt=attempt,
-        sealed=_all_hold([frozenset(one.sealed) for one in known]),
-        completed=min(one.completed for one in known),
+        sealed=_common_snapshots([frozenset(report.sealed) for report in known]),
+        completed=min(report.completed for report in known),
         mirrored=now.kept,
         named=now.named,
     )
 
 
 def common_progress_without_each(
-    mine: NodeProgress, others: Mapping[str, NodeProgress | None], attempt: int, now: MirrorRound
+    own: NodeProgress, others: Mapping[str, NodeProgress | None], attempt: int, now: MirrorRound
 ) -> dict[str, NodeProgress]:
-    """For each of ``others``, what all but it have in common with ``mine``: ``common`` of the rest,
-    in one pass for all."""
+    """For each of ``others`` the common progress of ``own`` and all the rest.
+
+    One pass for all nodes: ``common_progress`` for each would cost the square of their number.
+    """
     nothing = common_progress([None], attempt, now)
-    silent = {node for node, one in others.items() if one is None}
-    known = [mine, *(one for one in others.values() if one is not None)]
-    holders = Counter(pair for one in known for pair in frozenset(one.sealed))
-    nearly = {pair: count for pair, count in holders.items() if count >= len(known) - 1}
-    least, *rest = sorted(one.completed for one in known)[:2]
-    found = {}
-    for node, own in others.items():
+    silent = {node for node, report in others.items() if report is None}
+    known = [own, *(report for report in others.values() if report is not None)]
+    holders = Counter(snapshot for report in known for snapshot in frozenset(report.sealed))
+    # Only what all but one hold can be common to all without one.
+    nearly = {snapshot: count for snapshot, count in holders.items() if count >= len(known) - 1}
+    least, *rest = sorted(report.completed for report in known)[:2]
+    result = {}
+    for node, report in others.items():
         if silent - {node}:
-            found[node] = nothing
+            result[node] = nothing
             continue
-        held = frozenset(own.sealed if own is not None else ())
-        needed = len(known) - (own is not None)
+        held = frozenset(report.sealed if report is not None else ())
+        needed = len(known) - (report is not None)
         sealed = sorted(
-            (pair for pair, count in nearly.items() if count - (pair in held) == needed),
+            (
+                snapshot
+                for snapshot, count in nearly.items()
+                if count - (snapshot in held) == needed
+            ),
             reverse=True,
         )
-        completed = rest[0] if own is not None and own.completed == least else least
-        found[node] = replace(nothing, sealed=tuple(sealed), completed=completed)
-    return found
+        completed = rest[0] if report is not None and report.completed == least else least
+        result[node] = replace(nothing, sealed=tuple(sealed), completed=completed)
+    return result
 
 
-def _all_hold(held: Sequence[frozenset[SnapshotId]]) -> tuple[SnapshotId, ...]:
-    return tuple(sorted(frozenset.intersection(*held), reverse=True)) if held else ()
+def _common_snapshots(sealed: Sequence[frozenset[SnapshotId]]) -> tuple[SnapshotId, ...]:
+    return tuple(sorted(frozenset.intersection(*sealed), reverse=True)) if sealed else ()
 
 
-STANDING_S = 0.02
-"""How often nodes tell how far their ranks are, where that changed."""
+PROGRESS_S = 0.02
+"""How often nodes report progress that has changed."""
 
-STANDING_LATEST_S = 1.0
-"""And where it did not."""
+PROGRESS_LATEST_S = 1.0
+"""How often they report progress that has not changed."""
 
 
 class ProgressExchange:
-    """See the module. On nodes that have ranks."""
+    """Exchanges the progress of ranks, on nodes that have ranks, and shows that of others on the
+    board."""
 
-    def __init__(self, job: Job, among: EpochView, memory: ClusterMemory) -> None:
-        self._job = job
-        self._among = among
+    def __init__(self, ranks: RankMemory, view: EpochView, memory: ClusterMemory) -> None:
+        self._ranks = ranks
+        self._view = view
         self._memory = memory
-        self._standings: dict[str, said.NodeProgress] = {}
-        self._told: said.NodeProgress | None = None
-        self._told_s = 0.0
-        self._told_to: dict[str, tuple[said.NodeProgress, float]] = {}
-        self._news = False  # whether another node told its standing to this one, that of rank 0, since it told all
+        self._received: dict[str, NodeProgress] = {}
+        self._sent: NodeProgress | None = None
+        self._sent_s = 0.0
+        self._sent_to: dict[str, tuple[NodeProgress, float]] = {}
+        self._news = False
+        """On rank 0's node: whether another node's progress has arrived since it was last sent to
+        all."""
         self._due_s = 0.0
 
     def begin(self) -> None:
-        """A new epoch: what was told in the last one counts no more."""
-        self._standings.clear()
-        self._told = None
-        self._told_to.clear()
+        """A new epoch: progress in the last one does not count."""
+        self._received.clear()
+        self._sent = None
+        self._sent_to.clear()
 
     def tick(self, now_s: float) -> float:
-        """Tell what is to be told; returns seconds until the next look."""
+        """Send what is due; returns the seconds until the next call is needed."""
         if now_s >= self._due_s:
-            self._due_s = now_s + STANDING_S
-            self._tell(now_s)
+            self._due_s = now_s + PROGRESS_S
+            self._send(now_s)
         return self._due_s - now_s
 
-    def take(self, node: str, word: said.NodeProgress) -> None:
-        """What another node told."""
-        self._standings[node] = word
-        if self._among.root:
-            self._news, self._due_s = True, min(self._due_s, self._told_s + STANDING_S / 4)
+    def receive(self, node: str, progress: NodeProgress) -> None:
+        """Another node's progress."""
+        self._received[node] = progress
+        if self._view.has_rank0:
+            # Passed on sooner than this node's own progress, but at most four times as often.
+            self._news, self._due_s = True, min(self._due_s, self._sent_s + PROGRESS_S / 4)
         self._show()
 
-    def _tell(self, now_s: float) -> None:
-        job, epoch = self._job, self._among.epoch
-        assert job.board is not None and epoch is not None, "placed"
-        ranks = [job.board.rank(rank) for rank in range(job.ranks)]
-        mine = progress_of(ranks, epoch.number, self._memory.mirror_report)
-        if mine == self._told and now_s - self._told_s < STANDING_LATEST_S and not self._news:
+    def _send(self, now_s: float) -> None:
+        board, epoch, view = self._ranks.board, self._view.epoch, self._view
+        assert board is not None and epoch is not None, "placed"
+        ranks = [board.rank(rank) for rank in range(self._ranks.ranks)]
+        own = progress_of(ranks, epoch.number, self._memory.mirror_report)
+        if own == self._sent and now_s - self._sent_s < PROGRESS_LATEST_S and not self._news:
             return
         self._news = False
-        self._told, self._told_s = mine, now_s
-        if not self._among.root:
-            self._among.say(epoch.record.rank0_node, mine)
+        self._sent, self._sent_s = own, now_s
+        if not view.has_rank0:
+            view.send(epoch.record.rank0_node, own)
             return
-        known = {node: one for node, one in self._standings.items() if one.attempt == epoch.number}
-        said_words = [
-            rounds.MirrorReport(one.mirrored, one.missed) if (one := known.get(node)) else None
-            for node in self._among.others
+        known = {
+            node: progress
+            for node, progress in self._received.items()
+            if progress.attempt == epoch.number
+        }
+        reports = [
+            MirrorReport(progress.mirrored, progress.missed)
+            if (progress := known.get(node))
+            else None
+            for node in view.others
         ]
         self._memory.set_round(
-            rounds.next_round(
-                self._memory.round,
-                [self._memory.mirror_report, *said_words],
-                job.board.newest_complete(),
+            next_round(
+                self._memory.round, [self._memory.mirror_report, *reports], board.newest_complete()
             )
         )
-        every = {node: known.get(node) for node in self._among.others}
-        for node, word in common_progress_without_each(
-            mine, every, epoch.number, self._memory.round
+        others = {node: known.get(node) for node in view.others}
+        for node, progress in common_progress_without_each(
+            own, others, epoch.number, self._memory.round
         ).items():
-            before, at_s = self._told_to.get(node, (None, 0.0))
-            if word != before or now_s >= at_s + STANDING_LATEST_S:
-                self._told_to[node] = (word, now_s)
-                self._among.say(node, word)
+            before, at_s = self._sent_to.get(node, (None, 0.0))
+            # Per node: only those whose view changed get a message, so the cost follows the
+            # changes.
+            if progress != before or now_s >= at_s + PROGRESS_LATEST_S:
+                self._sent_to[node] = (progress, now_s)
+                view.send(node, progress)
 
     def _show(self) -> None:
-        """Put what other nodes hold onto the board, where the slot rule and rank 0 look."""
-        board, epoch, among = self._job.board, self._among.epoch, self._among
-        if board is None or epoch is None or not among.placed:
+        """Put what other nodes hold onto the board, where the slot rule and rank 0 read it."""
+        board, epoch, view = self._ranks.board, self._view.epoch, self._view
+        if board is None or epoch is None or not view.placed:
             return
-        sources = among.others if among.root else (epoch.record.rank0_node,)
-        known = [self._standings.get(node) for node in sources]
-        found = common_progress(
-            [one if one and one.attempt == epoch.number else None for one in known], epoch.number
-        )
+        senders = view.others if view.has_rank0 else (epoch.record.rank0_node,)
+        known = [self._received.get(node) for node in senders]
+        current = [
+            progress if progress and progress.attempt == epoch.number else None
+            for progress in known
+        ]
+        common = common_progress(current, epoch.number)
         board.remote_ranks.publish_remote(
-            found.sealed, found.completed if found.completed >= 0 else None
+            common.sealed, common.completed if common.completed >= 0 else None
         )
-        if not among.root and known[0] is not None and known[0].attempt == epoch.number:
-            self._memory.set_round(rounds.MirrorRound(known[0].named, known[0].mirrored))
+        if not view.has_rank0 and current[0] is not None:
+            self._memory.set_round(MirrorRound(current[0].named, current[0].mirrored))
 
 
-# What the node of rank 0 and the standbys tell each other: which pair is kept, and which a
-# standby has. In the loop.
+# ---- standbys: which snapshot all nodes keep as mirrors, and which one a standby has
 
-LOOK_S = 0.25
-"""How often a standby looks at what it has; each look reads the headers of all of it."""
+INVENTORY_S = 0.25
+"""How often a standby checks what it has; each check reads the headers of all of it."""
 
-TELL_S = 1.0
-"""How often it is told where nothing changed."""
+REPORT_S = 1.0
+"""How often it reports what has not changed."""
 
 
 class Standbys:
-    """See the module. ``holds`` is told what this node has of which ranks, while it is a
-    standby."""
+    """Exchanges mirror rounds between rank 0's node and the standbys.
+
+    ``put_inventory`` publishes what this node has of which ranks, while it is a standby.
+    """
 
     def __init__(
-        self, among: EpochView, memory: ClusterMemory, *, holds: Callable[[StateInventory], object]
+        self,
+        view: EpochView,
+        memory: ClusterMemory,
+        *,
+        put_inventory: Callable[[StateInventory], object],
     ) -> None:
-        self._among = among
+        self._view = view
         self._memory = memory
-        self._holds = holds
+        self._put_inventory = put_inventory
         self._have: dict[str, SnapshotId | None] = {}
-        """What each standby said that it has."""
-        self._told: said.NodeProgress | None = None
-        self._told_s = self._look_s = 0.0
+        """The snapshot that each standby reported."""
+        self._sent: NodeProgress | None = None
+        self._sent_s = self._inventory_s = 0.0
 
-    def see(self) -> None:
-        """Another epoch: others may be standbys."""
+    def see_epoch(self) -> None:
+        """Another epoch: it may have other standbys."""
         self._have.clear()
-        self._told = None
+        self._sent = None
 
     def tick(self, now_s: float) -> None:
-        """Tell what changed."""
-        epoch = self._among.epoch
+        """Send what has changed."""
+        epoch = self._view.epoch
         if epoch is None:
             return
-        standbys = epoch.standbys
-        if self._among.root and standbys:
-            self._tell(now_s, epoch, standbys, self._memory.round, None)
-        elif self._among.me in standbys and now_s >= self._look_s:
-            self._look_s = now_s + LOOK_S
-            pair, sizes = self._memory.copied(epoch)
-            self._tell(now_s, epoch, (epoch.record.rank0_node,), None, pair)
-            if pair is not None:
-                self._holds(StateInventory(epoch.record.world_size, sizes))
+        if self._view.has_rank0 and epoch.standbys:
+            now = self._memory.round
+            message = NodeProgress(
+                attempt=epoch.number, sealed=(), completed=-1, mirrored=now.kept, named=now.named
+            )
+            self._send(now_s, epoch.standbys, message)
+        elif self._view.me in epoch.standbys and now_s >= self._inventory_s:
+            self._inventory_s = now_s + INVENTORY_S
+            snapshot, sizes = self._memory.copied(epoch)
+            message = NodeProgress(
+                attempt=epoch.number, sealed=(), completed=-1, mirrored=snapshot, named=None
+            )
+            self._send(now_s, (epoch.record.rank0_node,), message)
+            if snapshot is not None:
+                self._put_inventory(StateInventory(epoch.record.world_size, sizes))
 
-    def take(self, node: str, word: said.NodeProgress) -> bool:
-        """A word from a standby, or to one: whether it was that."""
-        epoch = self._among.epoch
-        if epoch is None or word.attempt != epoch.number:
+    def receive(self, node: str, message: NodeProgress) -> bool:
+        """Take a message from a standby, or to this one; False if it is neither."""
+        epoch = self._view.epoch
+        if epoch is None or message.attempt != epoch.number:
             return False
-        standbys = epoch.standbys
-        if node in standbys:
-            self._have[node] = word.mirrored
+        if node in epoch.standbys:
+            self._have[node] = message.mirrored
             return True
-        if self._among.me in standbys and node == epoch.record.rank0_node:
-            self._memory.set_round(MirrorRound(word.named, word.mirrored))
+        if self._view.me in epoch.standbys and node == epoch.record.rank0_node:
+            self._memory.set_round(MirrorRound(message.named, message.mirrored))
             return True
         return False
 
     def report(self) -> tuple[NodeReport, ...]:
-        """The nodes of the newest epoch, as far as this one knows: the node of rank 0 knows of
-        all."""
-        epoch, me = self._among.epoch, self._among.me
+        """The nodes of the newest epoch; only rank 0's node knows what each standby has."""
+        epoch, me = self._view.epoch, self._view.me
         if epoch is None:
             return ()
         kept = self._memory.round.kept
@@ -274,72 +304,56 @@ class Standbys:
         ]
         return (*placed, *waiting)
 
-    def _tell(
-        self,
-        now_s: float,
-        epoch: NodeEpoch,
-        nodes: tuple[str, ...],
-        now: MirrorRound | None,
-        pair: SnapshotId | None,
-    ) -> None:
-        word = said.NodeProgress(
-            attempt=epoch.number,
-            sealed=(),
-            completed=-1,
-            mirrored=now.kept if now is not None else pair,
-            named=now.named if now is not None else None,
-        )
-        if word == self._told and now_s < self._told_s + TELL_S:
+    def _send(self, now_s: float, nodes: tuple[str, ...], message: NodeProgress) -> None:
+        if message == self._sent and now_s < self._sent_s + REPORT_S:
             return
-        self._told, self._told_s = word, now_s
+        self._sent, self._sent_s = message, now_s
         for node in nodes:
-            self._among.say(node, word)
+            self._view.send(node, message)
 
 
-# Calling the roll of an epoch, and answering it. In the loop; what it proves is decided in
-# ``roll_call``.
+# ---- liveness rounds of an epoch; what an answered call proves is decided in ``liveness``
 
 
 class LivenessExchange:
-    """See the module. ``ttl_s``: of the nodes' leases."""
+    """Makes liveness calls, or answers them. ``ttl_s``: of the nodes' leases. Times are of
+    CLOCK_BOOTTIME, as leases."""
 
-    def __init__(self, among: EpochView, *, ttl_s: float) -> None:
-        self._among = among
+    def __init__(self, view: EpochView, *, ttl_s: float) -> None:
+        self._view = view
         self._ttl_s = ttl_s
-        self._roll = LivenessRound()
+        self._round = LivenessRound()
         self._due_s = 0.0
 
     def tick(self, now_s: float) -> None:
-        """On a node with ranks, beside others: call when it is time to."""
-        epoch = self._among.epoch
-        if epoch is None or not self._among.root or now_s < self._due_s:
+        """On a node that has ranks, in an epoch of several nodes: make a call if it is time to."""
+        epoch = self._view.epoch
+        if epoch is None or not self._view.has_rank0 or now_s < self._due_s:
             return
         self._due_s = now_s + self._ttl_s / CALLS_PER_TTL
-        self._roll = next_call(self._roll, epoch.number, self._among.others, boottime_s())
-        self._among.say_to_all(
-            said.LivenessCall(
-                attempt=self._roll.attempt, number=self._roll.number, answered=self._roll.answered
-            )
+        self._round = now = next_call(self._round, epoch.number, self._view.others, boottime_s())
+        self._view.send_to_others(
+            LivenessCall(attempt=now.attempt, number=now.number, answered=now.answered)
         )
 
-    def take(self, node: str, word: said.LivenessCall | said.LivenessAnswer) -> None:
-        """On a node with ranks. One that knows of a newer epoch, or was told that it is no member
-        any more, answers nothing."""
-        epoch = self._among.epoch
-        if epoch is None or word.attempt != epoch.number:
+    def receive(self, node: str, message: LivenessCall | LivenessAnswer) -> None:
+        """On a node that has ranks. A call of an older epoch gets no answer; nor does any while
+        this node is out."""
+        epoch = self._view.epoch
+        if epoch is None or message.attempt != epoch.number:
             return
-        if isinstance(word, said.LivenessAnswer):
-            self._roll = answer_received(self._roll, word.attempt, word.number, node)
+        if isinstance(message, LivenessAnswer):
+            self._round = answer_received(self._round, message.attempt, message.number, node)
         elif node == epoch.record.rank0_node:
-            self._roll = answer_call(
-                self._roll, word.attempt, word.number, word.answered, boottime_s()
+            self._round = answer_call(
+                self._round, message.attempt, message.number, message.answered, boottime_s()
             )
-            self._among.say(node, said.LivenessAnswer(attempt=word.attempt, number=word.number))
+            self._view.send(node, LivenessAnswer(attempt=message.attempt, number=message.number))
 
     def until_s(self) -> float:
-        """Until when, of CLOCK_BOOTTIME, this node may act for that all answered; 0: not for that
-        reason."""
-        epoch = self._among.epoch
-        if epoch is None or epoch.number != self._roll.attempt:
+        """Until when, of CLOCK_BOOTTIME, this node may act because all nodes answered; 0: not for
+        that reason."""
+        epoch = self._view.epoch
+        if epoch is None or epoch.number != self._round.attempt:
             return 0.0
-        return self._roll.until_s(ttl_s=self._ttl_s, margin_s=default_margin_s(self._ttl_s))
+        return self._round.until_s(ttl_s=self._ttl_s, margin_s=default_margin_s(self._ttl_s))

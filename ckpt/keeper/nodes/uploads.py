@@ -1,163 +1,163 @@
-"""Making snapshots durable whose ranks are on several nodes: one era's room, and the same sequence
-on every node.
+"""Uploads of snapshots whose ranks are on several nodes: one mailbox per placement generation, one
+order everywhere.
 
-An *era* lasts as long as the same nodes have the same ranks. Within it each node hands in the same
-snapshots in the same order; where trainers died between two ranks' words, the node of rank 0 tells
-all what was handed in before the next attempt hands in anything. With another era what is in flight
-fails: its ranks are not all there any more.
+A *placement generation* lasts as long as the same nodes hold the same ranks. Within it each node
+submits the same snapshots in the same order. If trainers died between the submissions of two ranks,
+the node of rank 0 sends all nodes the longest list that was submitted before the next attempt
+submits anything. With another generation, uploads in flight fail: not all their ranks are there any
+more.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
-from ckpt.cluster.mesh import messages as said
+from ckpt.cluster.mesh import messages as mesh
 from ckpt.cluster.node.epochs import NodeEpoch
-from ckpt.ipc.messages import RankPlacement
-from ckpt.keeper.cluster_view import EpochView
-from ckpt.keeper.job import Job
+from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox, ValueCallback
+from ckpt.keeper.nodes.epoch_view import EpochView
 from ckpt.keeper.nodes.remote_mailbox import LoopChannel, uploads_mailbox
 from ckpt.values import SnapshotId
 
 
-class _EraRoom(LocalMailbox):
-    """The room of an era's uploads. No clock of the loop's is for it: questions that waited long
-    enough go when one comes."""
+class _GenerationMailbox(LocalMailbox):
+    """The mailbox of one generation's uploads. The loop does not tick it: old questions end when
+    the next one arrives."""
 
     def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
-        """See Room."""
         self.tick(time.monotonic())
         super().peek(key, wait_s=wait_s, owner=owner, answer=answer)
 
 
 class ClusterUploads:
-    """See the module. In the loop."""
+    """Keeps the nodes' uploads in the same order. In the keeper's loop."""
 
-    def __init__(
-        self, job: Job, among: EpochView, *, seating: Callable[[], RankPlacement | None]
-    ) -> None:
-        self._job = job
-        self._among = among
-        self._seating = seating
-        self._handed: dict[str, said.NodeSubmissions] = {}
-        self._told: said.NodeSubmissions | None = None
-        """What this node had handed in when the attempt began."""
+    def __init__(self, state: JobState, view: EpochView) -> None:
+        self._state = state
+        self._view = view
+        self._submitted: dict[str, mesh.NodeSubmissions] = {}
+        """On the node of rank 0: what each node had submitted when the attempt began."""
+        self._own: mesh.NodeSubmissions | None = None
+        """What this node had submitted when the attempt began."""
         self._begun = 0
         """The attempt that began here last."""
-        self._resume: tuple[SnapshotId | None] | None = None
-        """On the node of rank 0: what the log's open epoch goes on from, while some node has not
-        told what it handed in."""
-        self._word: said.MeshEpochOpened | None = None
-        """The last word of its kind, which may be of an attempt that begins here in a moment."""
-        self._room: KeeperMailbox | None = None
+        self._opened: tuple[SnapshotId | None] | None = None
+        """On the node of rank 0: the resume of the log's open epoch, while some node has not sent
+        its submissions."""
+        self._message: mesh.MeshEpochOpened | None = None
+        """The last message of its kind, which may be of an attempt that begins here in a moment."""
+        self._mailbox: KeeperMailbox | None = None
         self._channels: list[LoopChannel] = []
         self.resume: SnapshotId | None = None
-        """What the epoch that was opened last goes on from."""
+        """The snapshot that the log epoch opened last continues from."""
 
     def channel_of(self, rank: int) -> LoopChannel:
-        """The channel over which this node's ``rank`` makes snapshots durable together with all
-        others, in this era alone."""
-        seating = self._seating()
-        assert seating is not None, "an epoch with ranks here"
-        room = self._room
+        """The mailbox over which this node's ``rank`` commits with all others, within this
+        generation only."""
+        placement = self._view.placement
+        assert placement is not None, "an epoch with ranks here"
+        mailbox = self._mailbox
         channel = LoopChannel(
-            self._job.post,
-            lambda: room if room is self._room else None,
-            rank=seating.first_rank + rank,
-            size=seating.world_size,
+            self._state.post,
+            lambda: mailbox if mailbox is self._mailbox else None,
+            rank=placement.first_rank + rank,
+            size=placement.world_size,
         )
         self._channels.append(channel)
         return channel
 
     def see_epoch(self, epoch: NodeEpoch, before: NodeEpoch | None, *, placed: bool) -> None:
-        """A new epoch; perhaps another era."""
-        self._handed = {
-            node: one for node, one in self._handed.items() if one.attempt >= epoch.number
+        """A new epoch; it may begin another generation."""
+        self._submitted = {
+            node: known for node, known in self._submitted.items() if known.attempt >= epoch.number
         }
+        # Within a generation nothing is lost by a trainer's death: uploads in flight continue.
         if before is not None and before.note.era == epoch.note.era:
             return
         self._channels.clear()
-        self._room = (
-            self._among.room(uploads_mailbox(epoch.note.era), _EraRoom()) if placed else None
-        )
-        self._job.fenced = ""  # whoever wrote the log before, another one may do so now
-        if self._job.uploads is not None:
-            self._job.uploads.new_generation(root=self._among.root)
+        name = uploads_mailbox(epoch.note.era)
+        self._mailbox = self._view.mailbox(name, _GenerationMailbox()) if placed else None
+        self._state.uploads.new_generation(rank0_here=self._view.has_rank0)
 
     def begin(self, attempt: int) -> None:
-        """An attempt begins here: tell what was handed in before, and hold back what comes until
-        its epoch is open."""
-        assert self._among.epoch is not None, "an epoch with ranks here"
-        uploads = self._job.need_uploads()
+        """An attempt begins: send what was submitted before, and hold new submissions until its log
+        epoch is open."""
+        assert self._view.epoch is not None, "an epoch with ranks here"
+        uploads = self._state.uploads.need()
         uploads.use_channels(self.channel_of)  # an earlier launch of the program had other nodes
-        count, turns = uploads.submitted
-        self._told = said.NodeSubmissions(attempt=attempt, count=count, turns=turns)
-        self._begun, self._resume = attempt, None
-        self._tell()
+        count, entries = uploads.submitted
+        self._own = mesh.NodeSubmissions(attempt=attempt, count=count, turns=entries)
+        self._begun, self._opened = attempt, None
+        self._send_own()
         uploads.hold_submissions()
-        if self._word is not None and self._word.attempt == attempt:
-            self._follow(self._word)
+        if self._message is not None and self._message.attempt == attempt:
+            self._follow(self._message)
 
     def open(self, resume: SnapshotId | None) -> None:
-        """On the node of rank 0: an epoch of the log is open. All nodes hear of it once each told
-        what it had handed in."""
-        epoch = self._among.epoch
+        """On the node of rank 0: the log epoch is open. All nodes hear so once each has sent its
+        submissions."""
+        epoch = self._view.epoch
         assert epoch is not None, "an epoch with ranks here"
         if self._begun == epoch.number:  # else it was opened for an attempt that is over
-            self._resume = (resume,)
-            self._open()
+            self._opened = (resume,)
+            self._send_opened()
 
-    def take(self, node: str, word: said.NodeSubmissions | said.MeshEpochOpened) -> None:
-        """What another node says."""
-        match word:
-            case said.NodeSubmissions():
-                self._handed[node] = word
-                self._open()
-            case said.MeshEpochOpened():
-                self._word = word
-                self._follow(word)
+    def receive(self, node: str, message: mesh.NodeSubmissions | mesh.MeshEpochOpened) -> None:
+        """A message of another node."""
+        match message:
+            case mesh.NodeSubmissions():
+                self._submitted[node] = message
+                self._send_opened()
+            case mesh.MeshEpochOpened():
+                self._message = message
+                self._follow(message)
 
     def connected(self, node: str) -> None:
-        """What was said to the node of rank 0 may have been lost."""
-        epoch = self._among.epoch
+        """A connection is up again: messages to the node of rank 0 may have been lost, so they are
+        sent again."""
+        epoch = self._view.epoch
         if epoch is not None and node == epoch.record.rank0_node:
-            self._tell()
+            self._send_own()
             for channel in self._channels:
                 channel.repeat()
 
-    def _tell(self) -> None:
-        epoch = self._among.epoch
-        if epoch is None or self._told is None or self._told.attempt != epoch.number:
+    def _send_own(self) -> None:
+        epoch = self._view.epoch
+        if epoch is None or self._own is None or self._own.attempt != epoch.number:
             return
-        if self._among.root:
-            self._handed[self._among.me] = self._told
+        if self._view.has_rank0:
+            self._submitted[self._view.me] = self._own
         else:
-            self._among.say(epoch.record.rank0_node, self._told)
+            self._view.send(epoch.record.rank0_node, self._own)
 
-    def _open(self) -> None:
-        epoch = self._among.epoch
-        if self._resume is None or epoch is None or epoch.number != self._begun:
+    def _send_opened(self) -> None:
+        """Once all nodes have sent their submissions: let all nodes submit the
+        longest list, then continue."""
+        epoch = self._view.epoch
+        if self._opened is None or epoch is None or epoch.number != self._begun:
             return
-        nodes = (self._among.me, *self._among.others)
+        nodes = (self._view.me, *self._view.others)
         known = [
-            one
+            entry
             for node in nodes
-            if (one := self._handed.get(node)) is not None and one.attempt == epoch.number
+            if (entry := self._submitted.get(node)) is not None and entry.attempt == epoch.number
         ]
         if len(known) < len(nodes):
             return
-        turns = max(known, key=lambda one: one.count).turns
-        word = said.MeshEpochOpened(attempt=epoch.number, resume=self._resume[0], turns=turns)
-        self._resume = None
-        self._follow(word)
-        self._among.say_to_all(word)
+        # Every node submits a prefix of the same sequence, so the longest list contains all others.
+        entries = max(known, key=lambda entry: entry.count).turns
+        message = mesh.MeshEpochOpened(attempt=epoch.number, resume=self._opened[0], turns=entries)
+        self._opened = None
+        self._follow(message)
+        self._view.send_to_others(message)
 
-    def _follow(self, word: said.MeshEpochOpened) -> None:
-        slots, epoch = self._job.slots, self._among.epoch
-        if slots is None or epoch is None or not word.attempt == epoch.number == self._begun:
+    def _follow(self, message: mesh.MeshEpochOpened) -> None:
+        slots, epoch = self._state.memory.slots, self._view.epoch
+        if slots is None or epoch is None or not message.attempt == epoch.number == self._begun:
             return
-        self.resume = word.resume
-        self._job.need_uploads().epoch_opened(word.turns, slots.hold_snapshot)
-        slots.discard_after(word.resume)
+        self.resume = message.resume
+        # Submissions first: a slot that the list still needs may hold a capture that is discarded
+        # next.
+        self._state.uploads.need().epoch_opened(message.turns, slots.hold_snapshot)
+        slots.discard_after(message.resume)

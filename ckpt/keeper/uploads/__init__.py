@@ -1,1 +1,1 @@
-"""Making staged snapshots durable, and the epochs of the log."""
+"""Making staged snapshots durable, and the epochs of the log. Imported when first needed."""

@@ -1,9 +1,8 @@
-"""One job's epochs inside its keeper: what can be restored, opening the next one, and whether
+"""One job's log epochs inside its keeper: what can be restored, opening the next one, and whether
 another writer took over.
 
-Used by the keeper's loop alone, which it never holds up: what may wait for the store is done in
-threads, and comes back through ``post``. All futures are resolved and all callbacks called by the
-loop.
+For the keeper's loop alone, which it never blocks: calls that may wait for the store run in threads
+and return through ``post``. The loop resolves all futures and makes all callbacks.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
-from ckpt.events import Event
+from ckpt.events import Emit, Event
 from ckpt.ipc.messages import Choice
+from ckpt.keeper.slots import PostToLoop
 from ckpt.keeper.uploads.choices import STAGED
 from ckpt.keeper.uploads.log_view import LogView
 from ckpt.keeper.uploads.persisters import Persisters, error_of
@@ -28,29 +28,9 @@ from ckpt.values import SnapshotId
 T = TypeVar("T")
 
 
-class EpochObserver(Protocol):
-    """What epochs need of the keeper around them."""
-
-    def post(self, call: Callable[[], object], /) -> object:
-        """Have a call made by the keeper's loop, soon; from any thread."""
-        ...
-
-    def tell(self, event: Event, /) -> None:
-        """Tell people."""
-        ...
-
-    def on_fenced(self, error: FencedError, /) -> None:
-        """Another writer opened a newer epoch; once a launch."""
-        ...
-
-    def on_moved(self) -> None:
-        """Another store, or none, stands where the launch before had its own."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """An epoch that is wanted while another is being opened."""
+    """An epoch that was asked for while another is being opened."""
 
     resume: SnapshotId | None
     chosen: ResumeChoice | None
@@ -58,46 +38,64 @@ class _Asked:
 
 
 class LogEpochs:
-    """The log as the loop knows it, and the epochs given out from it. Lives over any number of
-    launches and attempts."""
+    """The log as the loop knows it, and the epochs issued from it. Lives over any number of
+    launches and attempts.
+
+    ``on_fenced`` is called once a launch, if another writer opened a newer epoch;
+    ``on_store_changed`` if the store is another one than in the launch before, or gone.
+
+    It has more attributes than usual: collaborators and callbacks aside, each is one fact about the
+    launch's first epoch, which all entry points must see alike.
+    """
 
     def __init__(
-        self, log: StoreLog, hands: Persisters, waits: Retries, around: EpochObserver, *, store: str
+        self,
+        log: StoreLog,
+        persisters: Persisters,
+        retries: Retries,
+        *,
+        store: str,
+        post: PostToLoop,
+        emit: Emit,
+        on_fenced: Callable[[FencedError], object],
+        on_store_changed: Callable[[], object],
     ) -> None:
         self._log = log
-        self._hands = hands
-        self._waits = waits
-        self._around = around
+        self._persisters = persisters
+        self._retries = retries
         self._store = store
+        self._post = post
+        self._emit = emit
+        self._on_fenced = on_fenced
+        self._on_store_changed = on_store_changed
         self._thread = CallQueue("ckpt-log")
         self.view = LogView()
         """What is known of the log."""
         self.fenced: FencedError | None = None
         """Why nothing more may be written; None while this keeper is the log's writer, or may
         become it."""
-        self._fresh = (
-            True  # the launch has opened no epoch yet, so that another writer's isn't a rival
-        )
+        self._fresh = True
+        """Whether the launch has opened no epoch yet: then another writer's is no rival."""
         self._beginning = False
         self._waiting: list[_Asked] = []
         self._chosen: ResumeChoice | None = None
-        """What the log's newest snapshot was when choices were last read there."""
-        self._under_way = 0
-        self._eras = 0
+        """What the log's newest snapshot was when choices were last read from it."""
+        self._in_flight = 0
+        self._generations = 0
         self._closed = False
 
     @property
     def busy(self) -> bool:
-        """Whether some call to the store is on its way."""
-        return self._under_way > 0
+        """Whether a call to the store is in flight."""
+        return self._in_flight > 0
 
     def choices(self, staged: Mapping[SnapshotId, str]) -> Future[tuple[Choice, ...]]:
-        """What can be restored, best first; ``staged`` are the pairs that all ranks' slots hold,
-        with the origins they carry.
+        """What can be restored, best first. ``staged``: the snapshots that all ranks' slots hold,
+        with their origins.
 
-        Answered at once where this launch opened an epoch and a staged pair is on its line, else
-        after reading the log. Fails with what keeps the log from being read; waits for the store
-        where the slots may hold more than that would give.
+        Answered at once if this launch opened an epoch and a staged snapshot is on its lineage,
+        else after reading the log. Fails with what keeps the log from being read; but if slots hold
+        snapshots, which the log may know nothing newer than, it waits for the store.
         """
         self._log.restoring(True)
         self._chosen = None
@@ -106,9 +104,9 @@ class LogEpochs:
         if self.fenced is not None:
             future.set_exception(self.fenced)
             return future
-        found = self.view.best_first(staged)
-        if not self._fresh and any(choice.tier == STAGED for choice in found):
-            future.set_result(found)
+        choices = self.view.best_first(staged)
+        if not self._fresh and any(choice.tier == STAGED for choice in choices):
+            future.set_result(choices)
             return future
         self._read_choices(staged, future, self.view.stores)
         return future
@@ -126,9 +124,9 @@ class LogEpochs:
         then: Callable[[], object],
         failed: Callable[[CkptError], object],
     ) -> None:
-        """Open an epoch that goes on from a staged pair, unless somebody else went on with the
+        """Open an epoch that continues from a staged snapshot, unless another writer continued the
         job."""
-        if self._beginning:  # trainers came back
+        if self._beginning:  # trainers are back
             failed(UnavailableError("an epoch is being opened."))
             return
         opening = FirstOpen(snapshot, {snapshot: origin}, True, new_origin())
@@ -146,7 +144,8 @@ class LogEpochs:
         self._begin(opening, begun, not_begun)
 
     def open_store(self, then: Callable[[], object], failed: Callable[[CkptError], object]) -> None:
-        """Open the store where it is not open yet, to write chunks and parts there; then go on."""
+        """Open the store, if it is not open yet, to write chunks and parts to it; then call
+        ``then``."""
         self.when_done(self._thread.submit(lambda: self._log.backend), lambda _: then(), failed)
 
     def read_log(
@@ -155,63 +154,65 @@ class LogEpochs:
         then: Callable[[], object],
         failed: Callable[[CkptError], object],
     ) -> None:
-        """Read the log in the background, with the ids of ``epochs``; then go on."""
+        """Read the log in the background, with the ids of ``epochs``; then call ``then``."""
         before = self.view.commits()
 
-        def have(seen: LogReading) -> None:
-            if not self._fresh and seen.log_id != self.view.log_id:
-                failed(UnavailableError(f"the store is not where it was. store={self._store}"))
+        def read(reading: LogReading) -> None:
+            # A launch that has opened an epoch must not write to a store that replaced its own.
+            if not self._fresh and reading.log_id != self.view.log_id:
+                failed(UnavailableError(f"store identity changed. store={self._store}"))
                 return
-            self._see_store(seen.log_id)
-            if self.view.update(seen, before) and not self._fresh:
+            self._see_store(reading.log_id)
+            if self.view.update(reading, before) and not self._fresh:
                 self.fence(self.view.fenced())
             if self.fenced is not None:
                 failed(self.fenced)
             else:
                 then()
 
-        self.when_done(self._thread.submit(lambda: self._log.read(epochs)), have, failed)
+        self.when_done(self._thread.submit(lambda: self._log.read(epochs)), read, failed)
 
     def when_done(
         self, call: Future[T], then: Callable[[T], object], failed: Callable[[CkptError], object]
     ) -> None:
-        """When ``call`` is done in its thread, go on in the loop."""
-        self._under_way += 1
-        era = self._eras
+        """When ``call`` is done in its thread, continue in the loop."""
+        self._in_flight += 1
+        generation = self._generations
 
         def done() -> None:
-            self._under_way -= 1
+            self._in_flight -= 1
             error = UnavailableError("the keeper ends.") if self._closed else error_of(call)
             if error is None:
                 then(call.result())
                 return
-            if isinstance(error, FencedError) and era == self._eras:
+            # A call of an earlier placement generation was fenced as it should be: no rival now.
+            if isinstance(error, FencedError) and generation == self._generations:
                 self.fence(error)
             failed(error)
 
-        call.add_done_callback(lambda _: self._around.post(done))
+        call.add_done_callback(lambda _: self._post(done))
 
     def fence(self, error: FencedError) -> None:
-        """Another writer opened a newer epoch: write nothing more. Nothing before this launch
-        opened one of its own."""
+        """Another writer opened a newer epoch: write nothing more. No effect before this launch has
+        opened an epoch of its own."""
         if self.fenced is None and not self._fresh:
             self.fenced = error
-            self._around.on_fenced(error)
+            self._on_fenced(error)
 
     def new_launch(self) -> None:
-        """The program was started anew: neither who went on with the job in between nor another
-        store is a rival now."""
+        """The program was started again: neither a writer that continued the job in between nor
+        another store is a rival now."""
         self._fresh, self.fenced, self._chosen = True, None, None
         self._log.recheck_store()
 
     def new_generation(self, *, root: bool) -> None:
-        """Other nodes, or places, than before: see ``Uploads.new_era``. What is asked for, and not
-        opened yet, fails."""
-        self._eras += 1
+        """Other nodes or placements than before: see ``Uploads.new_generation``. Epochs asked for
+        and not yet open fail."""
+        self._generations += 1
         for kind in ("choices-wait", "open-waits"):
-            self._waits.cancel(kind)
+            self._retries.cancel(kind)
         waiting, self._waiting, self._beginning = self._waiting, [], False
-        gone = UnavailableError("the job's nodes are others now; the attempt that asked is over.")
+        gone = UnavailableError("cluster membership changed; the attempt that asked is over.")
         for asked in waiting:
             asked.answer.set_exception(gone)
         self.new_launch()
@@ -219,18 +220,18 @@ class LogEpochs:
             self.view.staged = {}
 
     def stop(self) -> None:
-        """What is on its way fails from now on."""
+        """What is in flight fails from now on."""
         self._closed = True
 
     def close(self, timeout_s: float) -> bool:
-        """End the thread; whether it ended by then."""
+        """End the thread; whether it ended in time."""
         return self._thread.close(cancel=True, timeout_s=timeout_s)
 
     def _read_choices(
         self, staged: Mapping[SnapshotId, str], future: Future[tuple[Choice, ...]], stores: int
     ) -> None:
-        def have() -> None:
-            self._waits.succeeded("choices-wait")
+        def read() -> None:
+            self._retries.succeeded("choices-wait")
             self._chosen = ResumeChoice(self.view.state.newest())
             future.set_result(self.view.best_first(staged if stores == self.view.stores else {}))
 
@@ -238,12 +239,15 @@ class LogEpochs:
             if not (staged and self._fresh and error.retry) or self._closed:
                 future.set_exception(error)
                 return
-            what = "slots hold snapshots, but the log that says which of them count can't be read; waiting"
-            self._waits.schedule(
-                "choices-wait", what, error, lambda: self._read_choices(staged, future, stores)
+            text = (
+                "slots hold snapshots, but the log that says which of them count can't be read; "
+                "waiting"
+            )
+            self._retries.schedule(
+                "choices-wait", text, error, lambda: self._read_choices(staged, future, stores)
             )
 
-        self.read_log(frozenset(pair.epoch for pair in staged), have, failed)
+        self.read_log(frozenset(pair.epoch for pair in staged), read, failed)
 
     def _open(self, asked: _Asked) -> None:
         if self.fenced is not None:
@@ -251,7 +255,7 @@ class LogEpochs:
         elif self._beginning:
             self._waiting.append(asked)
         elif not self._fresh:
-            self._give_out(asked)
+            self._issue(asked)
         else:
             self._beginning = True
             self._open_first(
@@ -260,29 +264,27 @@ class LogEpochs:
             )
 
     def _open_first(self, opening: FirstOpen, future: Future[int]) -> None:
-        era = self._eras
+        generation = self._generations
 
         def begun(done: FirstOpened) -> None:
-            if era != self._eras:
+            if generation != self._generations:
                 not_begun(
-                    UnavailableError(
-                        "the job's nodes are others now; the attempt that asked is over."
-                    )
+                    UnavailableError("cluster membership changed; the attempt that asked is over.")
                 )
                 return
-            self._waits.succeeded("open-waits")
+            self._retries.succeeded("open-waits")
             self._begun(done)
             future.set_result(self.view.epoch)
             self._open_waiting()
 
         def not_begun(error: CkptError) -> None:
-            if era != self._eras:
+            if generation != self._generations:
                 future.set_exception(error)
                 return
             if opening.staged and error.retry and not self._closed:
-                what = "slots hold snapshots, but no epoch can be opened to go on; waiting"
-                self._waits.schedule(
-                    "open-waits", what, error, lambda: self._open_first(opening, future)
+                text = "slots hold snapshots, but no epoch can be opened to continue; waiting"
+                self._retries.schedule(
+                    "open-waits", text, error, lambda: self._open_first(opening, future)
                 )
                 return
             future.set_exception(error)
@@ -296,29 +298,30 @@ class LogEpochs:
         begun: Callable[[FirstOpened], object],
         failed: Callable[[CkptError], object],
     ) -> None:
-        # What an earlier launch left in flight is committed first: the new epoch would make those
-        # commits void.
-        do = self._hands.call if self._hands else self._thread.submit
+        # Behind the uploads that an earlier launch left in flight: the new epoch would void their
+        # commits.
+        do = self._persisters.call if self._persisters else self._thread.submit
         self.when_done(do(lambda: self._log.begin(opening)), begun, failed)
 
     def _begun(self, begun: FirstOpened) -> None:
         self._see_store(begun.seen.log_id)
         self._fresh = False
         self.view.begin(begun)
-        if not self._hands:
-            self._hands.start(self._log)
-        self._around.tell(
-            Event("epoch", f"epoch {self.view.epoch} is open", {"epoch": self.view.epoch})
-        )
+        if not self._persisters:
+            self._persisters.start(self._log)
+        self._emit(Event("epoch", f"epoch {self.view.epoch} is open", {"epoch": self.view.epoch}))
 
     def _see_store(self, log_id: str) -> None:
-        """Start afresh where another store, or none, stands where the last launch's did."""
+        """Begin anew if the store is another one than in the last launch, or gone."""
         if not self.view.store_changed(log_id):
             return
-        self._around.on_moved()
-        what = "another one now" if log_id else "gone"
-        text = f"the store is {what}: what was staged for it is given up, and the job starts afresh. store={self._store}"
-        self._around.tell(Event("store-changed", text, {"log_id": log_id}, alarm=True))
+        self._on_store_changed()
+        state = "another one now" if log_id else "gone"
+        text = (
+            f"the store is {state}: what was staged for it is issued up, and the job starts anew. "
+            f"store={self._store}"
+        )
+        self._emit(Event("store-changed", text, {"log_id": log_id}, alarm=True))
 
     def _open_waiting(self) -> None:
         self._beginning = False
@@ -326,20 +329,21 @@ class LogEpochs:
         for asked in waiting:
             self._open(asked)
 
-    def _give_out(self, asked: _Asked) -> None:
+    def _issue(self, asked: _Asked) -> None:
         try:
-            given = self.view.issue(asked.resume)
+            issued = self.view.issue(asked.resume)
         except UsageError as error:
             asked.answer.set_exception(error)
             return
-        recorded = self._hands.call(lambda: self._log.record(given))
-        facts = {"epoch": given.epoch}
-        tell = self._around.tell
+        recorded = self._persisters.call(lambda: self._log.record(issued))
+        facts = {"epoch": issued.epoch}
         self.when_done(
             recorded,
-            lambda _: tell(Event("epoch", f"epoch {given.epoch} is open", facts)),
-            lambda error: tell(
-                Event("open-failed", f"epoch {given.epoch} is not open: {error}", facts, alarm=True)
+            lambda _: self._emit(Event("epoch", f"epoch {issued.epoch} is open", facts)),
+            lambda error: self._emit(
+                Event(
+                    "open-failed", f"epoch {issued.epoch} is not open: {error}", facts, alarm=True
+                )
             ),
         )
-        asked.answer.set_result(given.epoch)
+        asked.answer.set_result(issued.epoch)

@@ -1,5 +1,5 @@
-"""Making a staged pair durable that nobody waits for: its trainers are gone. Repeated while the
-store doesn't take it."""
+"""Makes a staged snapshot durable after its trainers are gone, and repeats that while the store
+does not take it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ckpt.save.sealed import SealedSlot
 from ckpt.values import SnapshotId
 
 HoldSnapshot = Callable[[int, SnapshotId], SealedSlot | None]
-"""The slot of a rank that holds a pair, held for an upload; None where there is none."""
+"""Holds the slot of a rank that has a snapshot, for an upload; None if there is none."""
 
 
 KIND = "settle-waits"
@@ -28,75 +28,77 @@ KIND = "settle-waits"
 class _Task:
     pairs: deque[SnapshotId]
     sealed_of: HoldSnapshot
-    turn: Submission | None = None
+    submission: Submission | None = None
 
 
 class FinalFlush:
-    """At most one job at a time: the newest of some pairs that can be saved. The last one asked for
+    """At most one task at a time: the newest of some snapshots that can be saved. The last request
     counts."""
 
     def __init__(
         self,
         epochs: LogEpochs,
-        hand_ins: Persisters,
-        turns: Submissions,
-        waits: Retries,
+        persisters: Persisters,
+        submissions: Submissions,
+        retries: Retries,
         *,
         ranks: int,
         emit: Emit,
     ) -> None:
         self._epochs = epochs
         self._view = epochs.view
-        self._hand_ins = hand_ins
-        self._turns = turns
-        self._waits = waits
+        self._persisters = persisters
+        self._submissions = submissions
+        self._retries = retries
         self._ranks = ranks
-        self._tell = emit
+        self._emit = emit
         self._task: _Task | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a pair is still to be settled."""
+        """Whether a snapshot is still to be flushed."""
         return self._task is not None
 
     @property
     def wanted(self) -> SnapshotId | None:
-        """The pair that is to be settled, or None."""
+        """The snapshot that is to be flushed, or None."""
         return self._task.pairs[0] if self._task is not None else None
 
     def start(self, pairs: Sequence[SnapshotId], sealed_of: HoldSnapshot) -> None:
-        """Settle the newest of ``pairs`` that can be; no second try beside one in flight."""
+        """Flush the newest of ``pairs`` that can be; no second upload beside one in flight."""
         self.stop()
         if not pairs or self._view.not_needed(max(pairs)):
             return
         self._task = task = _Task(
-            deque(sorted(pairs, reverse=True)), sealed_of, turn=self._turns.find(max(pairs))
+            deque(sorted(pairs, reverse=True)),
+            sealed_of,
+            submission=self._submissions.find(max(pairs)),
         )
-        if task.turn is None:
-            self._look(task)
+        if task.submission is None:
+            self._read_first(task)
 
     def stop(self) -> None:
-        """Settle nothing any more; what is in flight goes on."""
+        """Flush nothing any more; an upload in flight continues."""
         self._task = None
-        self._waits.cancel(KIND)
+        self._retries.cancel(KIND)
 
-    def submission_completed(self, turn: Submission) -> None:
-        """All ranks are done with ``turn``."""
+    def submission_completed(self, submission: Submission) -> None:
+        """All ranks are done with a submission."""
         task = self._task
-        if task is None or task.turn is not turn:
+        if task is None or task.submission is not submission:
             return
-        task.turn = None
-        if turn.error is None:
+        task.submission = None
+        if submission.error is None:
             self.stop()
-        elif turn.error.retry:
-            self._later(task, turn.error)
-        elif isinstance(turn.error, FencedError):
-            self._give_up(task, turn.error)
+        elif submission.error.retry:
+            self._later(task, submission.error)
+        elif isinstance(submission.error, FencedError):
+            self._give_up(task, submission.error)
         else:
-            self._next(task, turn.error)
+            self._next(task, submission.error)
 
-    def _look(self, task: _Task) -> None:
-        """The log decides: what an unanswered commit left there is durable."""
+    def _read_first(self, task: _Task) -> None:
+        """Read the log first: a commit that got no answer may have made the snapshot durable."""
         if task is self._task:
             epochs = frozenset(pair.epoch for pair in task.pairs)
             self._epochs.read_log(
@@ -110,34 +112,35 @@ class FinalFlush:
         if self._view.not_needed(pair):
             self.stop()
             return
-        task.turn = self._turns.find(pair)
-        if task.turn is not None:
+        task.submission = self._submissions.find(pair)
+        if task.submission is not None:
             return
-        if (
-            not self._turns.level
-        ):  # trainers came back and are in the middle of handing something in
+        if not self._submissions.level:
+            # Trainers are back, and some ranks have submitted what others have not yet.
             self._later(task, None)
             return
-        sealed = {
-            rank: found for rank in range(self._ranks) if (found := task.sealed_of(rank, pair))
-        }
-        why = unfit_reason(Submission(0, pair), sealed, self._ranks)
-        if why is None and not self._view.restorable(pair, sealed[0].index.origin):
-            why = ConflictError(
-                "what is staged is not on the job's line, or another writer opened a newer epoch. "
-                f"snapshot={pair}"
+        sealed = {rank: slot for rank in range(self._ranks) if (slot := task.sealed_of(rank, pair))}
+        # From here on the slots are held: each way out submits or frees them.
+        reason = unfit_reason(Submission(0, pair), sealed, self._ranks)
+        if reason is None and not self._view.restorable(pair, sealed[0].index.origin):
+            reason = ConflictError(
+                "what is staged is not on the job's lineage, or another writer opened a newer "
+                f"epoch. snapshot={pair}"
             )
-        if why is None and self._hand_ins:
-            task.turn = self._hand_ins.submit_again(sealed)
+        if reason is None and self._persisters:
+            task.submission = self._persisters.submit_again(sealed)
             return
-        origin = sealed[0].index.origin if why is None else ""
-        for one in sealed.values():
-            one.free()
-        if why is not None:
-            self._next(task, why)
+        origin = sealed[0].index.origin if reason is None else ""
+        for slot in sealed.values():
+            slot.free()
+        if reason is not None:
+            self._next(task, reason)
             return
         self._epochs.open_to_flush(
-            pair, origin, lambda: self._look(task), lambda error: self._not_opened(task, error)
+            pair,
+            origin,
+            lambda: self._read_first(task),
+            lambda error: self._not_opened(task, error),
         )
 
     def _not_opened(self, task: _Task, error: CkptError) -> None:
@@ -146,24 +149,26 @@ class FinalFlush:
         else:
             self._later(task, error)
 
-    def _next(self, task: _Task, why: CkptError) -> None:
-        """The pair can't be saved at all: an older one is better than nothing."""
+    def _next(self, task: _Task, reason: CkptError) -> None:
+        """The snapshot can't be saved at all: an older one is better than nothing."""
         if len(task.pairs) == 1:
-            self._give_up(task, why)
+            self._give_up(task, reason)
             return
         if task is self._task:
             step = task.pairs.popleft().step
-            text = f"a staged snapshot can't be saved, the one before it is tried: {why}"
-            self._tell(Event("settle-failed", text, {"step": step, "code": why.code}, alarm=True))
-            self._look(task)
+            text = f"a staged snapshot can't be saved, the one before it is tried: {reason}"
+            self._emit(
+                Event("settle-failed", text, {"step": step, "code": reason.code}, alarm=True)
+            )
+            self._read_first(task)
 
-    def _give_up(self, task: _Task, why: CkptError) -> None:
+    def _give_up(self, task: _Task, reason: CkptError) -> None:
         if task is not self._task:
             return
         step = task.pairs[0].step
         self.stop()
-        text = f"what is staged stays in memory only: {why}"
-        self._tell(Event("settle-failed", text, {"step": step, "code": why.code}, alarm=True))
+        text = f"what is staged stays in memory only: {reason}"
+        self._emit(Event("settle-failed", text, {"step": step, "code": reason.code}, alarm=True))
 
     def _later(self, task: _Task, error: CkptError | None) -> None:
         if task is not self._task:
@@ -171,20 +176,20 @@ class FinalFlush:
         if isinstance(error, FencedError):
             self._give_up(task, error)
             return
-        task.turn = None
-        what = f"{task.pairs[0]} is staged and not durable yet, tried again"
-        self._waits.schedule(KIND, what, error, lambda: self._look(task))
+        task.submission = None
+        text = f"{task.pairs[0]} is staged and not durable yet; trying again"
+        self._retries.schedule(KIND, text, error, lambda: self._read_first(task))
 
 
 def unfit_reason(
-    turn: Submission, sealed: Mapping[int, SealedSlot], ranks: int
+    submission: Submission, sealed: Mapping[int, SealedSlot], ranks: int
 ) -> CkptError | None:
-    """Why the shares handed in and those found make no snapshot, or None. Pure."""
-    indexes = {**turn.indexes, **{rank: one.index for rank, one in sealed.items()}}
-    lost = [rank for rank in range(ranks) if rank not in indexes]
-    if lost:
+    """Why the shares that were submitted and those in slots make no snapshot, or None."""
+    indexes = {**submission.indexes, **{rank: slot.index for rank, slot in sealed.items()}}
+    missing = [rank for rank in range(ranks) if rank not in indexes]
+    if missing:
         return UnavailableError(
-            f"ranks died before they staged it. snapshot={turn.snapshot} ranks={lost}"
+            f"ranks died before they staged it. snapshot={submission.snapshot} ranks={missing}"
         )
     problem = shares_problem([indexes[rank] for rank in range(ranks)])
-    return UnavailableError(f"{problem} snapshot={turn.snapshot}") if problem else None
+    return UnavailableError(f"{problem} snapshot={submission.snapshot}") if problem else None

@@ -1,4 +1,4 @@
-"""The log as a keeper's loop knows it: as it was read, with what was given out and committed
+"""The log as the keeper's loop knows it: as it was last read, with what was issued and committed
 since."""
 
 from __future__ import annotations
@@ -24,33 +24,34 @@ from ckpt.values import SnapshotId
 
 @dataclass(slots=True)
 class LogView:
-    """No store is asked here."""
+    """Never asks a store, so the loop may use it at any time."""
 
     _state: LogState | None = None
     _opens: list[OpenedEpoch] = field(default_factory=list)
     _ids: dict[int, str] = field(default_factory=dict)
     _commits: list[SnapshotId] = field(default_factory=list)
     log_id: str | None = None
-    """The id of the store that was met last; empty for none, None before any was looked for."""
+    """The id of the store that was used last; "" if there was none, None before any was looked
+    for."""
     stores: int = 0
-    """How often another store, or none, stood where one was."""
+    """How often the store was found to be another one, or gone."""
     staged: dict[SnapshotId, str] = field(default_factory=dict)
-    """What all ranks' slots held when choices were last asked for, with origins."""
+    """The snapshots, with origins, that all ranks' slots held when choices were last asked for."""
 
     @property
     def epoch(self) -> int:
-        """The newest epoch that was given out here; 0 before the first."""
+        """The newest epoch that was issued here; 0 before the first."""
         return self._opens[-1].epoch if self._opens else 0
 
     @property
     def state(self) -> LogState:
-        """The log's fold as it will be once all that was given out is written."""
+        """The log's fold as it will be once all that was issued is written."""
         if self._state is None:
-            raise InternalError("the log is looked into before it was read.")
+            raise InternalError("the log was used before it was read.")
         return with_pending(self._state, self._opens, self._commits)
 
     def origin_of(self, epoch: int) -> str:
-        """The write id of the record that opens ``epoch``; empty where it is not known."""
+        """The write id of the record that opens ``epoch``; "" if it is not known."""
         return self._ids.get(epoch, "")
 
     def committed(self, snapshot: SnapshotId) -> None:
@@ -61,30 +62,33 @@ class LogView:
         """What became durable here since the log was last read."""
         return frozenset(self._commits)
 
-    def update(self, seen: LogReading, before: Collection[SnapshotId]) -> bool:
-        """Take in what was read; ``before``: what was committed before the read. True where a
-        foreign epoch is open.
+    def update(self, reading: LogReading, before: Collection[SnapshotId]) -> bool:
+        """Take in what was read; ``before``: what was committed before the read. True if another
+        writer's epoch is open.
 
-        A number that was given out here and has another's record is foreign, and so is all that was
-        given out after it.
+        If a number that was issued here has another writer's record, it and all that was issued
+        after it are foreign.
         """
-        self._state = seen.state
+        self._state = reading.state
+        # What was committed while the log was being read may be missing in it, and stays pending.
         self._commits = [pair for pair in self._commits if pair not in before]
-        given = [opened.epoch for opened in self._opens]
-        lost = [
+        issued = [opened.epoch for opened in self._opens]
+        overtaken = [
             epoch
-            for epoch in given
-            if epoch in seen.ids and seen.ids[epoch] != self._ids.get(epoch)
+            for epoch in issued
+            if epoch in reading.ids and reading.ids[epoch] != self._ids.get(epoch)
         ]
-        foreign = bool(lost) or seen.state.epoch > self.epoch
-        if lost:
-            self._opens = [opened for opened in self._opens if opened.epoch < min(lost)]
-            self._ids = {epoch: origin for epoch, origin in self._ids.items() if epoch < min(lost)}
-        self._ids.update(seen.ids)
+        foreign = bool(overtaken) or reading.state.epoch > self.epoch
+        if overtaken:
+            self._opens = [opened for opened in self._opens if opened.epoch < min(overtaken)]
+            self._ids = {
+                epoch: origin for epoch, origin in self._ids.items() if epoch < min(overtaken)
+            }
+        self._ids.update(reading.ids)
         return foreign
 
     def fenced(self) -> FencedError:
-        """The error of a writer who finds a foreign epoch."""
+        """The error of a writer that finds a foreign epoch."""
         newest = self.state.epoch
         return FencedError(
             f"another writer opened an epoch of this job. newest={newest} mine={self.epoch} stop "
@@ -94,14 +98,14 @@ class LogView:
     def begin(self, begun: FirstOpened) -> None:
         """Take in the first epoch of a launch."""
         self._state = begun.seen.state
-        # What an earlier launch gave out and is not in the log never comes there.
+        # What an earlier launch issued and never wrote will not be written any more.
         self._opens = [opened for opened in self._opens if opened.epoch <= begun.seen.state.epoch]
         self._opens += begun.opens
         self._ids.update(begun.ids)
 
     def store_changed(self, log_id: str) -> bool:
-        """Whether another store than before is there, or none (an empty id): all that was known is
-        forgotten then."""
+        """Whether the store is another one than before, or gone (""): then all that was known of it
+        is forgotten."""
         before, self.log_id = self.log_id, log_id
         if not before or before == log_id:
             return False
@@ -111,18 +115,18 @@ class LogView:
         return True
 
     def issue(self, resume: SnapshotId | None) -> IssuedEpoch:
-        """The next epoch, to be recorded later. Raises UsageError where ``resume`` is of no epoch
-        that was opened."""
+        """Issue the next epoch, to be recorded later. Raises UsageError if the epoch of ``resume``
+        was never opened."""
         state = self.state
         if resume is not None and all(opened.epoch != resume.epoch for opened in state.opens):
-            raise UsageError(f"goes on from an epoch that was never opened. from={resume}")
-        given = IssuedEpoch(state.epoch + 1, resume, new_origin(self.origin_of(self.epoch)))
-        self._opens.append(OpenedEpoch(given.epoch, NOT_WRITTEN, resume))
-        self._ids[given.epoch] = given.write_id
-        return given
+            raise UsageError(f"continues from an epoch that was never opened. from={resume}")
+        issued = IssuedEpoch(state.epoch + 1, resume, new_origin(self.origin_of(self.epoch)))
+        self._opens.append(OpenedEpoch(issued.epoch, NOT_WRITTEN, resume))
+        self._ids[issued.epoch] = issued.write_id
+        return issued
 
     def best_first(self, staged: Mapping[SnapshotId, str]) -> tuple[Choice, ...]:
-        """What a restore tries, best first; nothing before the log was read."""
+        """What a restore tries, best first; empty before the log was read."""
         if self._state is None:
             return ()
         state = self.state
@@ -130,9 +134,9 @@ class LogView:
         return best_first(with_pending(state, missing_opens(state, counted)), counted)
 
     def restorable(self, snapshot: SnapshotId, origin: str) -> bool:
-        """Whether a staged pair is on the line, so that a restart would go on from it."""
+        """Whether a staged snapshot is on the lineage, so that a restart would continue from it."""
         return snapshot in restorable(self.state, self._ids, {snapshot: origin})
 
     def not_needed(self, snapshot: SnapshotId) -> bool:
-        """Whether nobody needs ``snapshot`` committed any more, as far as the log is known."""
+        """Whether committing ``snapshot`` would help no restore, as far as the log is known."""
         return self._state is not None and not_needed(self.state, snapshot)

@@ -1,5 +1,5 @@
-"""The persisters of all ranks of this node: one queue each, made together, left together. Their
-shares become one part."""
+"""The persisters of this node's ranks: one queue each, started and left together. Their shares form
+one part."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 T = TypeVar("T")
 
 Settled = Callable[[int, Submission, SnapshotInfo | None, CkptError | None, bool], None]
-"""A rank is done with a turn: its facts, or why it failed; and whether its slot was handed in at
-all (else refused)."""
+"""A rank is done with a submission: the facts, or why it failed; and whether its slot was submitted
+at all (else refused)."""
 
 
 class Persisters:
-    """Takes shares for the ranks' persisters and notes them in ``turns``; ``settled`` hears of
-    each, in the loop."""
+    """Submits shares to the ranks' persisters and notes them in ``submissions``; ``settled`` is
+    called for each, in the loop."""
 
     def __init__(
         self,
@@ -43,34 +43,35 @@ class Persisters:
         emit: Emit,
         settled: Settled,
     ) -> None:
-        self._turns = submissions
+        self._submissions = submissions
         self._ranks = ranks
         self._compression = compression
         self._post = post
-        self._tell = emit
+        self._emit = emit
         self._settled = settled
         self._persisters: list[Persister] = []
         self._left: list[Persister] = []
         self._epoch: _Epoch | None = None
         self.channel_of: Callable[[int], RankMailbox] | None = None
-        """The channel of each rank of this node, where other nodes have ranks too. Looked at by
-        ``start``."""
+        """Makes the mailbox of each local rank if other nodes have ranks too. Read by ``start``."""
 
     def __bool__(self) -> bool:
         """Whether there are persisters: an epoch was opened."""
         return bool(self._persisters)
 
     def start(self, log: StoreLog) -> None:
-        """Make the persisters, for the store that ``log`` has now."""
-        room, of = InProcessRoom(), self.channel_of
+        """Start the persisters, for the store that ``log`` has now."""
+        mailboxes, channel_of = InProcessRoom(), self.channel_of
         channels = [
-            of(rank) if of else InProcessMailbox(room, rank=rank, size=self._ranks)
+            channel_of(rank)
+            if channel_of
+            else InProcessMailbox(mailboxes, rank=rank, size=self._ranks)
             for rank in range(self._ranks)
         ]
-        mates = LocalRanks(channels[0].rank, self._ranks)
+        local_ranks = LocalRanks(channels[0].rank, self._ranks)
         self._epoch = _Epoch(log.writer_epoch)
         for rank, channel in enumerate(channels):
-            place = SaveTarget(
+            target = SaveTarget(
                 backend=log.backend,
                 writer=_new_writer(),
                 epoch=self._epoch,
@@ -79,70 +80,75 @@ class Persisters:
             self._persisters.append(
                 Persister(
                     channel,
-                    place,
+                    target,
                     compression=self._compression,
                     verify=True,
-                    emit=self._tell if rank == 0 else _silent,
-                    local_ranks=mates,
+                    emit=self._emit if rank == 0 else _silent,
+                    local_ranks=local_ranks,
                 )
             )
 
     def leave(self) -> None:
-        """The store is another one now: what is in flight fails, and what they know of chunks is
-        true no more."""
+        """The store, or the nodes, are others now: what is in flight fails, and known chunks are
+        forgotten."""
         if self._epoch is not None:
             self._epoch.over = True
+        # Not joined here: a thread that waits for a dead store must not block the loop. ``close``
+        # does.
         for persister in self._persisters:
             persister.abandon(0.0)
-        self._left = [one for one in (*self._left, *self._persisters) if not one.ended]
+        self._left = [
+            persister for persister in (*self._left, *self._persisters) if not persister.ended
+        ]
         self._persisters = []
 
     def refer_next(
-        self, rank: int, base: SnapshotId, known: Mapping[Digest, ChunkLocation]
+        self, rank: int, base: SnapshotId, locations: Mapping[Digest, ChunkLocation]
     ) -> None:
-        """Let what ``rank`` hands in next refer to chunks of ``base``."""
+        """Let what ``rank`` submits next refer to chunks of ``base``."""
         if self._persisters:
-            self._persisters[rank].refer_next(base, known)
+            self._persisters[rank].refer_next(base, locations)
 
     def call(self, call: Callable[[], T]) -> Future[T]:
-        """Do ``call`` behind all that was handed in, before all that comes."""
+        """Make ``call`` after all that was submitted, and before all that follows."""
         return self._persisters[0].call(call)
 
     def submit(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> Submission:
-        """Hand in a rank's share."""
+        """Submit a rank's share."""
         snapshot = sealed.index.snapshot
-        turn = self._turns.submit(rank, snapshot, tags, sealed.index)
+        submission = self._submissions.submit(rank, snapshot, tags, sealed.index)
         persister = self._persisters[rank]
 
         def settled(future: Future[SnapshotInfo]) -> None:
-            last = persister.last_info  # asked before the persister takes its next call
+            # In the persister's thread, before it takes its next call and changes ``last_info``.
+            last = persister.last_info
             info = last if last is not None and last.id == snapshot else None
             error = error_of(future)
             if future.cancelled():
                 sealed.free()
-            self._post(lambda: self._settled(rank, turn, info, error, True))
+            self._post(lambda: self._settled(rank, submission, info, error, True))
 
         persister.submit(sealed, tags=tags).add_done_callback(settled)
-        return turn
+        return submission
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
-        """A rank has no share to give."""
-        turn = self._turns.submit(rank, snapshot, (), error)
+        """A rank has no share to submit."""
+        submission = self._submissions.submit(rank, snapshot, (), error)
         refused = self._persisters[rank].submit_failure(snapshot, error)
         refused.add_done_callback(
-            lambda _: self._post(lambda: self._settled(rank, turn, None, error, False))
+            lambda _: self._post(lambda: self._settled(rank, submission, None, error, False))
         )
 
     def submit_again(self, sealed: Mapping[int, SealedSlot]) -> Submission:
-        """Hand in all ranks' shares of one pair that may have been handed in before."""
-        turn: Submission | None = None
-        for rank, one in sealed.items():
+        """Submit all ranks' shares of one snapshot that may have been submitted before."""
+        submission: Submission | None = None
+        for rank, slot in sealed.items():
             # Its part may be in the store already, named by a commit that was never answered: it
             # must not be overwritten.
             self._persisters[rank].write_as(_new_writer())
-            turn = self.submit(rank, replace(one, shared=None), ())
-        assert turn is not None, "there is at least one rank"
-        return turn
+            submission = self.submit(rank, replace(slot, shared=None), ())
+        assert submission is not None, "there is at least one rank"
+        return submission
 
     def close(self, deadline_s: float) -> bool:
         """Drop what has not begun and end the threads by then (monotonic); whether they ended."""
@@ -154,29 +160,29 @@ class Persisters:
 
 
 class _Epoch:
-    """Under which epoch persisters commit. Once they are left none: what is on its way must not
-    come under a later one."""
+    """The epoch under which persisters commit. Once they are left there is none: a commit in flight
+    must not land in a later one."""
 
     def __init__(self, newest: Callable[[], int]) -> None:
         self._newest = newest
         self.over = False
 
     def __call__(self) -> int:
-        """Raises UnavailableError."""
+        """Raises UnavailableError once the persisters are left."""
         epoch = self._newest()
         if self.over:
-            raise UnavailableError("the job's nodes, or its store, are others now. commit nothing")
+            raise UnavailableError("cluster membership or store changed. commit nothing")
         return epoch
 
 
 def error_of(future: Future[T]) -> CkptError | None:
-    """Why a call failed, as an error of this package; None where it did not."""
+    """Why a call failed, as an error of this package; None if it did not."""
     if future.cancelled():
         return UnavailableError("the keeper ended before this was done.")
     error = future.exception()
     if error is None or isinstance(error, CkptError):
         return error
-    wrapped = InternalError(f"a keeper failed in an unforeseen way. cause={error!r}")
+    wrapped = InternalError(f"unexpected error in a keeper. cause={error!r}")
     wrapped.__cause__ = error
     return wrapped
 
@@ -186,4 +192,4 @@ def _new_writer() -> str:
 
 
 def _silent(event: Event) -> None:
-    """Rank 0's persister tells what concerns all."""
+    """Rank 0's persister reports what concerns all ranks."""

@@ -1,4 +1,4 @@
-"""Calls that are made again after a pause, because a store did not answer. Each new reason is told
+"""Calls that are repeated after a pause because a store did not answer. Each new reason is reported
 once. For the loop alone."""
 
 from __future__ import annotations
@@ -15,38 +15,39 @@ from ckpt.keeper.uploads.store_log import RETRY_FIRST_S, RETRY_LAST_S
 @dataclass(slots=True)
 class _Wait:
     pause_s: float
-    told: str = ""
+    reported: str = ""
     timers: set[threading.Timer] = field(default_factory=set)
 
 
 class Retries:
-    """What waits, by kind: an event's kind, ``open-waits`` for one. Pauses double from the first to
+    """Pending calls by kind, which is also the kind of the events. Pauses double from the first to
     RETRY_LAST_S."""
 
     def __init__(
         self,
         post: Callable[[Callable[[], object]], None],
-        tell: Emit,
+        emit: Emit,
         *,
         retry_first_s: float = RETRY_FIRST_S,
     ) -> None:
         self._post = post
-        self._tell = tell
+        self._emit = emit
         self._retry_first_s = retry_first_s
-        self._waits: dict[str, _Wait] = {}
+        self._retries: dict[str, _Wait] = {}
 
     def __len__(self) -> int:
-        return sum(len(wait.timers) for wait in self._waits.values())
+        return sum(len(wait.timers) for wait in self._retries.values())
 
     def schedule(
-        self, kind: str, what: str, error: CkptError | None, call: Callable[[], object]
+        self, kind: str, text: str, error: CkptError | None, call: Callable[[], object]
     ) -> None:
-        """Make ``call`` after a pause. ``what`` says for people what waits; None: for nothing that
-        people need to know."""
-        wait = self._waits.setdefault(kind, _Wait(self._retry_first_s))
-        if error is not None and str(error) != wait.told:
-            wait.told = str(error)
-            self._tell(Event(kind, f"{what}: {error}", {"code": error.code}, alarm=True))
+        """Make ``call`` after a pause. ``what`` says for people what waits; without an ``error``
+        nothing is reported."""
+        wait = self._retries.setdefault(kind, _Wait(self._retry_first_s))
+        # Once per reason: a store that is away for an hour would else fill the log.
+        if error is not None and str(error) != wait.reported:
+            wait.reported = str(error)
+            self._emit(Event(kind, f"{text}: {error}", {"code": error.code}, alarm=True))
 
         def due() -> None:
             if timer in wait.timers:  # else it was stopped meanwhile
@@ -60,19 +61,20 @@ class Retries:
         timer.start()
 
     def succeeded(self, kind: str) -> None:
-        """The store answered: the next wait is a new one."""
-        if kind in self._waits:
-            self._waits[kind].pause_s, self._waits[kind].told = self._retry_first_s, ""
+        """The store answered: the next pause is the first again, and the same reason is reported
+        anew."""
+        if kind in self._retries:
+            self._retries[kind].pause_s, self._retries[kind].reported = self._retry_first_s, ""
 
     def cancel(self, kind: str) -> None:
-        """Nobody asks any more."""
-        wait = self._waits.pop(kind, None)
+        """Drop the pending calls of a kind."""
+        wait = self._retries.pop(kind, None)
         for timer in wait.timers if wait is not None else ():
             timer.cancel()
         if wait is not None:
             wait.timers.clear()
 
     def stop(self) -> None:
-        """Make no call any more."""
-        for kind in list(self._waits):
+        """Drop all pending calls."""
+        for kind in list(self._retries):
             self.cancel(kind)

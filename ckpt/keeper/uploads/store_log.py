@@ -1,5 +1,5 @@
-"""A job's log and its store as a keeper uses them: the calls that may wait for a store. Never
-called by the keeper's loop."""
+"""A job's log and store as its keeper uses them: the calls that may wait for a store. Never called
+by the keeper's loop."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ from ckpt.values import SnapshotId
 
 RETRY_FIRST_S = 1.0
 RETRY_LAST_S = 30.0
-"""Pauses between tries to write an epoch's record to a store that doesn't take it: doubled from the
-first to the last."""
+"""Pauses between tries to write an epoch's record to a store that does not take it: doubled from
+the first to the last."""
 
 CARE_WAIT_S = 5.0
-"""How long the end waits for what looks after the stores."""
+"""How long the end waits for the maintenance of the stores to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class IssuedEpoch:
-    """An epoch that was given out before its record is written. ``write_id`` makes repeating the
-    write harmless."""
+    """An epoch that was issued before its record is written. ``write_id`` makes repeating the write
+    harmless."""
 
     epoch: int
     resume: SnapshotId | None
@@ -61,9 +61,9 @@ class IssuedEpoch:
 
 @dataclass(frozen=True, slots=True)
 class LogReading:
-    """The log as it was read. ``ids`` are write ids of its opens, those asked for and some more.
+    """The log as it was read. ``ids``: write ids of its opens, those asked for and some more.
 
-    ``log_id`` is empty where there is no store.
+    ``log_id`` is "" if there is no store.
     """
 
     state: LogState
@@ -73,11 +73,11 @@ class LogReading:
 
 @dataclass(frozen=True, slots=True)
 class FirstOpen:
-    """The first epoch of a launch, as it is wanted: what it goes on from, and what is staged, with
-    origins.
+    """The first epoch of a launch, as it is asked for: what it continues from, and what is staged,
+    with origins.
 
-    ``settling``: nobody trains, it is opened to commit the staged ``resume`` alone. ``write_id``
-    makes repeating it harmless. ``chosen``: see ``Journal.open_epoch``.
+    ``settling``: no trainer runs, and it is opened only to commit the staged ``resume``.
+    ``write_id`` makes repeating it harmless. ``chosen``: see ``Journal.open_epoch``.
     """
 
     resume: SnapshotId | None
@@ -89,34 +89,37 @@ class FirstOpen:
 
 @dataclass(frozen=True, slots=True)
 class FirstOpened:
-    """The log when the first epoch was opened: as it was before, the opens written then, the new
-    one last, and their ids."""
+    """The log when the first epoch was opened: as it was before, the opens written then with the
+    new one last, and their ids."""
 
     seen: LogReading
     opens: tuple[OpenedEpoch, ...]
     ids: Mapping[int, str]
 
 
-def open_job_of(spec: KeeperSpec, tell: Emit) -> Backend:
+def open_job_of(spec: KeeperSpec, emit: Emit) -> Backend:
     """The stores of a keeper's job."""
-    # Only now, so that a keeper listens before it has loaded what stores need.
+    # Imported only now, so that a keeper listens before it has loaded what stores need.
     opening = import_module("ckpt.backends.replicated.open")
     opened: Backend = opening.open_job_stores(
         spec.stores,
         spec.storage_options,
         write_quorum=spec.write_quorum,
         encryption_key=spec.encryption_key,
-        emit=tell,
+        emit=emit,
     )
     return opened
 
 
 class StoreLog:
     """The store of one job. ``read`` and the first ``begin`` belong to one thread, all writing
-    after it to rank 0's.
+    after it to that of rank 0.
 
-    ``job`` names a store that is made here; ``named``: the user chose it, so a store of another
-    name is refused.
+    ``job`` names a store that is made here. ``named``: the user chose that name, so a store of
+    another name is refused.
+
+    It has more attributes than usual: reader, writer and maintenance share one store, which
+    ``_renew`` replaces for all of them together.
     """
 
     def __init__(
@@ -132,13 +135,13 @@ class StoreLog:
         self._open_store = open_store
         self._job = job
         self._named = named
-        self._tell = emit
+        self._emit = emit
         self._retry_first_s = retry_first_s
         self._backend: Backend | None = None
         self._reader: Journal | None = None
         self._writer: Journal | None = None
         self._left: list[Backend] = []
-        self._look_again = threading.Event()
+        self._recheck = threading.Event()
         self._renewing = threading.Lock()
         self._tidying = threading.Lock()
         self._due: deque[IssuedEpoch] = deque()
@@ -164,13 +167,14 @@ class StoreLog:
         return self._writer
 
     def recheck_store(self) -> None:
-        """The store may be another one by now, or gone: before it is used next, see which it is."""
+        """The store may have been replaced or removed: before it is used next, check which it
+        is."""
         self.set_retention(None)
-        self._look_again.set()
+        self._recheck.set()
 
     def set_retention(self, retention: Retention | None) -> None:
-        """What is to be dropped from now on; None: nothing. It begins with the next snapshot that
-        is handed in."""
+        """What to drop from now on; None: nothing. It takes effect with the next snapshot that is
+        submitted."""
         with self._tidying:
             if retention != self._retention:
                 self._retention = retention
@@ -191,7 +195,7 @@ class StoreLog:
             (rounds.pause if busy else rounds.resume)()
 
     def tidy(self, *, begin: bool) -> bool:
-        """The job is over: ``begin`` to drop and delete what is due, without rest; whether that is
+        """The job is over: ``begin`` to drop and delete what is due without pauses; whether that is
         done."""
         rounds = self._rounds
         if begin and rounds is not None:
@@ -199,8 +203,8 @@ class StoreLog:
         return rounds is None or rounds.idle
 
     def read(self, epochs: Collection[int]) -> LogReading:
-        """The log, fresh from the store, and the ids of the opens of ``epochs`` at least; empty
-        where there is no store."""
+        """The log, fresh from the store, with the ids of the opens of ``epochs`` at least; empty if
+        there is no store."""
         self._renew()
         if self._reader is None:
             try:
@@ -209,33 +213,36 @@ class StoreLog:
                 return LogReading(empty(self._job), {}, "")
         # A journal of its own: the writer's serves one call at a time, and one to a dead store
         # takes long.
-        return _seen(self._reader, epochs)
+        return _read_log(self._reader, epochs)
 
     def begin(self, opening: FirstOpen) -> FirstOpened:
-        """Make the store where there is none, and open a launch's first epoch. Raises whatever
-        keeps it from being written.
+        """Make the store if there is none, and open a launch's first epoch. Raises whatever keeps
+        it from being written.
 
-        Epochs that are staged but have no record get theirs first. Raises ConflictError where
-        another writer went on with the job since the log was last read, so that ``resume`` is no
-        staged pair of its line, or committed what is newer (NewerSnapshotError); and where another
-        store stands there.
+        Epochs that are staged but have no record get theirs first. Raises ConflictError if another
+        writer continued the job since the log was last read, so that ``resume`` is no staged
+        snapshot of its lineage; if it committed a newer one (NewerSnapshotError); and if the store
+        is another one.
         """
         if self._renew():
-            opening = replace(opening, staged={})  # for another store, whose epochs these are not
-        self._due.clear()  # of an earlier launch, and not to be written any more
+            opening = replace(opening, staged={})  # staged for another store, under its epochs
+        self._due.clear()  # epochs of an earlier launch, which must not be written any more
         if self._writer is None:
             self._writer = self._open_to_write(create=not opening.settling)
         journal = self._writer
         epochs = {pair.epoch for pair in opening.staged}
-        seen = _seen(journal, epochs)
-        resume, again = opening.resume, seen.state.seq_of(opening.write_id) is not None
-        counted = own_staged(seen.state, seen.ids, opening.staged)
+        reading = _read_log(journal, epochs)
+        # ``again``: an earlier try wrote the record, and its answer was lost. Then all that follows
+        # must end as it would have, so nothing is checked against a log that has this very record.
+        resume, again = opening.resume, reading.state.seq_of(opening.write_id) is not None
+        counted = own_staged(reading.state, reading.ids, opening.staged)
         if not again:
-            require_newest(seen.state, resume, opening.chosen)
+            require_newest(reading.state, resume, opening.chosen)
         if resume is not None and not again:
-            _check_resume(seen, opening, resume)
-        missing = missing_opens(seen.state, counted)
+            _check_resume(reading, opening, resume)
+        missing = missing_opens(reading.state, counted)
         named = {pair.epoch: origin for pair, origin in counted.items() if origin}
+        # In order, before the new epoch: an open record must not precede those below it.
         for opened in missing:
             journal.append(
                 Open(opened.epoch, opened.resume),
@@ -243,33 +250,33 @@ class StoreLog:
                 write_id=named.get(opened.epoch),
             )
         if opening.settling and not again:
-            # Told to this very state: whoever opens an epoch in between trains on, and is not to be
-            # fenced.
-            epoch = max(seen.state.epoch, *(opened.epoch for opened in missing), 0) + 1
+            # Exactly the next epoch after the log as it was read: if another writer opened one in
+            # between, it trains, and this append must fail instead of fencing it.
+            epoch = max(reading.state.epoch, *(opened.epoch for opened in missing), 0) + 1
             journal.append(Open(epoch, resume), epoch=epoch, write_id=opening.write_id)
         else:
             epoch = journal.open_epoch(
                 resume=resume, write_id=opening.write_id, choice=opening.chosen
             )
         self._recorded = epoch
-        self._take_care()
-        ids = _seen(journal, epochs | {epoch}).ids
-        return FirstOpened(seen, (*missing, OpenedEpoch(epoch, NOT_WRITTEN, resume)), ids)
+        self._start_maintenance()
+        ids = _read_log(journal, epochs | {epoch}).ids
+        return FirstOpened(reading, (*missing, OpenedEpoch(epoch, NOT_WRITTEN, resume)), ids)
 
-    def record(self, given: IssuedEpoch) -> None:
-        """Write the record of an epoch that was given out. Repeated, with an alarm, until the store
+    def record(self, issued: IssuedEpoch) -> None:
+        """Write the record of an epoch that was issued. Repeated, with an alarm, until the store
         takes it.
 
-        Raises FencedError where another writer opened an epoch in between. What else can't be
-        helped by repeating (a hole in the log) is raised too, and tried again before the next
-        record.
+        Raises FencedError if another writer opened an epoch in between. An error that repeating
+        can't help (a hole in the log) is raised too, and the record is tried again before the next
+        one.
         """
-        self._due.append(given)
+        self._due.append(issued)
         self._record_due()
 
     def writer_epoch(self) -> int:
-        """The newest epoch whose record is written: whose writer this keeper is. Writes what is due
-        first."""
+        """The newest epoch whose record is written: this keeper is its writer. Writes records that
+        are due first."""
         self._record_due()
         return self._recorded
 
@@ -278,19 +285,19 @@ class StoreLog:
         return self._recorded == journal.refresh().epoch
 
     def stop(self) -> None:
-        """End all waiting between tries, and looking after the stores."""
+        """End all pauses between tries, and the maintenance of the stores."""
         self._stopped.set()
         self._stop_rounds(CARE_WAIT_S)
         if self._caretaker is not None:
             self._caretaker.stop(CARE_WAIT_S)
 
     def close(self) -> None:
-        """Let go of the store."""
+        """Close the store."""
         for backend in (self._backend, *self._left):
             if backend is not None:
                 backend.close()
 
-    def _take_care(self) -> None:
+    def _start_maintenance(self) -> None:
         backend = self.backend
         if self._caretaker is None and (
             isinstance(backend, MultiStoreBackend) or self._scrub_every_s is not None
@@ -298,7 +305,7 @@ class StoreLog:
             self._caretaker = StoreCaretaker(
                 backend,
                 has_newest_epoch=self.is_newest_writer,
-                emit=self._tell,
+                emit=self._emit,
                 scrub_every_s=self._scrub_every_s,
             )
         with self._tidying:
@@ -310,9 +317,9 @@ class StoreLog:
                 policy=parse_policy(self._retention.keep), grace_s=self._retention.grace_s
             )
             self._rounds = GcRounds(
-                self.backend, keep, epoch=lambda: self._recorded, tell=self._tell
+                self.backend, keep, epoch=lambda: self._recorded, tell=self._emit
             )
-            self._rounds.pause()  # whoever opens an epoch is restoring
+            self._rounds.pause()  # trainers that open an epoch restore next
 
     def _stop_rounds(self, timeout_s: float) -> None:
         rounds, self._rounds = self._rounds, None
@@ -329,29 +336,29 @@ class StoreLog:
         return Journal.open(self.backend, job=job, create=create)
 
     def _renew(self) -> bool:
-        """Let go of journals of a store that is no longer there, where that is to be looked at;
-        whether it was so."""
+        """Leave the journals of a store that is no longer there, if that is to be checked; whether
+        it was so."""
         with self._renewing:
-            if not self._look_again.is_set():
+            if not self._recheck.is_set():
                 return False
-            known = self._reader or self._writer
-            backend = self._open_store() if known is not None else None
-            self._look_again.clear()
-            if known is None or backend is None:
+            journal = self._reader or self._writer
+            backend = self._open_store() if journal is not None else None
+            self._recheck.clear()
+            if journal is None or backend is None:
                 return False
             try:
-                same = Journal.open(backend).log_id == known.log_id
+                same = Journal.open(backend).log_id == journal.log_id
             except NotFoundError:
                 same = False
             except BaseException:
-                self._look_again.set()
-                self._let_go(backend)
+                self._recheck.set()
+                self._close_unless_used(backend)
                 raise
             if same:
-                self._let_go(backend)
+                self._close_unless_used(backend)
                 return False
             if self._backend is not None and self._backend is not backend:
-                self._left.append(self._backend)  # uploads may still use it
+                self._left.append(self._backend)  # closed at the end: uploads may still use it
             self._backend, self._reader, self._writer = backend, None, None
             with self._tidying:
                 self._stop_rounds(0.0)
@@ -360,7 +367,7 @@ class StoreLog:
                 self._caretaker = None
             return True
 
-    def _let_go(self, backend: Backend) -> None:
+    def _close_unless_used(self, backend: Backend) -> None:
         if backend is not self._backend:
             backend.close()
 
@@ -369,54 +376,57 @@ class StoreLog:
             self._record(self._due[0])
             self._recorded = self._due.popleft().epoch
 
-    def _record(self, given: IssuedEpoch) -> None:
-        pause_s, told = self._retry_first_s, ""
+    def _record(self, issued: IssuedEpoch) -> None:
+        pause_s, reported = self._retry_first_s, ""
         while True:
             try:
-                self._append(given)
+                self._append(issued)
                 return
             except CkptError as error:
                 if not error.retry:
                     raise
-                if str(error) != told:
-                    told = str(error)
-                    text = f"epoch {given.epoch} is given out but not in the log yet, commits wait for it: {told}"
-                    self._tell(
+                if str(error) != reported:
+                    reported = str(error)
+                    text = (
+                        f"epoch {issued.epoch} is issued but not in the log yet; commits wait for "
+                        f"it: {reported}"
+                    )
+                    self._emit(
                         Event(
                             "open-waits",
                             text,
-                            {"epoch": given.epoch, "code": error.code},
+                            {"epoch": issued.epoch, "code": error.code},
                             alarm=True,
                         )
                     )
             if self._stopped.wait(pause_s):
                 raise UnavailableError(
-                    f"the keeper ends before the log could be written. epoch={given.epoch} "
-                    f"why={told}"
+                    f"the keeper ends before the log could be written. epoch={issued.epoch} "
+                    f"why={reported}"
                 )
             pause_s = min(2 * pause_s, RETRY_LAST_S)
 
-    def _append(self, given: IssuedEpoch) -> None:
+    def _append(self, issued: IssuedEpoch) -> None:
         try:
             self.journal.append(
-                Open(given.epoch, given.resume), epoch=given.epoch, write_id=given.write_id
+                Open(issued.epoch, issued.resume), epoch=issued.epoch, write_id=issued.write_id
             )
         except ConflictError as error:
             newest = self.journal.refresh().epoch
-            if newest < given.epoch:
+            if newest < issued.epoch:
                 raise
             raise FencedError(
-                f"another writer opened an epoch of this job. newest={newest} mine={given.epoch} "
+                f"another writer opened an epoch of this job. newest={newest} mine={issued.epoch} "
                 "stop this one"
             ) from error
 
 
 def new_origin(after: str = "") -> str:
-    """A write id for an open: of the same lineage as ``after``, or of a new one."""
+    """A write id for an open: with the launch prefix of ``after``, or with a new one."""
     return launch_prefix(after or new_write_id()) + new_write_id()[LAUNCH_PREFIX_CHARS:]
 
 
-def _seen(journal: Journal, epochs: Collection[int]) -> LogReading:
+def _read_log(journal: Journal, epochs: Collection[int]) -> LogReading:
     state = journal.refresh()
     ids = {}
     for opened in state.opens:
@@ -428,19 +438,18 @@ def _seen(journal: Journal, epochs: Collection[int]) -> LogReading:
     return LogReading(state, ids, journal.log_id)
 
 
-def _check_resume(seen: LogReading, opening: FirstOpen, resume: SnapshotId) -> None:
-    """Raises ConflictError where ``resume`` is only staged, and what the log has under its epoch's
-    number is another's."""
+def _check_resume(reading: LogReading, opening: FirstOpen, resume: SnapshotId) -> None:
+    """Raise ConflictError if ``resume`` is only staged, and the log has another writer's epoch
+    under its epoch's number."""
     if resume not in opening.staged or (
-        not opening.settling and seen.state.find(resume) is not None
+        not opening.settling and reading.state.find(resume) is not None
     ):
         return
-    there = seen.state.epoch > 0 or not opening.settling
-    if not there or resume not in restorable(
-        seen.state, seen.ids, {resume: opening.staged[resume]}
+    may_continue = reading.state.epoch > 0 or not opening.settling
+    if not may_continue or resume not in restorable(
+        reading.state, reading.ids, {resume: opening.staged[resume]}
     ):
         raise ConflictError(
-            f"another writer went on with this job, not from what is staged here. resume={resume} "
-            f"newest={seen.state.epoch} "
-            "restore anew"
+            f"another writer continued this job, not from what is staged here. resume={resume} "
+            f"newest={reading.state.epoch} restore anew"
         )

@@ -1,5 +1,5 @@
-"""Who handed in what. Every rank hands in the same sequence; a turn is one place in it. Pure
-bookkeeping."""
+"""Which rank has submitted which snapshots. Every rank submits the same sequence; each of its
+places is one submission. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ckpt.values import SnapshotId, StagedIndex
 
 @dataclass(slots=True)
 class Submission:
-    """One snapshot on its way: what the ranks that handed it in hold, and who is done with it."""
+    """One snapshot in flight: the shares of the ranks that submitted it, and which ranks are done
+    with it."""
 
     n: int
     snapshot: SnapshotId
@@ -27,17 +28,17 @@ class Submission:
 
 
 SubmissionEntry = tuple[int, SnapshotId, tuple[str, ...]]
-"""A turn as other nodes hear of it: its number, the pair, the tags."""
+"""A submission as other nodes receive it: its number, the snapshot, the tags."""
 
 TAIL_MAX = 64
-"""So many of the last turns are remembered: slots allow far fewer in flight."""
+"""How many of the last submissions are remembered; slots allow far fewer in flight."""
 
 
 class Submissions:
-    """The turns that are not settled by all ranks yet. With several nodes each has its own, in the
-    same order.
+    """The submissions that some rank is not done with. Each node has its own, all in the same
+    order.
 
-    ``tail``: the last turns, settled or not.
+    ``tail``: the last submissions, completed or not.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -51,47 +52,56 @@ class Submissions:
 
     @property
     def level(self) -> bool:
-        """Whether all ranks handed in equally many."""
+        """Whether all ranks have submitted equally many."""
         return len(set(self._next)) == 1
 
     @property
     def count(self) -> int:
-        """How many were handed in, by the rank that handed in the most."""
+        """How many the rank that has submitted the most has submitted."""
         return max(self._next)
 
     def find(self, snapshot: SnapshotId) -> Submission | None:
-        """The turn that has ``snapshot`` in flight, or None."""
-        return next((turn for turn in self._open.values() if turn.snapshot == snapshot), None)
+        """The submission of ``snapshot`` that is in flight, or None."""
+        return next(
+            (submission for submission in self._open.values() if submission.snapshot == snapshot),
+            None,
+        )
 
     def submit(
-        self, rank: int, snapshot: SnapshotId, tags: tuple[str, ...], what: StagedIndex | CkptError
+        self, rank: int, snapshot: SnapshotId, tags: tuple[str, ...], share: StagedIndex | CkptError
     ) -> Submission:
-        """Note what ``rank`` hands in next: its share, or why it has none."""
+        """Note what ``rank`` submits next: its share, or why it has none."""
         n = self._next[rank]
         self._next[rank] += 1
         if n not in self._open:
+            # The first rank to reach a place names its snapshot; the others submit the same
+            # sequence.
             self._open[n] = Submission(n, snapshot, tags)
             self.tail.append((n, snapshot, tags))
-        turn = self._open[n]
-        turn.submitted.add(rank)
-        if isinstance(what, CkptError):
-            turn.refused = turn.refused or what
+        submission = self._open[n]
+        submission.submitted.add(rank)
+        if isinstance(share, CkptError):
+            submission.refused = submission.refused or share
         else:
-            turn.indexes[rank] = what
-        return turn
+            submission.indexes[rank] = share
+        return submission
 
-    def settle(self, rank: int, turn: Submission, error: CkptError | None) -> bool:
-        """``rank`` is done with ``turn``, which failed with ``error`` (None: it didn't); True where
-        it was the last."""
-        turn.settled.add(rank)
-        turn.error = turn.error or error
-        if len(turn.settled) < self._ranks:
+    def settle(self, rank: int, submission: Submission, error: CkptError | None) -> bool:
+        """``rank`` is done with a submission, which failed with ``error`` (None: it did not); True
+        if it was the last."""
+        submission.settled.add(rank)
+        submission.error = submission.error or error
+        if len(submission.settled) < self._ranks:
             return False
-        self._open.pop(turn.n, None)
+        # Open until the last rank is done: the final flush finds it, and does not submit it twice.
+        self._open.pop(submission.n, None)
         return True
 
     def uneven(self) -> Iterator[tuple[Submission, tuple[int, ...]]]:
-        """The turns that some rank has not handed in, in order, each with those ranks."""
+        """The submissions that some rank has not made, in order, each with those ranks."""
         for n in range(min(self._next), max(self._next)):
-            turn = self._open[n]
-            yield turn, tuple(rank for rank in range(self._ranks) if rank not in turn.submitted)
+            submission = self._open[n]
+            yield (
+                submission,
+                tuple(rank for rank in range(self._ranks) if rank not in submission.submitted),
+            )

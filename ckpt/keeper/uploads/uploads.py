@@ -1,9 +1,10 @@
-"""One job's uploads inside its keeper: making slots durable, over attempts, launches and eras of
-nodes.
+"""One job's uploads inside its keeper: making slots durable, over attempts, launches and placement
+generations.
 
-Used by the keeper's loop alone, which it never holds up: what may wait for a store is done in
-threads (the log's in one, ``Epochs``; a ``Persister`` a rank), and comes back through ``post``. The
-loop resolves all futures and calls all callbacks.
+For the keeper's loop alone, which it never blocks: calls that may wait for a store run in threads
+(one for the log, ``LogEpochs``; one per rank, ``Persister``) and return through ``post``. The loop
+resolves all futures and makes all callbacks. Imported when it is first needed, because stores and
+compression take long to import.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.mailbox import RankMailbox
 from ckpt.ipc.messages import Choice, RemoteError, Retention, from_error
+from ckpt.keeper.slots import PostToLoop
 from ckpt.keeper.uploads.epochs import LogEpochs
 from ckpt.keeper.uploads.final_flush import FinalFlush, HoldSnapshot, unfit_reason
 from ckpt.keeper.uploads.persisters import Persisters
@@ -29,26 +31,20 @@ from ckpt.save.chunks import Compression
 from ckpt.save.sealed import SealedSlot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
-PostToLoop = Callable[[Callable[[], object]], None]
-"""Has a call made by the keeper's loop, soon; from any thread."""
-
 OutcomeObserver = Callable[[int, SnapshotId, SnapshotInfo | None, RemoteError | None], None]
-"""A rank's snapshot is settled: its facts, or why it failed; both where it is durable and could not
-be tagged."""
-
-Known = Mapping[Digest, ChunkLocation]
-
+"""A rank's snapshot is done: its facts, or why it failed; both if it is durable and could not be
+tagged."""
 
 _COMPRESSIONS = {"off": Compression("off"), "auto": Compression("auto"), "on": Compression("on")}
 
 
 def _nothing() -> None:
-    """Nothing is to be let go."""
+    """Nothing is to be released."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Early:
-    """What a rank said before its epoch was known to be open: to be done then, or dropped with its
+    """A call of a rank before its epoch was known to be open: to be made then, or dropped with its
     attempt."""
 
     do: Callable[[], object]
@@ -59,8 +55,11 @@ class Uploads:
     """The uploads of one job with a fixed number of ranks. Lives as long as that number does, over
     any number of attempts.
 
-    ``outcome`` hears of each snapshot that a rank handed in, ``fenced`` once, when another writer
-    opened a newer epoch; every call fails with FencedError from then on.
+    ``on_outcome`` is called for each snapshot that a rank submitted; ``on_fenced_text`` once, when
+    another writer opened a newer epoch: from then on every call fails with FencedError.
+
+    It has more public methods and attributes than usual: it is the face of one state machine over
+    persisters, epochs and the final flush, which must see each event in one order.
     """
 
     def __init__(
@@ -77,113 +76,130 @@ class Uploads:
     ) -> None:
         self._spec = spec
         self._ranks = ranks
-        self.post = post
+        self._post = post
         self._outcome = on_outcome
-        self._tell_fenced = on_fenced_text
-        self._tell_now = emit
-        self.tell: Emit = lambda event: post(lambda: emit(event))
+        self._on_fenced_text = on_fenced_text
+        self._emit_now = emit
+        self._emit: Emit = lambda event: post(lambda: emit(event))
         self._log = StoreLog(
-            open_store or (lambda: open_job_of(spec, self.tell)),
+            open_store or (lambda: open_job_of(spec, self._emit)),
             job=spec.job,
             named=spec.job != spec.store.rstrip("/").rpartition("/")[2],
-            emit=self.tell,
+            emit=self._emit,
             retry_first_s=retry_first_s,
             scrub_every_s=spec.scrub_every_s,
         )
-        self._turns = Submissions(ranks)
-        self._hands = Persisters(
-            self._turns,
+        self._submissions = Submissions(ranks)
+        self._persisters = Persisters(
+            self._submissions,
             ranks=ranks,
             compression=_COMPRESSIONS[spec.compression],
             post=post,
-            emit=self.tell,
+            emit=self._emit,
             settled=self._settled,
         )
-        self._waits = Retries(post, self.tell, retry_first_s=retry_first_s)
-        self._epochs = LogEpochs(self._log, self._hands, self._waits, self, store=spec.store)
-        self._settler = FinalFlush(
-            self._epochs, self._hands, self._turns, self._waits, ranks=ranks, emit=self.tell
+        self._retries = Retries(post, self._emit, retry_first_s=retry_first_s)
+        self._epochs = LogEpochs(
+            self._log,
+            self._persisters,
+            self._retries,
+            store=spec.store,
+            post=post,
+            emit=self._emit,
+            on_fenced=self._fenced,
+            on_store_changed=self._store_changed,
+        )
+        self._final_flush = FinalFlush(
+            self._epochs,
+            self._persisters,
+            self._submissions,
+            self._retries,
+            ranks=ranks,
+            emit=self._emit,
         )
         self._closed = False
-        self._era_from = 0
+        self._generation_from = 0
+        """The number of submissions when the placement generation began."""
         self._until_opened: list[_Early] | None = None
-        """With several nodes: what is handed in before the epoch is known to be open here."""
+        """With several nodes: what is submitted before the epoch is known to be open here."""
         self._attempts = 0
-        """Grows with each attempt and era, so that what was begun for an earlier one is known as
-        such."""
+        """Grows with each attempt and generation, so that callbacks of an earlier one are
+        recognised."""
         self.durable: SnapshotInfo | None = None
         """The last snapshot that became durable here."""
 
     @property
     def epoch(self) -> int:
-        """The newest epoch that was given out here; 0 before the first."""
+        """The newest epoch that was issued here; 0 before the first."""
         return self._epochs.view.epoch
 
     def origin_of(self, epoch: int) -> str:
-        """What staged indexes of an epoch that was given out here carry: the write id of its
+        """What staged indexes of an epoch that was issued here carry: the write id of its
         record."""
         return self._epochs.view.origin_of(epoch)
 
     @property
     def in_flight(self) -> int:
-        """Snapshots that some rank handed in and that are not settled on all ranks yet."""
-        return len(self._turns)
+        """Snapshots that some rank submitted and that not all ranks are done with."""
+        return len(self._submissions)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do: no upload, no record to write, no question on its way."""
-        return not (self._turns or self._epochs.busy or self._waits or self._settler.busy)
+        """Whether nothing is left to do: no upload, no record to write, no question to a store."""
+        return not (
+            self._submissions or self._epochs.busy or self._retries or self._final_flush.busy
+        )
 
     def choices(
         self, staged: Sequence[SnapshotId], origins: Mapping[SnapshotId, str] | None = None
     ) -> Future[tuple[Choice, ...]]:
-        """What can be restored, best first; ``staged`` are the pairs that all ranks' slots hold,
-        ``origins`` what they carry.
+        """What can be restored, best first. ``staged``: the snapshots that all ranks' slots hold;
+        ``origins``: theirs.
 
-        Answered at once where this launch opened an epoch and a staged pair is on its line, else
-        after reading the log. Fails with what keeps the log from being read; waits for the store
-        where the slots may hold more than that would give.
+        Answered at once if this launch opened an epoch and a staged snapshot is on its lineage,
+        else after reading the log. Fails with what keeps the log from being read; but if slots hold
+        snapshots, it waits for the store.
         """
         return self._epochs.choices({pair: (origins or {}).get(pair, "") for pair in staged})
 
     def open_epoch(
         self, resume: SnapshotId | None, retention: Retention | None = None, *, newest: bool = False
     ) -> Future[int]:
-        """Open the next epoch, going on from ``resume`` (None: afresh); its number. ``retention``:
-        what is dropped from now on.
+        """Open the next epoch, continuing from ``resume`` (None: from the start); returns its
+        number.
 
-        ``newest``: that is the best of the ``choices`` that were read last; fails with
-        NewerSnapshotError where somebody committed a newer one since, and they are to be read
-        again.
+        ``retention``: what is dropped from now on. ``newest``: ``resume`` is the best of the
+        ``choices`` that were read last; fails with NewerSnapshotError if a newer one was committed
+        since, and choices must be read again.
 
-        A launch's first one is written before the number is given: it makes the store where there
-        is none, and fails with what keeps it from being written, or waits for the store where slots
-        hold something. Later ones get their number at once; the record follows before any commit
+        A launch's first epoch is written before its number is returned. It makes the store if there
+        is none, and fails with what keeps it from being written, or waits for the store if slots
+        hold snapshots. Later epochs get their number at once; the record follows before any commit
         after it.
         """
         self._log.set_retention(retention)
         return self._epochs.open(resume, newest=newest)
 
     def new_launch(self) -> None:
-        """The program was started anew. Others may have gone on with the job in between, and that
-        is no reason to stop.
-
-        Nor is a store that was removed or replaced.
-        """
+        """The program was started again. It is no error that another writer continued the job in
+        between, nor that the store was removed or replaced."""
         self._epochs.new_launch()
 
-    def refer_next(self, rank: int, base: SnapshotId, known: Known) -> None:
-        """Let what ``rank`` hands in next refer to chunks of the committed ``base``, unless it
-        knows others."""
+    def refer_next(
+        self, rank: int, base: SnapshotId, locations: Mapping[Digest, ChunkLocation]
+    ) -> None:
+        """Let what ``rank`` submits next refer to chunks of the committed ``base``, unless it knows
+        others."""
         if self._until_opened is not None:
-            self._until_opened.append(_Early(lambda: self.refer_next(rank, base, known)))
+            self._until_opened.append(_Early(lambda: self.refer_next(rank, base, locations)))
             return
-        self._hands.refer_next(rank, base, known)
+        self._persisters.refer_next(rank, base, locations)
 
     def persist(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> None:
-        """Make a sealed slot durable; ``outcome`` hears how it went. Every rank hands in the same
+        """Make a sealed slot durable; ``on_outcome`` gets the result. Every rank submits the same
         sequence."""
         if self._until_opened is not None:
+            # Its slot stays held meanwhile: it must not be overwritten before the epoch is open.
             self._until_opened.append(
                 _Early(lambda: self._persist(rank, sealed, tags), sealed.free)
             )
@@ -192,22 +208,23 @@ class Uploads:
 
     def _persist(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> None:
         snapshot = sealed.index.snapshot
-        why: CkptError | None = self._epochs.fenced
-        if why is None and not self._hands:
-            why = UsageError(
-                f"a snapshot is handed in before this keeper opened an epoch. snapshot={snapshot} "
+        error: CkptError | None = self._epochs.fenced
+        if error is None and not self._persisters:
+            error = UsageError(
+                f"a snapshot was submitted before this keeper opened an epoch. snapshot={snapshot} "
                 "open one first"
             )
-        if why is not None:
+        if error is not None:
             sealed.free()
-            self._outcome(rank, snapshot, None, from_error(why, rank=rank))
-            self._refuse(rank, snapshot, why)
+            self._outcome(rank, snapshot, None, from_error(error, rank=rank))
+            self._refuse(rank, snapshot, error)
             return
-        self._log.restoring(False)  # whoever hands in is past it, and all ranks restore together
-        self._hands.submit(rank, sealed, tags)
+        # All ranks restore together, so a rank that submits shows that all are done with it.
+        self._log.restoring(False)
+        self._persisters.submit(rank, sealed, tags)
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
-        """Instead of ``persist``: this rank has no share to give, which fails the snapshot on all
+        """Instead of ``persist``: this rank has no share to submit, which fails the snapshot on all
         ranks."""
         if self._until_opened is not None:
             self._until_opened.append(_Early(lambda: self._refuse(rank, snapshot, error)))
@@ -215,79 +232,89 @@ class Uploads:
         self._refuse(rank, snapshot, error)
 
     def _refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
-        if self._hands:
-            self._hands.refuse(rank, snapshot, error)
+        if self._persisters:
+            self._persisters.refuse(rank, snapshot, error)
 
     # ---- with several nodes
 
     def use_channels(self, channel_of: Callable[[int], RankMailbox] | None) -> None:
-        """The channel of each rank of this node to those of other nodes; None: there are no others.
+        """Makes the mailbox of each local rank to the ranks of all nodes; None: there are no other
+        nodes.
 
-        To be told before anything is handed in.
+        To be called before anything is submitted.
         """
-        self._hands.channel_of = channel_of
+        self._persisters.channel_of = channel_of
 
     @property
     def submitted(self) -> tuple[int, tuple[SubmissionEntry, ...]]:
-        """How many snapshots were handed in here since the era began, and the last of them, counted
+        """How many snapshots were submitted here in this generation, and the last of them, counted
         from its beginning."""
-        first = self._era_from
-        tail = ((n - first, snapshot, tags) for n, snapshot, tags in self._turns.tail if n >= first)
-        return self._turns.count - first, tuple(tail)
+        first = self._generation_from
+        tail = (
+            (n - first, snapshot, tags)
+            for n, snapshot, tags in self._submissions.tail
+            if n >= first
+        )
+        return self._submissions.count - first, tuple(tail)
 
     def new_generation(self, *, root: bool) -> None:
-        """Other nodes, or places, than before: what is in flight fails, since its ranks are not all
-        there any more.
+        """Other nodes or placements than before: what is in flight fails, since not all its ranks
+        are there any more.
 
-        ``root``: rank 0 is here now, so the log is this keeper's to write, and what it knew of it
-        is old. Where it is not, this keeper is the log's writer no more, whatever it was: it opens
-        no epoch, drops nothing, and nothing of the log fences it.
+        ``root``: rank 0 is on this node now, so this keeper may write the log, and what it knew of
+        it is out of date. If it is not, this keeper is no longer the log's writer: it opens no
+        epoch, drops nothing, and nothing in the log fences it.
         """
         self._drop_early()
-        self._settler.stop()
+        self._final_flush.stop()
         self._level()
-        self._hands.leave()
-        self._era_from = self._turns.count
-        self._waits.cancel("follow-waits")
+        # What is in flight when the persisters are left is committed under no epoch at all: this
+        # node may hold rank 0 again later, under an epoch that would make such a commit count.
+        self._persisters.leave()
+        self._generation_from = self._submissions.count
+        self._retries.cancel("follow-waits")
         self._epochs.new_generation(root=root)
 
     def hold_submissions(self) -> None:
-        """An attempt begins: what is handed in waits until the node of rank 0 tells that its epoch
-        is open."""
+        """An attempt begins: hold what is submitted until the node of rank 0 reports that the
+        attempt's epoch is open."""
         self._drop_early()
         self._until_opened = []
 
-    def epoch_opened(self, handed: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
-        """The attempt's epoch is open. ``handed``: what some node handed in; what this one did not
-        comes first."""
+    def epoch_opened(self, entries: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
+        """The attempt's epoch is open. ``entries``: what some node submitted; what this one did not
+        is submitted first."""
         attempt = self._attempts
 
         def go_on() -> None:
             if attempt != self._attempts or self._closed:
-                return  # another attempt awaits its own word
-            self._waits.succeeded("follow-waits")
-            if not self._hands:
-                self._hands.start(self._log)
+                return  # another attempt has begun, and waits for its own epoch
+            self._retries.succeeded("follow-waits")
+            if not self._persisters:
+                self._persisters.start(self._log)
             early, self._until_opened = self._until_opened or [], None
-            self._catch_up(handed, sealed_of)
-            for one in early:
-                one.do()
+            self._catch_up(entries, sealed_of)
+            for call in early:
+                call.do()
 
         def failed(error: CkptError) -> None:
             if attempt == self._attempts and not self._closed:
-                what = "the store can't be opened here, so nothing of this node becomes durable; waiting"
-                self._waits.schedule(
-                    "follow-waits", what, error, lambda: self.epoch_opened(handed, sealed_of)
+                text = (
+                    "the store can't be opened here, so nothing of this node becomes durable; "
+                    "waiting"
+                )
+                self._retries.schedule(
+                    "follow-waits", text, error, lambda: self.epoch_opened(entries, sealed_of)
                 )
 
-        if self._hands:
+        if self._persisters:
             go_on()
         else:
             self._epochs.open_store(go_on, failed)
 
-    def _catch_up(self, handed: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
-        for n, snapshot, tags in handed:
-            if n < self._turns.count - self._era_from:
+    def _catch_up(self, entries: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
+        for n, snapshot, tags in entries:
+            if n < self._submissions.count - self._generation_from:
                 continue
             for rank in range(self._ranks):
                 sealed = sealed_of(rank, snapshot)
@@ -295,129 +322,128 @@ class Uploads:
                     self._persist(rank, replace(sealed, shared=None), tags)
                     continue
                 lost = UnavailableError(
-                    f"a rank died before it handed in its share. snapshot={snapshot} rank={rank}"
+                    f"a rank died before it submitted its share. snapshot={snapshot} rank={rank}"
                 )
                 self._refuse(rank, snapshot, lost)
 
     def _drop_early(self) -> None:
-        """The attempt that handed it in is over: its turns are settled as those that it never
-        handed in."""
+        """The attempt that made these submissions is over: they count as never made."""
         self._attempts += 1
-        self._waits.cancel("follow-waits")
+        self._retries.cancel("follow-waits")
         early, self._until_opened = self._until_opened or [], None
-        for one in early:
-            one.drop()
+        for call in early:
+            call.drop()
 
     def _level(self) -> None:
-        """All ranks have handed in the same, with nobody left to hear of what some did not."""
-        for turn, missing in list(self._turns.uneven()):
-            error = UnavailableError(f"the job's nodes are others now. snapshot={turn.snapshot}")
+        """Make all ranks' submissions equal; no trainer is left that would need the outcome."""
+        for submission, missing in list(self._submissions.uneven()):
+            error = UnavailableError(f"cluster membership changed. snapshot={submission.snapshot}")
             for rank in missing:
-                self._turns.submit(rank, turn.snapshot, (), error)
-                self._settled(rank, turn, None, error, False)
+                self._submissions.submit(rank, submission.snapshot, (), error)
+                self._settled(rank, submission, None, error, False)
 
-    def _unfit(self, turn: Submission, sealed: Mapping[int, SealedSlot]) -> CkptError | None:
-        """As ``unfit``; of several nodes' snapshot this one has not all shares, so only its own
-        must be of one."""
-        if self._hands.channel_of is None:
-            return unfit_reason(turn, sealed, self._ranks)
-        indexes = [*turn.indexes.values(), *(one.index for one in sealed.values())]
+    def _unfit(self, submission: Submission, sealed: Mapping[int, SealedSlot]) -> CkptError | None:
+        """As ``unfit_reason``; of several nodes' snapshot this node has not all shares, so only its
+        own must match."""
+        if self._persisters.channel_of is None:
+            return unfit_reason(submission, sealed, self._ranks)
+        indexes = [*submission.indexes.values(), *(slot.index for slot in sealed.values())]
         if len(indexes) < self._ranks:
-            return UnavailableError(f"ranks died before they staged it. snapshot={turn.snapshot}")
+            return UnavailableError(
+                f"ranks died before they staged it. snapshot={submission.snapshot}"
+            )
         kinds = {(index.snapshot, index.origin, index.world_size) for index in indexes}
-        text = f"the ranks hold different snapshots. snapshot={turn.snapshot}"
+        text = f"the ranks hold different snapshots. snapshot={submission.snapshot}"
         return UnavailableError(text) if len(kinds) > 1 else None
 
     def attempt_ended(self, sealed_of: HoldSnapshot) -> None:
-        """No trainer of the attempt lives: hand in for each rank what others handed in and it did
-        not, or refuse it.
+        """No trainer of the attempt is alive: for each rank, submit or refuse what other ranks
+        submitted and it did not.
 
-        Then all ranks have handed in the same, and what is in flight settles.
+        Then all ranks have submitted the same, and what is in flight can complete.
         """
         self._drop_early()
-        for turn, missing in list(self._turns.uneven()):
+        for submission, missing in list(self._submissions.uneven()):
             sealed = {
-                rank: found
+                rank: slot
                 for rank in missing
-                if (found := sealed_of(rank, turn.snapshot)) is not None
+                if (slot := sealed_of(rank, submission.snapshot)) is not None
             }
-            why = turn.refused or self._unfit(turn, sealed)
+            error = submission.refused or self._unfit(submission, sealed)
             for rank in missing:
-                if why is None:
-                    self._persist(rank, replace(sealed[rank], shared=None), turn.tags)
+                if error is None:
+                    self._persist(rank, replace(sealed[rank], shared=None), submission.tags)
                     continue
                 if rank in sealed:
                     sealed[rank].free()
-                self._refuse(rank, turn.snapshot, why)
+                self._refuse(rank, submission.snapshot, error)
 
     def flush_newest(self, pairs: Sequence[SnapshotId], sealed_of: HoldSnapshot) -> None:
-        """Make the newest of ``pairs`` durable that nobody handed in, or that failed before;
-        repeated while slots hold it.
+        """Make the newest of ``pairs`` durable that was not submitted, or failed before; repeated
+        while slots hold it.
 
-        For a job without trainers: after ``attempt_ended``. ``pairs`` are all that the slots hold:
-        where one can't be saved at all, the next older is taken. Nothing where it is durable, or
-        can't be any more. A keeper that opened no epoch opens one for it where nobody else went on
-        with the job.
+        For a job without trainers, after ``attempt_ended``. ``pairs``: all that the slots hold; if
+        one can't be saved at all, the next older is tried. Nothing happens if it is durable, or
+        can't be any more. A keeper that opened no epoch opens one for it, if no other writer
+        continued the job.
         """
         if self._epochs.fenced is None:
-            self._settler.start(pairs, sealed_of)
+            self._final_flush.start(pairs, sealed_of)
 
     def tag(self, name: str, snapshot: SnapshotId) -> Future[None]:
-        """Tag a durable snapshot, after what was handed in before."""
+        """Tag a durable snapshot, after what was submitted before."""
         future: Future[None] = Future()
         if self._epochs.fenced is not None:
             future.set_exception(self._epochs.fenced)
-        elif not self._hands:
+        elif not self._persisters:
             future.set_exception(
-                UsageError(f"a tag is set before this keeper opened an epoch. tag={name!r}")
+                UsageError(f"a tag was set before this keeper opened an epoch. tag={name!r}")
             )
         else:
             log = self._log
-            tagged = self._hands.call(
+            tagged = self._persisters.call(
                 lambda: log.journal.tag(name, snapshot, epoch=log.writer_epoch())
             )
             self._epochs.when_done(tagged, lambda _: future.set_result(None), future.set_exception)
         return future
 
     def finish_retention(self, *, begin: bool) -> bool:
-        """Nobody comes any more: ``begin`` to drop and delete what is due, without rest; whether
-        that is done."""
+        """The job is over: ``begin`` to drop and delete what is due without pauses; whether that is
+        done."""
         return self._log.tidy(begin=begin)
 
     def close(self, timeout_s: float) -> None:
-        """Drop what has not begun and end the threads, waiting ``timeout_s`` seconds at most for
-        what a store holds up."""
+        """Drop what has not begun and end the threads; waits at most ``timeout_s`` seconds for a
+        store that blocks them."""
         deadline_s = time.monotonic() + timeout_s
         self._closed = True
         self._epochs.stop()
         self._drop_early()
-        self._tell_lost()
-        self._settler.stop()
-        self._waits.stop()
+        self._report_unfinished()
+        self._final_flush.stop()
+        self._retries.stop()
         self._log.stop()
-        ended = self._hands.close(deadline_s)
+        ended = self._persisters.close(deadline_s)
         if self._epochs.close(max(0.0, deadline_s - time.monotonic())) and ended:
             self._log.close()
 
-    # ---- told by the epochs, in the loop
+    # ---- called by the epochs and persisters, in the loop
 
-    def on_fenced(self, error: FencedError) -> None:
-        """See Around."""
-        self._settler.stop()
-        self._tell_fenced(str(error))
+    def _fenced(self, error: FencedError) -> None:
+        self._final_flush.stop()
+        self._on_fenced_text(str(error))
 
-    def on_moved(self) -> None:
-        """See Around."""
-        self._settler.stop()
-        self._hands.leave()
+    def _store_changed(self) -> None:
+        self._final_flush.stop()
+        self._persisters.leave()
 
     def _settled(
         self,
         rank: int,
-        turn: Submission,
+        submission: Submission,
         info: SnapshotInfo | None,
         error: CkptError | None,
-        handed_in: bool,
+        submitted: bool,
     ) -> None:
         if self._closed:
             return
@@ -425,27 +451,34 @@ class Uploads:
             self.durable = info
             self._epochs.view.committed(info.id)
             self._log.committed()
-        if rank == 0 and isinstance(error, FencedError) and handed_in and turn.n >= self._era_from:
-            self._epochs.fence(
-                error
-            )  # the writer's own; other ranks hear it later, of a launch before perhaps
-        if handed_in:
+        if (
+            rank == 0
+            and isinstance(error, FencedError)
+            and submitted
+            and submission.n >= self._generation_from
+        ):
+            # Only rank 0 writes the log. Other ranks report it later, perhaps after a new launch
+            # began.
+            self._epochs.fence(error)
+        if submitted:
             message = from_error(error, rank=rank) if error is not None else None
-            self._outcome(rank, turn.indexes[rank].snapshot, info, message)
-        if self._turns.settle(rank, turn, error if info is None else None):
-            self._settler.submission_completed(turn)
+            self._outcome(rank, submission.indexes[rank].snapshot, info, message)
+        if self._submissions.settle(rank, submission, error if info is None else None):
+            self._final_flush.submission_completed(submission)
 
-    def _tell_lost(self) -> None:
-        """Say what ends with the keeper and is in no store: its loop turns no more."""
-        wanted = self._settler.wanted
-        what = (
+    def _report_unfinished(self) -> None:
+        """Report what ends with the keeper and is in no store."""
+        wanted = self._final_flush.wanted
+        lost = (
             [f"the newest staged snapshot is not durable: {wanted}"] if wanted is not None else []
         )
-        what += (
-            [f"{len(self._turns)} snapshots on their way are not durable"] if self._turns else []
+        lost += (
+            [f"{len(self._submissions)} snapshots in flight are not durable"]
+            if self._submissions
+            else []
         )
-        if what:
+        if lost:
             facts = {"store": self._spec.store}
-            self._tell_now(
-                Event("dropped", f"the keeper ends, and {' and '.join(what)}", facts, alarm=True)
+            self._emit_now(
+                Event("dropped", f"the keeper ends, and {' and '.join(lost)}", facts, alarm=True)
             )

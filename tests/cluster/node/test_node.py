@@ -24,7 +24,7 @@ from ckpt.errors import UnavailableError
 from ckpt.events import Event
 from ckpt.ipc.messages import Policy
 from ckpt.keeper.attempts.failures import ECHO_S, EpochFailures
-from ckpt.keeper.nodes.join import _judged
+from ckpt.keeper.nodes.join import _decided
 from ckpt.threads import start_thread
 
 WAIT_S = 60.0
@@ -127,7 +127,7 @@ class World:
         )  # type: ignore[arg-type]
         one.node = Node(
             one.member, info, options,
-            decide_failures=lambda note, failures, lost, ended, heard_s, now_s: _judged(
+            decide_failures=lambda note, failures, lost, ended, heard_s, now_s: _decided(
                 note, failures, EpochFailures({}, lost, ended), heard_s, now_s, self.policy
             ),
             observer=NodeObserver(

@@ -341,7 +341,7 @@ def test_a_lost_supervisor_ends_the_job() -> None:
     told = Told(2).run()
     assert kinds(told(SupervisorLeft(0, 0, False, 100.0, 3))) == [KillAll]
     leave = told.killed(1)[-1]
-    assert leave == LeaveAll(1, "the supervisor of rank 0 was cut off", held=False)
+    assert leave == LeaveAll(1, "the supervisor of rank 0 was cut off", flush_first=False)
 
 
 @pytest.mark.parametrize("planned", [True, False])

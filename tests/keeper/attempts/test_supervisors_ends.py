@@ -147,7 +147,7 @@ def test_ranks_that_do_not_come_are_named_and_then_given_up(serve: Serve, monkey
     other = served.peer(role="supervisor", rank=2, ranks=4)
     for peer in (one, other):
         peer.next(Welcome)
-    monkeypatch.setattr(crew_module, "GATHER_TELL_S", 0.0)
+    monkeypatch.setattr(crew_module, "GATHER_REPORT_S", 0.0)
     for peer in (one, other):
         told = peer.next(words.PrintLine)
         assert told.alarm
@@ -226,9 +226,9 @@ def test_supervisors_are_welcome_before_anything_of_a_store_is_made(serve: Serve
     served = serve()
     crew = served.supervisors(2)
     begun = started(crew)
-    assert served.daemon._job.uploads is None
+    assert served.daemon._job.state.uploads.current is None
     one = served.trainer(0, 2, attempt=begun.attempt)
     assert open_epoch(one) == 1
-    assert served.daemon._job.uploads is not None
+    assert served.daemon._job.state.uploads.current is not None
     one.leave()
     end_well(crew, begun.attempt)

@@ -144,8 +144,8 @@ def test_new_launch_of_the_same_keepers_begins_after_the_last_ones_end(serve_nod
                 assert peer.next(words.Leave).status == 0
                 peer.leave()
         for node in nodes:
-            held = node.daemon._job
-            until(lambda held=held: held.nodes is not None and not held.nodes.busy)
+            launch = node.daemon._job.state.launch
+            until(lambda launch=launch: not launch.cluster.busy)
     for wire in wires:
         wire.close()
 

@@ -13,8 +13,13 @@ from msgspec import structs
 
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.membership.records import EpochRecord, NodePlacement
-from ckpt.cluster.mesh.messages import AskNodeInventory, InventoryEntry, MeshSources, NodeInventory
-from ckpt.cluster.mesh.messages import MeshMessage as Said
+from ckpt.cluster.mesh.messages import (
+    AskNodeInventory,
+    InventoryEntry,
+    MeshMessage,
+    MeshSources,
+    NodeInventory,
+)
 from ckpt.cluster.node.epochs import NodeEpoch
 from ckpt.cluster.node.leading import EpochNote
 from ckpt.cluster.peermem.auth import PeerSecret
@@ -22,11 +27,11 @@ from ckpt.cluster.peermem.keys import mirror_key
 from ckpt.events import Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec
-from ckpt.keeper.job import Job
-from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox
+from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mirrors.memory import ClusterMemory
 from ckpt.keeper.mirrors.plan import InventoryQuery, MirrorReport, MirrorRound, next_round, retained_mirrors
 from ckpt.keeper.mirrors.serve import NodeMemoryServer
+from ckpt.keeper.nodes.epoch_view import EpochView
 from ckpt.values import PAGE_BYTES, SnapshotId
 
 SECRET = bytes(range(32))
@@ -34,26 +39,11 @@ WAIT_S = 60.0
 OLD, NEW = SnapshotId(1, 5), SnapshotId(1, 6)
 
 
-class Alone:
-    """What this node knows of the others; nobody can be spoken to."""
+class Alone(EpochView):
+    """This node among others, none of which can be reached."""
 
-    me = "me"
-    epoch: NodeEpoch | None = None
-    root = True
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        assert self.epoch is not None
-        return tuple(node for node in self.epoch.record.ranks if node != self.me)
-
-    def room(self, name: str, own: LocalMailbox) -> KeeperMailbox:
-        return own
-
-    def say(self, node: str, word: Said) -> bool:
+    def send(self, node: str, message: MeshMessage) -> bool:
         return False
-
-    def say_to_all(self, word: Said) -> None:
-        return
 
 
 class World:
@@ -64,14 +54,14 @@ class World:
         self.posted: list[Callable[[], object]] = []
         self.heard = threading.Semaphore(0)
         spec = KeeperSpec(job="job", store=str(folder / "store"), compression="off")
-        self.job = Job(spec, incarnation="b", post=self._post, emit=self.told.append)
-        self.job._make_room(1)
+        self.state = JobState.create(spec, incarnation="b", post=self._post, emit=self.told.append)
+        self.state.memory.resize(1)
         self.slot = MadeSlot()
-        assert self.job.slots is not None
-        self.job.slots.add(0, 0, self.slot.given(), self.slot.size_bytes)
+        assert self.state.memory.slots is not None
+        self.state.memory.slots.add(0, 0, self.slot.given(), self.slot.size_bytes)
         self.among = Alone()
         where = NodesSpec(where=str(folder / "meet"), job="job", nodes_min=1, nodes_max=3, mirror_bytes=1 << 20)
-        self.memory = ClusterMemory(self.job, self.among, where, SECRET, host="127.0.0.1", emit=lambda event: None)
+        self.memory = ClusterMemory(self.state, self.among, where, SECRET, host="127.0.0.1", emit=lambda event: None)
         self.peer = NodeMemoryServer(PeerSecret.of(SECRET), Endpoint(), emit=lambda event: None, budget_bytes=1 << 20)
 
     def _post(self, call: Callable[[], object]) -> None:
@@ -100,7 +90,7 @@ class World:
         self.memory.close()
         self.peer.close()
         self.slot.close()
-        self.job.close()
+        self.state.memory.close()
 
 
 @pytest.fixture
@@ -120,7 +110,7 @@ def test_pair_that_is_named_is_kept_here_and_on_the_peer(world: World) -> None:
     world.named(OLD)
     assert world.memory.mirror_report.mirrored == OLD
     assert kept(world.peer) == [(OLD, 0)]
-    assert kept(world.memory._lending) == [(OLD, 0)]
+    assert kept(world.memory._server) == [(OLD, 0)]
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 3), (1, 2)])
@@ -130,14 +120,14 @@ def test_pair_of_a_world_that_has_shrunk_is_not_kept_instead_of_what_a_lost_node
     world.come(1, "me", "lost", "peer")
     share = MadeSlot()
     share.seal(OLD, rank=1, ranks=3)
-    world.memory._lending.keep(mirror_key(OLD, 1), [share.memory])
+    world.memory._server.keep(mirror_key(OLD, 1), [share.memory])
     share.close()
     world.come(2, "me", "peer")
     world.slot.seal(NEW, rank=rank, ranks=ranks)
     world.named(NEW)
     assert world.memory.mirror_report.missed == NEW
     assert kept(world.peer) == []
-    assert kept(world.memory._lending) == [(OLD, 1)]
+    assert kept(world.memory._server) == [(OLD, 1)]
 
 
 def test_standby_keeps_it_too_and_nobody_waits_for_one_that_has_no_room(world: World) -> None:
@@ -177,7 +167,7 @@ def test_standby_knows_the_newest_pair_of_which_it_has_all_that_it_is_to_keep(wo
     for pair, ranks in ((OLD, (0, 1)), (NEW, (1,))):
         for rank in ranks:
             share.seal(pair, rank=rank, ranks=2)
-            world.memory._lending.keep(mirror_key(pair, rank), [share.memory])
+            world.memory._server.keep(mirror_key(pair, rank), [share.memory])
     share.close()
     pair, sizes = world.memory.copied(world.among.epoch)
     assert pair == OLD and sizes.keys() == {0, 1} and min(sizes.values()) > 0
@@ -197,7 +187,7 @@ def test_what_did_not_change_since_the_pair_before_is_not_sent_again(world: Worl
         assert world.memory.mirror_report.mirrored == pair
         sent_bytes.append(world.memory.sent_bytes - so_far)
     assert sent_bytes == [SLOT_BYTES - HEADER_BYTES + PAGE_BYTES] + [2 * PAGE_BYTES] * 4, "a header and one page"
-    assert world.peer.pairs() == {SnapshotId(1, 8), SnapshotId(1, 9)}
+    assert world.peer.snapshots() == {SnapshotId(1, 8), SnapshotId(1, 9)}
     assert world.peer.refused == {}
 
 
@@ -223,9 +213,9 @@ def test_where_each_share_is_follows_from_the_spans_of_the_plan(world: World) ->
     world.slot.seal(OLD, rank=3, ranks=6)
     spans = ((1, (0,)), (3, (1, 2)), (2, (0, 2, 3)))
     word = MeshSources(attempt=1, nodes=("peer", "third", "me", "gone"), pairs=((OLD, 6, spans),))
-    world.memory.take("peer", structs.replace(word, attempt=7))
+    world.memory.receive("peer", structs.replace(word, attempt=7))
     assert world.memory.sources(OLD) == (), "a plan of another attempt says nothing"
-    world.memory.take("peer", word)
+    world.memory.receive("peer", word)
     peer, both, near = ("127.0.0.1:2",), ("127.0.0.1:1", "127.0.0.1:3"), ("127.0.0.1:1", "127.0.0.1:2")
     found = world.memory.sources(OLD)
     assert [one.slots for one in found] == [peer, both, both, both, near, near], "here first; who is gone lends nothing"
@@ -235,12 +225,12 @@ def test_where_each_share_is_follows_from_the_spans_of_the_plan(world: World) ->
 
 
 def test_ranks_of_a_node_are_told_of_as_one(world: World) -> None:
-    said: list[tuple[str, Said]] = []
+    said: list[tuple[str, MeshMessage]] = []
     world.come(1, "me", "peer")
-    world.among.say = lambda node, word: said.append((node, word)) is None  # type: ignore[method-assign]
+    world.among.send = lambda node, word: said.append((node, word)) is None  # type: ignore[method-assign]
     world.slot.seal(OLD, rank=0, ranks=2)
     world.named(OLD)
-    world.memory.take("peer", AskNodeInventory(call=5))
+    world.memory.receive("peer", AskNodeInventory(call=5))
     ((node, word),) = said
     assert isinstance(word, NodeInventory) and (node, word.call) == ("peer", 5)
     assert {(one.snapshot, one.rank, one.ranks, one.mirror) for one in word.holdings} == {
@@ -249,23 +239,23 @@ def test_ranks_of_a_node_are_told_of_as_one(world: World) -> None:
 
 
 def test_plan_is_told_to_all_once_all_have_said_what_they_hold(world: World) -> None:
-    told: list[Said] = []
-    asked: list[Said] = []
+    told: list[MeshMessage] = []
+    asked: list[MeshMessage] = []
     answers: list[dict[SnapshotId, str]] = []
     world.come(1, "me", "peer")
     epoch = world.among.epoch
     assert epoch is not None
     world.among.epoch = replace(epoch, addresses={"me": "x", "peer": "y"})
-    world.memory._gather = InventoryQuery(lambda node, word: asked.append(word) is None)
-    world.among.say_to_all = told.append  # type: ignore[method-assign]
+    world.memory._query = InventoryQuery(lambda node, word: asked.append(word) is None)
+    world.among.send_to_others = told.append  # type: ignore[method-assign]
     world.slot.seal(OLD, rank=0, ranks=3)
     world.memory.gather(answers.append)
     assert not answers
     (question,) = asked
     assert isinstance(question, AskNodeInventory)
-    origin = world.memory._holdings()[0].origin
+    origin = world.memory._inventory()[0].origin
     theirs = InventoryEntry(snapshot=OLD, origin=origin, world_size=3, rank=1, ranks=2)
-    world.memory.take("peer", NodeInventory(call=question.call, holdings=(theirs,)))
+    world.memory.receive("peer", NodeInventory(call=question.call, holdings=(theirs,)))
     assert answers == [{OLD: origin}]
     (plan,) = told
     assert plan == MeshSources(attempt=1, nodes=("me", "peer"), pairs=((OLD, 3, ((1, (0,)), (2, (1,)))),))

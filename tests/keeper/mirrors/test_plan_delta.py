@@ -169,4 +169,4 @@ def test_changes_that_make_too_many_ranges_go_whole(monkeypatch: pytest.MonkeyPa
         bodies[number] = bytes(JOIN_BYTES * 2)
         found = delta_of(made(bodies, step=2).share, base.share)
         assert isinstance(found, WholeShare) == whole
-    assert found == WholeShare("changes lie too far apart")
+    assert found == WholeShare("changes are too far apart")

@@ -169,7 +169,7 @@ def test_node_that_was_started_anew_between_two_ranks_has_not_the_pair(
 
     monkeypatch.setattr(store, "put_whole", put)
     assert world.send(SnapshotId(1, 1)) == frozenset()
-    assert "started anew" in world.told[0].text
+    assert "restarted" in world.told[0].text
 
 
 def test_end_waits_for_nobody_for_long(world: World) -> None:

@@ -139,12 +139,12 @@ def test_base_is_there_in_every_round_whichever_are_missed(world: World) -> None
         world.lending.retain(retained_mirrors(now, frozenset()))
         received.append(world.send(step, FROZEN, small(step)))
         assert world.has(step)
-        assert len(world.lending.pairs()) <= 2
+        assert len(world.lending.snapshots()) <= 2
     assert received == [WHOLE_BYTES] + [SMALL_SENT] * 7
     for step in (9, 10):  # this node had the last one, another one had not: it goes, and what was kept stays
         now = next_round(now, [MirrorReport(mirrored=now.kept), MirrorReport(missed=now.named)], pair(step))
         world.lending.retain(retained_mirrors(now, frozenset()))
-        assert world.lending.pairs() == {pair(7)}
+        assert world.lending.snapshots() == {pair(7)}
         assert world.send(step, FROZEN, small(step)) == SMALL_SENT
         assert world.has(step)
     assert world.lending.refused == {"base": 2}, "each found that the newest had gone"
@@ -239,7 +239,7 @@ def test_slot_that_is_overwritten_while_it_is_sent_is_kept_nowhere_and_no_base(
         patched.setattr(world.store, name, put)
         assert world.send(step, FROZEN, small(step)) == 0
     assert world.came[-1] == frozenset()
-    assert world.lending.pairs() == ({pair(1)} if step == 2 else set())
+    assert world.lending.snapshots() == ({pair(1)} if step == 2 else set())
     assert [event.facts["code"] for event in world.told] == ["taken-back"]
     assert world.send(3, FROZEN, small(3)) == WHOLE_BYTES
     assert world.has(3)

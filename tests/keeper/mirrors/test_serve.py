@@ -174,7 +174,7 @@ def test_only_the_pairs_that_are_named_stay(node: Node) -> None:
     pairs = (SnapshotId(1, 4), PAIR, NEXT, SnapshotId(2, 1))
     for pair in pairs:
         node.store.put(mirror_key(pair, 0), [b"x"])
-    assert node.lending.pairs() == frozenset(pairs)
+    assert node.lending.snapshots() == frozenset(pairs)
     node.lending.retain(frozenset({NEXT, SnapshotId(2, 1), SnapshotId(9, 9)}))
     assert [stat.key for stat in node.store.list("mirrors/")] == ["mirrors/1-6/0", "mirrors/2-1/0"]
 
@@ -187,7 +187,7 @@ def test_own_share_is_kept_whole_beside_the_slots(node: Node) -> None:
     assert [(one.snapshot, one.rank) for one in node.lending.mirrored()] == [(PAIR, 1)]
     with pytest.raises(StoreFullError):
         node.lending.keep(mirror_key(NEXT, 1), [bytes(node.lending.vault.budget_bytes + 1)])
-    assert node.lending.pairs() == {PAIR}
+    assert node.lending.snapshots() == {PAIR}
 
 
 def test_older_epoch_is_refused(node: Node) -> None:

@@ -20,10 +20,10 @@ from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.ipc.messages import Message, Policy, StartPrepared
 from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Unreachable
-from ckpt.keeper.job import Job
+from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import LocalMailbox
 from ckpt.keeper.nodes import nodes as nodes_room
-from ckpt.keeper.nodes.join import KeeperFacts, check_spec, memory_address
+from ckpt.keeper.nodes.join import check_spec, memory_address
 from ckpt.keeper.nodes.nodes import Nodes
 from ckpt.keeper.nodes.remote_mailbox import RemoteMailbox
 from ckpt.values import SnapshotId
@@ -35,9 +35,9 @@ DIED = Failure(1, "died", "rank 1 died of SIGKILL", -9, 1.0)
 class FakeNode:
     """What a keeper asks of its node; ``reached``: to whom it has lines."""
 
-    def __init__(self, told: NodeObserver, here: KeeperFacts) -> None:
-        self.told, self.here = told, here
-        self.name = "me"
+    def __init__(self, told: NodeObserver, attempt: Callable[[], int]) -> None:
+        self.told, self.attempt = told, attempt
+        self.node_id = "me"
         self.reached = {"root", "other"}
         self.said: list[tuple[str, MeshMessage]] = []
         self.failures: list[said.NodeFailed] = []
@@ -72,21 +72,26 @@ class Keeper:
         self.posted: list[Callable[[], object]] = []
         self.heard: list[EpochChanged | JobEnded | Rank0Unreachable] = []
         spec = KeeperSpec(job="job", store=str(tmp_path / "store"), compression="off")
-        self.job = Job(spec, incarnation="b", post=self.posted.append, emit=lambda event: None)
-        self.job._make_room(2)
-        self.job.policy = Policy(linger_s=5.0)
+        self.state = JobState.create(spec, incarnation="b", post=self.posted.append, emit=lambda event: None)
+        self.state.memory.resize(2)
+        self.state.launch.policy = Policy(linger_s=5.0)
         where = NodesSpec(where=str(tmp_path / "meet"), job="job", nodes_min=2, nodes_max=2, **more)  # type: ignore[arg-type]
         self.node: FakeNode | None = None
         self.refuses: Exception | None = None
 
-        def join(*_: object, told: NodeObserver, here: KeeperFacts, **__: object) -> FakeNode:
+        def join(*_: object, observer: NodeObserver, attempt: Callable[[], int], **__: object) -> FakeNode:
             if self.refuses is not None:
                 raise self.refuses
-            self.node = FakeNode(told, here)
+            self.node = FakeNode(observer, attempt)
             return self.node
 
         monkeypatch.setattr(nodes_room, "join", join)
-        self.nodes = self.job.nodes = Nodes(self.job, where, on=self.heard.append)
+        self.nodes = Nodes(self.state, where, on=self.heard.append)
+
+    def close(self) -> None:
+        self.nodes.close()
+        self.state.uploads.close()
+        self.state.memory.close()
 
     @property
     def fake(self) -> FakeNode:
@@ -121,12 +126,12 @@ class Keeper:
 def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
     made = Keeper(tmp_path, monkeypatch)
     yield made
-    made.job.close()
+    made.close()
 
 
 @pytest.fixture
 def joined(keeper: Keeper) -> Keeper:
-    keeper.nodes.ask(None, -1, 0)
+    keeper.nodes.request_epoch(None, -1, 0)
     return keeper
 
 
@@ -154,9 +159,9 @@ def test_address_of_lent_memory_is_read_as_it_is_written(host: str) -> None:
 def test_one_rate_cap_for_all_nodes_that_keep_mirrors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     capped = Keeper(tmp_path, monkeypatch, mirror_rate=float(5 << 20))
     memory = capped.nodes.memory
-    caps = {memory._peer(f"127.0.0.1:{port}")._cap for port in (1, 2)}
+    caps = {memory._peers._store(f"127.0.0.1:{port}")._cap for port in (1, 2)}
     assert [cap and cap.bytes_per_s for cap in caps] == [float(5 << 20)]
-    capped.job.close()
+    capped.close()
     with pytest.raises(UsageError, match="rate cap"):
         Keeper(tmp_path, monkeypatch, mirror_rate=5.0)
 
@@ -165,15 +170,15 @@ def test_epoch_that_places_this_node_starts_it_where_its_ranks_are(joined: Keepe
     joined.come(3, "root", "me")
     (came,) = joined.heard
     assert came == EpochChanged(3, True, "why", came.at_s)
-    seating = joined.nodes.seating
+    seating = joined.nodes.placement
     assert seating is not None
     assert (seating.first_rank, seating.world_size, seating.node, seating.nodes) == (2, 4, 1, 2)
-    assert (seating.host, joined.nodes.port) == ("10.0.0.9", 4000)
-    assert not joined.nodes.root
-    assert isinstance(joined.nodes.room("attempt/3", LocalMailbox()), RemoteMailbox)
+    assert (seating.host, joined.nodes.start_message(3).port) == ("10.0.0.9", 4000)
+    assert not joined.nodes.view.has_rank0
+    assert isinstance(joined.nodes.view.mailbox("attempt/3", LocalMailbox()), RemoteMailbox)
     joined.come(4, "root", "other")
     assert joined.heard[-1] == EpochChanged(4, False, "why", joined.heard[-1].at_s)
-    assert joined.nodes.seating is None
+    assert joined.nodes.placement is None
 
 
 def test_node_of_rank_0_has_the_room_and_answers_others(joined: Keeper) -> None:
@@ -187,15 +192,15 @@ def test_node_of_rank_0_has_the_room_and_answers_others(joined: Keeper) -> None:
 
 def test_failure_is_told_of_a_rank_of_the_whole_job(joined: Keeper) -> None:
     joined.come(3, "root", "me")
-    joined.nodes.ask(DIED, 7, 3)
+    joined.nodes.request_epoch(DIED, 7, 3)
     (told,) = joined.fake.failures
     assert (told.attempt, told.rank, told.kind, told.status, told.completed) == (3, 3, "died", -9, 7)
-    assert joined.fake.here.attempt() == 3
+    assert joined.fake.attempt() == 3
 
 
 def test_node_that_can_not_join_ends_the_launch_and_says_why(keeper: Keeper) -> None:
     keeper.refuses = UnavailableError("no such file")
-    keeper.nodes.ask(None, -1, 0)
+    keeper.nodes.request_epoch(None, -1, 0)
     keeper.run()
     (ended,) = keeper.heard
     assert isinstance(ended, JobEnded)
@@ -206,7 +211,7 @@ def test_node_that_can_not_join_ends_the_launch_and_says_why(keeper: Keeper) -> 
 def test_end_of_the_job_is_passed_on_and_frees_the_keeper(joined: Keeper) -> None:
     joined.come(3, "root", "me")
     assert not joined.nodes.busy
-    joined.nodes.ended(3)
+    joined.nodes.report_ended(3)
     assert joined.fake.ends == [3]
     assert joined.nodes.busy
     joined.come(4, "root", "me", end=0)
@@ -223,10 +228,10 @@ def test_node_that_is_out_has_no_ranks_until_the_next_epoch_of_its_own(joined: K
     joined.fake.told.on_membership_lost("its lease expired")
     joined.run()
     assert joined.heard[-1] == EpochChanged(4, False, "its lease expired", joined.heard[-1].at_s)
-    assert joined.nodes.seating is None
-    assert not joined.nodes.placed
+    assert joined.nodes.placement is None
+    assert not joined.nodes.view.placed
     joined.come(4, "root", "me")
-    assert joined.nodes.placed
+    assert joined.nodes.view.placed
 
 
 def test_launch_that_has_left_hears_nothing_more(joined: Keeper) -> None:
@@ -262,7 +267,7 @@ def test_line_that_broke_before_the_attempt_began_cuts_it_as_well(joined: Keeper
 
 
 def test_decisions_of_rank_0_are_passed_on_and_those_of_this_attempt_taken(joined: Keeper) -> None:
-    board = joined.job.board
+    board = joined.state.memory.board
     assert board is not None
     joined.come(3, "me", "other")
     board.begin_attempt(3)
@@ -277,7 +282,7 @@ def test_decisions_of_rank_0_are_passed_on_and_those_of_this_attempt_taken(joine
 
 
 def test_what_the_others_hold_comes_onto_the_board(joined: Keeper) -> None:
-    board = joined.job.board
+    board = joined.state.memory.board
     assert board is not None
     joined.come(3, "me", "other", "third")
     board.begin_attempt(3)
@@ -293,7 +298,7 @@ def test_what_the_others_hold_comes_onto_the_board(joined: Keeper) -> None:
 
 
 def test_how_far_this_node_is_goes_to_rank_0_and_its_lease_onto_the_board(joined: Keeper) -> None:
-    board = joined.job.board
+    board = joined.state.memory.board
     assert board is not None
     joined.come(3, "root", "me")
     board.begin_attempt(3)
@@ -311,13 +316,13 @@ def test_supervisors_of_a_standby_hear_once_an_epoch_that_trainers_may_run_ahead
     joined: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[tuple[str, Message]] = []
-    monkeypatch.setattr(joined.job, "say", lambda role, word, **_: heard.append((role, word)))
+    monkeypatch.setattr(joined.state.clients, "broadcast", lambda role, word, **_: heard.append((role, word)))
     joined.come(3, "root", "me")
     assert heard == []
     joined.come(4, "root", "other")
     assert heard == [("supervisor", StartPrepared())]
-    assert joined.nodes.epoch is not None
-    joined.fake.told.on_standbys(joined.nodes.epoch)  # another standby came
+    assert joined.nodes.view.epoch is not None
+    joined.fake.told.on_standbys(joined.nodes.view.epoch)  # another standby came
     joined.run()
     assert len(heard) == 1
     joined.come(5, "root", "other")
@@ -327,18 +332,18 @@ def test_supervisors_of_a_standby_hear_once_an_epoch_that_trainers_may_run_ahead
 
 
 def test_lease_prolonged_while_the_loop_stands_still_is_on_the_board(joined: Keeper) -> None:
-    board = joined.job.board
+    board = joined.state.memory.board
     assert board is not None
     joined.fake.told.on_act_until(80.0)
     assert board.act_until_ns == 80_000_000_000
     joined.nodes.tick(100.0)  # what it read before is older
     assert board.act_until_ns == 80_000_000_000
-    joined.job.close()
+    joined.close()
     joined.fake.told.on_act_until(90.0)  # the thread ends a little later
 
 
 def test_node_of_rank_0_tells_each_what_the_rest_have_in_common(joined: Keeper) -> None:
-    board = joined.job.board
+    board = joined.state.memory.board
     assert board is not None
     joined.come(3, "me", "other", "third")
     board.begin_attempt(3)

@@ -259,7 +259,7 @@ class Served:
     def finish(self) -> None:
         """Let it end, whatever it waits for."""
         if self.thread.is_alive() and not self.ends(0.5):
-            self.trainer(0, self.daemon._job.ranks or 1, launch=f"last-{next(self._launches)}").leave()
+            self.trainer(0, self.daemon._job.state.memory.ranks or 1, launch=f"last-{next(self._launches)}").leave()
         assert self.ends()
         if self.home is not None:
             self._close()

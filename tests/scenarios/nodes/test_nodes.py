@@ -211,7 +211,7 @@ def test_more_nodes_lost_than_mirrors_goes_back_to_the_store_and_says_what_was_l
         machine.stop()
     for machine in lost:
         machine.kill()
-    said = re.compile(r"is not whole in memory: nobody has the share of")
+    said = re.compile(r"is incomplete in memory: no node has the share of")
     wait_for(lambda: said.search(one.output()), "what was lost", say=one.output)  # the log goes with its keeper
     ends = one.wait_end(hurry=True)
     assert sorted(ends.values()) == [-signal.SIGKILL, -signal.SIGKILL, 0], one.output()

@@ -46,7 +46,7 @@ def test_state_of_a_killed_node_comes_from_a_mirror_over_tls(
         assert {status for name, status in ends.items() if name != lost.name} == {0}, one.output()
         assert differences(undisturbed, one.job, world_size=2) == [], one.output()
         assert one.job.losses[0].poll().redone <= REDONE_MAX, one.output()
-        assert "nodes speak TLS; this node's certificate is valid until" in lost.output()
+        assert "nodes use TLS; this node's certificate is valid until" in lost.output()
         one.wait_gone()
         assert ckpt.Checkpointer(str(one.results / "store")).verify().ok
 
