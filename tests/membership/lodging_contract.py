@@ -10,9 +10,9 @@ from keyspace_contract import get, lease
 from members_contract import info, joined, open_epoch, record_of, until
 
 from ckpt.cluster.membership import transactions as names
-from ckpt.cluster.membership.api import Following, Leading, NotPublished, Published
 from ckpt.cluster.membership.leases import LeaseState
 from ckpt.cluster.membership.member import KeyspaceMembership
+from ckpt.cluster.membership.outcomes import Following, Leading, NotPublished, Published
 from ckpt.cluster.membership.records import StateInventory, encode_inventory
 from ckpt.errors import FencedError, UsageError
 from ckpt.keyspace.base import Keys, Keyspace, Put, Transaction

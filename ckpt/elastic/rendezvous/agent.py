@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ckpt.cluster.membership import transactions as moves
 from ckpt.cluster.membership import transactions as names
-from ckpt.cluster.membership.api import Published
+from ckpt.cluster.membership.outcomes import Published
 from ckpt.cluster.membership.member import KeyspaceMembership
 from ckpt.cluster.membership.open import open_keyspace
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, NodePlacement, ViewScope
