@@ -39,7 +39,6 @@ from peer_certificates import Files, make_certificates
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem.auth import PeerSecret, mac
 from ckpt.cluster.peermem.body_mac import body_mac, known_macs
-from ckpt.cluster.peermem.channel import PeerExtent
 from ckpt.cluster.peermem.http import PeerRequest, StoredContent, parse_head, split_mac, with_mac
 from ckpt.cluster.peermem.memory import PeerMemory
 from ckpt.cluster.peermem.server import PeerServer
@@ -224,7 +223,7 @@ def one_size(size_bytes: int, *, rounds: int, files: tuple[Files, Files] | None,
     out[:] = bytes(size_bytes)
     store = PeerStore(endpoint, SECRET, epoch=lambda: 1, limits=PeerClientLimits(streams_max=1))
     parallel = PeerStore(endpoint, SECRET, epoch=lambda: 1)
-    store.put_extent(KEY, PeerExtent(fd, 0, size_bytes))  # its mapping counts the same pages once more
+    store.put(KEY, [data])
     before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
     def bare_out() -> None:
@@ -247,7 +246,6 @@ def one_size(size_bytes: int, *, rounds: int, files: tuple[Files, Files] | None,
         **streams,
         PUT: put,
         TENTH: put_tenth,
-        "put of a memfd": lambda: store.put_extent(KEY, PeerExtent(fd, 0, size_bytes)),
     }
     gets = {
         **streams,

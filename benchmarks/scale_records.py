@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, NodePlacement
 from ckpt.cluster.mesh.messages import InventoryEntry, MeshMessage
-from ckpt.cluster.mesh.protocol import MeshProtocol
+from ckpt.cluster.mesh.protocol import NONCE_BYTES, MeshProtocol
 from ckpt.cluster.node.leading import FLOOR_CAPABILITY, PEER_CAPABILITY, EpochNote, encode_note
-from ckpt.cluster.secret import NONCE_BYTES
 from ckpt.format.keys import part_key, writer_name
 from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.records import Commit, Record, make_record

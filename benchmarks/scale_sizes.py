@@ -36,7 +36,7 @@ from ckpt.cluster.membership.mirrors import RankHolder, place_mirrors
 from ckpt.cluster.membership.records import decode_epoch, decode_node, encode_epoch, encode_node
 from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.connections import Mesh, MeshObserver
-from ckpt.cluster.secret import frame_mac
+from ckpt.cluster.mesh.protocol import frame_mac
 from ckpt.errors import CkptError
 from ckpt.format.manifest import Manifest
 from ckpt.keeper.mirrors.plan import MirrorRound, complete_snapshots, to_message

@@ -1,4 +1,4 @@
-"""Where a peer is, and whether it may be spoken to in the clear. Pure."""
+"""The endpoint of a peer: its address, and whether plaintext is allowed there. Pure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PORT_MAX = 65_535
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An address, and how it is spoken to: over TLS with ``tls``, else in the clear.
+    """An address, with TLS if ``tls`` is given, else in the clear.
 
-    Raises UsageError for an address beyond loopback with neither ``tls`` nor ``plaintext``.
+    Raises UsageError for an address other than loopback with neither ``tls`` nor ``plaintext``.
     """
 
     host: str = "127.0.0.1"
@@ -29,9 +29,9 @@ class Endpoint:
     def __post_init__(self) -> None:
         if self.tls is None and not self.plaintext and not is_loopback(self.host):
             raise UsageError(
-                "this address is not loopback, and anybody on the way could read. "
-                f"host={self.host}; give a TLS context, or "
-                "plaintext=True where the network is yours alone"
+                "this address is not loopback, and others on the network could read. "
+                f"host={self.host}; give a TLS context, or plaintext=True if the network is yours "
+                "alone"
             )
 
     @classmethod
@@ -61,8 +61,8 @@ class Endpoint:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody outside this machine is reached; a name other than ``localhost`` may mean
-    anybody."""
+    """Whether ``host`` is this machine alone. A name other than ``localhost`` counts as no: it may
+    point anywhere."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

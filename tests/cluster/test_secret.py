@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.cluster.secret import connection_keys, read_secret
+from ckpt.cluster.mesh.protocol import connection_keys
+from ckpt.cluster.secret import read_secret
 from ckpt.errors import UsageError
 
 

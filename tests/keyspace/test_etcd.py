@@ -14,10 +14,10 @@ from kit.membership.keyspace_contract import DEADLINE_S
 from kit.membership.members_contract import info, open_epoch, record_of, until
 from kit.membership.zombie import zombie_is_refused
 
-from ckpt.cluster.membership.api import Leading, NotPublished, Published
 from ckpt.cluster.membership.decide import MembershipOptions, NewEpoch, WaitTimers, decide
 from ckpt.cluster.membership.leases import LeaseState
 from ckpt.cluster.membership.member import KeyspaceMembership, boottime_s
+from ckpt.cluster.membership.outcomes import Leading, NotPublished, Published
 from ckpt.cluster.membership.records import ViewScope
 from ckpt.errors import FencedError, UnavailableError
 from ckpt.keyspace.address import EtcdOptions, split_endpoint
@@ -139,7 +139,7 @@ def test_etcd_is_gone_for_longer_than_a_lease_and_the_node_stops_acting_in_time(
     standing = member.lease_status()
     assert standing.state is LeaseState.LAPSED
     assert standing.act_until_s <= boottime_s()
-    assert "etcd did not answer" in standing.why
+    assert "etcd did not answer" in standing.reason
     etcd_three.start()
     # A new leader of etcd lets every lease begin anew, so this one may come back; if not, the node learns that.
     until(lambda: member.lease_status().state is not LeaseState.LAPSED)

@@ -1,13 +1,13 @@
-"""The arithmetic of one node's lease. Pure: the caller's clock goes in, what may be done and until
-when comes out.
+"""Lease arithmetic: when a keepalive is due, and until when the holder of a lease may act. Pure.
 
-A lease is kept alive at a third of its TTL. Its holder counts from when it *sent* the keepalive
-that was acknowledged last, by its own clock, so that it stops before anybody else may think that it
-has stopped. Silence proves nothing: the holder goes on asking and acts until its time is over. An
-answer that says that nothing is left is loss, whatever its status code says.
+A lease is renewed three times per TTL. The holder counts from the moment at which it *sent* the
+last keepalive that was acknowledged, by its own clock, and stops acting a margin before the TTL is
+over. So it has always stopped before another node can take it for dead, whatever the network
+delays. A missing answer proves nothing: the holder keeps asking, and acts until its time is over.
+An answer that reports no time left means that the lease is lost, whatever its status code says.
 
-A lease can be another's: who lives under it does not keep it alive, looks once in its TTL whether
-it is still there, and has no time in which it may act on its own word.
+A node can also live under a lease that another node renews. It only checks once per TTL that the
+lease exists, and never knows how long it may act.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from ckpt.errors import UsageError
 
 KEEPALIVES_PER_TTL = 3
 RETRIES_PER_TTL = 12
-"""After silence the next keepalive goes sooner."""
+"""After a keepalive without an answer the next one follows sooner."""
 
 
 @dataclass(frozen=True, slots=True)
 class Renewed:
-    """The keepalive sent at ``sent_s`` was answered: ``ttl_s`` were left. The node's own key was
-    seen after it."""
+    """The keepalive sent at ``sent_s`` was acknowledged with ``ttl_s`` left, and the node's own key
+    was read after it.
+    """
 
     sent_s: float
     ttl_s: float
@@ -33,15 +34,14 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class LeaseSeen:
-    """The look at ``sent_s`` found the node's own key under a lease that another one keeps
-    alive."""
+    """The check sent at ``sent_s`` found the node's own key under another node's lease."""
 
     sent_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseSilent:
-    """The keepalive sent at ``sent_s`` had no answer, or an error that may pass."""
+    """The keepalive sent at ``sent_s`` got no answer, or an error that may pass."""
 
     sent_s: float
     reason: str
@@ -49,8 +49,7 @@ class LeaseSilent:
 
 @dataclass(frozen=True, slots=True)
 class LeaseGone:
-    """The lease or the node's own key does not exist any more: it expired, or somebody took the
-    node out."""
+    """The lease or the node's own key is gone: it expired, or an epoch removed the node."""
 
     reason: str
 
@@ -64,27 +63,29 @@ class LeaseState(enum.Enum):
     VALID = "sure"
     """Act."""
     LAPSED = "lapsed"
-    """Do nothing: others may think that it expired. A keepalive may still bring it back."""
+    """Do nothing: other nodes may consider it expired. A later keepalive can make it valid again.
+    """
     LOST = "lost"
     """Never act under it again: join anew, under another node id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A lease as its holder knows it. ``acknowledged_s``: when the last keepalive that was
-    acknowledged was sent.
+    """A lease as its holder knows it; all times are of the holder's clock, in seconds.
 
-    ``borrowed``: another one holds it, and this is how who lives under it knows it.
+    ``acknowledged_s``: when the last acknowledged keepalive was sent. ``asked_s``: when the last
+    keepalive was sent. ``unanswered``: how many keepalives in a row got no answer. ``lost_reason``:
+    why it is over; None: it is not. ``borrowed``: another node renews it.
     """
 
     lease_id: int
     ttl_s: float
     margin_s: float
     acknowledged_s: float
-    tried_s: float
-    silent: int = 0
-    lost: str | None = None
-    why: str = ""
+    asked_s: float
+    unanswered: int = 0
+    lost_reason: str | None = None
+    reason: str = ""
     borrowed: bool = False
 
     @property
@@ -94,74 +95,86 @@ class Lease:
 
     @property
     def next_keepalive_s(self) -> float:
-        """When the next keepalive is due, or the next look."""
-        parts = RETRIES_PER_TTL if self.silent else 1 if self.borrowed else KEEPALIVES_PER_TTL
-        return self.tried_s + self.ttl_s / parts
+        """When the next keepalive (of a borrowed lease: the next check) is due."""
+        parts = RETRIES_PER_TTL if self.unanswered else 1 if self.borrowed else KEEPALIVES_PER_TTL
+        return self.asked_s + self.ttl_s / parts
 
     def state(self, now_s: float) -> LeaseState:
-        """What it lets its holder do now."""
-        if self.lost is not None:
+        """What it lets its holder do at ``now_s``."""
+        if self.lost_reason is not None:
             return LeaseState.LOST
         return LeaseState.VALID if now_s < self.act_until_s else LeaseState.LAPSED
 
 
 def granted_lease(lease_id: int, *, ttl_s: float, margin_s: float, sent_s: float) -> Lease:
-    """A lease whose grant was asked for at ``sent_s``. Raises UsageError where the margin leaves no
-    time to act."""
+    """A lease whose grant was requested at ``sent_s``.
+
+    Raises UsageError if the margin leaves no time to act.
+    """
     if not 0.0 < ttl_s < float("inf"):
-        raise UsageError(f"not the life of a lease. ttl_s={ttl_s}")
+        raise UsageError(f"the TTL of a lease is positive and finite. ttl_s={ttl_s}")
+    # The time to act after a keepalive must exceed the time until the next one, or the lease lapses
+    # in between.
     if not 0.0 <= margin_s < ttl_s * (1 - 1 / KEEPALIVES_PER_TTL):
         raise UsageError(
             f"the margin leaves no time to act between two keepalives. margin_s={margin_s} "
             f"ttl_s={ttl_s}"
         )
-    return Lease(lease_id, ttl_s, margin_s, acknowledged_s=sent_s, tried_s=sent_s)
+    return Lease(lease_id, ttl_s, margin_s, acknowledged_s=sent_s, asked_s=sent_s)
 
 
 def borrowed_lease(lease_id: int, *, ttl_s: float, margin_s: float, now_s: float) -> Lease:
-    """A lease that another one keeps alive: who lives under it never knows how long it has."""
+    """A lease that another node renews. It is never VALID here: its remaining time is unknown."""
     return Lease(
-        lease_id, ttl_s, margin_s, acknowledged_s=float("-inf"), tried_s=now_s, borrowed=True
+        lease_id, ttl_s, margin_s, acknowledged_s=float("-inf"), asked_s=now_s, borrowed=True
     )
 
 
 def apply_answer(lease: Lease, answer: KeepaliveAnswer) -> Lease:
-    """The lease after an answer. What is lost stays lost, and no answer, however late, takes time
-    away."""
-    if lease.lost is not None:
+    """The lease after an answer.
+
+    A lost lease stays lost, and no answer, however late, shortens the time to act.
+    """
+    if lease.lost_reason is not None:
         return lease
     match answer:
-        case LeaseGone(why):
-            return replace(lease, lost=why, why=why)
+        case LeaseGone(reason):
+            return replace(lease, lost_reason=reason, reason=reason)
         case Renewed(_, ttl_s) if ttl_s <= 0:
-            return replace(lease, lost="the lease has expired", why="the lease has expired")
+            # etcd answers a keepalive of an expired lease with TTL 0; its client raises nothing.
+            expired = "the lease has expired"
+            return replace(lease, lost_reason=expired, reason=expired)
         case Renewed(sent_s, ttl_s):
-            # A server may grant more than was asked for, or restore less: the holder counts on the
+            # A server may grant more than was requested, or restore less: the holder counts on the
             # smaller.
             counted_s = sent_s - max(0.0, lease.ttl_s - ttl_s)
-            acknowledged_s = max(lease.acknowledged_s, counted_s)
             return replace(
                 lease,
-                acknowledged_s=acknowledged_s,
-                tried_s=max(lease.tried_s, sent_s),
-                silent=0,
-                why="",
+                acknowledged_s=max(lease.acknowledged_s, counted_s),
+                asked_s=max(lease.asked_s, sent_s),
+                unanswered=0,
+                reason="",
             )
         case LeaseSeen(sent_s):
-            return replace(lease, tried_s=max(lease.tried_s, sent_s), silent=0, why="")
-        case LeaseSilent(sent_s, why):
+            return replace(lease, asked_s=max(lease.asked_s, sent_s), unanswered=0, reason="")
+        case LeaseSilent(sent_s, reason):
             return replace(
-                lease, tried_s=max(lease.tried_s, sent_s), silent=lease.silent + 1, why=why
+                lease,
+                asked_s=max(lease.asked_s, sent_s),
+                unanswered=lease.unanswered + 1,
+                reason=reason,
             )
 
 
 def default_margin_s(ttl_s: float) -> float:
-    """How long before a lease can run out its holder stops acting, where nobody says otherwise:
-    clocks differ."""
+    """How long before a lease can expire its holder stops acting: covers clocks that run several
+    percent apart.
+    """
     return ttl_s / 10
 
 
 def call_timeout_s(ttl_s: float) -> float:
-    """How long one call may take: well under the time between two keepalives, so that another
-    endpoint can still be tried."""
+    """How long one call may take: half the time between two keepalives, so that another endpoint
+    can still be asked.
+    """
     return ttl_s / (2 * KEEPALIVES_PER_TTL)

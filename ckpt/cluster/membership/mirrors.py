@@ -1,9 +1,15 @@
-"""Making a placement of mirrors right again with few moves. Pure.
+"""Mirror placement: which peers keep copies of which node's state. Pure.
 
-A placement is right where each node has its mirrors on others, loads are even, and copies are
-apart. What a loss or a newcomer leaves is made right one mirror at a time, each by the shortest
-chain of moves: a mirror goes to a node that may take it; if that one has its load already, one that
-it holds goes on to another, and so on.
+Given N nodes and m mirrors each, nodes form groups of m + 1 that hold each other's state if m + 1
+divides N; else as many groups as possible, and a rest of up to 2m + 1 nodes in a ring. Only the
+loss of a whole group loses state then: fewer sets of nodes are fatal than in one ring of all.
+Groups spread over failure domains: the nodes, in the order of domains, are cut into m + 1 pieces,
+and a group has the node at the same position of each piece. So no two of its members share a
+domain, unless the domain is larger than a piece.
+
+After a loss or a join, the old placement is repaired one mirror at a time, by the shortest chain of
+moves: a mirror goes to a node that may take it; if that node has its load already, one of its
+mirrors moves on to another node, and so on.
 """
 
 from __future__ import annotations
@@ -15,12 +21,13 @@ from dataclasses import dataclass
 from ckpt.errors import UsageError
 
 CHAIN_MAX = 6
-"""How long a chain of moves may be; beyond that a fresh placement is as good."""
+"""Moves in one chain of a repair; beyond that a fresh placement is as good."""
 
 
 @dataclass(frozen=True, slots=True)
 class MirrorRules:
-    """What a placement must keep to. Domains and parallel groups by node; ``mirrors`` < nodes."""
+    """The constraints of a placement: each node's domain and parallel group, and the number of
+    mirrors, which is below the number of nodes."""
 
     domains: Mapping[str, str]
     groups: Mapping[str, str]
@@ -28,14 +35,15 @@ class MirrorRules:
 
     @property
     def apart(self) -> bool:
-        """Whether domains suffice to keep all copies of a node in different ones."""
+        """Whether there are domains enough to keep all copies of a node in different ones."""
         return max(Counter(self.domains.values()).values()) <= len(self.domains) // (
             self.mirrors + 1
         )
 
 
 class _Draft:
-    """A placement that is being changed."""
+    """A placement under repair: ``peers`` hold a node's mirrors; ``held`` are the nodes whose
+    mirrors a peer holds."""
 
     def __init__(self, rules: MirrorRules, kept: Mapping[str, Iterable[str]]) -> None:
         self.rules = rules
@@ -44,7 +52,7 @@ class _Draft:
         self.held: dict[str, list[str]] = {node: [] for node in sorted(rules.domains)}
         for node in self.peers:
             for peer in kept.get(node, ()):
-                # A repair keeps what may stay; who holds more than its part lets the latest go.
+                # A repair keeps what the rules allow; a peer with too many loses the last ones.
                 if (
                     len(self.peers[node]) < rules.mirrors
                     and self.may(node, peer)
@@ -59,8 +67,8 @@ class _Draft:
         if not self.apart:
             return True
         domains = self.rules.domains
-        others = [node, *(one for one in self.peers[node] if one != instead)]
-        return domains[peer] not in {domains[one] for one in others}
+        others = [node, *(other for other in self.peers[node] if other != instead)]
+        return domains[peer] not in {domains[other] for other in others}
 
     def has_room(self, peer: str) -> bool:
         return len(self.held[peer]) < self.rules.mirrors
@@ -74,54 +82,54 @@ class _Draft:
         self.held[peer].remove(node)
 
     def is_right(self) -> bool:
-        """Whether it keeps to the rules: moves of one chain are looked at one by one."""
+        """Whether the whole placement keeps to the rules. ``may`` checks the moves of a chain one
+        by one, so that together they may break a rule."""
         domains = self.rules.domains
         for node, peers in self.peers.items():
             copies = {node, *peers}
             if len(copies) != self.rules.mirrors + 1 or len(self.held[node]) != self.rules.mirrors:
                 return False
-            if self.apart and len({domains[one] for one in copies}) != len(copies):
+            if self.apart and len({domains[copy] for copy in copies}) != len(copies):
                 return False
         return True
 
-    def place_one(self, node: str, free: list[str]) -> bool:
-        """Give ``node`` one more mirror, by the shortest chain of moves to one of those that have
-        room."""
-        came: dict[
-            str, tuple[str, str]
-        ] = {}  # who was reached: whose mirror it would take, and from whom ("": a new one)
-        if self._ends(node, "", free, came):
+    def add_mirror(self, node: str, free: list[str]) -> bool:
+        """Give ``node`` one more mirror, by the shortest chain of moves (breadth first) that ends
+        at a node of ``free``; False if there is none."""
+        # For each node that a chain reached: whose mirror it would take, and from which node ("":
+        # a new one). Read backwards from the end, it is the chain.
+        reached: dict[str, tuple[str, str]] = {}
+        if self._end_chain(node, "", free, reached):
             return True
         todo: deque[tuple[str, str, int]] = deque([(node, "", 1)])
         while todo:
             moving, leaving, length = todo.popleft()
             for peer in self.held:
-                if peer in came or not self.may(moving, peer, leaving):
+                if peer in reached or not self.may(moving, peer, leaving):
                     continue
-                came[peer] = (moving, leaving)
+                reached[peer] = (moving, leaving)
                 for further in self.held[peer]:
-                    if further != moving and self._ends(further, peer, free, came):
+                    if further != moving and self._end_chain(further, peer, free, reached):
                         return True
                     if length < CHAIN_MAX:
                         todo.append((further, peer, length + 1))
         return False
 
-    def _ends(
-        self, moving: str, leaving: str, free: list[str], came: dict[str, tuple[str, str]]
+    def _end_chain(
+        self, moving: str, leaving: str, free: list[str], reached: dict[str, tuple[str, str]]
     ) -> bool:
-        """Whether the chain ends here, since one of those that have room may take this mirror; then
-        it is gone through."""
+        """Whether a node with room may take this mirror; then the moves of the chain are made."""
         for peer in free:
-            if peer not in came and self.may(moving, peer, leaving):
-                came[peer] = (moving, leaving)
-                self._move(peer, came)
+            if peer not in reached and self.may(moving, peer, leaving):
+                reached[peer] = (moving, leaving)
+                self._make_moves(peer, reached)
                 return True
         return False
 
-    def _move(self, end: str, came: Mapping[str, tuple[str, str]]) -> None:
+    def _make_moves(self, end: str, reached: Mapping[str, tuple[str, str]]) -> None:
         peer = end
         while True:
-            node, leaving = came[peer]
+            node, leaving = reached[peer]
             if leaving:
                 self.take(node, leaving)
             self.give(node, peer)
@@ -133,20 +141,20 @@ class _Draft:
 def repair_placement(
     rules: MirrorRules, kept: Mapping[str, Iterable[str]]
 ) -> dict[str, tuple[str, ...]] | None:
-    """``kept`` made right with few moves, or None where no short chain of moves does it."""
+    """``kept``, repaired with few moves; None if no short chain of moves repairs it."""
     draft = _Draft(rules, kept)
     for node in draft.peers:
         while len(draft.peers[node]) < rules.mirrors:
             free = [peer for peer in draft.held if draft.has_room(peer)]
-            if not draft.place_one(node, free):
+            if not draft.add_mirror(node, free):
                 return None
     _leave_groups(draft)
     return {node: tuple(peers) for node, peers in draft.peers.items()} if draft.is_right() else None
 
 
 def _leave_groups(draft: _Draft) -> None:
-    """Where all of a node's copies are in its own parallel group, swap one of its peers with
-    another node's."""
+    """Swap one peer of a node with another node's if all of its copies are in its own parallel
+    group, which may be lost as one."""
     groups = draft.rules.groups
     for node, peers in draft.peers.items():
         if _all_in_group(groups, node, peers):
@@ -161,7 +169,7 @@ def _swap(draft: _Draft, node: str) -> None:
                 if groups[further] == groups[node] or other == node:
                     continue
                 if draft.may(node, further, peer) and draft.may(other, peer, further):
-                    after = [one for one in theirs if one != further] + [peer]
+                    after = [kept for kept in theirs if kept != further] + [peer]
                     if not _all_in_group(groups, other, after):
                         draft.take(node, peer)
                         draft.take(other, further)
@@ -174,14 +182,7 @@ def _all_in_group(groups: Mapping[str, str], node: str, peers: Iterable[str]) ->
     return bool(groups[node]) and all(groups[peer] == groups[node] for peer in peers)
 
 
-# Which peers hold whose mirror. Pure, and the same answer for the same input.
-#
-# N nodes, m mirrors each. Where m + 1 divides N the nodes form groups of m + 1 that hold each
-# other's state; else as many groups as can be, and a rest of up to 2m + 1 nodes in a ring. Fewer
-# sets of nodes lose something that way than in one ring of all: only the loss of a whole group
-# does. Groups spread over failure domains: in the order of domains, cut into m + 1 pieces, the
-# members of a group stand at the same place of each piece, so that no two share a domain that is
-# no greater than a piece.
+# ---- placement
 
 MirrorPlacement = Mapping[str, tuple[str, ...]]
 """For each node the peers that hold its mirrors."""
@@ -189,8 +190,8 @@ MirrorPlacement = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class RankHolder:
-    """A node that holds ranks. ``group``: a parallel group that may be lost or wrong as one; empty:
-    none."""
+    """A node that holds ranks. ``group``: its parallel group, which may be lost, or wrong, as one;
+    empty: none."""
 
     node: str
     domain: str
@@ -200,21 +201,21 @@ class RankHolder:
 def place_mirrors(
     holders: Sequence[RankHolder], mirrors: int, *, before: MirrorPlacement | None = None
 ) -> MirrorPlacement:
-    """The peers that hold each node's mirrors: ``mirrors`` of them, or all others where there are
-    fewer.
+    """The peers that hold each node's mirrors: ``mirrors`` of them, or all others if there are
+    fewer. Equal input gives equal output.
 
-    No node's copies share a failure domain where domains suffice: where the greatest has no more
-    than ``N // (mirrors + 1)`` nodes. Each node holds as many mirrors as any other, or one more.
-    Copies lie outside the node's own parallel group too, one at least, where that can be had.
-    ``before``: what holds now; what need not move then stays.
+    A node's copies are in different failure domains if the largest domain has at most
+    ``N // (mirrors + 1)`` nodes. Each node holds as many mirrors as any other, or one more. If
+    possible, at least one copy is outside the node's own parallel group. ``before``: the current
+    placement, of which as much as possible stays.
 
-    Raises UsageError for doubled nodes or a negative number. About O(N log N); a repair costs O(N)
-    for each mirror that moves.
+    Raises UsageError for duplicate nodes or a negative number. About O(N log N); a repair costs
+    O(N) for each mirror that moves.
     """
     nodes = [holder.node for holder in holders]
     if mirrors < 0 or len(set(nodes)) != len(nodes):
         raise UsageError(
-            f"can't place mirrors of doubled nodes, or a negative number. nodes={len(nodes)} "
+            f"can't place mirrors of duplicate nodes, or a negative number. nodes={len(nodes)} "
             f"mirrors={mirrors}"
         )
     count = min(mirrors, max(0, len(nodes) - 1))
@@ -230,63 +231,59 @@ def place_mirrors(
     placed: dict[str, tuple[str, ...]] = {}
     grouped, rest = _split(rules)
     for group in grouped:
-        for place, node in enumerate(group):
-            placed[node] = tuple(group[place + 1 :] + group[:place])
+        for position, node in enumerate(group):
+            placed[node] = tuple(group[position + 1 :] + group[:position])
     if rest:
         placed |= _ring(rules, rest)
-    mended = repair_placement(rules, placed)
-    return mended if mended is not None else {node: placed[node] for node in sorted(placed)}
-
-
-def rename_nodes(placement: MirrorPlacement, successors: Mapping[str, str]) -> MirrorPlacement:
-    """A placement in which nodes took over from others: what a lost node held, its successor is to
-    hold."""
-    name = {old: new for old, new in successors.items() if old in placement}
-    return {
-        name.get(node, node): tuple(name.get(one, one) for one in peers)
-        for node, peers in placement.items()
-    }
+    # Groups and ring know nothing of parallel groups, nor of a domain that spans two pieces.
+    repaired = repair_placement(rules, placed)
+    return repaired if repaired is not None else {node: placed[node] for node in sorted(placed)}
 
 
 def _split(rules: MirrorRules) -> tuple[list[list[str]], list[str]]:
-    """Groups of ``mirrors + 1``, and the rest where that does not divide their number; no domain
-    outweighs in either."""
+    """Groups of ``mirrors + 1`` nodes, and the rest if that does not divide their number; the rest
+    is taken from the largest domains, evenly."""
     size = rules.mirrors + 1
     by_domain: defaultdict[str, list[str]] = defaultdict(list)
-    for node in sorted(rules.domains, key=lambda one: (rules.domains[one], rules.groups[one], one)):
+    for node in sorted(
+        rules.domains, key=lambda node: (rules.domains[node], rules.groups[node], node)
+    ):
         by_domain[rules.domains[node]].append(node)
     over = len(rules.domains) % size
     rest: list[str] = []
-    wanted = size + over if over else 0
-    while len(rest) < wanted:  # one of each domain, the greatest first, until there are enough
-        for domain in sorted(by_domain, key=lambda one: (-len(by_domain[one]), one)):
-            if len(rest) < wanted and by_domain[domain]:
+    rest_size = size + over if over else 0
+    while len(rest) < rest_size:  # one node of each domain, the largest first, until it is full
+        for domain in sorted(by_domain, key=lambda domain: (-len(by_domain[domain]), domain)):
+            if len(rest) < rest_size and by_domain[domain]:
                 rest.append(by_domain[domain].pop())
     order = [node for domain in sorted(by_domain) for node in by_domain[domain]]
     pieces = len(order) // size
-    return [
-        [order[place + piece * pieces] for piece in range(size)] for place in range(pieces)
-    ], rest
+    groups = [
+        [order[position + piece * pieces] for piece in range(size)] for position in range(pieces)
+    ]
+    return groups, rest
 
 
 def _ring(rules: MirrorRules, rest: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Each holds those of the nodes before it in the ring."""
+    """Each node's mirrors are on the nodes that follow it in a ring."""
     ring = sorted(rest, key=lambda node: (rules.domains[node], node))
     return {
-        node: tuple(ring[(place + further) % len(ring)] for further in range(1, rules.mirrors + 1))
-        for place, node in enumerate(ring)
+        node: tuple(ring[(position + ahead) % len(ring)] for ahead in range(1, rules.mirrors + 1))
+        for position, node in enumerate(ring)
     }
 
 
-# Which standby keeps which nodes' state as well, so that it has it when it takes a place. Pure.
+# ---- standbys
 
 
 def standby_copies(placed: Iterable[str], standbys: Iterable[str]) -> Mapping[str, str]:
-    """For each node that holds ranks the standby that keeps its state; nothing where there are
-    none.
+    """The standby that keeps a copy of each node's state, so that it has that state when it takes a
+    lost node's place. Empty if there are no standbys.
 
-    In turn, so that each standby keeps as many as any other, or one more. These copies come on top
-    of the mirrors: a standby that has no room for all keeps what it can, and nobody waits for it.
+    Each standby keeps as many copies as any other, or one more. They come on top of the mirrors: a
+    standby with too little memory keeps what it can, and no node waits for it.
     """
     ready = sorted(standbys)
-    return {node: ready[at % len(ready)] for at, node in enumerate(sorted(placed))} if ready else {}
+    if not ready:
+        return {}
+    return {node: ready[number % len(ready)] for number, node in enumerate(sorted(placed))}

@@ -1,4 +1,8 @@
-"""Which keyspace a job's membership lies in."""
+"""Opening the keyspace and the membership of a job.
+
+A module of its own because it imports sqlite3, and etcd's client on first use: what a keeper loads
+at its start must not.
+"""
 
 from __future__ import annotations
 
@@ -18,42 +22,42 @@ from ckpt.keyspace.base import Keyspace
 from ckpt.keyspace.sqlite import SqliteKeyspace
 
 
-def open_keyspace(where: EtcdOptions | Path, job: str) -> Keyspace:
-    """The keys of ``job``: in etcd, or in this file of this machine, which is made where it is
-    missing.
+def open_keyspace(location: EtcdOptions | Path, job: str) -> Keyspace:
+    """The keys of ``job``: in etcd, or in a file of this machine, created if it is missing.
 
-    Raises UsageError where etcd is asked for and its client isn't installed, UnavailableError.
     Connects at the first call.
+
+    Raises UsageError if etcd is asked for and its client is not installed, UnavailableError.
     """
-    if isinstance(where, Path):
-        return SqliteKeyspace(where)
+    if isinstance(location, Path):
+        return SqliteKeyspace(location)
     if importlib.util.find_spec("etcd3") is None:
         raise UsageError("etcd needs its client. pip install 'torch-ckpt[etcd]'")
-    # What grpc does in a child between fork and exec can abort it; a connection isn't used in
-    # children anyway.
+    # On a busy machine grpc's fork support aborted a child between fork and exec. A connection
+    # isn't used in children.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    # Loaded here only: grpc takes longer to import than a keeper may take to start.
-    return cast(Keyspace, importlib.import_module("ckpt.keyspace.etcd").EtcdKeyspace(where, job))
+    # Imported here only: importing grpc takes longer than a keeper may take to start.
+    etcd = importlib.import_module("ckpt.keyspace.etcd")
+    return cast(Keyspace, etcd.EtcdKeyspace(location, job))
 
 
 def open_membership(
-    where: EtcdOptions | Path,
+    location: EtcdOptions | Path,
     job: str,
     *,
     ttl_s: float = LEASE_TTL_S,
     witnesses_min: int = 2,
     on_act_until: Callable[[float], None] = lambda until_s: None,
 ) -> KeyspaceMembership:
-    """What one node has of ``job``, before it joins; ``acts``: see KeyedMembership. Errors as in
-    ``open_keyspace``.
+    """This node's membership of ``job``, not joined yet. Raises as ``open_keyspace``.
 
-    A call to one of etcd's endpoints gets no more time than leaves some to ask another before the
-    lease runs out.
+    ``on_act_until``: see KeyspaceMembership.
     """
-    if isinstance(where, EtcdOptions):
-        where = replace(where, call_s=min(where.call_s, leases.call_timeout_s(ttl_s)))
+    if isinstance(location, EtcdOptions):
+        # One endpoint gets so little time that another can be asked before the lease expires.
+        location = replace(location, call_s=min(location.call_s, leases.call_timeout_s(ttl_s)))
     return KeyspaceMembership(
-        open_keyspace(where, job),
+        open_keyspace(location, job),
         job,
         ttl_s=ttl_s,
         witnesses_min=witnesses_min,

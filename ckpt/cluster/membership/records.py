@@ -1,5 +1,9 @@
-"""What nodes say of themselves and what an epoch is, with bytes that are checked when they are
-read. No I/O."""
+"""Records of the membership: nodes, epochs, state inventories, and views of them. Pure.
+
+Node, epoch and inventory are stored as sealed JSON with their digest inside; every value is checked
+when it is read, since nothing in the keyspace is trusted. ``_Wire...`` classes are the stored
+forms: their field names are the format.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,9 @@ from ckpt.values import SnapshotId
 RECORD_VERSION = 1
 NODE_BYTES_MAX = 16 << 10
 EPOCH_BYTES_MAX = 1 << 20
-"""An epoch is one value in one transaction, and etcd takes 1.5 MiB in one: some 40,000 nodes."""
+"""An epoch is one value in one transaction, of which etcd takes 1.5 MiB: enough for some 40,000
+nodes.
+"""
 INVENTORY_BYTES_MAX = 64 << 10
 TEXT_CHARS_MAX = 255
 REASON_CHARS_MAX = 200
@@ -28,18 +34,18 @@ SLOTS_MAX = 1024
 RANKS_MAX = 10**7
 CAPABILITIES_MAX = 64
 REMOVED_MAX = 1000
-"""How many removed nodes an epoch names with a reason; the others are those that it does not
-place."""
+"""How many removed nodes an epoch names with a reason. Others that it removes are just not placed.
+"""
 
 _NODE_RE = re.compile(r"[0-9A-Za-z_-]{1,64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeInfo:
-    """What a node says of itself when it joins.
+    """A node as it describes itself when it joins.
 
-    ``node`` is drawn at random for each join, so that no two starts are ever taken for one.
-    ``domain``: what fails together; empty means the host. ``address``: where its keeper listens.
+    ``node`` is drawn at random for each join, so that no two joins are ever mistaken for one.
+    ``domain``: its failure domain; empty means the host. ``address``: where its keeper listens.
     ``slots``: how many ranks it can hold.
     """
 
@@ -52,14 +58,15 @@ class NodeInfo:
 
     @property
     def failure_domain(self) -> str:
-        """What this node fails together with."""
+        """The name shared by all nodes that fail together with this one."""
         return self.domain or self.host
 
 
 @dataclass(frozen=True, slots=True)
 class NodePlacement:
-    """A node's place in an epoch: it holds ``slots`` ranks, the next ones after those of the places
-    before."""
+    """A node's placement in an epoch: ``slots`` ranks, which follow those of the placements before
+    it.
+    """
 
     node: str
     slots: int
@@ -67,7 +74,7 @@ class NodePlacement:
 
 @dataclass(frozen=True, slots=True)
 class RemovedNode:
-    """A node that an epoch took out, and why."""
+    """A node that an epoch removed from the membership, and why."""
 
     node: str
     reason: str
@@ -75,12 +82,12 @@ class RemovedNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochRecord:
-    """A numbered membership. ``places`` are in the order of ranks; ``leader`` is the node that
-    decided.
+    """A numbered membership.
 
-    ``resumes``: the pair (captured epoch, step) that its training goes on from, where the leader
-    knew it. ``note``: what the keepers' leader wants all to know of it; no matter of the
-    membership.
+    ``places`` are in the order of ranks; ``leader`` is the node that decided it.
+
+    ``resumes``: the snapshot that its training continues from, if the leader knew it. ``note``: a
+    text for the keepers, an encoded EpochNote; the membership does not read it.
     """
 
     job: str
@@ -95,18 +102,18 @@ class EpochRecord:
 
     @property
     def world_size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return sum(place.slots for place in self.places)
 
     @property
     def ranks(self) -> Mapping[str, range]:
         """The ranks that each node holds."""
-        found: dict[str, range] = {}
+        ranks: dict[str, range] = {}
         first = 0
         for place in self.places:
-            found[place.node] = range(first, first + place.slots)
+            ranks[place.node] = range(first, first + place.slots)
             first += place.slots
-        return found
+        return ranks
 
     @property
     def rank0_node(self) -> str:
@@ -116,7 +123,7 @@ class EpochRecord:
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """The word of ``by`` that ``node`` may be dead."""
+    """The statement of the witness ``by`` that ``node`` may be dead."""
 
     node: str
     by: str
@@ -125,7 +132,10 @@ class Suspicion:
 
 @dataclass(frozen=True, slots=True)
 class StateInventory:
-    """How many bytes of which rank's state a node holds, in a world of that size."""
+    """How many bytes of each rank's state a node has in memory.
+
+    Ranks are those of a world of ``world_size``.
+    """
 
     world_size: int
     size_bytes: Mapping[int, int]
@@ -133,7 +143,7 @@ class StateInventory:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A node whose lease lives. ``joined``: the revision at which it came."""
+    """A node whose lease lives. ``joined_revision``: the revision at which it joined."""
 
     info: NodeInfo
     lease_id: int
@@ -142,35 +152,38 @@ class Member:
 
     @property
     def node(self) -> str:
-        """Its id."""
+        """The node's id."""
         return self.info.node
 
 
 @dataclass(frozen=True, slots=True)
 class Leader:
-    """Who leads, since which revision."""
+    """The node that leads, and the revision at which it began to."""
 
     node: str
     revision: int
 
 
 class ViewScope(enum.Enum):
-    """How much of a job is looked at. At thousands of nodes only the leader can afford all of
-    it."""
+    """How much of a job a view holds.
+
+    At thousands of nodes only the leader can afford to read all of it.
+    """
 
     HEAD = "head"
     """The epoch and the leader."""
     ALL = "all"
-    """Also members, what they hold, and suspicions."""
+    """Also members, their state inventories, and suspicions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """A job at one revision. ``epoch`` None: unknown, none was published here; ``members`` are
-    sorted by node id.
+    """A job at one revision. ``epoch`` is None if none was published here.
 
-    ``epoch_revision``: when the epoch was published, 0 where there is none. ``unreadable``: keys
-    whose values are no valid words of a member, and count for nothing.
+    ``members`` are sorted by node id.
+
+    ``epoch_revision``: the revision at which the epoch was published, 0 if there is none.
+    ``unreadable``: keys whose values are invalid, and count for nothing.
     """
 
     job: str
@@ -213,20 +226,20 @@ class _WireEpoch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     digest: str
 
 
-class _WireHoldings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _WireInventory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     v: int
     world_size: int
     size_bytes: tuple[tuple[int, int], ...]
     digest: str
 
 
-prepare_decoders(_WireNode, _WireEpoch, _WireHoldings)
+prepare_decoders(_WireNode, _WireEpoch, _WireInventory)
 
 
 def encode_node(info: NodeInfo) -> bytes:
-    """The canonical bytes. Raises UsageError where a field is out of range, naming it."""
-    if why := node_problem(info):
-        raise UsageError(f"not a node that can join. {why}")
+    """The canonical bytes. Raises UsageError, naming the field, if one is out of range."""
+    if problem := node_problem(info):
+        raise UsageError(f"invalid node record. {problem}")
     wire = _WireNode(
         v=RECORD_VERSION,
         node=info.node,
@@ -251,15 +264,15 @@ def decode_node(data: bytes) -> NodeInfo:
         address=wire.address,
         capabilities=wire.capabilities,
     )
-    if why := node_problem(info):
-        raise IntegrityError(f"node contradicts itself. {why}")
+    if problem := node_problem(info):
+        raise IntegrityError(f"invalid node record. {problem}")
     return info
 
 
 def encode_epoch(record: EpochRecord) -> bytes:
-    """The canonical bytes. Raises UsageError where a field is out of range, naming it."""
-    if why := epoch_problem(record):
-        raise UsageError(f"not an epoch that can be published. {why}")
+    """The canonical bytes. Raises UsageError, naming the field, if one is out of range."""
+    if problem := epoch_problem(record):
+        raise UsageError(f"invalid epoch record. {problem}")
     resumes = record.resumes
     wire = _WireEpoch(
         v=RECORD_VERSION,
@@ -269,7 +282,7 @@ def encode_epoch(record: EpochRecord) -> bytes:
         leader=record.leader,
         nodes_min=record.nodes_min,
         nodes_max=record.nodes_max,
-        removed=tuple((one.node, one.reason) for one in record.removed),
+        removed=tuple((removed.node, removed.reason) for removed in record.removed),
         resumes=None if resumes is None else (resumes.epoch, resumes.step),
         note=record.note,
         digest="",
@@ -289,41 +302,47 @@ def decode_epoch(data: bytes) -> EpochRecord:
         leader=wire.leader,
         nodes_min=wire.nodes_min,
         nodes_max=wire.nodes_max,
-        removed=tuple(RemovedNode(*one) for one in wire.removed),
+        removed=tuple(RemovedNode(*removed) for removed in wire.removed),
         resumes=None if wire.resumes is None else SnapshotId(*wire.resumes),
         note=wire.note,
     )
-    if why := epoch_problem(record):
-        raise IntegrityError(f"epoch contradicts itself. {why}")
+    if problem := epoch_problem(record):
+        raise IntegrityError(f"invalid epoch record. {problem}")
     return record
 
 
-def encode_inventory(holdings: StateInventory) -> bytes:
-    """The canonical bytes. Raises UsageError where a field is out of range, naming it."""
-    if why := inventory_problem(holdings):
-        raise UsageError(f"not what a node can hold. {why}")
-    wire = _WireHoldings(
+def encode_inventory(inventory: StateInventory) -> bytes:
+    """The canonical bytes. Raises UsageError, naming the field, if one is out of range."""
+    if problem := inventory_problem(inventory):
+        raise UsageError(f"invalid state inventory. {problem}")
+    wire = _WireInventory(
         v=RECORD_VERSION,
-        world_size=holdings.world_size,
-        size_bytes=tuple(sorted(holdings.size_bytes.items())),
+        world_size=inventory.world_size,
+        size_bytes=tuple(sorted(inventory.size_bytes.items())),
         digest="",
     )
-    return seal(wire, label="holdings", bytes_max=INVENTORY_BYTES_MAX)[0]
+    return seal(wire, label="state inventory", bytes_max=INVENTORY_BYTES_MAX)[0]
 
 
 def decode_inventory(data: bytes) -> StateInventory:
-    """The holdings in ``data``, which are not trusted. Raises IntegrityError or
-    FormatVersionError."""
+    """The inventory in ``data``, which is not trusted.
+
+    Raises IntegrityError or FormatVersionError.
+    """
     wire = unseal(
-        data, _WireHoldings, label="holdings", version=RECORD_VERSION, bytes_max=INVENTORY_BYTES_MAX
+        data,
+        _WireInventory,
+        label="state inventory",
+        version=RECORD_VERSION,
+        bytes_max=INVENTORY_BYTES_MAX,
     )
-    holdings = StateInventory(wire.world_size, dict(wire.size_bytes))
-    why = inventory_problem(holdings)
-    if why is None and tuple(sorted(holdings.size_bytes.items())) != wire.size_bytes:
-        why = "ranks are not in order"
-    if why is not None:
-        raise IntegrityError(f"holdings contradict themselves. {why}")
-    return holdings
+    inventory = StateInventory(wire.world_size, dict(wire.size_bytes))
+    problem = inventory_problem(inventory)
+    if problem is None and tuple(sorted(inventory.size_bytes.items())) != wire.size_bytes:
+        problem = "ranks are not in order"  # equal inventories have equal bytes
+    if problem is not None:
+        raise IntegrityError(f"invalid state inventory. {problem}")
+    return inventory
 
 
 def is_node_id(node: str) -> bool:
@@ -358,7 +377,7 @@ def epoch_problem(record: EpochRecord) -> str | None:
     if len(record.places) < record.nodes_min:
         return f"fewer nodes than it needs. nodes={len(record.places)} nodes_min={record.nodes_min}"
     names = [place.node for place in record.places]
-    for name in (*names, record.leader, *(one.node for one in record.removed)):
+    for name in (*names, record.leader, *(removed.node for removed in record.removed)):
         if not is_node_id(name):
             return f"not a node id (1 to 64 of 0-9 a-z A-Z _ -). node={name[:80]!r}"
     if len(set(names)) != len(names):
@@ -368,10 +387,16 @@ def epoch_problem(record: EpochRecord) -> str | None:
         or record.world_size > RANKS_MAX
     ):
         return f"slots out of range. world_size={record.world_size} limit={RANKS_MAX}"
-    if len(record.removed) > REMOVED_MAX or {one.node for one in record.removed} & set(names):
-        return f"too many nodes are named as removed, or one has a place. removed={len(record.removed)} limit={REMOVED_MAX}"
+    if len(record.removed) > REMOVED_MAX or {removed.node for removed in record.removed} & set(
+        names
+    ):
+        return (
+            "too many removed nodes are named, or one of them has a place. "
+            f"removed={len(record.removed)} limit={REMOVED_MAX}"
+        )
     if any(
-        len(one.reason) > REASON_CHARS_MAX or not one.reason.isprintable() for one in record.removed
+        len(removed.reason) > REASON_CHARS_MAX or not removed.reason.isprintable()
+        for removed in record.removed
     ):
         return f"a reason is too long or not printable. limit={REASON_CHARS_MAX}"
     if len(record.note) > NOTE_CHARS_MAX:
@@ -383,11 +408,11 @@ def epoch_problem(record: EpochRecord) -> str | None:
     return None
 
 
-def inventory_problem(holdings: StateInventory) -> str | None:
-    """What makes ``holdings`` invalid, as ``fact. key=value``, or None."""
-    if not 1 <= holdings.world_size <= RANKS_MAX:
-        return f"world size out of range. world_size={holdings.world_size}"
-    for rank, size_bytes in holdings.size_bytes.items():
-        if not 0 <= rank < holdings.world_size or not 0 <= size_bytes < 1 << 62:
+def inventory_problem(inventory: StateInventory) -> str | None:
+    """What makes ``inventory`` invalid, as ``fact. key=value``, or None."""
+    if not 1 <= inventory.world_size <= RANKS_MAX:
+        return f"world size out of range. world_size={inventory.world_size}"
+    for rank, size_bytes in inventory.size_bytes.items():
+        if not 0 <= rank < inventory.world_size or not 0 <= size_bytes < 1 << 62:
             return f"rank or size out of range. rank={rank} size_bytes={size_bytes}"
     return None

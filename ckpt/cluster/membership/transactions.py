@@ -1,7 +1,18 @@
-"""Every transaction of membership, and what its outcome means. Pure.
+"""The transactions of the membership protocol, and what their results mean. Pure.
 
-Each is harmless when it is done twice, since its own result makes its conditions fail and is
-recognised by reading; and when it is done late, since it compares the revision of what it replaces.
+Each transaction is harmless when it is done twice: its own effect makes its conditions fail, and
+reading recognises that effect. It is also harmless when it arrives late, since it compares the
+revision of what it replaces. So a missing answer is dealt with by repeating the call, at another
+endpoint too.
+
+Keys lie below ``/ckpt/<job>/``, which the keyspace adds::
+
+    key                   value                                                  deleted with
+    epoch                 the newest EpochRecord                                 (never)
+    leader                the id of the node that leads                          its node's lease
+    nodes/<id>            the node's NodeInfo                                    its node's lease
+    said/<fact>/<id>      a fact about a node: ``holdings``, ``agent.<agent>``   its node's lease
+    suspects/<id>/<by>    the suspicion of the witness ``by`` against <id>       the witness's lease
 """
 
 from __future__ import annotations
@@ -9,11 +20,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from ckpt.cluster.membership.api import Following, Leading, NotPublished, Published, Ticket
 from ckpt.cluster.membership.decide import confirmed_suspects
+from ckpt.cluster.membership.outcomes import Following, Leading, NotPublished, Published, Ticket
 from ckpt.cluster.membership.records import (
     Leader,
     Member,
+    StateInventory,
     Suspicion,
     View,
     ViewScope,
@@ -38,13 +50,7 @@ from ckpt.keyspace.base import (
     Unchanged,
 )
 
-# Where each fact of a job lies below ``/ckpt/<job>/``. Pure.
-#
-# epoch                      the newest epoch's record                            no lease leader
-# the id of the node that leads                        its node's lease nodes/<id>
-# what a node says of itself                           its lease said/<fact>/<id>           what
-# it says besides: ``holdings``, ``agent.x``      its lease suspects/<id>/<by>         a witness's
-# word                                     the witness's lease
+# ---- keys
 
 EPOCH = "epoch"
 LEADER = "leader"
@@ -62,7 +68,7 @@ def keys_under(prefix: str, *, values: bool = True) -> Keys:
 
 
 HEAD_KEYS = (Keys(EPOCH, LEADER + "\0"),)
-"""Epoch and leader, and nothing else: no other name lies between."""
+"""Epoch and leader as one range: no other key sorts between the two."""
 ALL_KEYS = (
     *HEAD_KEYS,
     keys_under(NODES),
@@ -72,13 +78,15 @@ ALL_KEYS = (
 
 
 def node_key(node: str) -> str:
-    """Where a node says what it is."""
+    """The key of a node's NodeInfo."""
     return NODES + node
 
 
 def agent_fact(agent: str) -> str:
-    """What a node says to let that agent live under its lease. Raises UsageError for a name that
-    can't be one."""
+    """The fact by which a node lets that agent live under its lease.
+
+    Raises UsageError for an invalid agent name.
+    """
     if not is_node_id(agent):
         raise UsageError(
             f"not the name of an agent (1 to 64 of 0-9 a-z A-Z _ -). agent={agent[:80]!r}"
@@ -87,12 +95,12 @@ def agent_fact(agent: str) -> str:
 
 
 def fact_key(fact: str, node: str) -> str:
-    """Where a node says a fact. Raises UsageError for a name that can't be one."""
+    """The key of a fact about one node. Raises UsageError for an invalid fact name."""
     return f"{fact_keys(fact).start}{node}"
 
 
 def fact_keys(fact: str) -> Keys:
-    """Where all nodes say it. Raises UsageError for a name that can't be one."""
+    """The keys of a fact about all nodes. Raises UsageError for an invalid fact name."""
     if not _FACT_RE.fullmatch(fact):
         raise UsageError(
             f"not the name of a fact (1 to 100 of 0-9 a-z A-Z _ . -). fact={fact[:120]!r}"
@@ -101,45 +109,52 @@ def fact_keys(fact: str) -> Keys:
 
 
 def suspicion_key(node: str, by: str) -> str:
-    """Where ``by`` says that it suspects ``node``."""
+    """The key of the suspicion of ``by`` against ``node``.
+
+    Raises UsageError for an invalid node id.
+    """
     if not is_node_id(node):
         raise UsageError(f"not a node id. node={node[:80]!r}")
     return f"{SUSPICIONS}{node}/{by}"
 
 
+# ---- membership: joining, keeping, moving, leaving
+
 REMOVES_MAX = OPS_MAX - 10
+"""Deletes of one transaction, which leaves room for its other operations."""
 
 
 def join(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
-    """Become a member, under a lease that was granted for it; ``agent`` may live under that lease
-    too."""
+    """Become a member under a lease granted before; ``agent`` may live under that lease too."""
     key = node_key(ticket.node)
     return Transaction(
-        (Unchanged(key, 0),), _joins(ticket, info, agent), (Keys(key, values=False),)
+        (Unchanged(key, 0),), _own_puts(ticket, info, agent), (Keys(key, values=False),)
     )
 
 
 def resume(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
-    """Go on with a membership that another process began."""
+    """Take on a membership that another process began."""
     key = node_key(ticket.node)
     return Transaction(
-        (Leased(key, ticket.lease_id),), _joins(ticket, info, agent), (Keys(key, values=False),)
+        (Leased(key, ticket.lease_id),), _own_puts(ticket, info, agent), (Keys(key, values=False),)
     )
 
 
-def _joins(ticket: Ticket, info: bytes, agent: str) -> tuple[Put, ...]:
+def _own_puts(ticket: Ticket, info: bytes, agent: str) -> tuple[Put, ...]:
     own = Put(node_key(ticket.node), info, ticket.lease_id)
-    word = (Put(fact_key(agent_fact(agent), ticket.node), b"", ticket.lease_id),) if agent else ()
-    return (own, *word)
+    if not agent:
+        return (own,)
+    return own, Put(fact_key(agent_fact(agent), ticket.node), b"", ticket.lease_id)
 
 
-def check_joined(outcome: TransactionResult, ticket: Ticket) -> None:
-    """Raises ConflictError where the node id belongs to another lease, FencedError where the
-    membership is over."""
-    found = outcome.found[0]
-    if outcome.succeeded or (found and found[0].lease_id == ticket.lease_id):
-        return
-    if found:
+def check_joined(result: TransactionResult, ticket: Ticket) -> None:
+    """Raises ConflictError if another lease has this node id, FencedError if the membership to be
+    taken on is over.
+    """
+    own = result.found[0]
+    if result.succeeded or (own and own[0].lease_id == ticket.lease_id):
+        return  # the second: an earlier try, whose answer was lost, did it
+    if own:
         raise ConflictError(
             f"another member has this node id. node={ticket.node} join under a new one"
         )
@@ -147,124 +162,172 @@ def check_joined(outcome: TransactionResult, ticket: Ticket) -> None:
 
 
 def read_keepalive(ticket: Ticket) -> Transaction:
-    """What each keepalive reads: whether the node's own key is there, and whether the epoch
-    changed."""
+    """What each keepalive reads, without values: the node's own key, and the epoch's."""
     return Transaction(reads=(Keys(node_key(ticket.node), values=False), Keys(EPOCH, values=False)))
 
 
-def read_written(ticket: Ticket, said: Sequence[str]) -> Transaction:
-    """Read what a node has written, to put it under another lease. ``said``: its keys besides its
-    own one and the leader's."""
-    own = (node_key(ticket.node), LEADER, *said)
-    return Transaction(reads=tuple(Keys(key) for key in own))
+def read_written(ticket: Ticket, facts: Sequence[str]) -> Transaction:
+    """Read what a node has written, to move it to another lease.
+
+    ``facts``: its keys beside its own and the leader's.
+    """
+    return Transaction(reads=tuple(Keys(key) for key in (node_key(ticket.node), LEADER, *facts)))
 
 
-def move_to_lease(ticket: Ticket, lease_id: int, found: TransactionResult) -> Transaction:
-    """Put what ``written`` found under another lease, in one, if the node lives under its old one
-    and none of it has changed.
+def move_to_lease(ticket: Ticket, lease_id: int, written: TransactionResult) -> Transaction:
+    """Put what ``read_written`` read under another lease, in one transaction, if the node lives
+    under its old one.
 
-    Once it has been done it changes the revision of each key, so whichever try lands later does
-    nothing.
+    Does nothing if any of it changed since. Each key gets a new revision, so only one of several
+    tries takes effect.
     """
     me = ticket.node.encode()
-    mine = [one for part in found.found for one in part if one.key != LEADER or one.value == me]
+    own = [
+        entry
+        for part in written.found
+        for entry in part
+        if entry.key != LEADER or entry.value == me
+    ]
     return Transaction(
         (
             Leased(node_key(ticket.node), ticket.lease_id),
-            *(Unchanged(one.key, one.changed) for one in mine),
+            *(Unchanged(entry.key, entry.changed) for entry in own),
         ),
-        tuple(Put(one.key, one.value, lease_id) for one in mine),
+        tuple(Put(entry.key, entry.value, lease_id) for entry in own),
     )
 
 
-def lease_of(found: TransactionResult) -> int:
-    """The lease of the node's own key in what ``written`` found; 0: it is no member any more."""
-    own = found.found[0]
+def lease_of(written: TransactionResult) -> int:
+    """The lease of the node's own key in what ``read_written`` read; 0: no member any more."""
+    own = written.found[0]
     return own[0].lease_id if own else 0
 
 
 def stop_leading(ticket: Ticket) -> Transaction:
-    """Lead no more, where this node does."""
+    """Give up the lead, if this node has it."""
     return Transaction((Equals(LEADER, ticket.node.encode()),), (Delete(LEADER),))
 
 
-def remove_written(ticket: Ticket, said: Iterable[str]) -> Iterable[Transaction]:
-    """Delete what a node has written, itself first: the way out of a lease that others live under.
-    Its id never comes back."""
-    keys = (node_key(ticket.node), *said)
+def remove_written(ticket: Ticket, facts: Iterable[str]) -> Iterable[Transaction]:
+    """Delete what a node has written: how it leaves a lease that others live under, or that another
+    node owns.
+
+    The node's own key goes first: from then on it is no member, and its id is never used again.
+    """
+    keys = (node_key(ticket.node), *facts)
     for first in range(0, len(keys), REMOVES_MAX):
         yield Transaction(then=tuple(Delete(key) for key in keys[first : first + REMOVES_MAX]))
 
 
+def _is_member(own: tuple[KeyValue, ...], ticket: Ticket) -> bool:
+    return bool(own) and own[0].lease_id == ticket.lease_id
+
+
+def not_a_member(ticket: Ticket) -> FencedError:
+    """The error of a node that was a member and is none any more."""
+    return FencedError(
+        f"this node is no member any more. node={ticket.node} join under a new node id"
+    )
+
+
+# ---- the view
+
+
 def read_view(scope: ViewScope) -> Transaction:
-    """A job at one revision."""
+    """Read a job at one revision."""
     return Transaction(reads=ALL_KEYS if scope is ViewScope.ALL else HEAD_KEYS)
 
 
-def view_of(job: str, scope: ViewScope, outcome: TransactionResult) -> View:
-    """The view in what was read. Raises IntegrityError or FormatVersionError where the epoch can't
-    be read.
+def view_of(job: str, scope: ViewScope, result: TransactionResult) -> View:
+    """The view in what was read.
 
-    What a member wrote and nobody can read counts for nothing; its key is told.
+    Raises IntegrityError or FormatVersionError if the epoch is unreadable.
+
+    A member's unreadable value counts for nothing; its key is listed in ``View.unreadable``.
     """
-    head = {one.key: one for one in outcome.found[0]}
+    head = {entry.key: entry for entry in result.found[0]}
+    epoch, leader = head.get(EPOCH), head.get(LEADER)
+    nodes, inventories, suspicions = result.found[1:] if scope is ViewScope.ALL else ((), (), ())
     unreadable: list[str] = []
-    held = head.get(EPOCH)
-    epoch = decode_epoch(held.value) if held is not None else None
-    leads = head.get(LEADER)
-    nodes, holds, suspects = outcome.found[1:] if scope is ViewScope.ALL else ((), (), ())
-    holdings = {}
-    for one in holds:
-        try:
-            holdings[one.key.rpartition("/")[2], one.lease_id] = decode_inventory(one.value)
-        except CkptError:
-            unreadable.append(one.key)
-    members = []
-    for one in nodes:
-        try:
-            info = decode_node(one.value)
-        except CkptError:
-            unreadable.append(one.key)
-            continue
-        if node_key(info.node) == one.key and one.lease_id:
-            members.append(
-                Member(info, one.lease_id, one.created, holdings.get((info.node, one.lease_id)))
-            )
-        else:
-            unreadable.append(one.key)
+    members = _members(nodes, _inventories(inventories, unreadable), unreadable)
     return View(
         job=job,
-        revision=outcome.revision,
+        revision=result.revision,
         scope=scope,
         leader=None
-        if leads is None
-        else Leader(leads.value.decode(errors="replace"), leads.changed),
-        epoch=epoch,
-        epoch_revision=0 if held is None else held.changed,
+        if leader is None
+        else Leader(leader.value.decode(errors="replace"), leader.changed),
+        epoch=None if epoch is None else decode_epoch(epoch.value),
+        epoch_revision=0 if epoch is None else epoch.changed,
         members=tuple(sorted(members, key=lambda member: member.node)),
-        suspicions=tuple(_suspicion(one) for one in suspects),
+        suspicions=tuple(_suspicion(entry) for entry in suspicions),
         unreadable=tuple(sorted(unreadable)),
     )
 
 
-def _suspicion(one: KeyValue) -> Suspicion:
-    _, node, by = one.key.split("/")
-    return Suspicion(node, by, one.value.decode(errors="replace"))
+def _inventories(
+    entries: Sequence[KeyValue], unreadable: list[str]
+) -> dict[tuple[str, int], StateInventory]:
+    """By node and lease: an inventory under another lease is one of an earlier join."""
+    inventories = {}
+    for entry in entries:
+        try:
+            inventories[entry.key.rpartition("/")[2], entry.lease_id] = decode_inventory(
+                entry.value
+            )
+        except CkptError:
+            unreadable.append(entry.key)
+    return inventories
+
+
+def _members(
+    entries: Sequence[KeyValue],
+    inventories: dict[tuple[str, int], StateInventory],
+    unreadable: list[str],
+) -> list[Member]:
+    members = []
+    for entry in entries:
+        try:
+            info = decode_node(entry.value)
+        except CkptError:
+            unreadable.append(entry.key)
+            continue
+        # A key without a lease would never go away, and its node could not be found dead.
+        if node_key(info.node) == entry.key and entry.lease_id:
+            inventory = inventories.get((info.node, entry.lease_id))
+            members.append(Member(info, entry.lease_id, entry.created, inventory))
+        else:
+            unreadable.append(entry.key)
+    return members
+
+
+def _suspicion(entry: KeyValue) -> Suspicion:
+    _, node, by = entry.key.split("/")
+    return Suspicion(node, by, entry.value.decode(errors="replace"))
+
+
+# ---- leading and publishing
 
 
 def lead(ticket: Ticket, view: View | None, witnesses_min: int) -> Transaction:
-    """Lead where nobody does, or in place of the leader of ``view`` where enough witnesses there
-    suspect it."""
+    """Become the leader if there is none, or in place of the leader of ``view`` if enough witnesses
+    suspect it there.
+
+    A dead leader can't remove itself. Since the transaction compares the suspicions too, its lease
+    need not expire first.
+    """
     when: list[Compare] = [Leased(node_key(ticket.node), ticket.lease_id)]
     leader = view.leader if view is not None else None
     if view is None or leader is None or leader.node not in confirmed_suspects(view, witnesses_min):
         when.append(Unchanged(LEADER, 0))
     else:
         when.append(Unchanged(LEADER, leader.revision))
-        by = sorted(
-            one.by for one in view.suspicions if one.node == leader.node and one.by in view.by_node
+        witnesses = sorted(
+            suspicion.by
+            for suspicion in view.suspicions
+            if suspicion.node == leader.node and suspicion.by in view.by_node
         )
-        when.extend(Exists(suspicion_key(leader.node, one)) for one in by[:witnesses_min])
+        when.extend(Exists(suspicion_key(leader.node, by)) for by in witnesses[:witnesses_min])
     return Transaction(
         tuple(when),
         (Put(LEADER, ticket.node.encode(), ticket.lease_id),),
@@ -272,14 +335,16 @@ def lead(ticket: Ticket, view: View | None, witnesses_min: int) -> Transaction:
     )
 
 
-def leader_after(outcome: TransactionResult, ticket: Ticket) -> Leading | Following | None:
-    """Who leads after ``lead``; None: it changed in between, ask again. Raises FencedError where
-    this node is no member."""
-    leader, own = outcome.found
-    if not outcome.succeeded and not _own(own, ticket):
-        raise not_a_member(ticket)
-    if outcome.succeeded:
+def leader_after(result: TransactionResult, ticket: Ticket) -> Leading | Following | None:
+    """Who leads after ``lead``; None: it changed in between, so try again.
+
+    Raises FencedError if this node is no member.
+    """
+    leader, own = result.found
+    if result.succeeded:
         return Leading()
+    if not _is_member(own, ticket):
+        raise not_a_member(ticket)
     if not leader:
         return None
     node = leader[0].value.decode(errors="replace")
@@ -287,8 +352,11 @@ def leader_after(outcome: TransactionResult, ticket: Ticket) -> Leading | Follow
 
 
 def publish(ticket: Ticket, record: bytes, view: View, remove: tuple[str, ...]) -> Transaction:
-    """Replace the epoch of ``view``, if its leader is this node and nothing has changed since; and
-    delete ``remove``."""
+    """Replace the epoch of ``view`` and delete the nodes of ``remove``.
+
+    Only if this node leads as in ``view`` and is a member, and the epoch is unchanged: so no two
+    epochs follow the same one.
+    """
     assert view.leader is not None
     return Transaction(
         (
@@ -303,13 +371,15 @@ def publish(ticket: Ticket, record: bytes, view: View, remove: tuple[str, ...]) 
 
 
 def publish_outcome(
-    outcome: TransactionResult, ticket: Ticket, record: bytes
+    result: TransactionResult, ticket: Ticket, record: bytes
 ) -> Published | NotPublished:
-    """Whether the epoch holds. One with our bytes is ours: the answer to an earlier try was
-    lost."""
-    epoch, leader = outcome.found
-    if outcome.succeeded:
-        return Published(outcome.revision)
+    """Whether the epoch holds.
+
+    An epoch with exactly these bytes is ours: the answer to an earlier try was lost.
+    """
+    epoch, leader = result.found
+    if result.succeeded:
+        return Published(result.revision)
     if epoch and epoch[0].value == record:
         return Published(epoch[0].changed)
     if not leader or leader[0].value != ticket.node.encode():
@@ -320,17 +390,22 @@ def publish_outcome(
 
 
 def remove_members(epoch_revision: int, nodes: tuple[str, ...]) -> Transaction:
-    """Delete the memberships that did not fit into the transaction of the epoch, while that epoch
-    holds."""
+    """Delete members that did not fit into the transaction of the epoch that removed them, while
+    that epoch holds.
+    """
     return Transaction(
         (Unchanged(EPOCH, epoch_revision),),
         tuple(Delete(node_key(node)) for node in nodes[:REMOVES_MAX]),
     )
 
 
+# ---- facts and suspicions
+
+
 def put_fact(ticket: Ticket, key: str, value: bytes | None, changed: int) -> Transaction:
-    """Write or delete a word of this node that was last changed at ``changed``, so that an older
-    try can't land after it."""
+    """Write a key of this node, or delete it (None), if it was last changed at ``changed``: an
+    older try can't land later.
+    """
     return Transaction(
         (Leased(node_key(ticket.node), ticket.lease_id), Unchanged(key, changed)),
         (Delete(key) if value is None else Put(key, value, ticket.lease_id),),
@@ -338,26 +413,16 @@ def put_fact(ticket: Ticket, key: str, value: bytes | None, changed: int) -> Tra
     )
 
 
-def fact_outcome(outcome: TransactionResult, ticket: Ticket, value: bytes | None) -> int | None:
-    """None: it is said. Else the revision of what stands there. Raises FencedError where this node
-    is no member."""
-    word, own = outcome.found
-    if outcome.succeeded:
+def fact_outcome(result: TransactionResult, ticket: Ticket, value: bytes | None) -> int | None:
+    """None: it is written. Else the key's revision, to try again with.
+
+    Raises FencedError if this node is no member.
+    """
+    fact, own = result.found
+    if result.succeeded:
         return None
-    if not _own(own, ticket):
+    if not _is_member(own, ticket):
         raise not_a_member(ticket)
-    there = word[0].value if word else None
-    if there == value:
+    if (fact[0].value if fact else None) == value:
         return None
-    return word[0].changed if word else 0
-
-
-def _own(own: tuple[KeyValue, ...], ticket: Ticket) -> bool:
-    return bool(own) and own[0].lease_id == ticket.lease_id
-
-
-def not_a_member(ticket: Ticket) -> FencedError:
-    """What a node that was a member is told."""
-    return FencedError(
-        f"this node is no member any more. node={ticket.node} join under a new node id"
-    )
+    return fact[0].changed if fact else 0

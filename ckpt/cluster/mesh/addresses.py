@@ -1,36 +1,29 @@
-"""Where names are: asked in threads, so that a name server that does not answer holds up no
-line."""
+"""Addresses of nodes: parsing, socket helpers, and a name resolver that never blocks.
+
+Names are resolved in threads: a name server that does not answer delays no connection.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import socket
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-# Addresses of lines, and what becomes of calls to them.
-
 DIAL_TIMEOUT_S = 2.0
-"""How long a call may take."""
-
-
-def probe(address: str, timeout_s: float = DIAL_TIMEOUT_S) -> str:
-    """Whether somebody listens there: "" where a connection can be made, else why not (``refused:
-    ...`` where nobody does)."""
-    host, port = split_address(address)
-    try:
-        with socket.create_connection((host, int(port)), timeout=timeout_s):
-            return ""
-    except (OSError, ValueError) as error:
-        return socket_error_reason(error)
+"""How long connecting may take."""
 
 
 def socket_error_reason(error: OSError | ValueError) -> str:
-    """An error of a socket in words; ``refused: ...`` where the machine answers and nobody listens
-    there."""
-    if isinstance(error, ConnectionRefusedError) or getattr(error, "errno", None) == 111:
+    """The error as text: ``refused: ...`` if the machine answers, but no process listens there.
+
+    The prefix decides: a refused connection becomes a suspicion that the node is dead.
+    """
+    code = getattr(error, "errno", None)
+    if isinstance(error, ConnectionRefusedError) or code == errno.ECONNREFUSED:
         return f"refused: {error}"
     return f"{type(error).__name__}: {error}"
 
@@ -42,26 +35,26 @@ def split_address(address: str) -> tuple[str, str]:
 
 
 def address_family(host: str) -> socket.AddressFamily:
-    """Of an address; names are taken for IPv4's."""
+    """The family of an IP address; of a name, IPv4: nodes with names listen there."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def disable_nagle(sock: socket.socket) -> None:
-    """Send small words at once."""
+    """Send small messages at once, not after the last one was acknowledged."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def peer_name(sock: socket.socket) -> str:
-    """Who is at the other end, for people."""
+    """The other end's address as text for messages."""
     try:
         return ":".join(map(str, sock.getpeername()[:2]))
     except OSError:
-        return "somebody who is gone"
+        return "a closed connection"
 
 
 @dataclass(frozen=True, slots=True)
 class SocketAddress:
-    """What a socket connects to."""
+    """An address that a socket connects to."""
 
     family: socket.AddressFamily
     sockaddr: tuple[str, int]
@@ -71,90 +64,89 @@ ResolveName = Callable[[str, int], SocketAddress]
 
 
 def resolve_name(host: str, port: int) -> SocketAddress:
-    """Where a name is: IPv4, where nodes with names listen. Waits for name servers. Raises
-    OSError."""
-    wanted = address_family(host)
-    _, _, _, _, at = socket.getaddrinfo(host, port, family=wanted, type=socket.SOCK_STREAM)[0]
-    return SocketAddress(wanted, (str(at[0]), int(at[1])))
+    """The IPv4 address of a name. Waits for name servers. Raises OSError."""
+    family = address_family(host)
+    entries = socket.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+    _, _, _, _, sockaddr = entries[0]
+    return SocketAddress(family, (str(sockaddr[0]), int(sockaddr[1])))
 
 
 class NameResolver:
-    """Of ``host:port`` addresses, as long as they are wanted. ``found`` is called, in a thread,
-    when an answer has come.
+    """Resolves ``host:port`` addresses in threads, and keeps the results. Thread-safe.
 
-    What was found is kept until it is forgotten: a node whose processes have died is called where
-    it was, not where its name leads by now. Thread-safe.
+    ``on_resolved`` is called, in such a thread, when a result has arrived. A result is kept until
+    it is forgotten: a node whose processes have died is dialled where it was, not where its name
+    points by now. So *refused* is said of the machine that it ran on.
     """
 
     def __init__(
         self, on_resolved: Callable[[], object], resolve: ResolveName = resolve_name
     ) -> None:
-        self._found = on_resolved
-        self._ask = resolve
+        self._on_resolved = on_resolved
+        self._resolve_name = resolve
         self._lock = threading.Lock()
-        self._known: dict[
-            str, SocketAddress | OSError | ValueError | None
-        ] = {}  # None: it is asked for
+        self._results: dict[str, SocketAddress | OSError | ValueError | None] = {}
+        """None: being resolved."""
 
     def keep_only(self, addresses: Collection[str]) -> None:
-        """Only these matter from here on, and where they are is asked already."""
+        """Forget all other addresses, and begin to resolve these."""
         with self._lock:
-            self._known = {
-                address: known for address, known in self._known.items() if address in addresses
+            self._results = {
+                address: result for address, result in self._results.items() if address in addresses
             }
         for address in addresses:
-            with contextlib.suppress(OSError, ValueError):  # told to whoever dials there
-                self._look(address)
+            with contextlib.suppress(OSError, ValueError):  # ``resolve`` raises it
+                self._look_up(address)
 
     def resolve(self, address: str) -> SocketAddress | None:
-        """Where it is; None while that is asked. Raises what it could not be found for, once: then
-        it is asked again.
+        """The result for ``address``; None while it is being resolved.
 
-        OSError, or ValueError for what is no address.
+        Raises the OSError of a failed resolution once, and resolves again at the next call;
+        ValueError for an invalid address.
         """
-        found = self._look(address)
-        if isinstance(found, OSError | ValueError):
+        result = self._look_up(address)
+        if isinstance(result, OSError | ValueError):
             self.forget(address)
-            raise found
-        return found
+            raise result
+        return result
 
     def forget(self, address: str) -> None:
-        """Ask again next time."""
+        """Resolve again at the next call, unless it is being resolved now."""
         with self._lock:
-            if self._known.get(address) is not None:
-                del self._known[address]
+            if self._results.get(address) is not None:
+                del self._results[address]
 
-    def _look(self, address: str) -> SocketAddress | OSError | ValueError | None:
+    def _look_up(self, address: str) -> SocketAddress | OSError | ValueError | None:
         host, port = split_address(address)
         if (literal := _literal(host, int(port))) is not None:
             return literal
         with self._lock:
-            if address in self._known:
-                return self._known[address]
-            self._known[address] = None
+            if address in self._results:
+                return self._results[address]
+            self._results[address] = None
         thread = threading.Thread(
             target=self._resolve, args=(address, host, int(port)), name="ckpt-name", daemon=True
         )
         try:
             thread.start()
-        except RuntimeError as error:  # the system gives no thread now
-            self._note(address, OSError(f"no thread to ask in: {error}"))
+        except RuntimeError as error:  # the system has no more threads
+            self._store(address, OSError(f"no thread to resolve in: {error}"))
         return None
 
     def _resolve(self, address: str, host: str, port: int) -> None:
         try:
-            self._note(address, self._ask(host, port))
+            self._store(address, self._resolve_name(host, port))
         except (
             OSError,
             ValueError,
-        ) as error:  # UnicodeError, for what can be no name, is a ValueError
-            self._note(address, error)
+        ) as error:  # a UnicodeError, of an invalid name, is a ValueError
+            self._store(address, error)
 
-    def _note(self, address: str, found: SocketAddress | OSError | ValueError) -> None:
+    def _store(self, address: str, result: SocketAddress | OSError | ValueError) -> None:
         with self._lock:
-            if address in self._known:  # nobody wants it any more otherwise
-                self._known[address] = found
-        self._found()
+            if address in self._results:  # else it was dropped by ``keep_only`` meanwhile
+                self._results[address] = result
+        self._on_resolved()
 
 
 def _literal(host: str, port: int) -> SocketAddress | None:

@@ -1,10 +1,10 @@
-"""Lines to the keepers of the other nodes: dialled, answered, kept, made anew. One thread; nobody
-waits for it.
+"""The mesh: one keeper's connections to the keepers of other nodes, kept by one thread.
 
-Of two nodes the one with the smaller name dials. A line that breaks is dialled again at once and
-then less and less often, as long as the other node is wanted; the other end only tries whether
-anybody still listens there. Nothing that was said on a broken line is said again: whoever needs
-that hears ``down``.
+Of two nodes the one with the smaller id dials. If a connection breaks, that node dials again at
+once and then less and less often, as long as the other node is a target. The node that does not
+dial probes instead: it only connects to learn whether a process still listens there. A refused
+connection means that the machine answers and the keeper is gone. Messages lost with a connection
+are not sent again: a sender that depends on them reacts to ``on_disconnected``.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ from ckpt.cluster.mesh.addresses import (
     split_address,
 )
 from ckpt.cluster.mesh.messages import MeshMessage, NodeHeartbeat
-from ckpt.cluster.mesh.protocol import MeshProtocol, MessageEncoder
-from ckpt.cluster.secret import NONCE_BYTES
+from ckpt.cluster.mesh.protocol import NONCE_BYTES, MeshProtocol, MessageEncoder
 from ckpt.cluster.tls import TlsContexts
 from ckpt.errors import CkptError, StoreDeniedError, UnavailableError
 from ckpt.events import Emit, Event
 
-# TLS around one cable, without its socket: bytes of the network in, bytes of the cable out, and
-# back. Pure but for OpenSSL.
-#
-# A line is one of many in one thread that never waits, so the handshake goes on as bytes come.
-# What the cable says meanwhile is kept until it is over. Memory: what OpenSSL keeps of a
-# handshake or a record, some 100 KiB, and what one read gave.
+# ---- TLS around one protocol, without its socket
 
 TLS_READ_BYTES = 64 << 10
+"""Most plaintext of one call to OpenSSL."""
 
 
 class TlsStream:
-    """One end. ``calls``: the host that is called, None at the end that was called."""
+    """One end of a TLS connection in memory: bytes of the network in, plaintext out, and back.
+
+    All connections share one thread that never waits, so the handshake advances as bytes arrive,
+    and plaintext to send is kept until it is done. Memory: some 100 KiB that OpenSSL keeps for a
+    handshake or a record, and one read. ``server_hostname``: the host that is dialled; None at the
+    listener's end.
+    """
 
     def __init__(self, tls: TlsContexts, *, server_hostname: str | None) -> None:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -54,94 +55,96 @@ class TlsStream:
             self._tls = tls.server.wrap_bio(self._in, self._out, server_side=True)
         else:
             self._tls = tls.client.wrap_bio(self._in, self._out, server_hostname=server_hostname)
-        self._kept = bytearray()
-        """What the cable said, and TLS has not taken."""
-        self._met = False
+        self._plaintext = bytearray()
+        """Not encrypted yet."""
+        self._handshake_done = False
 
     def receive_data(self, data: bytes) -> bytes:
-        """What the other end's cable said, of what came.
+        """The plaintext in ``data``.
 
-        Raises StoreDeniedError for one that is not of this job's CA, or not where it says;
-        ``last_words`` then tells it why.
+        Raises StoreDeniedError if the other end's certificate is not of this job's CA or names
+        another host; ``final_data`` is then to be sent, and tells it why.
         """
         self._in.write(data)
-        said = bytearray()
+        plaintext = bytearray()
         try:
-            if not self._met:
+            if not self._handshake_done:
                 self._tls.do_handshake()
-                self._met = True
+                self._handshake_done = True
             while piece := self._tls.read(TLS_READ_BYTES):
-                said += piece
+                plaintext += piece
         except ssl.SSLWantReadError:
-            pass  # more has to come
+            pass  # OpenSSL needs more bytes
         except ssl.SSLError as error:
-            why = (
+            reason = (
                 error.verify_message
                 if isinstance(error, ssl.SSLCertVerificationError)
                 else error.reason or str(error)
             )
             raise StoreDeniedError(
-                f"TLS failed: {why}; compare the certificates, their CA and their hosts; all nodes "
-                "have some or none"
+                f"TLS failed: {reason}; compare the certificates, their CA and their hosts; all "
+                "nodes have some or none"
             ) from error
-        return bytes(said)
+        return bytes(plaintext)
 
-    def data_to_send(self, said: bytes) -> bytes:
-        """The bytes that are to go out now, once; ``said``: what the cable says now. Raises
-        StoreDeniedError."""
-        self._kept += said
+    def data_to_send(self, plaintext: bytes) -> bytes:
+        """The bytes to send now, once, after ``plaintext`` was added. Raises StoreDeniedError."""
+        self._plaintext += plaintext
         try:
-            if not self._met:
+            if not self._handshake_done:
                 self._tls.do_handshake()
-                self._met = True
-            while self._kept:
-                count = self._tls.write(memoryview(self._kept)[:TLS_READ_BYTES].tobytes())
-                del self._kept[:count]
+                self._handshake_done = True
+            while self._plaintext:
+                count = self._tls.write(memoryview(self._plaintext)[:TLS_READ_BYTES].tobytes())
+                del self._plaintext[:count]
         except ssl.SSLWantReadError:
-            pass  # the other end's turn
+            pass  # the handshake waits for the other end
         except ssl.SSLError as error:
             raise StoreDeniedError(f"TLS failed: {error.reason or error}") from error
         return self._out.read()
 
     def final_data(self) -> bytes:
-        """What tells the other end why it was refused."""
+        """The TLS alert that tells the other end why it was refused."""
         return self._out.read()
 
 
-# A node to which a line is wanted: where it is called, and when next.
+# ---- dial targets
 
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 2.0
+"""Pauses between two dials of one target: doubled from the first to the last."""
 
 
 @dataclass(slots=True)
 class DialTarget:
-    """See the module. Owned by the lines."""
+    """A node to keep a connection to. Owned by the mesh."""
 
     address: str
     unconfirmed: bool = True
-    """Nobody has answered at its address yet, or since its line broke."""
+    """No connection to it was up yet, or the last one broke."""
     reached: bool = False
-    """It was called there, and answered."""
+    """A dial to its address led to a connection that was up."""
     next_dial_s: float = 0.0
     pause_s: float = RETRY_FIRST_S
 
     def back_off(self, now_s: float) -> None:
-        """A call was tried: the next comes later and later."""
+        """A dial was tried: set the time of the next one, and double the pause after it."""
         self.next_dial_s, self.pause_s = now_s + self.pause_s, min(2 * self.pause_s, RETRY_LAST_S)
 
 
 HEARTBEAT_S = 1.0
-"""How often a line on which nothing is said says that it is there."""
+"""How often an otherwise silent end of a connection sends a heartbeat."""
 SILENCE_S_MAX = 4.0
-"""A line on which nothing came for so long is given up, and dialled again."""
+"""A connection on which nothing arrived for so long is dropped, and dialled again."""
 HANDSHAKE_S = 5.0
-"""How long the other end may take to say who it is."""
+"""How long the other end may take to prove its identity."""
 PROBE_S = 1.0
+"""How long a node that does not dial waits for the other end's dial before it probes."""
 UNAUTHENTICATED_MAX = 64
-"""Connections that came and have not proved yet who they are; one more pushes out the oldest."""
+"""Accepted connections without a proof yet; one more drops the oldest, so that an attacker that
+holds them all keeps no node out for long."""
 SEND_BACKLOG_BYTES_MAX = 256 << 20
-"""What waits for one node at most; one that reads nothing is given up."""
+"""Unsent bytes for one node; a node that does not read is dropped."""
 READ_BYTES = 256 << 10
 BACKLOG = 256
 
@@ -150,34 +153,38 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 @dataclass(frozen=True, slots=True)
 class MeshObserver:
-    """Who is told what, all in the lines' thread: quick, and never raising."""
+    """Callbacks of the mesh, called in its thread: they must be quick and never raise."""
 
     on_message: Callable[[str, MeshMessage], object]
     on_connected: Callable[[str], object]
     on_disconnected: Callable[[str, str], object]
-    """A line that was up broke, or a call failed; with why, which begins with ``refused`` where
-    nobody listens."""
+    """A connection broke, or dialling failed: node and reason. The reason begins with ``refused``
+    if no process listens at the node's address."""
 
 
 @dataclass(slots=True, eq=False)
 class _MeshConnection:
     sock: socket.socket
-    cable: MeshProtocol
+    protocol: MeshProtocol
     dialled: bool
     since_s: float
-    sheath: TlsStream | None = None  # TLS around the cable
+    tls: TlsStream | None = None
     probes: bool = False
-    """Only to learn whether anybody listens there: hung up as soon as it is known."""
+    """Closed as soon as it is known whether a process listens there."""
     connecting: bool = False
     out: bytearray = field(default_factory=bytearray)
-    heard_s: float = 0.0
-    said_s: float = 0.0
-    told: bool = False
+    received_s: float = 0.0
+    sent_s: float = 0.0
+    announced: bool = False
 
 
 class Mesh:
-    """The lines of one keeper. ``listen`` is ``host:port`` (port 0: any). Over TLS with ``tls``.
-    Thread-safe."""
+    """The connections of one keeper, over TLS if ``tls`` is given. Thread-safe.
+
+    ``listen`` is ``host:port``; port 0 takes a free one. Connections, selector and resolver belong
+    to the thread; targets, the queue and the connected nodes are shared under ``_lock``. It has
+    more attributes than our limit: they are the state of this one event loop.
+    """
 
     def __init__(
         self,
@@ -194,12 +201,12 @@ class Mesh:
         self._tls = tls
         self._job = job
         self._node = node
-        self._heard = observer
-        self._tell = emit
-        self._told: set[str] = set()
+        self._observer = observer
+        self._emit = emit
+        self._reported: set[str] = set()
         self.refused = 0
-        """How many connections were ended because of what came on them, or because there were too
-        many strangers."""
+        """How many connections were dropped because of what arrived on them, or because too many
+        were unauthenticated."""
         host, port = split_address(listen)
         try:
             self._listener = socket.create_server(
@@ -207,18 +214,18 @@ class Mesh:
             )
         except OSError as error:
             raise UnavailableError(
-                f"other nodes can't be listened to. address={listen} why={error}"
+                f"can't listen for other nodes. address={listen} reason={error}"
             ) from error
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
-        """Where this keeper listens."""
+        """The port on which this keeper listens."""
         self._lock = threading.Lock()
-        self._wanted: dict[str, DialTarget] = {}
-        self._up: dict[str, _MeshConnection] = {}
-        self._lines: set[_MeshConnection] = set()
-        self._posted: list[tuple[str, MeshMessage]] = []
-        self._places = NameResolver(self._wake)
-        self._spell = MessageEncoder()
+        self._targets: dict[str, DialTarget] = {}
+        self._connected: dict[str, _MeshConnection] = {}
+        self._connections: set[_MeshConnection] = set()
+        self._queue: list[tuple[str, MeshMessage]] = []
+        self._resolver = NameResolver(self._wake)
+        self._encode = MessageEncoder()
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
@@ -228,42 +235,44 @@ class Mesh:
         self._thread.start()
 
     def set_targets(self, nodes: Mapping[str, str]) -> None:
-        """Keep a line to each of these nodes (addresses by name) and to no other."""
+        """Keep a connection to each of these nodes (addresses by node) and to no other."""
         with self._lock:
-            mine = {node: address for node, address in nodes.items() if node != self._node}
-            self._wanted = {
+            others = {node: address for node, address in nodes.items() if node != self._node}
+            self._targets = {
                 node: known
-                if (known := self._wanted.get(node)) and known.address == address
-                else self._new(node, address)
-                for node, address in mine.items()
+                if (known := self._targets.get(node)) and known.address == address
+                else self._new_target(node, address)
+                for node, address in others.items()
             }
-        self._places.keep_only(set(mine.values()))
+        self._resolver.keep_only(set(others.values()))
         self._wake()
 
-    def _new(self, node: str, address: str) -> DialTarget:
-        """Who is to be dialled is so at once; who is to dial is looked for where no line came in
-        time."""
+    def _new_target(self, node: str, address: str) -> DialTarget:
+        """Dial nodes with a greater id at once; probe the others if they have not connected within
+        PROBE_S."""
         return DialTarget(
             address, next_dial_s=0.0 if node > self._node else time.monotonic() + PROBE_S
         )
 
-    def send(self, node: str, word: MeshMessage) -> bool:
-        """Say something to a node; False where no line to it is up now. What is said in order is
-        heard in order."""
+    def send(self, node: str, message: MeshMessage) -> bool:
+        """Queue a message to a node; False if no connection to it is up now.
+
+        Messages on one connection arrive in order, or not at all.
+        """
         with self._lock:
-            if node not in self._up:
+            if node not in self._connected:
                 return False
-            self._posted.append((node, word))
+            self._queue.append((node, message))
         self._wake()
         return True
 
     def connected_nodes(self) -> frozenset[str]:
-        """The nodes to which a line is up."""
+        """The nodes to which a connection is up now."""
         with self._lock:
-            return frozenset(self._up)
+            return frozenset(self._connected)
 
     def close(self) -> None:
-        """Hang up everywhere. Idempotent; not for the lines' own thread."""
+        """Close all connections and wait for the thread. Idempotent; not to be called from it."""
         self._closing = True
         self._wake()
         self._thread.join()
@@ -280,82 +289,94 @@ class Mesh:
                         self._accept()
                     elif key.fileobj is self._wake_out:
                         self._drain_wake()
-                    elif key.data in self._lines:
+                    elif key.data in self._connections:
                         self._serve(key.data, mask)
-                self._say_posted()
+                self._send_queued()
         finally:
-            for line in list(self._lines):
-                self._drop(line, "this keeper ends", quiet=True)
+            for connection in list(self._connections):
+                self._drop(connection, "this keeper ends", quiet=True)
             self._selector.close()
             for sock in (self._listener, self._wake_in, self._wake_out):
                 sock.close()
 
     def _tick(self) -> float:
-        """Dial, beat, give up; returns seconds until the next look."""
+        """Dial, send heartbeats, drop silent connections; returns seconds until the next tick."""
         now_s = time.monotonic()
         with self._lock:
-            wanted = dict(self._wanted)
-        dialled = {line.cable.peer for line in self._lines if line.dialled}
+            targets = dict(self._targets)
+        dialled = {
+            connection.protocol.peer for connection in self._connections if connection.dialled
+        }
         wait_s = HEARTBEAT_S
-        for node, one in wanted.items():
-            if node in dialled or node in self._up or (node < self._node and not one.unconfirmed):
+        for node, target in targets.items():
+            # A node with a smaller id dials this one; it is probed only while its state is unknown.
+            if (
+                node in dialled
+                or node in self._connected
+                or (node < self._node and not target.unconfirmed)
+            ):
                 continue
-            if now_s >= one.next_dial_s:
-                self._dial(node, one, now_s)
+            if now_s >= target.next_dial_s:
+                self._dial(node, target, now_s)
             else:
-                wait_s = min(wait_s, one.next_dial_s - now_s)
-        for line in list(self._lines):
-            if line.cable.up:
-                if line.cable.peer not in wanted and line.dialled:
-                    self._drop(line, "not wanted any more", quiet=True)
-                elif now_s - line.heard_s > SILENCE_S_MAX:
-                    self._drop(line, f"silent for {SILENCE_S_MAX:g} s")
-                elif now_s - line.said_s >= HEARTBEAT_S:
-                    self._send(line, NodeHeartbeat(), now_s)
-            elif now_s - line.since_s > (DIAL_TIMEOUT_S if line.connecting else HANDSHAKE_S):
-                self._drop(line, "no answer")
+                wait_s = min(wait_s, target.next_dial_s - now_s)
+        for connection in list(self._connections):
+            if connection.protocol.up:
+                if connection.protocol.peer not in targets and connection.dialled:
+                    self._drop(connection, "no target any more", quiet=True)
+                # Heartbeats of the other end are missing: a machine that is gone, or cut off, sends
+                # no reset, and an idle TCP connection to it would stay open for hours.
+                elif now_s - connection.received_s > SILENCE_S_MAX:
+                    self._drop(connection, f"silent for {SILENCE_S_MAX:g} s")
+                elif now_s - connection.sent_s >= HEARTBEAT_S:
+                    self._send(connection, NodeHeartbeat(), now_s)
+            elif now_s - connection.since_s > (
+                DIAL_TIMEOUT_S if connection.connecting else HANDSHAKE_S
+            ):
+                self._drop(connection, "no answer")
         return max(0.0, wait_s)
 
-    def _dial(self, node: str, one: DialTarget, now_s: float) -> None:
+    def _dial(self, node: str, target: DialTarget, now_s: float) -> None:
         try:
-            place = self._places.resolve(one.address)
+            address = self._resolver.resolve(target.address)
         except (OSError, ValueError) as error:
-            one.back_off(now_s)
-            self._heard.on_disconnected(node, socket_error_reason(error))
+            target.back_off(now_s)
+            self._observer.on_disconnected(node, socket_error_reason(error))
             return
-        if place is None:
-            return  # the thread is woken when its name is found
-        one.back_off(now_s)
-        host, _ = split_address(one.address)
+        if address is None:
+            return  # the resolver wakes the thread
+        # Before the attempt, so that no way of failing makes the next tick dial again at once.
+        target.back_off(now_s)
+        host, _ = split_address(target.address)
         try:
-            sock = socket.socket(place.family, socket.SOCK_STREAM)
-        except OSError as error:  # no descriptor is left, or the system has no such addresses
-            self._heard.on_disconnected(node, socket_error_reason(error))
+            sock = socket.socket(address.family, socket.SOCK_STREAM)
+        except OSError as error:  # no descriptor is left, or no such address family
+            self._observer.on_disconnected(node, socket_error_reason(error))
             return
         sock.setblocking(False)
-        line = _MeshConnection(
+        connection = _MeshConnection(
             sock,
-            self._cable(node),
+            self._new_protocol(node),
             dialled=True,
             since_s=now_s,
             probes=node < self._node,
             connecting=True,
         )
-        self._lines.add(line)
-        self._selector.register(sock, _WRITE, line)
+        self._connections.add(connection)
+        self._selector.register(sock, _WRITE, connection)
         try:
-            line.sheath = (
+            connection.tls = (
                 None
-                if self._tls is None or line.probes
+                if self._tls is None or connection.probes
                 else TlsStream(self._tls, server_hostname=host)
             )
-            sock.connect(place.sockaddr)
+            sock.connect(address.sockaddr)
         except BlockingIOError:
             return
         except (OSError, ValueError) as error:
-            self._drop(line, socket_error_reason(error))
+            self._drop(connection, socket_error_reason(error))
 
-    def _cable(self, dials: str | None) -> MeshProtocol:
+    def _new_protocol(self, dials: str | None) -> MeshProtocol:
         nonce = os.urandom(NONCE_BYTES)
         return MeshProtocol(
             self._secret,
@@ -363,167 +384,191 @@ class Mesh:
             node=self._node,
             nonce=nonce,
             dials=dials,
-            encode=self._spell,
+            encode=self._encode,
         )
 
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except (
-            OSError
-        ):  # it hung up before we looked, or there is no descriptor left: it comes again
+        except OSError:  # closed meanwhile, or no descriptor is left: the other end dials again
             return
-        strangers = [line for line in self._lines if not line.dialled and not line.cable.up]
+        strangers = [
+            connection
+            for connection in self._connections
+            if not connection.dialled and not connection.protocol.up
+        ]
         if len(strangers) >= UNAUTHENTICATED_MAX:
             self.refused += 1
             self._drop(
-                min(strangers, key=lambda line: line.since_s), "too many strangers", quiet=True
+                min(strangers, key=lambda connection: connection.since_s),
+                "too many strangers",
+                quiet=True,
             )
         sock.setblocking(False)
-        line = _MeshConnection(sock, self._cable(None), dialled=False, since_s=time.monotonic())
-        line.sheath = None if self._tls is None else TlsStream(self._tls, server_hostname=None)
+        connection = _MeshConnection(
+            sock, self._new_protocol(None), dialled=False, since_s=time.monotonic()
+        )
+        connection.tls = None if self._tls is None else TlsStream(self._tls, server_hostname=None)
         disable_nagle(sock)
-        self._lines.add(line)
-        self._selector.register(sock, _READ, line)
+        self._connections.add(connection)
+        self._selector.register(sock, _READ, connection)
 
-    def _serve(self, line: _MeshConnection, mask: int) -> None:
-        if line.connecting:
-            code = line.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    def _serve(self, connection: _MeshConnection, mask: int) -> None:
+        if connection.connecting:
+            code = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
-                self._drop(line, socket_error_reason(OSError(code, os.strerror(code))))
+                self._drop(connection, socket_error_reason(OSError(code, os.strerror(code))))
                 return
-            line.connecting = False
-            if line.probes:
-                # It is for the other end to dial. Until it has, this end looks again: of a process
-                # that is being killed the line may close a moment before the port.
-                self._drop(line, "somebody listens there", quiet=True)
+            connection.connecting = False
+            if connection.probes:
+                # The other end is to dial. Until it has, this end probes again: while a process is
+                # killed, its connections may close a moment before its port does.
+                self._drop(connection, "a process listens there", quiet=True)
                 return
-            disable_nagle(line.sock)
+            disable_nagle(connection.sock)
         if mask & _READ:
-            self._read(line)
-        if line in self._lines:
-            self._flush(line)
+            self._read(connection)
+        if connection in self._connections:
+            self._flush(connection)
 
-    def _read(self, line: _MeshConnection) -> None:
+    def _read(self, connection: _MeshConnection) -> None:
         try:
-            data = line.sock.recv(READ_BYTES)
+            data = connection.sock.recv(READ_BYTES)
         except BlockingIOError:
             return
         except OSError as error:
-            self._drop(line, socket_error_reason(error))
+            self._drop(connection, socket_error_reason(error))
             return
         if not data:
-            self._drop(line, "the other end closed it")
+            self._drop(connection, "the other end closed it")
             return
-        line.heard_s = time.monotonic()
+        connection.received_s = time.monotonic()
         try:
-            words = line.cable.receive_data(
-                data if line.sheath is None else line.sheath.receive_data(data)
+            messages = connection.protocol.receive_data(
+                data if connection.tls is None else connection.tls.receive_data(data)
             )
         except CkptError as error:
-            self._refuse(line, error)
+            self._refuse(connection, error)
             return
-        if line.cable.up and not line.told:
-            line.told = True
-            self._come_up(line)
-        for word in words:
-            if not isinstance(word, NodeHeartbeat):
-                self._heard.on_message(line.cable.peer, word)
+        # The proof and first messages may arrive in one read: report the connection before them.
+        if connection.protocol.up and not connection.announced:
+            connection.announced = True
+            self._set_connected(connection)
+        for message in messages:
+            if not isinstance(message, NodeHeartbeat):
+                self._observer.on_message(connection.protocol.peer, message)
 
-    def _come_up(self, line: _MeshConnection) -> None:
-        peer = line.cable.peer
+    def _set_connected(self, connection: _MeshConnection) -> None:
+        peer = connection.protocol.peer
         with self._lock:
-            old = self._up.get(peer)
-            self._up[peer] = line
-        self._settle(peer, called=line.dialled)
-        if old is not None:  # the other end lost it, and we have not noticed
-            self._drop(old, "the node called again")
-        line.said_s = line.heard_s
-        self._heard.on_connected(peer)
+            old = self._connected.get(peer)
+            self._connected[peer] = connection
+        self._confirm_target(peer, called=connection.dialled)
+        # The other end lost the old connection, and this end has not noticed. It is dropped after
+        # the new one took its place, so that the node is not reported as disconnected.
+        if old is not None:
+            self._drop(old, "the node connected again")
+        connection.sent_s = connection.received_s
+        self._observer.on_connected(peer)
 
-    def _settle(self, peer: str, *, called: bool) -> None:
-        """That node is there."""
+    def _confirm_target(self, peer: str, *, called: bool) -> None:
+        """Record that the node is there, so that it is not dialled or probed."""
         with self._lock:
-            if peer in self._wanted:
-                one = self._wanted[peer]
-                one.reached |= called
-                one.unconfirmed, one.pause_s, one.next_dial_s = False, RETRY_FIRST_S, 0.0
+            if peer in self._targets:
+                target = self._targets[peer]
+                target.reached |= called
+                target.unconfirmed, target.pause_s, target.next_dial_s = False, RETRY_FIRST_S, 0.0
 
-    def _refuse(self, line: _MeshConnection, error: CkptError) -> None:
+    def _refuse(self, connection: _MeshConnection, error: CkptError) -> None:
         self.refused += 1
-        text = f"{'the node at' if line.dialled else 'a connection from'} {peer_name(line.sock)}: {error}"
-        if text not in self._told and len(self._told) < UNAUTHENTICATED_MAX:
-            self._told.add(text)
-            self._tell(Event("line-refused", text, {"code": error.code}, alarm=True))
-        with contextlib.suppress(OSError):  # it may have hung up, or take nothing
-            line.sock.send(b"" if line.sheath is None else line.sheath.final_data())
-        self._drop(line, str(error))
+        origin = "the node at" if connection.dialled else "a connection from"
+        text = f"{origin} {peer_name(connection.sock)}: {error}"
+        # Each text once, and a bounded number of them: strangers must not fill the log.
+        if text not in self._reported and len(self._reported) < UNAUTHENTICATED_MAX:
+            self._reported.add(text)
+            self._emit(Event("line-refused", text, {"code": error.code}, alarm=True))
+        with contextlib.suppress(OSError):  # it may have closed, or its buffer may be full
+            connection.sock.send(b"" if connection.tls is None else connection.tls.final_data())
+        self._drop(connection, str(error))
 
-    def _say_posted(self) -> None:
+    def _send_queued(self) -> None:
         with self._lock:
-            posted, self._posted = self._posted, []
-            lines = dict(self._up)
+            queued, self._queue = self._queue, []
+            connections = dict(self._connected)
         now_s = time.monotonic()
-        for node, word in posted:
-            if (line := lines.get(node)) is not None and line in self._lines:
-                self._send(line, word, now_s)
+        for node, message in queued:
+            if (
+                connection := connections.get(node)
+            ) is not None and connection in self._connections:
+                self._send(connection, message, now_s)
 
-    def _send(self, line: _MeshConnection, word: MeshMessage, now_s: float) -> None:
+    def _send(self, connection: _MeshConnection, message: MeshMessage, now_s: float) -> None:
         try:
-            line.cable.send(word)
-        except CkptError as error:  # too long: who said it hears that nothing goes on here
-            self._drop(line, str(error))
+            connection.protocol.send(message)
+        except CkptError as error:  # too long: the sender learns of it by ``on_disconnected``
+            self._drop(connection, str(error))
             return
-        line.said_s = now_s
-        self._flush(line)
+        connection.sent_s = now_s
+        self._flush(connection)
 
-    def _flush(self, line: _MeshConnection) -> None:
-        said = line.cable.data_to_send()
+    def _flush(self, connection: _MeshConnection) -> None:
+        data = connection.protocol.data_to_send()
         try:
-            line.out += said if line.sheath is None else line.sheath.data_to_send(said)
+            connection.out += data if connection.tls is None else connection.tls.data_to_send(data)
         except CkptError as error:
-            self._refuse(line, error)
+            self._refuse(connection, error)
             return
-        if len(line.out) > SEND_BACKLOG_BYTES_MAX:
-            self._drop(line, f"it does not read what it is sent. waiting_bytes={len(line.out)}")
+        # The thread never waits for a slow reader; what it does not read is bounded here.
+        if len(connection.out) > SEND_BACKLOG_BYTES_MAX:
+            self._drop(connection, f"the node does not read. waiting_bytes={len(connection.out)}")
             return
         try:
-            while line.out:
-                sent = line.sock.send(line.out)
-                del line.out[:sent]
+            while connection.out:
+                sent = connection.sock.send(connection.out)
+                del connection.out[:sent]
         except BlockingIOError:
             pass
         except OSError as error:
-            self._drop(line, socket_error_reason(error))
+            self._drop(connection, socket_error_reason(error))
             return
-        self._selector.modify(line.sock, _READ | _WRITE if line.out else _READ, line)
+        self._selector.modify(
+            connection.sock, _READ | _WRITE if connection.out else _READ, connection
+        )
 
-    def _drop(self, line: _MeshConnection, why: str, *, quiet: bool = False) -> None:
-        if line not in self._lines:
+    def _drop(self, connection: _MeshConnection, reason: str, *, quiet: bool = False) -> None:
+        if connection not in self._connections:
             return
-        self._lines.discard(line)
-        self._selector.unregister(line.sock)
-        line.sock.close()
-        peer = line.cable.peer
-        self._doubt_place(line)
+        self._connections.discard(connection)
+        self._selector.unregister(connection.sock)
+        connection.sock.close()
+        peer = connection.protocol.peer
+        self._forget_address(connection)
         with self._lock:
-            current = self._up.get(peer) is line
+            current = self._connected.get(peer) is connection
             if current:
-                del self._up[peer]
-                if (
-                    peer in self._wanted
-                ):  # at once, to learn whether it is only the line that is gone
-                    self._wanted[peer].unconfirmed, self._wanted[peer].next_dial_s = True, 0.0
-        if not quiet and (current or (line.dialled and not line.cable.up)):
-            self._heard.on_disconnected(peer, why)
+                del self._connected[peer]
+                if peer in self._targets:
+                    # Dial or probe at once: refused, the node is dead; else only its connection is.
+                    self._targets[peer].unconfirmed, self._targets[peer].next_dial_s = True, 0.0
+        # An accepted connection that was never up says nothing about any node.
+        if not quiet and (current or (connection.dialled and not connection.protocol.up)):
+            self._observer.on_disconnected(peer, reason)
 
-    def _doubt_place(self, line: _MeshConnection) -> None:
-        """After a call that failed, its node's name is resolved anew, unless the node is known to
-        have been there."""
+    def _forget_address(self, connection: _MeshConnection) -> None:
+        """Resolve a node's name anew after a failed dial, unless it was ever reached at the
+        address.
+
+        A name that now points to another machine must not make a dead node look alive.
+        """
         with self._lock:
-            one = self._wanted.get(line.cable.peer)
-        if one is not None and line.dialled and not line.cable.up and not one.reached:
-            self._places.forget(one.address)
+            target = self._targets.get(connection.protocol.peer)
+        if (
+            target is not None
+            and connection.dialled
+            and not connection.protocol.up
+            and not target.reached
+        ):
+            self._resolver.forget(target.address)
 
     def _drain_wake(self) -> None:
         try:
@@ -535,5 +580,5 @@ class Mesh:
     def _wake(self) -> None:
         try:
             self._wake_in.send(b"\0")
-        except OSError:  # it is awake already, or it has ended
+        except OSError:  # the pipe is full, so the thread wakes anyway; or it has ended
             return

@@ -1,9 +1,9 @@
-"""What keepers of one job's nodes say to each other. One word is one msgpack map with a ``type``
-tag, see ``cable``.
+"""Messages between the keepers of a job's nodes, each one msgpack map with a ``type`` tag. Pure.
 
-Words that belong to an epoch of the membership carry its number as ``attempt``; those of another
-one are dropped or kept for later by whoever hears them. ``call``: a question, which is answered
-with the same number on the same line.
+Messages that belong to an epoch of the membership carry its number as ``attempt``; the receiver
+drops those of an older epoch, and keeps those of a newer one for later. ``call`` numbers a request,
+which is answered with the same number on the same connection. Tags and field names are the wire
+format.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from ckpt.values import SnapshotId
 
 
 class MeshMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
-    """Base of all words."""
+    """Base of all messages."""
 
 
 class NodeProof(MeshMessage, frozen=True, kw_only=True, tag="Proof"):
-    """The first word of each end: its authentication proves that it knows the job's secret."""
+    """The first message of each end. Its MAC proves that the sender knows the job's secret."""
 
     node: str
 
 
 class NodeHeartbeat(MeshMessage, frozen=True, kw_only=True, tag="Beat"):
-    """Nothing to say, and still here."""
+    """Sent on an idle connection, so that the other end knows that this one lives."""
 
 
-# ---- rooms, which are at the node of rank 0; ``room`` names one for ever
+# ---- mailboxes: at the node of rank 0. ``room`` names one, and is never used again
 
 
 class MeshPost(MeshMessage, frozen=True, kw_only=True, tag="Post"):
@@ -40,8 +40,7 @@ class MeshPost(MeshMessage, frozen=True, kw_only=True, tag="Post"):
 
 
 class MeshPeek(MeshMessage, frozen=True, kw_only=True, tag="Peek"):
-    """The value under ``key`` as soon as it is there, ``MeshReply``; without one after ``wait_s``
-    seconds."""
+    """Ask for the value under ``key``; answered with MeshReply, after ``wait_s`` at the latest."""
 
     call: int
     room: str
@@ -50,7 +49,7 @@ class MeshPeek(MeshMessage, frozen=True, kw_only=True, tag="Peek"):
 
 
 class MeshCount(MeshMessage, frozen=True, kw_only=True, tag="Count"):
-    """Add to a counter; answered with ``MeshReply``."""
+    """Add to a counter; answered with MeshReply."""
 
     call: int
     room: str
@@ -59,25 +58,25 @@ class MeshCount(MeshMessage, frozen=True, kw_only=True, tag="Count"):
 
 
 class MeshForget(MeshMessage, frozen=True, kw_only=True, tag="Forget"):
-    """Free what is under ``key``."""
+    """Free the value under ``key``."""
 
     room: str
     key: str
 
 
 class MeshReply(MeshMessage, frozen=True, kw_only=True, tag="Said"):
-    """The answer of the room: a value (None: there is none), or a counter's sum."""
+    """The mailbox's answer: a value (None: there is none), or a counter's sum."""
 
     call: int
     value: bytes | None = None
     number: int = 0
 
 
-# ---- steps
+# ---- progress and liveness
 
 
 class MeshDecided(MeshMessage, frozen=True, kw_only=True, tag="Decided"):
-    """Rank 0 decided what all ranks do at a boundary: see ``Board.decide``."""
+    """Rank 0's decision what all ranks do at a boundary; ``flags`` are those of the board."""
 
     attempt: int
     boundary: int
@@ -85,13 +84,13 @@ class MeshDecided(MeshMessage, frozen=True, kw_only=True, tag="Decided"):
 
 
 class NodeProgress(MeshMessage, frozen=True, kw_only=True, tag="Standing"):
-    """How far the ranks of a node are, or those of several nodes as one: what all of them hold
-    sealed, looked at second.
+    """Progress of a node's ranks, or from the node of rank 0 that of all other nodes' ranks.
 
-    ``completed``: the least number of steps that one of them completed, looked at first; -1: not
-    all have begun. To the node of rank 0 ``mirrored`` is the last named pair that this node has on
-    others too, ``missed`` the last one that it could not keep; from there ``mirrored`` is the
-    newest that all nodes have on others, and ``named`` the one to keep next.
+    ``completed``: the least number of steps that a rank completed; -1: not all have begun.
+    ``sealed``: the snapshots of which all these ranks have sealed slots; read after ``completed``.
+    To the node of rank 0, ``mirrored`` is the last named snapshot that this node has on other nodes
+    too, and ``missed`` the last one that it could not keep. From there, ``mirrored`` is the newest
+    that all nodes have on others, and ``named`` the one to mirror next.
     """
 
     attempt: int
@@ -103,8 +102,8 @@ class NodeProgress(MeshMessage, frozen=True, kw_only=True, tag="Standing"):
 
 
 class LivenessCall(MeshMessage, frozen=True, kw_only=True, tag="Roll"):
-    """From the node of rank 0: who is still at this epoch? ``answered``: the last call that
-    everybody answered; 0: none."""
+    """From the node of rank 0: are you still at this epoch? ``number`` counts liveness rounds;
+    ``answered`` is the last one that all nodes answered, 0: none."""
 
     attempt: int
     number: int
@@ -112,7 +111,7 @@ class LivenessCall(MeshMessage, frozen=True, kw_only=True, tag="Roll"):
 
 
 class LivenessAnswer(MeshMessage, frozen=True, kw_only=True, tag="Here"):
-    """The answer: this node is."""
+    """The answer: this node is at this epoch."""
 
     attempt: int
     number: int
@@ -121,12 +120,12 @@ class LivenessAnswer(MeshMessage, frozen=True, kw_only=True, tag="Here"):
 # ---- snapshots
 
 NodeSubmission = tuple[int, SnapshotId, tuple[str, ...]]
-"""One snapshot that was handed in: its number in the era, the pair, the tags."""
+"""One submission: its number in the placement generation, the snapshot, its tags."""
 
 
 class NodeSubmissions(MeshMessage, frozen=True, kw_only=True, tag="Handed"):
-    """To the node of rank 0, when an attempt begins: what this node's ranks handed in since the era
-    began, the last ones."""
+    """To the node of rank 0, when an attempt begins: the last submissions of this node's ranks
+    since the placement generation began."""
 
     attempt: int
     count: int
@@ -134,8 +133,10 @@ class NodeSubmissions(MeshMessage, frozen=True, kw_only=True, tag="Handed"):
 
 
 class MeshEpochOpened(MeshMessage, frozen=True, kw_only=True, tag="Opened"):
-    """From the node of rank 0: an epoch of the log is open, which goes on from ``resume``;
-    ``turns`` as any node handed in."""
+    """From the node of rank 0: an epoch of the log is open and continues from ``resume``.
+
+    ``turns`` are the submissions of any node: a node that lacks one submits it from its slots.
+    """
 
     attempt: int
     resume: SnapshotId | None
@@ -146,8 +147,8 @@ class MeshEpochOpened(MeshMessage, frozen=True, kw_only=True, tag="Opened"):
 
 
 class InventoryEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The shares of ``ranks`` ranks of a pair, from ``rank`` on: in slots of their node, or kept
-    for another as ``mirror``."""
+    """The shares of the ranks ``rank`` to ``rank + ranks - 1`` of a snapshot: in slots of their own
+    node, or as a ``mirror`` of another one's."""
 
     snapshot: SnapshotId
     origin: str
@@ -158,23 +159,23 @@ class InventoryEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AskNodeInventory(MeshMessage, frozen=True, kw_only=True, tag="AskHeld"):
-    """From the node of rank 0: what is there to restore from."""
+    """From the node of rank 0: which state does this node have in memory?"""
 
     call: int
 
 
 class NodeInventory(MeshMessage, frozen=True, kw_only=True, tag="Held"):
-    """The answer: all that this node holds in memory."""
+    """The answer: all state that this node has in memory."""
 
     call: int
     holdings: tuple[InventoryEntry, ...]
 
 
 class MeshSources(MeshMessage, frozen=True, kw_only=True, tag="Sources"):
-    """From the node of rank 0: where each rank's share of some pairs is.
+    """From the node of rank 0: which nodes have each rank's share of some snapshots in memory.
 
-    Of each pair the size of its world; of spans of its ranks, from 0 on, how many they are and
-    which of ``nodes`` have them.
+    For each snapshot its world size, and consecutive ranges of its ranks from 0 on: the length of
+    the range, and the indexes in ``nodes`` of those that have it.
     """
 
     attempt: int
@@ -186,7 +187,7 @@ class MeshSources(MeshMessage, frozen=True, kw_only=True, tag="Sources"):
 
 
 class MeetingAddress(MeshMessage, frozen=True, kw_only=True, tag="Meet"):
-    """From the node of rank 0: where the trainers of ``attempt`` make their process group."""
+    """From the node of rank 0: the address of the process group of ``attempt``'s trainers."""
 
     attempt: int
     host: str
@@ -194,7 +195,7 @@ class MeetingAddress(MeshMessage, frozen=True, kw_only=True, tag="Meet"):
 
 
 class NodeEnded(MeshMessage, frozen=True, kw_only=True, tag="Ended"):
-    """To whoever leads: all ranks of this node ended well."""
+    """To the leader: all ranks of this node ended successfully."""
 
     attempt: int
 
@@ -203,8 +204,8 @@ class NodeEnded(MeshMessage, frozen=True, kw_only=True, tag="Ended"):
 
 
 class NodeFailed(MeshMessage, frozen=True, kw_only=True, tag="Failed"):
-    """To the leader: this node's trainers of ``attempt`` are dead, because of this; see
-    ``keeper.roster_words.Failure``."""
+    """To the leader: this node's trainers of ``attempt`` are dead. The other fields are those of
+    the keeper's failure record; ``completed``: the most steps that one of its ranks completed."""
 
     attempt: int
     rank: int
@@ -238,11 +239,11 @@ AnyMeshMessage = (
     | NodeEnded
     | NodeFailed
 )
-"""Every word there is."""
+"""All messages."""
 
 
 class _MeshCodec(msgspec.Struct, frozen=True):
-    """Only to make msgspec build the union's codec once, at import."""
+    """Makes msgspec build the decoder of the union at import, once."""
 
     word: AnyMeshMessage
 

@@ -1,17 +1,20 @@
-"""One line between two keepers without its socket: bytes in, words out, words in, bytes out. Pure.
+"""The protocol of one connection between two keepers: bytes in, messages out, and back. Pure.
 
-Both ends first send a greeting: who speaks, of which job, and a fresh nonce. The keys of both
-directions come from the shared secret and both nonces, and every frame after the greetings carries
-its number's authentication; so a stranger can say nothing, nothing can be said twice or left out,
-and a recorded line can't be played to anybody else. The first such frame of each end is ``Proof``:
-only then is the line up.
+Both ends first send a greeting: the sender's node, its job, and a fresh nonce. The keys of both
+directions are derived from the job's secret and both nonces. Every frame after the greetings has a
+MAC over its number and its body. So a stranger can't send a message, no frame can be repeated,
+dropped or reordered, and a recorded connection can't be replayed. The first frame of each end is a
+``NodeProof``; the connection is ``up`` once the other end's has been verified.
 
     greeting   4 bytes length, msgpack ``Greeting``
     frame      4 bytes length of the body, body, 16 bytes MAC
+
+Lengths are little-endian.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import struct
 from collections.abc import Iterator
@@ -19,16 +22,18 @@ from collections.abc import Iterator
 import msgspec
 
 from ckpt.cluster.mesh.messages import AnyMeshMessage, MeshMessage, NodeProof
-from ckpt.cluster.secret import MAC_BYTES, NONCE_BYTES, connection_keys, frame_mac
 from ckpt.errors import FormatVersionError, StoreDeniedError, UsageError
 from ckpt.format.canonical import prepare_decoders
 
 PROTOCOL_VERSION = 2
+NONCE_BYTES = 16
+MAC_BYTES = 16
 GREETING_BYTES_MAX = 2048
-"""All that is kept of what somebody says who has not proved yet who it is: twice this."""
+"""Limit of a greeting and of the proof: with both, a stranger costs twice this."""
 FRAME_BYTES_MAX = 64 << 20
 TLS_RECORD_STARTS = (b"\x16\x03", b"\x15\x03")
-"""How whoever speaks TLS begins, or refuses; a greeting is shorter than these are as a length."""
+"""First bytes of a TLS handshake and of an alert. Read as a length prefix they exceed any greeting.
+"""
 
 _LENGTH = struct.Struct("<I")
 _ENCODER = msgspec.msgpack.Encoder()
@@ -36,8 +41,8 @@ _DECODER: msgspec.msgpack.Decoder[MeshMessage] = msgspec.msgpack.Decoder(AnyMesh
 
 
 class Greeting(msgspec.Struct, frozen=True):
-    """First on a line, in the clear. ``to``: the node that the dialler means, "" from the
-    listener."""
+    """First on a connection, in the clear. ``to``: the node that the dialler means to reach; ""
+    from the listener."""
 
     version: int
     job: str
@@ -50,28 +55,55 @@ _GREETING = msgspec.msgpack.Decoder(Greeting)
 prepare_decoders(Greeting)
 
 
+def connection_keys(
+    secret: bytes, *, job: str, dialler: bytes, listener: bytes
+) -> tuple[bytes, bytes]:
+    """The keys of one connection: of the dialler's frames, and of the listener's.
+
+    ``dialler`` and ``listener`` are the nonces of the two ends, so no two connections share a key.
+    HKDF (RFC 5869) with SHA-256.
+    """
+    root = hmac.digest(dialler + listener, secret, hashlib.sha256)
+    info = b"ckpt line 1\0" + job.encode()
+    to_listener = hmac.digest(root, info + b"\0to listener\1", hashlib.sha256)
+    to_dialler = hmac.digest(root, info + b"\0to dialler\1", hashlib.sha256)
+    return to_listener, to_dialler
+
+
+def frame_mac(key: bytes, number: int, body: bytes | memoryview) -> bytes:
+    """The MAC of the frame ``number`` (from 0) of one direction: 128 bits of HMAC-SHA256."""
+    digest = hmac.new(key, number.to_bytes(8, "little"), hashlib.sha256)
+    digest.update(body)
+    return digest.digest()[:MAC_BYTES]
+
+
 class MessageEncoder:
-    """Makes the bytes of words. What is said to all is spelled once: the last word is remembered
-    with its bytes."""
+    """Encodes messages. It keeps the last one, so that a message to all nodes is encoded once.
+
+    For the connections of one thread.
+    """
 
     def __init__(self) -> None:
         self._last: tuple[MeshMessage, bytes] | None = None
 
-    def __call__(self, word: MeshMessage) -> bytes:
-        """Raises UsageError for a word that is too long."""
-        if self._last is not None and self._last[0] is word:
+    def __call__(self, message: MeshMessage) -> bytes:
+        """The encoded body. Raises UsageError for a message that is too long."""
+        if self._last is not None and self._last[0] is message:
             return self._last[1]
-        body = _ENCODER.encode(word)
+        body = _ENCODER.encode(message)
         if len(body) > FRAME_BYTES_MAX:
             raise UsageError(
-                f"too long for one word. type={type(word).__name__} size_bytes={len(body)}"
+                f"a message is too long. type={type(message).__name__} size_bytes={len(body)}"
             )
-        self._last = (word, body)
+        self._last = (message, body)
         return body
 
 
 class MeshProtocol:
-    """One end of one line. ``peer`` is the other end's node, known for certain once ``up``."""
+    """One end of a connection. ``peer`` is the node at the other end, proven once ``up``.
+
+    Its attributes are the state of the handshake and of both directions; none of them is shared.
+    """
 
     def __init__(
         self,
@@ -83,10 +115,9 @@ class MeshProtocol:
         dials: str | None = None,
         encode: MessageEncoder | None = None,
     ) -> None:
-        """``dials``: the node that is called; None at the end that was called. ``nonce``:
-        NONCE_BYTES, never used before.
+        """``dials``: the node that is dialled; None at the listener's end.
 
-        ``spell``: that of all lines of one thread.
+        ``nonce``: NONCE_BYTES that were never used before.
         """
         assert len(nonce) == NONCE_BYTES, "a fresh nonce"
         self._secret = secret
@@ -94,9 +125,10 @@ class MeshProtocol:
         self._node = node
         self._nonce = nonce
         self._dials = dials
-        self._spell = encode or MessageEncoder()
+        self._encode = encode or MessageEncoder()
         self._in = bytearray()
         self._out: list[bytes] = []
+        # Both keys are set together; an empty one means that no greeting has arrived yet.
         self._send_key = self._receive_key = b""
         self._sent = self._received = 0
         self.peer = dials or ""
@@ -105,88 +137,93 @@ class MeshProtocol:
             self._greet(dials)
 
     def data_to_send(self) -> bytes:
-        """The bytes that are to go out now, once."""
+        """The bytes to send now; returned once."""
         data = b"".join(self._out)
         self._out.clear()
         return data
 
-    def send(self, word: MeshMessage) -> None:
-        """Queue a word. Only on a line that is up. Raises UsageError for one that is too long."""
-        assert self.up, "nothing is said before both ends are known"
-        self._frame(word)
+    def send(self, message: MeshMessage) -> None:
+        """Queue a message. Only if ``up``. Raises UsageError for a message that is too long."""
+        assert self.up, "no message is sent before both ends are proven"
+        self._send_frame(message)
 
     def receive_data(self, data: bytes | memoryview) -> list[MeshMessage]:
-        """The words in what came. Raises StoreDeniedError for a stranger, FormatVersionError for
-        another release.
+        """The messages completed by ``data``.
 
-        After an error the line is of no use. Memory: one frame at most, a greeting's before the
-        other end is known.
+        Raises StoreDeniedError for a stranger, FormatVersionError for another release. After an
+        error the connection can't be used. Keeps at most one frame in memory; before the other end
+        is proven, one greeting.
         """
         self._in += data
-        words: list[MeshMessage] = []
+        messages: list[MeshMessage] = []
         for body in self._bodies():
             if not self._receive_key:
-                self._met(body)
+                self._receive_greeting(body)
                 continue
-            word = self._decoded(body)
+            message = self._decode(body)
             if not self.up:
-                if not isinstance(word, NodeProof) or word.node != self.peer:
-                    raise StoreDeniedError(
-                        f"a node that does not prove who it is. node={self.peer!r}"
-                    )
+                if not isinstance(message, NodeProof) or message.node != self.peer:
+                    raise StoreDeniedError(f"a node without a proof. node={self.peer!r}")
                 self.up = True
                 continue
-            words.append(word)
-        return words
+            messages.append(message)
+        return messages
 
     def _bodies(self) -> Iterator[bytes]:
+        """The bodies that are complete and, after the greeting, authentic.
+
+        A generator: what the caller does with one body, such as to derive the keys from a greeting,
+        decides how the next one is read.
+        """
         while len(self._in) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._in)
-            known = bool(self._receive_key)
+            has_keys = bool(self._receive_key)
+            # A stranger can't make this end keep more than a greeting.
             limit = FRAME_BYTES_MAX if self.up else GREETING_BYTES_MAX
-            if not known and self._in.startswith(TLS_RECORD_STARTS):
+            if not has_keys and self._in.startswith(TLS_RECORD_STARTS):
                 raise StoreDeniedError(
                     "the other end speaks TLS, and this node has no certificate; give all nodes "
                     "one or none"
                 )
             if length > limit:
                 raise StoreDeniedError(
-                    f"not a line of this job's nodes. length={length} limit_bytes={limit}"
+                    f"not a connection of this job's nodes. length={length} limit_bytes={limit}"
                 )
-            stop = _LENGTH.size + length + (MAC_BYTES if known else 0)
+            stop = _LENGTH.size + length + (MAC_BYTES if has_keys else 0)
             if len(self._in) < stop:
-                return
+                return  # the rest has yet to arrive
             body = bytes(self._in[_LENGTH.size : _LENGTH.size + length])
-            if known:
-                told = bytes(self._in[_LENGTH.size + length : stop])
-                if not hmac.compare_digest(
-                    told, frame_mac(self._receive_key, self._received, body)
-                ):
-                    raise StoreDeniedError(
-                        f"a word that none of this job's nodes said. node={self.peer!r}"
-                    )
+            if has_keys:
+                # Before the body is decoded: no stranger's bytes reach a decoder.
+                mac = bytes(self._in[_LENGTH.size + length : stop])
+                expected = frame_mac(self._receive_key, self._received, body)
+                if not hmac.compare_digest(mac, expected):
+                    raise StoreDeniedError(f"message authentication failed. node={self.peer!r}")
                 self._received += 1
             del self._in[:stop]
             yield body
 
-    def _met(self, body: bytes) -> None:
+    def _receive_greeting(self, body: bytes) -> None:
         try:
             greeting = _GREETING.decode(body)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise StoreDeniedError(f"not a line of this job's nodes. why={error}") from error
+            raise StoreDeniedError(
+                f"not a connection of this job's nodes. reason={error}"
+            ) from error
         if greeting.version != PROTOCOL_VERSION:
             raise FormatVersionError(
                 f"a node runs another release of torch-ckpt. node={greeting.node!r} "
                 f"theirs={greeting.version} ours={PROTOCOL_VERSION}; "
                 "run the same one on all nodes"
             )
+        # The listener checks that it is the node meant, the dialler that it has reached that node.
+        # An address may belong to a later join of the same machine by now.
         meant = greeting.to if self._dials is None else greeting.node
-        wanted = self._node if self._dials is None else self._dials
-        if greeting.job != self._job or meant != wanted or len(greeting.nonce) != NONCE_BYTES:
+        expected = self._node if self._dials is None else self._dials
+        if greeting.job != self._job or meant != expected or len(greeting.nonce) != NONCE_BYTES:
             raise StoreDeniedError(
-                f"somebody else answers there, or means somebody else. job={greeting.job!r} "
-                f"node={greeting.node!r} "
-                f"meant={meant!r} wanted={wanted!r}"
+                f"peer identity mismatch. job={greeting.job!r} node={greeting.node!r} "
+                f"meant={meant!r} expected={expected!r}"
             )
         self.peer = greeting.node
         if self._dials is None:
@@ -200,24 +237,23 @@ class MeshProtocol:
                 self._secret, job=self._job, dialler=self._nonce, listener=greeting.nonce
             )
             self._send_key, self._receive_key = keys
-        self._frame(NodeProof(node=self._node))
+        self._send_frame(NodeProof(node=self._node))
 
-    def _decoded(self, body: bytes) -> MeshMessage:
+    def _decode(self, body: bytes) -> MeshMessage:
         try:
             return _DECODER.decode(body)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise FormatVersionError(
-                f"a word that this release does not know. node={self.peer!r} why={error}; run the "
-                "same one on all nodes"
+                f"a message that this release does not know. node={self.peer!r} reason={error}; "
+                "run the same one on all nodes"
             ) from error
 
     def _greet(self, to: str) -> None:
         body = _ENCODER.encode(Greeting(PROTOCOL_VERSION, self._job, self._node, self._nonce, to))
         self._out.append(_LENGTH.pack(len(body)) + body)
 
-    def _frame(self, word: MeshMessage) -> None:
-        body = self._spell(word)
-        self._out.append(
-            _LENGTH.pack(len(body)) + body + frame_mac(self._send_key, self._sent, body)
-        )
+    def _send_frame(self, message: MeshMessage) -> None:
+        body = self._encode(message)
+        mac = frame_mac(self._send_key, self._sent, body)
+        self._out.append(_LENGTH.pack(len(body)) + body + mac)
         self._sent += 1

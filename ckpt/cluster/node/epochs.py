@@ -1,34 +1,27 @@
-"""What each new epoch means for this node: told once, as soon as it is known where its ranks
-meet."""
+"""Epochs of the membership as they concern one node.
+
+A node reports each epoch to its keeper once, as soon as it is known where the epoch's ranks meet.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from ckpt.cluster.membership.api import MemberFacts, Membership
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, View
 from ckpt.cluster.mesh.connections import Mesh, MeshObserver
 from ckpt.cluster.mesh.messages import MeetingAddress, MeshMessage
 from ckpt.cluster.node.leading import EpochNote, epoch_note, peer_address
 
-# What a node needs from those who make it: a membership, whom it tells what, and how it is
-# reached.
-
-
-class NodeMembership(Membership, MemberFacts, Protocol):
-    """A driver of the membership: both of its seams."""
-
 
 @dataclass(frozen=True, slots=True)
 class NodeEpoch:
-    """An epoch as it concerns this node, complete: where its ranks meet is known.
+    """An epoch as it concerns this node, complete with the address where its ranks meet.
 
-    ``addresses`` of the lines by node, those of standbys too; ``peers``: where nodes lend their
-    memory; ``domains``: what fails together. ``meet``: None where this node has no ranks, or the
-    job ends. ``me``: this node's id in it.
+    By node, standbys too: ``addresses`` of their keepers in the mesh, ``peers``: where they serve
+    memory, ``domains``: their failure domains. ``meeting``: None if this node has no ranks in it,
+    or the job ends. ``me``: this node's id in it.
     """
 
     record: EpochRecord
@@ -41,40 +34,43 @@ class NodeEpoch:
 
     @property
     def number(self) -> int:
-        """Its number."""
+        """The epoch's number, which is its attempt's too."""
         return self.record.number
 
     @property
     def standbys(self) -> tuple[str, ...]:
-        """The nodes that lend memory and have no ranks."""
+        """The nodes that serve memory and have no ranks."""
         return tuple(sorted(node for node in self.peers if node not in self.record.ranks))
 
 
 @dataclass(frozen=True, slots=True)
 class NodeObserver:
-    """What a node tells its keeper, from threads of its own."""
+    """Callbacks of a node to its keeper, called in threads of the node: quick, and never raising.
+
+    Nodes are given by their ids.
+    """
 
     on_epoch: Callable[[NodeEpoch], object]
     on_standbys: Callable[[NodeEpoch], object]
-    """The epoch that was told goes on with other standbys, or was there before this node, which is
-    one."""
+    """The reported epoch has other standbys now; or this node is a standby, and the epoch was there
+    before it."""
     on_membership_lost: Callable[[str], object]
-    """This node is no member any more, so nothing of it may go on; it joins again by itself."""
+    """This node is no member any more, for this reason: its ranks must stop. It joins again by
+    itself."""
     on_message: Callable[[str, MeshMessage], object]
     on_connected: Callable[[str], object]
     on_disconnected: Callable[[str, str], object]
-    """A line to another node is up, or broke, with why."""
+    """A connection to a node broke, or dialling it failed, for this reason."""
     on_act_until: Callable[[float], None] = lambda until_s: None
-    """Its lease was prolonged: until when, of CLOCK_BOOTTIME in seconds, it may act."""
+    """The lease was renewed: the node may act until then, in seconds of CLOCK_BOOTTIME."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeDeps:
-    """How a node is reached. ``lines`` to others, for a node of that name; ``meeting``: where the
-    trainers of an epoch meet.
+    """What a node is given. ``open_mesh`` opens the mesh of a node with that id.
 
-    ``agent``: the launcher's own on this machine, which may live under this node's lease; "" where
-    there is none.
+    ``pick_meeting`` picks host and port at which the trainers of an epoch meet. ``agent``: the
+    launcher's agent on this machine, which may live under this node's lease; "": none.
     """
 
     open_mesh: Callable[[str, MeshObserver], Mesh]
@@ -83,135 +79,135 @@ class NodeDeps:
 
 
 class EpochTracker:
-    """See the module. ``meeting`` says where the trainers of an epoch shall meet, ``say`` says
-    something to another node.
+    """Finds out which epochs are new to this node, and where their ranks meet.
 
-    ``see`` and ``tell`` are for one thread; the rest is thread-safe.
+    ``pick_meeting``: see NodeDeps; ``send`` sends a message to another node. ``observe`` and
+    ``report`` are for one thread; the other methods are thread-safe.
     """
 
     def __init__(
         self,
-        told: NodeObserver,
+        observer: NodeObserver,
         *,
         pick_meeting: Callable[[], tuple[str, int]],
         send: Callable[[str, MeshMessage], object],
     ) -> None:
-        self._told = told
-        self._meeting = pick_meeting
-        self._say = send
+        self._observer = observer
+        self._pick_meeting = pick_meeting
+        self._send = send
         self._lock = threading.Lock()
-        self._meet: MeetingAddress | None = None
-        self._seen = 0
+        self._meeting: MeetingAddress | None = None
+        self._newest = 0
+        """Number of the newest epoch that is complete here."""
         self._epoch: NodeEpoch | None = None
 
     def forget_meeting(self) -> None:
-        """This node is about to join: what is said from now on is for its new self."""
+        """Call before this node joins: what arrives from now on is meant for its new id."""
         with self._lock:
-            self._meet = None
+            self._meeting = None
 
     def reset(self) -> None:
-        """It has joined, and has seen no epoch as its new self."""
+        """Call after this node has joined: under its new id it has seen no epoch."""
         with self._lock:
-            self._seen = 0
+            self._newest = 0
 
-    def receive_meeting(self, word: MeetingAddress) -> None:
-        """The node of rank 0 says where an epoch's ranks meet."""
+    def receive_meeting(self, meeting: MeetingAddress) -> None:
+        """Take the address that the node of rank 0 sent; the newest attempt's counts."""
         with self._lock:
-            if self._meet is None or word.attempt > self._meet.attempt:
-                self._meet = word
+            if self._meeting is None or meeting.attempt > self._meeting.attempt:
+                self._meeting = meeting
 
     def resend_meeting(self, node: str) -> None:
-        """There is a line again to a node that may not have heard where this one, that of rank 0,
-        has its ranks meet."""
+        """Send the meeting address to a node that is connected again, and may have missed it.
+
+        For the node of rank 0.
+        """
         with self._lock:
-            meet = self._meet
-        if meet is not None:
-            self._say(node, meet)
+            meeting = self._meeting
+        if meeting is not None:
+            self._send(node, meeting)
 
     def observe(self, view: View, me: NodeInfo, *, joined_at: int, began_at: int) -> bool:
-        """Look at the view's epoch, and tell of other standbys. True: it is new, and ``tell`` is
-        due.
+        """Take the view's epoch, and report changed standbys. True: it is new; call ``report``.
 
-        This node joined at revision ``joined_at``, the first time at ``began_at``: an epoch from
-        before is not its own, but a job's end concerns whoever was in it.
+        This node joined at revision ``joined_at``, the first time at ``began_at``. An epoch
+        published before it joined is not its own; but the end of a job concerns each node that was
+        in the job.
         """
         record, note = view.epoch, epoch_note(view)
         with self._lock:
-            seen = self._seen
-        if record is not None and record.number == seen:
-            self._see_members(view)
+            newest = self._newest
+        if record is not None and record.number == newest:
+            self._update_standbys(view)
             return False
-        if record is None or record.number <= seen:
+        if record is None or record.number <= newest:
             return False
         if view.epoch_revision < (joined_at if note.end is None else began_at):
-            self._see_from_outside(view, record, note, me)
+            self._observe_as_standby(view, record, note, me)
             return False
-        meet = None
+        meeting = None
         if note.end is None and me.node in record.ranks:
-            meet = self._meeting_of(record, me)
-            if meet is None:
-                return False
-        self._note(NodeEpoch(record, note, *_people(view), meet, me.node))
+            meeting = self._meeting_of(record, me)
+            if meeting is None:
+                return False  # rank 0's node has not sent it yet; its message leads here again
+        self._take(NodeEpoch(record, note, *_addresses(view), meeting, me.node))
         return True
 
     def report(self) -> None:
-        """Tell the epoch that ``see`` found to be new."""
+        """Report the epoch that ``observe`` found to be new."""
         if self._epoch is not None:
-            self._told.on_epoch(self._epoch)
+            self._observer.on_epoch(self._epoch)
 
-    def _see_from_outside(
+    def _observe_as_standby(
         self, view: View, record: EpochRecord, note: EpochNote, me: NodeInfo
     ) -> None:
-        """An epoch that was there before this node: it is a standby, and is told of nothing but who
-        is there."""
+        """Take an epoch that was there before this node, which is a standby in it."""
         if note.end is None and me.node not in record.ranks:
-            self._told.on_standbys(
-                self._note(NodeEpoch(record, note, *_people(view), None, me.node))
-            )
+            epoch = NodeEpoch(record, note, *_addresses(view), None, me.node)
+            self._take(epoch)
+            self._observer.on_standbys(epoch)
 
-    def _note(self, epoch: NodeEpoch) -> NodeEpoch:
+    def _take(self, epoch: NodeEpoch) -> None:
         with self._lock:
-            self._seen = epoch.number
+            self._newest = epoch.number
         self._epoch = epoch
-        return epoch
 
-    def _see_members(self, view: View) -> None:
-        """Standbys come and go within an epoch; who has ranks in it is of it until another one
-        follows."""
+    def _update_standbys(self, view: View) -> None:
+        """Standbys may change within an epoch; nodes with ranks do not."""
         if (before := self._epoch) is None:
             return
+        ranked = before.record.ranks
         addresses, peers, domains = (
-            {node: one for node, one in then.items() if node in before.record.ranks}
-            | {node: one for node, one in now.items() if node not in before.record.ranks}
-            for then, now in zip(
-                (before.addresses, before.peers, before.domains), _people(view), strict=True
+            {node: value for node, value in old.items() if node in ranked}
+            | {node: value for node, value in new.items() if node not in ranked}
+            for old, new in zip(
+                (before.addresses, before.peers, before.domains), _addresses(view), strict=True
             )
         )
         epoch = replace(before, addresses=addresses, peers=peers, domains=domains)
         if epoch != before:
             self._epoch = epoch
-            self._told.on_standbys(epoch)
+            self._observer.on_standbys(epoch)
 
     def _meeting_of(self, record: EpochRecord, me: NodeInfo) -> MeetingAddress | None:
-        """Where the epoch's ranks meet, where that is known. The node of rank 0 chooses it, and
-        says so."""
+        """Where the epoch's ranks meet, if known. Rank 0's node picks it and sends it to all."""
         with self._lock:
-            meet = self._meet
+            meeting = self._meeting
         if record.rank0_node != me.node:
-            return meet if meet is not None and meet.attempt == record.number else None
-        if meet is None or meet.attempt != record.number:
-            host, port = self._meeting()
-            meet = MeetingAddress(attempt=record.number, host=host, port=port)
+            return meeting if meeting is not None and meeting.attempt == record.number else None
+        if meeting is None or meeting.attempt != record.number:
+            host, port = self._pick_meeting()
+            meeting = MeetingAddress(attempt=record.number, host=host, port=port)
+            # Before it is sent: a node that connects in between gets it by ``resend_meeting``.
             with self._lock:
-                self._meet = meet
+                self._meeting = meeting
         for node in record.ranks:
-            self._say(node, meet)
-        return meet
+            self._send(node, meeting)
+        return meeting
 
 
-def _people(view: View) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """Of all members: where their lines are, where they lend memory, and what each fails together
-    with."""
+def _addresses(view: View) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Of all members: their addresses in the mesh, where they serve memory, their domains."""
     return (
         {member.node: member.info.address for member in view.members},
         {member.node: peer for member in view.members if (peer := peer_address(member.info))},

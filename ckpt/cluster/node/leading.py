@@ -1,4 +1,8 @@
-"""What a leader makes of what it sees and of what nodes said: the next epoch and its note. Pure."""
+"""The leader's decision: from a view and the nodes' reports to the next epoch and its note. Pure.
+
+``membership.decide`` decides which nodes an epoch has; this module, whether one is published now:
+why the last epoch failed, whether another may follow, or whether the job ends.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,20 @@ from ckpt.cluster.mesh.messages import NodeEnded, NodeFailed
 from ckpt.errors import IntegrityError
 from ckpt.format.canonical import prepare_decoders
 
-# What an epoch carries besides places: why it came, what to remember of failures, and the job's
-# end. Pure.
+# ---- the note of an epoch
 
 NOTE_CHARS_MAX = 4000
+"""Below the limit of the record that carries the note."""
 
 
 class EpochNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """``why`` the epoch came, for people.
+    """What an epoch carries besides places: its reason, the failure history, and the job's end.
 
-    ``fingerprint``, ``step``, ``same``, ``stuck``, ``completed``, ``overdue``: see
-    ``keeper.verdict.FailureHistory``. ``end``: all nodes leave with that status. ``era``: the first
-    epoch with the same nodes in the same places; what their keepers do together goes on within.
+    ``why`` the epoch was opened, for people. ``fingerprint``, ``step``, ``same``, ``stuck``,
+    ``completed``, ``overdue``: the fields of the keeper's FailureHistory; they travel here so that
+    the next leader decides as this one would have. ``end``: all nodes leave the job with that
+    status. ``era``: the placement generation, named by the first of the epochs in a row with the
+    same nodes in the same places; submissions of snapshots continue within it.
     """
 
     why: str = ""
@@ -43,7 +49,7 @@ prepare_decoders(EpochNote)
 
 
 def encode_note(note: EpochNote) -> str:
-    """As text; a reason that is too long is cut."""
+    """The note as text; a reason that is too long is cut."""
     text = msgspec.json.encode(note).decode()
     if len(text) <= NOTE_CHARS_MAX:
         return text
@@ -52,23 +58,22 @@ def encode_note(note: EpochNote) -> str:
 
 
 def decode_note(text: str) -> EpochNote:
-    """The note in ``text``; an empty one of no text. Raises IntegrityError."""
+    """The note in ``text``; of empty text, an empty note. Raises IntegrityError."""
     if not text:
         return EpochNote()
     try:
         return msgspec.json.decode(text, type=EpochNote)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise IntegrityError(f"an epoch's note is no note. why={error}") from error
+        raise IntegrityError(f"invalid note of an epoch. reason={error}") from error
 
 
-# What nodes said about one epoch after the other: whose trainers failed, whose ended. Not
-# thread-safe.
+# ---- reports of nodes: whose trainers failed, whose ended
 
 
 @dataclass(frozen=True, slots=True)
 class EpochReports:
-    """What is known of one epoch: failures by node, when each was heard, and the nodes all of whose
-    ranks ended well."""
+    """The reports of one epoch: failures by node, when each arrived, and the nodes of which all
+    ranks ended successfully."""
 
     failures: Mapping[str, NodeFailed]
     received_s: Mapping[str, float]
@@ -76,68 +81,76 @@ class EpochReports:
 
 
 class NodeReports:
-    """The newest word of each node. Words may be of an epoch that this node has not seen yet."""
+    """The newest report of each node. Not thread-safe.
+
+    Reports may be of an epoch that this node has not seen yet.
+    """
 
     def __init__(self) -> None:
         self._failures: dict[str, tuple[NodeFailed, float]] = {}
         self._ended: dict[str, int] = {}
 
-    def add(self, node: str, word: NodeFailed | NodeEnded, now_s: float) -> None:
-        """Note a word, unless it is known or older than what is."""
-        match word:
+    def add(self, node: str, message: NodeFailed | NodeEnded, now_s: float) -> None:
+        """Add a report, unless one as new or newer of that node is there."""
+        match message:
             case NodeFailed():
-                known = self._failures.get(node)
-                if known is None or _age(known[0]) < _age(word):
-                    self._failures[node] = (word, now_s)
+                newest = self._failures.get(node)
+                if newest is None or _age(newest[0]) < _age(message):
+                    self._failures[node] = (message, now_s)
             case NodeEnded():
-                self._ended[node] = max(word.attempt, self._ended.get(node, 0))
+                self._ended[node] = max(message.attempt, self._ended.get(node, 0))
 
     def for_epoch(self, record: EpochRecord) -> EpochReports:
-        """Of an epoch's nodes. A node that can't go on said so once, and it holds in each epoch
-        that still places it."""
-        known = {
+        """The reports of an epoch's nodes.
+
+        A node that can't continue sends one final failure, which counts in each later epoch that
+        still places the node.
+        """
+        failures = {
             node: self._failures[node]
             for node in record.ranks
             if node in self._failures and _concerns(self._failures[node][0], record.number)
         }
         return EpochReports(
-            {node: word for node, (word, _) in known.items()},
-            {node: at_s for node, (_, at_s) in known.items()},
+            {node: message for node, (message, _) in failures.items()},
+            {node: at_s for node, (_, at_s) in failures.items()},
             frozenset(node for node in record.ranks if self._ended.get(node) == record.number),
         )
 
     def forget(self, view: View) -> None:
-        """Drop what says nothing about the view's epoch or a later one."""
+        """Drop reports that concern neither the view's epoch nor a later one."""
         number = view.epoch.number if view.epoch is not None else 0
         self._failures = {
-            node: (word, at_s)
-            for node, (word, at_s) in self._failures.items()
-            if word.attempt >= number or (word.final and node in view.by_node)
+            node: (message, at_s)
+            for node, (message, at_s) in self._failures.items()
+            if message.attempt >= number or (message.final and node in view.by_node)
         }
         self._ended = {node: attempt for node, attempt in self._ended.items() if attempt >= number}
 
 
-def _age(word: NodeFailed) -> tuple[int, bool]:
-    return word.attempt, word.final
+def _age(message: NodeFailed) -> tuple[int, bool]:
+    return message.attempt, message.final
 
 
-def _concerns(word: NodeFailed, number: int) -> bool:
-    return word.attempt == number or (word.final and word.attempt < number)
+def _concerns(message: NodeFailed, number: int) -> bool:
+    return message.attempt == number or (message.final and message.attempt < number)
 
+
+# ---- the next epoch
 
 ALL_ENDED = "all ranks ended"
 
 PEER_CAPABILITY = "peer="
-"""How a node's capabilities begin where they say where it lends its memory,"""
+"""Prefix of the capability that names the address at which a node serves memory."""
 FLOOR_CAPABILITY = "attempt="
-"""and the greatest attempt that its keeper knows of: each epoch exceeds it, whatever the membership
-remembers."""
+"""Prefix of the capability that names the greatest attempt that a node's keeper knows of. Each
+epoch exceeds it, even if the membership's data were lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureDecision:
-    """What a judge says: ``note`` for the next epoch (None: no reason for one), or look again at
-    ``until_s``."""
+    """What follows from failures: ``note`` of the next epoch (None: no reason for one), or decide
+    again at ``until_s``."""
 
     note: EpochNote | None = None
     until_s: float | None = None
@@ -154,14 +167,14 @@ DecideFailures = Callable[
     ],
     FailureDecision,
 ]
-"""Of the epoch's note, failures by node, lost nodes since when, nodes that ended, when each failure
-was heard, and now."""
+"""Decides by the epoch's note, failures by node, since when nodes are lost, nodes that ended, when
+each failure arrived, and now."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpochProblems:
-    """What is known of the epoch of a view; ``lost``: its nodes that are dead and had not ended,
-    since when."""
+    """What went wrong in a view's epoch. ``lost``: dead nodes that had not ended, and since when
+    they are known to be dead."""
 
     reported: EpochReports
     lost: Mapping[str, float]
@@ -177,7 +190,7 @@ class NextEpoch:
 
 
 def epoch_note(view: View) -> EpochNote:
-    """The note of the view's epoch; an empty one where there is none."""
+    """The note of the view's epoch; an empty one if there is no epoch."""
     return decode_note(view.epoch.note) if view.epoch is not None else EpochNote()
 
 
@@ -187,108 +200,110 @@ def epoch_floor(view: View) -> int:
 
 
 def peer_address(info: NodeInfo) -> str:
-    """Where a node lends its memory; "" where it doesn't say."""
-    return _said(info, PEER_CAPABILITY)
+    """The address at which a node serves memory; "": it names none."""
+    return _capability(info, PEER_CAPABILITY)
 
 
 def end_unseen(view: View) -> bool:
-    """Whether the epoch is a job's end that members of that job have yet to see: each leaves when
-    it does."""
+    """Whether the epoch is the end of a job that some of its members have not seen yet.
+
+    Each member leaves when it sees the end; the leader opens no epoch before all have seen it.
+    """
     return epoch_note(view).end is not None and any(
         member.joined_revision < view.epoch_revision for member in view.members
     )
 
 
 def assess(
-    view: View, trouble: EpochProblems, judge: DecideFailures, now_s: float
+    view: View, problems: EpochProblems, decide_failures: DecideFailures, now_s: float
 ) -> FailureDecision:
-    """What an epoch's failures amount to. Where none of its nodes is left there is nothing to go on
-    from, or to judge."""
-    record, reported = view.epoch, trouble.reported
+    """What follows from the problems of the view's epoch.
+
+    If none of its nodes is left, nothing: the next epoch starts anew.
+    """
+    record, reported = view.epoch, problems.reported
     note = epoch_note(view)
     if record is None or note.end is not None:
         return FailureDecision()
+    # Before any failure is looked at: nodes leave after they ended, which is no loss.
     if reported.ended == frozenset(record.ranks):
         return FailureDecision(EpochNote(why=ALL_ENDED, end=0))
-    if _nobody_left(record, trouble):
+    if _none_left(record, problems):
         return FailureDecision()
-    return judge(note, reported.failures, trouble.lost, reported.ended, reported.received_s, now_s)
+    return decide_failures(
+        note, reported.failures, problems.lost, reported.ended, reported.received_s, now_s
+    )
 
 
 def next_epoch(
-    view: View, decision: MembershipDecision, verdict: FailureDecision, trouble: EpochProblems
+    view: View,
+    decision: MembershipDecision,
+    failure_decision: FailureDecision,
+    problems: EpochProblems,
 ) -> NextEpoch | None:
-    """What is to be published now, if anything.
+    """The epoch to publish now; None: none.
 
-    A rank that ended is never started again: once a node's ranks have, no epoch follows but the
-    end. While an exception waits to be explained the world does not grow, and while a lost node is
-    waited for nothing starts anew without it.
+    A rank that ended is never started again: once a node's ranks have ended, only the end of the
+    job follows. While an exception waits for its explanation the world does not grow, and while a
+    lost node may come back no epoch starts without it.
     """
-    epoch, found = view.epoch, verdict.note
-    if epoch is not None and found is not None and found.end is not None:
-        return _next(view, _again(view, epoch), found, found.why)
-    if trouble.reported.ended or verdict.until_s is not None:
-        return None
+    epoch, note = view.epoch, failure_decision.note
+    if epoch is not None and note is not None and note.end is not None:
+        return _next(view, _repeated(view, epoch), note, note.why)
+    if problems.reported.ended or failure_decision.until_s is not None:
+        return None  # wait for the other nodes' ends, or for a better explanation
     if isinstance(decision, NewEpoch):
-        gathers = epoch is None or _nobody_left(epoch, trouble)
-        before = EpochNote() if gathers else found or epoch_note(view)
+        gathers = epoch is None or _none_left(epoch, problems)
+        before = EpochNote() if gathers else note or epoch_note(view)
         return _next(view, decision.record, before, decision.reason, decision.remove)
-    if epoch is not None and found is not None and not trouble.lost:
-        return _next(view, _again(view, epoch), found, found.why)
+    if epoch is not None and note is not None and not problems.lost:
+        return _next(view, _repeated(view, epoch), note, note.why)
     return None
 
 
 def _next(
-    view: View, record: EpochRecord, found: EpochNote, why: str, remove: tuple[str, ...] = ()
+    view: View, record: EpochRecord, note: EpochNote, why: str, remove: tuple[str, ...] = ()
 ) -> NextEpoch:
     old = view.epoch
     same = old is not None and old.places == record.places
     era = (epoch_note(view).era or old.number) if same and old is not None else record.number
-    note = EpochNote(
-        why=why,
-        fingerprint=found.fingerprint,
-        step=found.step,
-        same=found.same,
-        stuck=found.stuck,
-        completed=found.completed,
-        overdue=found.overdue,
-        end=found.end,
-        era=era,
-    )
-    return NextEpoch(record, note, remove)
+    return NextEpoch(record, msgspec.structs.replace(note, why=why, era=era), remove)
 
 
-def _again(view: View, epoch: EpochRecord) -> EpochRecord:
-    """The same nodes in the same places, once more."""
+def _repeated(view: View, epoch: EpochRecord) -> EpochRecord:
+    """The next epoch with the same nodes in the same places."""
     assert view.leader is not None, "this node"
+    # A keeper may know of an attempt that the membership has forgotten.
     number = max(epoch.number, epoch_floor(view)) + 1
     return replace(epoch, number=number, leader=view.leader.node, removed=(), resumes=None)
 
 
-def _nobody_left(epoch: EpochRecord, trouble: EpochProblems) -> bool:
-    return set(trouble.lost) == set(epoch.ranks)
+def _none_left(epoch: EpochRecord, problems: EpochProblems) -> bool:
+    return set(problems.lost) == set(epoch.ranks)
 
 
 def _floor(info: NodeInfo) -> int:
-    text = _said(info, FLOOR_CAPABILITY)
+    text = _capability(info, FLOOR_CAPABILITY)
     return int(text) if text.isascii() and text.isdecimal() else 0
 
 
-def _said(info: NodeInfo, what: str) -> str:
-    return next((one.removeprefix(what) for one in info.capabilities if one.startswith(what)), "")
+def _capability(info: NodeInfo, prefix: str) -> str:
+    return next(
+        (text.removeprefix(prefix) for text in info.capabilities if text.startswith(prefix)), ""
+    )
 
 
-# Which nodes a node keeps a line to. Pure.
+# ---- the topology of the mesh
 
 FULL_MESH_NODES_MAX = 64
-"""Up to so many nodes everybody has a line to everybody."""
+"""Up to so many nodes each is connected to each other."""
 
 
 def mesh_topology(view: View, me: str) -> dict[str, str]:
-    """The addresses, by node, to which ``me`` keeps lines.
+    """The nodes to which ``me`` keeps connections, and their addresses.
 
-    With many nodes: to the leader and the node of rank 0, who have lines to all, and to both
-    neighbours in a ring of all members, so that two at least see each node's end.
+    With many nodes: the leader and the node of rank 0, which are connected to all, and both
+    neighbours in a ring of all members, so that at least two witnesses see each node's death.
     """
     addresses = {member.node: member.info.address for member in view.members if member.info.address}
     nodes = sorted(addresses)
@@ -299,12 +314,12 @@ def mesh_topology(view: View, me: str) -> dict[str, str]:
 
 
 def _centres(view: View) -> set[str]:
-    found = {view.leader.node} if view.leader is not None else set()
-    return found | {view.epoch.rank0_node} if view.epoch is not None else found
+    leader = {view.leader.node} if view.leader is not None else set()
+    return leader | {view.epoch.rank0_node} if view.epoch is not None else leader
 
 
 def _neighbours(nodes: Sequence[str], me: str) -> set[str]:
     if me not in nodes:
         return set()
-    at = nodes.index(me)
-    return {nodes[at - 1], nodes[(at + 1) % len(nodes)]}
+    position = nodes.index(me)
+    return {nodes[position - 1], nodes[(position + 1) % len(nodes)]}

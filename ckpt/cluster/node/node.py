@@ -1,9 +1,8 @@
-"""One node in its job's membership: joins, watches, leads when nobody else does, and tells what
-each new epoch means here.
+"""One node in its job's membership: joins, watches, leads if no other node does, reports epochs.
 
-Two threads. One waits for changes; the other acts on what is known: the newest view, what other
-nodes said over their lines, and what this node's keeper said. What follows is decided by pure
-functions (``membership.decide``, ``Judge``) and done here.
+Two threads. One waits for changes of the membership. The other acts on what is known: the newest
+view, what other nodes reported over the mesh, and what this node's keeper reported. Pure functions
+decide (``membership.decide``, ``leading``); this module does what they say.
 """
 
 from __future__ import annotations
@@ -13,20 +12,22 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from ckpt.cluster.membership.api import Leading, LeaseStatus, Published
 from ckpt.cluster.membership.decide import (
     MembershipOptions,
+    WaitForNodes,
     WaitTimers,
     confirmed_suspects,
     decide,
     update_timers,
 )
 from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.member import KeyspaceMembership
+from ckpt.cluster.membership.outcomes import Leading, LeaseStatus, Published
 from ckpt.cluster.membership.records import NodeInfo, StateInventory, View, encode_inventory
 from ckpt.cluster.membership.transactions import INVENTORY_FACT
 from ckpt.cluster.mesh.connections import Mesh, MeshObserver
 from ckpt.cluster.mesh.messages import MeetingAddress, MeshMessage, NodeEnded, NodeFailed
-from ckpt.cluster.node.epochs import EpochTracker, NodeDeps, NodeMembership, NodeObserver
+from ckpt.cluster.node.epochs import EpochTracker, NodeDeps, NodeObserver
 from ckpt.cluster.node.leading import (
     DecideFailures,
     EpochProblems,
@@ -43,39 +44,44 @@ from ckpt.cluster.node.leading import (
 from ckpt.errors import CkptError, FencedError, InternalError
 from ckpt.events import Emit, Event
 
-# What a node thinks of the others' lines, and what of it the membership has been told.
-# Thread-safe.
+# ---- failure detector
 
 
 class FailureDetector:
-    """Of one membership of this node: a new one begins with none."""
+    """Turns refused and restored connections into suspicions to write or withdraw. Thread-safe.
+
+    It belongs to one join of this node: after the next one no suspicion of it is left.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._due: dict[str, str | None] = {}
-        """What is to be told, by node; None: that it is taken back."""
-        self._told: set[str] = set()
+        """Suspicions to write, by node; None: to withdraw."""
+        self._suspected: set[str] = set()
+        """Nodes of which a suspicion may be in the membership."""
 
     def node_refused(self, node: str, why: str) -> None:
-        """Its machine answers, and nobody listens there any more."""
+        """The node's machine answers, but no keeper listens there: the process is dead."""
         with self._lock:
-            if node not in self._told or node in self._due:
+            if node not in self._suspected or node in self._due:
                 self._due[node] = why
 
     def node_reached(self, node: str) -> None:
-        """A line to it is up."""
+        """A connection to the node is up."""
         with self._lock:
-            if node in self._told or node in self._due:
+            if node in self._suspected or node in self._due:
                 self._due[node] = None
 
     def report(self, view: View, suspect: Callable[[str, str | None], object]) -> None:
-        """Tell what is due about those who are still members. What can't be told now is told the
-        next time."""
+        """Write what is due about current members by ``suspect``. If that raises, the rest is
+        written at the next call."""
         with self._lock:
             due, self._due = self._due, {}
             due = {node: why for node, why in due.items() if node in view.by_node}
-            # Noted first: who is reached meanwhile must find that there is something to take back.
-            self._told = {node for node in self._told if node in view.by_node} | due.keys()
+            # Before the call: if the node is reached during it, there is a suspicion to withdraw.
+            self._suspected = {
+                node for node in self._suspected if node in view.by_node
+            } | due.keys()
         try:
             while due:
                 node, why = next(iter(due.items()))
@@ -83,32 +89,34 @@ class FailureDetector:
                 del due[node]
                 with self._lock:
                     if why is None and node not in self._due:
-                        self._told.discard(node)
+                        self._suspected.discard(node)
         finally:
             with self._lock:
                 self._due = due | self._due
 
 
 LOOK_S = 1.0
-"""How often time alone may have changed what follows."""
+"""How often decisions are made again, since time alone may change them."""
 VIEW_S = 5.0
-"""How often the membership is read where nothing is said to have changed: each of N nodes reads of
-all N."""
+"""How often the membership is read if no change is reported. Each of N nodes reads N members."""
 RETRY_S = 0.2
 CLOSE_WAIT_S = 60.0
-"""How long leaving waits for a call to the membership that is on its way."""
+"""How long ``close`` waits for a call to the membership that is under way."""
 
 
 class Node:
-    """See the module.
+    """One node. ``info`` describes it, anew for each join; the two threads start at once.
 
-    ``grow_wait_s``: so long an epoch lasts before one follows only because there are more nodes:
-    each costs a warm restart, and nodes that come one after the other shall come together.
+    ``grow_wait_s``: how long an epoch lasts before another one follows only because more nodes have
+    joined. Each costs a warm restart, so nodes that join one after the other should enter together.
+
+    It has more attributes than our limit: what the keeper, the mesh and the two threads share is
+    guarded by one condition, ``_changed``; the acting thread's own state stands last.
     """
 
     def __init__(
         self,
-        member: NodeMembership,
+        member: KeyspaceMembership,
         info: Callable[[], NodeInfo],
         options: MembershipOptions,
         *,
@@ -121,30 +129,31 @@ class Node:
         self._member = member
         self._info = info
         self._options = options
-        self._judge = decide_failures
-        self._told = observer
-        self._tell = emit
-        self._make_lines, self._agent = deps.open_mesh, deps.agent
+        self._decide_failures = decide_failures
+        self._observer = observer
+        self._emit = emit
+        self._open_mesh, self._agent = deps.open_mesh, deps.agent
         self._epochs = EpochTracker(observer, pick_meeting=deps.pick_meeting, send=self.send)
         self._grow_wait_s = grow_wait_s
         self._changed = threading.Condition()
         self._stopped = self._over = self._rejoin = self._dirty = False
-        self._lines: Mesh | None = None
+        self._mesh: Mesh | None = None
         self._me: NodeInfo | None = None
-        self._joining: NodeInfo | None = None  # a member, which has not seen itself as one yet
+        self._joining: NodeInfo | None = None
+        """Joined, but the view after it has not been read yet: read it again, don't join again."""
         self._began_at = self._joined_at = 0
-        """Revisions at which this node joined, the first time and last."""
+        """Revisions at which this node joined first and last."""
         self._view: View | None = None
         self._reports = NodeReports()
-        self._mine: NodeFailed | NodeEnded | None = None
-        self._holdings: bytes | None = None
-        self._suspects = FailureDetector()
-        # For the thread that acts alone:
-        self._since = (0, 0.0)
-        self._noticed = WaitTimers()
-        self._said_holdings: tuple[str, bytes] | None = None
+        self._own_report: NodeFailed | NodeEnded | None = None
+        self._inventory: bytes | None = None
+        self._detector = FailureDetector()
+        # Of the acting thread alone:
+        self._epoch_since = (0, 0.0)
+        self._timers = WaitTimers()
+        self._put_inventory: tuple[str, bytes] | None = None
         self._lost: dict[str, float] = {}
-        self._said = ""
+        self._reported_text = ""
         self._threads = [
             threading.Thread(target=self._watch, name="ckpt-node-watch", daemon=True),
             threading.Thread(target=self._act, name="ckpt-node", daemon=True),
@@ -152,7 +161,7 @@ class Node:
         for thread in self._threads:
             thread.start()
 
-    # ---- from the keeper; thread-safe, and quick
+    # ---- called by the keeper: thread-safe, and quick
 
     @property
     def node_id(self) -> str:
@@ -161,66 +170,71 @@ class Node:
 
     @property
     def lease_status(self) -> LeaseStatus:
-        """What this node may do now."""
+        """What this node may do now. Makes no call."""
         return self._member.lease_status()
 
     @property
     def refused(self) -> int:
-        """How many connections were refused since it last joined: they proved nothing."""
-        lines = self._lines
-        return 0 if lines is None else lines.refused
+        """How many connections this node refused since it last joined."""
+        mesh = self._mesh
+        return 0 if mesh is None else mesh.refused
 
-    def send(self, node: str, word: MeshMessage) -> bool:
-        """Say something to another node's keeper; False where there is no line to it now."""
-        lines = self._lines
-        return lines is not None and lines.send(node, word)
+    def send(self, node: str, message: MeshMessage) -> bool:
+        """Send a message to another node's keeper; False if no connection to it is up now."""
+        mesh = self._mesh
+        return mesh is not None and mesh.send(node, message)
 
     def is_connected(self, node: str) -> bool:
-        """Whether there is a line to that node now."""
-        lines = self._lines
-        return lines is not None and node in lines.connected_nodes()
+        """Whether a connection to that node is up now."""
+        mesh = self._mesh
+        return mesh is not None and node in mesh.connected_nodes()
 
     def report_failure(self, failure: NodeFailed) -> None:
-        """The trainers of this node are dead, because of this; the next epoch may begin."""
-        self._say_mine(failure)
+        """Report to the leader that this node's trainers are dead; the next epoch may begin."""
+        self._report(failure)
 
     def report_ended(self, attempt: int) -> None:
-        """All ranks of this node ended well."""
-        self._say_mine(NodeEnded(attempt=attempt))
+        """Report to the leader that all ranks of this node ended successfully."""
+        self._report(NodeEnded(attempt=attempt))
 
-    def put_inventory(self, holdings: StateInventory) -> None:
-        """What this node has of a world's ranks: who leads gives it, rather than another standby,
-        the place of one of them."""
-        data = encode_inventory(holdings)
+    def put_inventory(self, inventory: StateInventory) -> None:
+        """Write to the membership which ranks' state this node has in memory.
+
+        The leader gives their place to this standby rather than to another one.
+        """
+        data = encode_inventory(inventory)
         with self._changed:
-            if data != self._holdings:
-                self._holdings = data
+            if data != self._inventory:
+                self._inventory = data
                 self._touch()
 
     def close(self, *, keep: bool = False) -> None:
-        """Leave the membership and hang up. ``keep``: another keeper of this node takes it on."""
+        """Leave the membership and close the mesh. ``keep``: another keeper of this node takes the
+        membership on."""
         with self._changed:
             self._stopped = True
             self._touch()
         for thread in self._threads:
             thread.join(CLOSE_WAIT_S)
         self._leave(keep=keep)
-        if self._lines is not None:
-            self._lines.close()
+        if self._mesh is not None:
+            self._mesh.close()
 
-    def _say_mine(self, word: NodeFailed | NodeEnded) -> None:
+    def _report(self, message: NodeFailed | NodeEnded) -> None:
         with self._changed:
-            self._mine = word
+            self._own_report = message
             self._touch()
-        self._pass_on_mine()
+        self._send_own_report()
 
     def _leave(self, *, keep: bool = False) -> None:
         try:
             self._member.leave(keep=keep)
         except CkptError as error:
-            self._tell(Event("leave-failed", f"the membership ends by itself: {error}"))
+            self._emit(
+                Event("leave-failed", f"the lease could not be ended, and will expire: {error}")
+            )
 
-    # ---- the thread that waits
+    # ---- the watching thread
 
     def _watch(self) -> None:
         while not self._done:
@@ -228,32 +242,32 @@ class Node:
             try:
                 lost = self._member.lease_status().state is LeaseState.LOST
                 if me is not None and self._rejoin and self._joining is None and not lost:
-                    self._pause(RETRY_S)  # its lease has yet to learn it
+                    self._pause(RETRY_S)  # the keepalive has not noticed yet
                     continue
                 if me is None or self._rejoin:
                     me = self._join()
                 view = self._member.view()
                 if me.node not in view.by_node:
                     raise FencedError(f"this node is no member any more. node={me.node}")
-                self._said = ""
-                self._see(view, me)
+                self._reported_text = ""
+                self._take_view(view, me)
                 self._wait_change(view)
             except FencedError as error:
-                self._lose(str(error), me)
+                self._on_lost(str(error), me)
             except CkptError as error:
-                self._say_once(
+                self._report_once(
                     "membership-waits", f"the membership can't be reached, tried again: {error}"
                 )
                 self._pause(RETRY_S)
-            except Exception as error:  # noqa: BLE001  a thread's border
-                self._say_once(
+            except Exception as error:  # noqa: BLE001  the border of a thread
+                self._report_once(
                     "membership-failed",
                     f"{InternalError(f'the membership failed. cause={error!r}')}",
                 )
                 self._pause(LOOK_S)
 
     def _wait_change(self, view: View) -> None:
-        """Until the membership is to be read again."""
+        """Wait until the membership should be read again."""
         until_s = time.monotonic() + VIEW_S
         while not (
             self._done or self._rejoin or self._member.wait_change(view.revision, timeout_s=LOOK_S)
@@ -264,58 +278,59 @@ class Node:
     def _join(self) -> NodeInfo:
         info = self._joining
         if info is None or self._member.lease_status().state is LeaseState.LOST:
-            self._joining = info = self._come()
-        view = (
-            self._member.view()
-        )  # where this fails it is asked again: by now this node is a member
+            self._joining = info = self._join_anew()
+        view = self._member.view()  # if this raises, ``_joining`` leads here again
         joined_at = (
             view.by_node[info.node].joined_revision if info.node in view.by_node else view.revision
         )
         with self._changed:
             self._me, self._joining, self._rejoin = info, None, False
             self._joined_at = joined_at
-            # Revisions of a membership whose data were lost begin anew.
+            # If the keyspace lost its data, revisions begin anew: then the last join counts.
             self._began_at = min(self._began_at or joined_at, joined_at)
             self._epochs.reset()
-        self._tell(Event("joined", f"this node is {info.node} of its job", {"node": info.node}))
+        self._emit(Event("joined", f"this node is {info.node} of its job", {"node": info.node}))
         return info
 
-    def _come(self) -> NodeInfo:
-        """Become a member, with lines of its own."""
-        if self._lines is not None:
-            self._lines.close()
-            self._lines = None
-        with self._changed:  # before anybody can reach this node: what is said once it has joined is for its new self
+    def _join_anew(self) -> NodeInfo:
+        """Become a member under a new id, with a new mesh."""
+        if self._mesh is not None:
+            self._mesh.close()
+            self._mesh = None
+        # Before the new mesh is open: what arrives there is meant for the new id.
+        with self._changed:
             self._view = None
-            self._suspects = FailureDetector()
+            self._detector = FailureDetector()
         self._epochs.forget_meeting()
-        heard = MeshObserver(
-            on_message=self._on_word, on_connected=self._on_up, on_disconnected=self._on_down
+        observer = MeshObserver(
+            on_message=self._on_message,
+            on_connected=self._on_connected,
+            on_disconnected=self._on_disconnected,
         )
         info = self._info()
-        self._lines = self._make_lines(info.node, heard)
-        info = replace(info, address=f"{info.address}:{self._lines.port}")
+        self._mesh = self._open_mesh(info.node, observer)
+        info = replace(info, address=f"{info.address}:{self._mesh.port}")
         self._member.join(info, agent=self._agent)
         return info
 
-    def _lose(self, why: str, me: NodeInfo | None) -> None:
-        """The membership of ``me`` is over, whoever notices it first."""
+    def _on_lost(self, reason: str, me: NodeInfo | None) -> None:
+        """Report once, whichever thread notices it, that the membership of ``me`` is over."""
         with self._changed:
-            news = me is not None and me is self._me and not self._rejoin and not self._done
-            if news:
+            first = me is not None and me is self._me and not self._rejoin and not self._done
+            if first:
                 self._rejoin, self._view = True, None
-        if news:
-            self._told.on_membership_lost(why)
+        if first:
+            self._observer.on_membership_lost(reason)
         self._pause(RETRY_S)
 
-    def _see(self, view: View, me: NodeInfo) -> None:
-        """Take a view for what is known, unless a newer one is."""
+    def _take_view(self, view: View, me: NodeInfo) -> None:
+        """Keep ``view`` as the newest one, unless a newer one is there or this node joined anew."""
         with self._changed:
-            known = self._view
+            newest = self._view
             if (
                 me is self._me
                 and not self._rejoin
-                and (known is None or known.revision <= view.revision)
+                and (newest is None or newest.revision <= view.revision)
             ):
                 self._view = view
                 self._touch()
@@ -332,22 +347,22 @@ class Node:
         self._dirty = True
         self._changed.notify_all()
 
-    # ---- the lines' thread
+    # ---- called in the mesh's thread
 
-    def _on_word(self, node: str, word: MeshMessage) -> None:
-        match word:
+    def _on_message(self, node: str, message: MeshMessage) -> None:
+        match message:
             case NodeFailed() | NodeEnded():
                 with self._changed:
-                    self._reports.add(node, word, time.monotonic())
+                    self._reports.add(node, message, time.monotonic())
                     self._touch()
             case MeetingAddress():
-                self._epochs.receive_meeting(word)
+                self._epochs.receive_meeting(message)
                 with self._changed:
                     self._touch()
             case _:
-                self._told.on_message(node, word)
+                self._observer.on_message(node, message)
 
-    def _on_up(self, node: str) -> None:
+    def _on_connected(self, node: str) -> None:
         with self._changed:
             me = self._me
             root = (
@@ -355,28 +370,30 @@ class Node:
                 if self._view is not None and self._view.epoch is not None
                 else ""
             )
-            self._suspects.node_reached(node)
+            self._detector.node_reached(node)
             self._touch()
-        self._pass_on_mine()
+        # What was sent over the last connection may be lost.
+        self._send_own_report()
         if me is not None and root == me.node:
             self._epochs.resend_meeting(node)
-        self._told.on_connected(node)
+        self._observer.on_connected(node)
 
-    def _on_down(self, node: str, why: str) -> None:
+    def _on_disconnected(self, node: str, reason: str) -> None:
         with self._changed:
-            if why.startswith("refused"):
-                self._suspects.node_refused(node, why)
+            # Only a refusal is evidence. Silence may be the network's, and the lease will tell.
+            if reason.startswith("refused"):
+                self._detector.node_refused(node, reason)
             self._touch()
-        self._told.on_disconnected(node, why)
+        self._observer.on_disconnected(node, reason)
 
-    def _pass_on_mine(self) -> None:
-        mine, lines = self._mine, self._lines
-        if mine is None or lines is None:
+    def _send_own_report(self) -> None:
+        report, mesh = self._own_report, self._mesh
+        if report is None or mesh is None:
             return
-        for node in lines.connected_nodes():
-            lines.send(node, mine)
+        for node in mesh.connected_nodes():
+            mesh.send(node, report)
 
-    # ---- the thread that acts
+    # ---- the acting thread
 
     def _act(self) -> None:
         until_s = 0.0
@@ -386,62 +403,65 @@ class Node:
                     lambda: self._dirty or self._done, max(0.0, until_s - time.monotonic())
                 )
                 self._dirty = False
-                view, me, lines = self._view, self._me, self._lines
+                view, me, mesh = self._view, self._me, self._mesh
             until_s = time.monotonic() + LOOK_S
-            if view is None or me is None or lines is None or self._done:
+            if view is None or me is None or mesh is None or self._done:
                 continue
             try:
-                lines.set_targets(mesh_topology(view, me.node))
+                mesh.set_targets(mesh_topology(view, me.node))
                 until_s = min(until_s, self._on_view(view, me))
             except FencedError as error:
-                self._lose(str(error), me)
+                self._on_lost(str(error), me)
             except CkptError as error:
-                self._say_once(
+                self._report_once(
                     "membership-waits", f"the membership can't be reached, tried again: {error}"
                 )
                 self._pause(RETRY_S)
                 with self._changed:
                     self._touch()
-            except Exception as error:  # noqa: BLE001  a thread's border
-                self._say_once(
+            except Exception as error:  # noqa: BLE001  the border of a thread
+                self._report_once(
                     "membership-failed", f"{InternalError(f'leading failed. cause={error!r}')}"
                 )
                 self._pause(LOOK_S)
 
     def _on_view(self, view: View, me: NodeInfo) -> float:
-        """Act on what is known; returns when to look again."""
-        self._see_epoch(view, me)
+        """Act on the newest view; returns when to act again."""
+        self._observe_epoch(view, me)
         if self._over:
-            self._leave()  # at once: whoever starts this job again shall not find it here
+            self._leave()  # at once: the next launch of this job must not find this node
             return 0.0
-        self._suspects.report(view, self._suspect)
-        self._say_holdings(me)
-        gone = confirmed_suspects(view, self._options.witnesses_min)
+        self._detector.report(view, self._suspect)
+        self._write_inventory(me)
+        suspects = confirmed_suspects(view, self._options.witnesses_min)
         leads = view.leader is not None and view.leader.node == me.node
-        if me.node not in gone and (view.leader is None or view.leader.node in gone):
+        # A node that enough witnesses suspect does not lead, nor decide: it may be cut off itself.
+        if me.node not in suspects and (view.leader is None or view.leader.node in suspects):
             if isinstance(self._member.lead(view), Leading):
-                self._tell(Event("leads", "this node leads now"))
+                self._emit(Event("leads", "this node leads now"))
             else:
                 self._pause(RETRY_S)
-            self._look(me)
-        elif leads and me.node not in gone:
+            self._read_view(me)
+        elif leads and me.node not in suspects:
             return self._lead(view, me)
-        self._noticed = WaitTimers()
+        # Waits are counted only while this node leads without a break.
+        self._timers = WaitTimers()
         return time.monotonic() + LOOK_S
 
-    def _say_holdings(self, me: NodeInfo) -> None:
-        """Under this node's lease, so under another node id it is said again."""
-        data = self._holdings
-        if data is not None and self._said_holdings != (me.node, data):
+    def _write_inventory(self, me: NodeInfo) -> None:
+        """Write the inventory if it, or the node id, changed: it is deleted with the lease."""
+        data = self._inventory
+        if data is not None and self._put_inventory != (me.node, data):
             self._member.put_fact(INVENTORY_FACT, data)
-            self._said_holdings = (me.node, data)
+            self._put_inventory = (me.node, data)
 
-    def _suspect(self, node: str, why: str | None) -> None:
-        self._member.suspect(node, why)
-        text = f"{node} is suspected: {why}" if why is not None else f"{node} is suspected no more"
-        self._tell(Event("suspects", text, {"node": node}))
+    def _suspect(self, node: str, reason: str | None) -> None:
+        self._member.suspect(node, reason)
+        state = f"suspected: {reason}" if reason is not None else "suspected no more"
+        text = f"{node} is {state}"
+        self._emit(Event("suspects", text, {"node": node}))
 
-    def _see_epoch(self, view: View, me: NodeInfo) -> None:
+    def _observe_epoch(self, view: View, me: NodeInfo) -> None:
         if self._epochs.observe(view, me, joined_at=self._joined_at, began_at=self._began_at):
             self._over = epoch_note(view).end is not None
             with self._changed:
@@ -453,49 +473,51 @@ class Node:
         if end_unseen(view):
             return now_s + LOOK_S
         number = view.epoch.number if view.epoch is not None else 0
-        if self._since[0] != number:
-            self._since = (number, now_s)
-        may_grow = now_s >= self._since[1] + self._grow_wait_s
+        if self._epoch_since[0] != number:
+            self._epoch_since = (number, now_s)
+        may_grow = now_s >= self._epoch_since[1] + self._grow_wait_s
         options = replace(self._options, may_grow=may_grow, epoch_floor=epoch_floor(view))
-        self._noticed = update_timers(self._noticed, view, options, now_s)
-        decision = decide(view, self._noticed, options, now_s)
-        trouble = self._trouble(view, me, now_s)
-        verdict = assess(view, trouble, self._judge, now_s)
-        found = next_epoch(view, decision, verdict, trouble)
-        if found is None:
-            return min(
-                getattr(decision, "until_s", now_s + LOOK_S), verdict.until_s or now_s + LOOK_S
-            )
-        record = replace(found.record, note=encode_note(found.note))
-        if isinstance(self._member.publish(record, view, remove=found.remove), Published):
-            text = f"epoch {record.number}: {found.note.why}"
-            self._tell(Event("epoch-published", text, {"epoch": record.number}))
+        self._timers = update_timers(self._timers, view, options, now_s)
+        decision = decide(view, self._timers, options, now_s)
+        problems = self._problems(view, me, now_s)
+        failure_decision = assess(view, problems, self._decide_failures, now_s)
+        next_ = next_epoch(view, decision, failure_decision, problems)
+        if next_ is None:
+            until_s = decision.until_s if isinstance(decision, WaitForNodes) else now_s + LOOK_S
+            return min(until_s, failure_decision.until_s or now_s + LOOK_S)
+        # Losing the race is ordinary: the view is read again, and decided anew.
+        record = replace(next_.record, note=encode_note(next_.note))
+        if isinstance(self._member.publish(record, view, remove=next_.remove), Published):
+            text = f"epoch {record.number}: {next_.note.why}"
+            self._emit(Event("epoch-published", text, {"epoch": record.number}))
         else:
             self._pause(RETRY_S)
-        self._look(me)
+        self._read_view(me)
         return time.monotonic() + RETRY_S
 
-    def _trouble(self, view: View, me: NodeInfo, now_s: float) -> EpochProblems:
+    def _problems(self, view: View, me: NodeInfo, now_s: float) -> EpochProblems:
         """What is known to be wrong with the view's epoch."""
         record = view.epoch
         if record is None:
             return EpochProblems(EpochReports({}, {}, frozenset()), {})
         with self._changed:
-            if self._mine is not None:
-                self._reports.add(me.node, self._mine, now_s)
+            # The leader's own report does not travel over the mesh.
+            if self._own_report is not None:
+                self._reports.add(me.node, self._own_report, now_s)
             reported = self._reports.for_epoch(record)
-        out = confirmed_suspects(view, self._options.witnesses_min)
-        dead = [node for node in record.ranks if node not in view.by_node or node in out]
+        suspects = confirmed_suspects(view, self._options.witnesses_min)
+        dead = [node for node in record.ranks if node not in view.by_node or node in suspects]
+        # A node that ended is expected to leave. The time of a loss is kept from view to view.
         self._lost = {
             node: self._lost.get(node, now_s) for node in dead if node not in reported.ended
         }
         return EpochProblems(reported, self._lost)
 
-    def _look(self, me: NodeInfo) -> None:
-        """Read the membership again now, not when it is next said to have changed."""
-        self._see(self._member.view(), me)
+    def _read_view(self, me: NodeInfo) -> None:
+        """Read the membership now, without waiting for a change to be reported."""
+        self._take_view(self._member.view(), me)
 
-    def _say_once(self, kind: str, text: str) -> None:
-        if text != self._said and not self._done:
-            self._said = text
-            self._tell(Event(kind, text, alarm=True))
+    def _report_once(self, kind: str, text: str) -> None:
+        if text != self._reported_text and not self._done:
+            self._reported_text = text
+            self._emit(Event(kind, text, alarm=True))

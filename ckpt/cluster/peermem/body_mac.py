@@ -1,4 +1,8 @@
-"""What proves a body: a MAC over the head's MAC and all bytes, made while they pass."""
+"""MACs over the bodies of requests and answers, computed while the bytes are sent or received.
+
+A body's MAC covers the MAC of its head too. GMAC is loaded on first use: it needs the package
+``cryptography``.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ HMAC = "hmac-sha256"
 
 
 class BodyMac(Protocol):
-    """Takes a body's bytes in order."""
+    """The MAC of one body, whose bytes are given in order."""
 
     def update(self, data: memoryview | bytes, /) -> None:
-        """Take bytes in."""
+        """Add bytes."""
         ...
 
     def tag(self) -> bytes:
@@ -27,7 +31,7 @@ class BodyMac(Protocol):
 
 
 class HmacBody:
-    """HMAC-SHA256, its first half: what the standard library has."""
+    """The first half of HMAC-SHA256, from the standard library."""
 
     __slots__ = ("_hash",)
 
@@ -35,25 +39,22 @@ class HmacBody:
         self._hash = hmac.new(key, nonce, "sha256")
 
     def update(self, data: memoryview | bytes, /) -> None:
-        """See BodyMac. Releases the GIL for all but small data."""
         self._hash.update(data)
 
     def tag(self) -> bytes:
-        """See BodyMac."""
         return self._hash.digest()[:TAG_BYTES]
 
 
 def known_macs() -> tuple[str, ...]:
-    """The MACs that this process can make, fastest first: GMAC where ``cryptography`` is
-    installed."""
+    """The MACs that this process can compute, fastest first."""
     return (GMAC, HMAC) if importlib.util.find_spec("cryptography") else (HMAC,)
 
 
 def body_mac(name: str, key: bytes, *, counter: int, head_mac: bytes) -> BodyMac:
-    """The MAC of the body behind the head with ``head_mac``. ``counter`` is used for one body a key
-    and direction only.
+    """A new MAC for the body behind the head with ``head_mac``.
 
-    Raises UsageError for a name that this process can't make.
+    ``counter`` must be used for one body per key and direction only: it is the nonce, and two GMAC
+    tags with one nonce give the key away. Raises UsageError for an unknown name.
     """
     nonce = counter.to_bytes(12, "big")
     mac: BodyMac
@@ -62,6 +63,6 @@ def body_mac(name: str, key: bytes, *, counter: int, head_mac: bytes) -> BodyMac
     elif name == HMAC:
         mac = HmacBody(key, nonce)
     else:
-        raise UsageError(f"an unknown body MAC. name={name}")
+        raise UsageError(f"unknown body MAC. name={name}")
     mac.update(head_mac)
     return mac

@@ -1,16 +1,21 @@
-"""AES-256-GMAC. The only file here that needs the package ``cryptography``."""
+"""AES-256-GMAC.
+
+A module of its own, imported on first use: it needs the optional package ``cryptography``.
+"""
 
 from __future__ import annotations
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 _UPDATE_BYTES_MAX = 1 << 30
-"""Bytes handed to one call, whose lengths are C ints."""
+"""Bytes of one call to ``cryptography``, whose lengths are C ints."""
 
 
 class Gmac:
-    """One body's MAC. ``key`` and ``nonce`` together are used for one body only, or the key is
-    given away."""
+    """The GMAC of one body.
+
+    A pair of ``key`` and ``nonce`` must be used for one body only, or the key can be computed.
+    """
 
     __slots__ = ("_cipher",)
 
@@ -18,10 +23,10 @@ class Gmac:
         self._cipher = Cipher(algorithms.AES(key), modes.GCM(nonce)).encryptor()
 
     def update(self, data: memoryview | bytes) -> None:
-        """Take bytes in. Releases the GIL."""
+        """Add bytes. Releases the GIL."""
         view = memoryview(data)
-        for at in range(0, len(view), _UPDATE_BYTES_MAX):
-            self._cipher.authenticate_additional_data(view[at : at + _UPDATE_BYTES_MAX])
+        for start in range(0, len(view), _UPDATE_BYTES_MAX):
+            self._cipher.authenticate_additional_data(view[start : start + _UPDATE_BYTES_MAX])
 
     def tag(self) -> bytes:
         """The MAC, 16 bytes. Ends this object's use."""

@@ -1,4 +1,9 @@
-"""What is asked and answered, as values, and their one spelling as heads. Pure."""
+"""The protocol of peer memory: requests and answers as values, and their encoding as heads. Pure.
+
+HTTP/1.1 in one spelling: lower-case field names, one space, no field twice, the MAC's line last.
+The MAC covers every byte before its line and is compared first, so that no stranger's bytes reach
+the parser.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +19,14 @@ from ckpt.backends.base import Buffer, check_key
 from ckpt.cluster.peermem.auth import MAC_BYTES, NONCE_BYTES
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 
-# The heads of requests and answers, as bytes and as values. Pure.
-#
-# HTTP/1.1 in one spelling, and nothing beside it: lower-case names, one space, no header twice,
-# the MAC's line last. The MAC covers every byte before its line and is compared first, so that a
-# stranger's bytes are never taken apart.
+# ---- heads
 
 HEAD_BYTES_MAX = 8 << 10
-"""No head is longer; a quoted key takes 1.5 KiB at most, and no head has more than two."""
+"""No head is longer. A quoted key takes at most 1.5 KiB, and no head has more than two."""
 FIELDS_MAX = 16
-"""Lines of one head behind the first."""
+"""Fields of one head, that is lines after the first."""
 TAG_BYTES = 16
-"""What follows the bytes of every body and proves them."""
+"""The MAC behind the bytes of every body."""
 END = b"\r\n\r\n"
 
 REASONS = MappingProxyType(
@@ -66,25 +67,25 @@ class MalformedError(IntegrityError):
 
 @dataclass(frozen=True, slots=True)
 class HttpHead:
-    """The three words of a first line, and the fields behind it."""
+    """A parsed head: the three parts of its first line, and its fields."""
 
     start: tuple[str, str, str]
     fields: MappingProxyType[str, str]
 
     def text(self, name: str) -> str:
-        """The field's value. Raises MalformedError where it is missing."""
+        """The field's value. Raises MalformedError if it is missing."""
         if name not in self.fields:
             raise MalformedError(f"a field is missing. name={name}")
         return self.fields[name]
 
     def number(self, name: str, default: int | None = None) -> int:
-        """The field as a number in its one decimal spelling, below 10^18."""
+        """The field as a number below 10^18, in its one spelling. Raises MalformedError."""
         if default is not None and name not in self.fields:
             return default
         return parse_number(self.text(name), name)
 
     def only(self, *names: str) -> None:
-        """Raise MalformedError where there is a field beside ``names``."""
+        """Raise MalformedError if there is a field beside ``names``."""
         for name in self.fields:
             if name not in names:
                 raise MalformedError(f"an unknown field. name={name}")
@@ -104,17 +105,17 @@ def encode_head(start: str, fields: dict[str, str]) -> bytes:
 
 
 def with_mac(head: bytes, mac: bytes) -> bytes:
-    """The whole of a signed head."""
+    """A whole signed head."""
     return head + _MAC_FIELD + mac.hex().encode() + END
 
 
 def unsigned(head: bytes) -> bytes:
-    """The whole of a head that nobody vouches for."""
+    """A whole head without a MAC."""
     return head + b"\r\n"
 
 
 def split_mac(raw: bytes) -> tuple[bytes, bytes] | None:
-    """What a MAC covers, and the MAC; None where the head has none at its end."""
+    """The bytes that the MAC covers, and the MAC; None if the head does not end with one."""
     if len(raw) < _MAC_LINE_BYTES or not _MAC_LINE.fullmatch(raw, len(raw) - _MAC_LINE_BYTES):
         return None
     at = len(raw) - _MAC_LINE_BYTES
@@ -122,59 +123,59 @@ def split_mac(raw: bytes) -> tuple[bytes, bytes] | None:
 
 
 def parse_head(covered: bytes) -> HttpHead:
-    """The head in ``covered``, which is what ``encode_head`` makes. Raises MalformedError for
-    everything else."""
+    """The head in ``covered``, as ``encode_head`` makes it. Raises MalformedError for anything
+    else.
+    """
     try:
         text = covered.decode("ascii")
     except UnicodeDecodeError:
         raise MalformedError("a head is not ASCII.") from None
     if len(covered) > HEAD_BYTES_MAX or not text.endswith("\r\n"):
         raise MalformedError(
-            f"a head is too long or ends in the middle of a line. size_bytes={len(covered)}"
+            f"a head is too long, or its last line is incomplete. size_bytes={len(covered)}"
         )
     first, *lines = text[:-2].split("\r\n")
     if len(lines) > FIELDS_MAX:
         raise MalformedError(f"too many fields. count={len(lines)} limit={FIELDS_MAX}")
     start = _START.fullmatch(first)
     if start is None:
-        raise MalformedError("not the first line of a head.")
+        raise MalformedError("not a first line of a head.")
     fields: dict[str, str] = {}
     for line in lines:
-        found = _LINE.fullmatch(line)
-        if found is None or found[1] in fields:
-            raise MalformedError("not a field, or one that is there twice.")
-        fields[found[1]] = found[2]
+        match = _LINE.fullmatch(line)
+        if match is None or match[1] in fields:
+            raise MalformedError("not a field, or a duplicate one.")
+        fields[match[1]] = match[2]
     return HttpHead((start[1], start[2], start[3]), MappingProxyType(fields))
 
 
-# Putting only what changed: which ranges of an object are sent, and which are those of its base.
-# Pure.
+# ---- deltas: puts of which only the changed ranges are sent
 #
-# The table of ranges leads such a body: for each its offset and its length, 8 bytes each,
-# big-endian. The ranges' bytes follow in order. Everything between them is the base's.
+# The body begins with the table of ranges: offset and length of each, 8 bytes each, big-endian. The
+# bytes of the ranges follow in order. All bytes between the ranges are those of the base.
 
 RANGE_BYTES = 16
 """One entry of the table."""
 
 RANGES_MAX = 4096
-"""Most ranges of one put: a table of 64 KiB, well inside what a connection may take."""
+"""Ranges of one put: a table of 64 KiB, well within the memory of one connection."""
 
 ByteRange = tuple[int, int]
 """Offset and length in bytes."""
 
 
 class BaseGoneError(NotFoundError):
-    """The peer does not have the base any more, or has another content of it: put the whole
-    object."""
+    """The peer no longer has this content of the base: put the whole object."""
 
     code = "base-gone"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredContent:
-    """One content of a key in a peer's memory, as the peer named it when that was put.
+    """One content of a key in a peer's memory, as the peer named it when it was put.
 
-    ``version`` tells it from all others of one start of the peer's server, which is ``boot``.
+    ``version`` tells it from all other contents within one incarnation of the peer's server, which
+    is ``boot``.
     """
 
     key: str
@@ -184,32 +185,41 @@ class StoredContent:
 
 
 def encode_ranges(ranges: Sequence[ByteRange]) -> bytes:
-    """The table of ``ranges``, in which ``ranges_problem`` finds nothing wrong."""
-    return struct.pack(f">{2 * len(ranges)}Q", *(number for one in ranges for number in one))
+    """The table of ``ranges``, which must be valid by ``ranges_problem``."""
+    return struct.pack(
+        f">{2 * len(ranges)}Q", *(number for byte_range in ranges for number in byte_range)
+    )
 
 
 def parse_ranges(table: bytes | bytearray, *, size_bytes: int, sent_bytes: int) -> list[ByteRange]:
-    """The ranges in ``table``, of an object of ``size_bytes`` of which ``sent_bytes`` follow.
-    Raises MalformedError."""
+    """The ranges in ``table``, of an object of ``size_bytes``; ``sent_bytes`` follow the table.
+
+    Raises MalformedError.
+    """
     numbers = struct.unpack(f">{len(table) // 8}Q", table)
     ranges = list(zip(numbers[::2], numbers[1::2], strict=True))
-    why = ranges_problem(ranges, size_bytes=size_bytes)
-    if why is None and sum(length for _, length in ranges) != sent_bytes:
-        why = f"the ranges are not as long as what follows. sent_bytes={sent_bytes}"
-    if why is not None:
-        raise MalformedError(why)
+    problem = ranges_problem(ranges, size_bytes=size_bytes)
+    if problem is None and sum(length for _, length in ranges) != sent_bytes:
+        problem = f"the ranges are not as long as what follows. sent_bytes={sent_bytes}"
+    if problem is not None:
+        raise MalformedError(problem)
     return ranges
 
 
 def ranges_problem(ranges: Sequence[ByteRange], *, size_bytes: int) -> str | None:
-    """What makes ``ranges`` unfit for an object of ``size_bytes``, or None. None may be empty; they
-    ascend without overlap."""
+    """Why ``ranges`` are invalid for an object of ``size_bytes``, or None.
+
+    Ranges are not empty, ascend, and don't overlap.
+    """
     if len(ranges) > RANGES_MAX:
         return f"too many ranges. count={len(ranges)} limit={RANGES_MAX}"
     end = 0
     for offset, length in ranges:
         if length < 1 or offset < end or offset + length > size_bytes:
-            return f"a range is empty, out of order or outside. offset={offset} length={length} size_bytes={size_bytes}"
+            return (
+                f"a range is empty, out of order or outside. offset={offset} length={length} "
+                f"size_bytes={size_bytes}"
+            )
         end = offset + length
     return None
 
@@ -217,8 +227,10 @@ def ranges_problem(ranges: Sequence[ByteRange], *, size_bytes: int) -> str | Non
 def kept_and_sent(
     ranges: Sequence[ByteRange], *, size_bytes: int
 ) -> Iterator[tuple[ByteRange, ByteRange]]:
-    """What is kept before each range, and that range; last what is kept behind all of them, and an
-    empty range."""
+    """For each range, the part of the base that is kept before it, and that range.
+
+    Last the part that is kept behind all of them, and an empty range.
+    """
     at = 0
     for offset, length in (*ranges, (size_bytes, 0)):
         yield (at, offset - at), (offset, length)
@@ -226,17 +238,17 @@ def kept_and_sent(
 
 
 def slice_ranges(data: Sequence[Buffer], ranges: Sequence[ByteRange]) -> list[memoryview]:
-    """Views of what ``ranges`` hold of the concatenation of ``data``; nothing is copied."""
+    """Views of ``ranges`` of the concatenation of ``data``. Nothing is copied."""
     pieces: list[memoryview] = []
-    views = [memoryview(one).cast("B") for one in data]
-    place, begin = 0, 0  # of the buffer in which the next byte lies, and where that buffer begins
+    views = [memoryview(buffer).cast("B") for buffer in data]
+    index, begin = 0, 0  # the buffer that holds the next byte, and the offset at which it begins
     for offset, length in ranges:
         end = offset + length
         while offset < end:
-            while offset >= begin + len(views[place]):
-                begin += len(views[place])
-                place += 1
-            piece = views[place][offset - begin : end - begin]
+            while offset >= begin + len(views[index]):
+                begin += len(views[index])
+                index += 1
+            piece = views[index][offset - begin : end - begin]
             pieces.append(piece)
             offset += len(piece)
     return pieces
@@ -262,7 +274,7 @@ _MILLION = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class PeerHello:
-    """A client's first words: its nonce, and the body MACs that it can make, best first."""
+    """A client's first request: its nonce, and the body MACs that it supports, best first."""
 
     nonce: str
     macs: tuple[str, ...]
@@ -276,9 +288,9 @@ class PeerHello:
 
     @classmethod
     def parse(cls, head: HttpHead) -> PeerHello:
-        """Raises MalformedError."""
+        """Parse it. Raises MalformedError."""
         if head.start != ("GET", HELLO, _HTTP) or head.text("ckpt-protocol") != str(PROTOCOL):
-            raise MalformedError(f"not a hello of this version. protocol={PROTOCOL}")
+            raise MalformedError(f"not a hello of this protocol version. protocol={PROTOCOL}")
         head.only("host", "ckpt-protocol", "ckpt-nonce", "ckpt-body-macs")
         macs = head.text("ckpt-body-macs")
         if not _MACS.fullmatch(macs):
@@ -288,7 +300,7 @@ class PeerHello:
 
 @dataclass(frozen=True, slots=True)
 class PeerWelcome:
-    """A server's answer to a hello."""
+    """A server's answer to a hello: its nonce, incarnation, epoch, and the body MAC to use."""
 
     nonce: str
     boot: str
@@ -304,7 +316,7 @@ class PeerWelcome:
 
     @classmethod
     def parse(cls, head: HttpHead) -> PeerWelcome:
-        """Raises MalformedError."""
+        """Parse it. Raises MalformedError."""
         if head.start[:2] != (_HTTP, "200"):
             raise MalformedError("not a welcome.")
         boot, mac = _nonce(head, "ckpt-boot"), head.text("ckpt-body-mac")
@@ -313,9 +325,9 @@ class PeerWelcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaBase:
-    """What a PUT refers to: the content ``version`` of ``key``, as long as the object that is put.
+    """The base of a PUT: the content ``version`` of ``key``, as long as the object that is put.
 
-    The body begins with a table of ``ranges`` ranges; what they don't hold is the base's.
+    The body begins with a table of ``ranges`` ranges; all other bytes are the base's.
     """
 
     key: str
@@ -331,9 +343,11 @@ class DeltaBase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerRequest:
-    """One operation. ``key`` is the prefix of a LIST. ``body_bytes`` is what a PUT sends, its tag
-    not counted: the object, or with a ``base`` what changed of it; ``span`` is a GET's offset and
-    size. ``waits``: the body is sent only when the server says that it takes it.
+    """One operation. ``key`` is the prefix of a LIST.
+
+    ``boot``: the incarnation of the server that it is meant for. ``counter`` grows on a connection.
+    ``body_bytes``: the body of a PUT without its tag: the object, or with a ``base`` what changed.
+    ``span``: offset and size of a GET. ``waits``: the body is sent after the server's go-ahead.
     """
 
     verb: Verb
@@ -386,7 +400,7 @@ class PeerRequest:
 
     @classmethod
     def parse(cls, head: HttpHead) -> PeerRequest:
-        """Raises MalformedError."""
+        """Parse it. Raises MalformedError."""
         method, target, version = head.start
         if version != _HTTP:
             raise MalformedError("not HTTP/1.1.")
@@ -441,8 +455,9 @@ class PeerRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerAnswer:
-    """What a server says. ``counter`` is the request's. ``body_bytes`` are followed by a tag, where
-    there are any."""
+    """A server's answer. ``counter`` is the request's. A body of ``body_bytes``, if any, is
+    followed by its tag.
+    """
 
     status: int
     boot: str
@@ -476,7 +491,7 @@ class PeerAnswer:
 
     @classmethod
     def parse(cls, head: HttpHead) -> PeerAnswer:
-        """Raises MalformedError."""
+        """Parse it. Raises MalformedError."""
         status = parse_status(head)
         length = head.number("content-length")
         if 0 < length <= TAG_BYTES:
@@ -502,12 +517,13 @@ class PeerAnswer:
 
 
 CONTINUE = f"{_HTTP} 100 {REASONS[100]}\r\n\r\n".encode()
-"""The go-ahead for a body. Nobody vouches for it: who believes a false one sends bytes that are
-then refused."""
+"""The go-ahead for a body. It has no MAC: a client that believes a forged one sends bytes that are
+then refused.
+"""
 
 
 def parse_status(head: HttpHead) -> int:
-    """The status of an answer's head. Raises MalformedError."""
+    """The status in an answer's head. Raises MalformedError."""
     if head.start[0] != _HTTP:
         raise MalformedError("not an answer of HTTP/1.1.")
     status = parse_number(head.start[1], "status")
@@ -517,19 +533,19 @@ def parse_status(head: HttpHead) -> int:
 
 
 def unsigned_refusal(status: int, why: str) -> bytes:
-    """An answer's head for somebody with whom no keys are shared."""
+    """The head of a refusal for a client with which no keys are shared."""
     fields = {"content-length": "0", "ckpt-why": header_text(why), "connection": "close"}
     return encode_head(f"{_HTTP} {status} {REASONS[status]}", fields)
 
 
 def header_text(text: str) -> str:
-    """``text`` as it can stand in a field."""
+    """``text``, reduced to what a field may hold."""
     kept = "".join(c if " " <= c <= "~" else "?" for c in text).strip()
     return kept[:WHY_CHARS_MAX].strip() or "-"
 
 
 def to_micros(seconds: float) -> int:
-    """Whole microseconds, as times travel."""
+    """Whole microseconds, the unit of times in heads."""
     return max(0, int(seconds * _MILLION))
 
 
@@ -539,7 +555,7 @@ def _key(target: str) -> str:
     try:
         return check_key(_unquoted(target[len(OBJECTS) :]))
     except UsageError as error:
-        raise MalformedError(f"not a key. why={error}") from None
+        raise MalformedError(f"not a key. reason={error}") from None
 
 
 def _base(head: HttpHead, *, body_bytes: int) -> DeltaBase | None:
@@ -550,7 +566,7 @@ def _base(head: HttpHead, *, body_bytes: int) -> DeltaBase | None:
     if ranges > RANGES_MAX:
         raise MalformedError(f"too many ranges. count={ranges} limit={RANGES_MAX}")
     if not 0 <= body_bytes - base.table_bytes <= size:
-        raise MalformedError("a body that is no table and a part of its object.")
+        raise MalformedError("the length of a body does not fit its table and object.")
     return base
 
 
@@ -560,12 +576,12 @@ def _quoted(text: str) -> str:
 
 def _unquoted(text: str) -> str:
     try:
-        found = unquote_to_bytes(text).decode()
+        decoded = unquote_to_bytes(text).decode()
     except UnicodeDecodeError:
         raise MalformedError("a path is not UTF-8.") from None
-    if _quoted(found) != text:
-        raise MalformedError("a path in another spelling.")
-    return found
+    if _quoted(decoded) != text:
+        raise MalformedError("a path that is not in its one spelling.")
+    return decoded
 
 
 def _nonce(head: HttpHead, name: str) -> str:
@@ -581,16 +597,16 @@ def _flag(head: HttpHead, name: str, value: str) -> bool:
 
 
 def _span(text: str) -> tuple[int, int]:
-    found = _SPAN.fullmatch(text)
-    if found is None:
+    match = _SPAN.fullmatch(text)
+    if match is None:
         raise MalformedError("not a range of bytes.")
-    first, last = parse_number(found[1], "range"), parse_number(found[2], "range")
+    first, last = parse_number(match[1], "range"), parse_number(match[2], "range")
     if last < first:
         raise MalformedError("an empty range of bytes.")
     return first, last - first + 1
 
 
-# Whether a request that came from a holder of the secret is served. Pure.
+# ---- authorization: whether an authenticated request is served
 
 RefusalKind = Literal[
     "mac",
@@ -610,12 +626,12 @@ RefusalKind = Literal[
     "crowded",
     "tls",
 ]
-"""What a request or a connection was turned away for; each is counted."""
+"""Why a request or a connection was refused; each kind is counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A status, and why in words for programs and for people."""
+    """A refusal: its status, its kind, and the reason as text."""
 
     status: int
     kind: RefusalKind
@@ -623,19 +639,21 @@ class Refusal:
 
 
 def authorize(request: PeerRequest, *, boot: str, epoch: int, last_counter: int) -> Refusal | None:
-    """Why ``request`` is refused, or None. ``epoch`` is the highest seen, ``last_counter`` this
-    connection's last number."""
+    """Why ``request`` is refused, or None.
+
+    ``epoch`` is the highest seen, ``last_counter`` the last one of this connection.
+    """
     if request.counter <= last_counter:
         return Refusal(
             401,
             "replay",
-            f"a number that was used before. counter={request.counter} last={last_counter}",
+            f"a counter that was used before. counter={request.counter} last={last_counter}",
         )
     if request.boot != boot:
         return Refusal(
             421,
             "boot",
-            f"meant for an earlier start of this server. meant={request.boot} boot={boot}",
+            f"meant for another incarnation of this server. meant={request.boot} boot={boot}",
         )
     if request.epoch < epoch:
         return epoch_refusal(request.epoch, epoch)
@@ -643,5 +661,5 @@ def authorize(request: PeerRequest, *, boot: str, epoch: int, last_counter: int)
 
 
 def epoch_refusal(epoch: int, known: int) -> Refusal:
-    """The refusal of an epoch that is over."""
+    """The refusal of an older epoch."""
     return Refusal(409, "epoch", f"a newer epoch is open. epoch={epoch} known={known}")

@@ -1,4 +1,7 @@
-"""What a node holds for others, in memory: whole objects within a budget, gone with the process."""
+"""Memory that a node keeps for its peers: whole objects within a budget, gone with the process.
+
+Beside it, a node's server can show read-only sources of its own, such as its slots.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +23,22 @@ from ckpt.backends.base import Stat, check_key, check_prefix
 from ckpt.errors import InternalError, KeyExistsError, NotFoundError, StoreFullError, UsageError
 from ckpt.staging.memory import Region, available_bytes, round_to_pages
 
-# The memory that a vault's objects lie in: where it comes from, and what is kept of it for the
-# next object.
+# ---- blocks: the memory of objects
 
 SMALL_BYTES = 64 << 10
-"""Smaller objects are plain memory: a memfd each would cost a descriptor for little."""
+"""Smaller objects are plain memory: a memfd for each would cost a descriptor for little."""
 
 DESCRIPTORS_SHARE = 4
-"""One in so many of the descriptors that this process may have is spent on objects; what lies
-beyond is memory without one."""
+"""One in so many of this process's descriptors may be used for objects; others have memory without
+one.
+"""
 
 OVERSIZE = 1.25
 """Spare memory is used for objects down to this many times smaller."""
 
 
 class MemoryBlock:
-    """Memory of one object: ``view`` is as long as the object, ``room_bytes`` what it costs."""
+    """Memory of one object. ``view`` is as long as the object; ``room_bytes`` are charged."""
 
     __slots__ = ("_region", "room_bytes", "view")
 
@@ -50,23 +53,23 @@ class MemoryBlock:
             self.view = memoryview(mmap.mmap(-1, size_bytes))
 
     def free(self) -> None:
-        """Give the memory back; views of it that are still held stay readable."""
+        """Give the memory back; views that readers still hold stay valid."""
         self.view = memoryview(b"")
         if self._region is not None:
             self._region.close()
 
     def take(self) -> Region | None:
-        """The region, for another object; this one must not be used any more."""
+        """Take the region out, for another object. This block must not be used any more."""
         self.view = memoryview(b"")
         region, self._region = self._region, None
         return region
 
 
 class BlockPool:
-    """Makes blocks, and keeps up to ``spare_bytes_max`` of freed ones: fresh pages cost several
-    times a copy into old ones.
+    """Makes blocks, and keeps up to ``spare_bytes_max`` of freed ones for reuse.
 
-    Not thread-safe: the vault's lock is over it.
+    Fresh pages cost several times a copy into used ones. Not thread-safe: PeerMemory holds its
+    lock.
     """
 
     def __init__(self, spare_bytes_max: int) -> None:
@@ -75,22 +78,24 @@ class BlockPool:
         self._descriptors_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_SHARE
         self._descriptors = 0
         self.spare_bytes = 0
-        """What is kept at the moment."""
+        """Memory kept at the moment."""
 
     def make(self, size_bytes: int) -> MemoryBlock:
-        """A block, of spare memory where that fits. Raises StoreFullError where the system gives
-        none."""
+        """A block, of spare memory if some fits. Raises StoreFullError if the system has none."""
         if size_bytes < SMALL_BYTES:
             return MemoryBlock(size_bytes, None)
         fitting = [
-            one for one in self._spare if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE
+            region
+            for region in self._spare
+            if size_bytes <= region.size_bytes <= size_bytes * OVERSIZE
         ]
         if fitting:
-            region = min(fitting, key=lambda one: one.size_bytes)
+            region = min(fitting, key=lambda entry: entry.size_bytes)
             self._spare.remove(region)
             self.spare_bytes -= region.size_bytes
             return MemoryBlock(size_bytes, region)
         try:
+            # Beyond its share of descriptors it takes memory without one, rather than refuse.
             if self._descriptors >= self._descriptors_max:
                 return MemoryBlock(size_bytes, None)
             region = Region(round_to_pages(size_bytes), name="ckpt-peer")
@@ -102,17 +107,16 @@ class BlockPool:
         return MemoryBlock(size_bytes, region)
 
     def spare_for(self, size_bytes: int) -> int:
-        """The room of the spare memory that ``make`` would take, or 0."""
+        """The size of the spare memory that ``make`` would use, or 0."""
         fitting = (
-            one.size_bytes
-            for one in self._spare
-            if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE
+            region.size_bytes
+            for region in self._spare
+            if size_bytes <= region.size_bytes <= size_bytes * OVERSIZE
         )
         return min(fitting, default=0) if size_bytes >= SMALL_BYTES else 0
 
     def free(self, block: MemoryBlock) -> None:
-        """Take a block back, whose bytes nobody reads any more: not the kernel either, which was
-        given copies to send."""
+        """Take a block back that nobody reads any more; the kernel has copied what it sends."""
         region = block.take()
         if region is None:
             block.free()
@@ -123,7 +127,7 @@ class BlockPool:
             self.spare_bytes += region.size_bytes
 
     def shrink(self, size_bytes: int) -> None:
-        """Give at least ``size_bytes`` of what is spare back to the system, or all."""
+        """Return at least ``size_bytes`` of spare memory to the system, or all of it."""
         while self._spare and size_bytes > 0:
             region = self._spare.pop(0)
             self.spare_bytes -= region.size_bytes
@@ -136,34 +140,32 @@ class BlockPool:
 
 
 def copy_bytes(out: memoryview, data: memoryview) -> None:
-    """Copy ``data`` into ``out``, which is as long; without the interpreter's lock, for numpy does
-    it."""
+    """Copy ``data`` into ``out``, which is as long. Releases the GIL, since numpy does it."""
     if data.nbytes:
         np.copyto(np.frombuffer(out, np.uint8), np.frombuffer(data, np.uint8))
 
 
 def room_bytes(size_bytes: int) -> int:
-    """What an object of this size is charged: whole pages, and one at least, for names and tables
-    cost memory too."""
+    """What an object is charged: whole pages, and at least one, since its name costs memory too."""
     return round_to_pages(max(1, size_bytes))
 
 
-# What a server serves beside its vault: memory of its own node, read-only.
+# ---- served objects, and read-only sources
 
 
 def never_changes() -> bool:
-    """For bytes that nobody changes."""
+    """For bytes that do not change while they are sent."""
     return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedObject:
-    """An object's bytes while somebody sends them. Where ``fd`` is given, ``view`` is a mapping of
-    it at ``offset_bytes``, and the kernel sends its pages: they must not be used for anything else
-    soon, or the reader gets an error.
+    """An object's bytes while they are sent.
 
-    ``unchanged`` is asked when all were sent: where it says no, the reader gets an error.
-    ``version`` tells one content of a key from the next, within one start of the server.
+    If ``fd`` is given, ``view`` is a mapping of it at ``offset_bytes`` and the kernel sends its
+    pages; they must not be reused soon. ``unchanged`` is called when all bytes were sent; if it
+    returns False, the reader gets an error. ``version`` tells one content of a key from the next,
+    within one incarnation of the server.
     """
 
     view: memoryview
@@ -175,31 +177,31 @@ class ServedObject:
 
 
 class ServedSource(Protocol):
-    """Objects below one prefix that others may read: a node's slots, for one. Thread-safe."""
+    """Read-only objects below one prefix, such as a node's slots. Thread-safe."""
 
     @property
     def prefix(self) -> str:
-        """All its keys begin so, and no other source's or vault object's do."""
+        """The prefix of all its keys; no other source or object has keys with it."""
         ...
 
     def reading(self, key: str) -> AbstractContextManager[ServedObject]:
-        """The object, pinned until the end where the source can. Raises NotFoundError."""
+        """The object, pinned meanwhile if the source can. Raises NotFoundError."""
         ...
 
     def stat(self, key: str) -> Stat | None:
-        """The object's facts, or None."""
+        """Size and time of the object, or None."""
         ...
 
     def list(self) -> list[Stat]:
-        """All objects, in key order; few."""
+        """All objects in key order; there are few."""
         ...
 
 
 OBJECTS_MAX = 65_536
-"""Objects of one vault, those under way included."""
+"""Objects of one node's peer memory, including those being received."""
 
 ASKED_BYTES_MIN = 1 << 20
-"""For smaller objects the system isn't asked how much memory it has left."""
+"""For smaller objects the system is not asked how much memory is left."""
 
 
 class TooLargeError(StoreFullError):
@@ -210,9 +212,11 @@ class TooLargeError(StoreFullError):
 
 @dataclass(frozen=True, slots=True)
 class PeerMemoryStats:
-    """Bytes are memory charged: ``objects_bytes`` of what can be read, ``going_bytes`` of what was
-    deleted or replaced and is still sent, ``coming_bytes`` of puts under way, ``spare_bytes`` kept
-    for the next. Their sum never exceeds the budget.
+    """Memory charged, in bytes; the sum never exceeds the budget.
+
+    ``objects_bytes``: of objects that can be read; ``removed_bytes``: of deleted or replaced
+    objects that are still being read; ``incoming_bytes``: of puts under way; ``spare_bytes``: kept
+    for reuse.
     """
 
     objects: int
@@ -224,7 +228,7 @@ class PeerMemoryStats:
 
     @property
     def total_bytes(self) -> int:
-        """All memory of the vault."""
+        """All memory in use."""
         return self.objects_bytes + self.removed_bytes + self.incoming_bytes + self.spare_bytes
 
 
@@ -240,24 +244,26 @@ class _Object:
 
 
 class IncomingObject:
-    """Memory for an object under way. It is nobody's object before ``publish``."""
+    """Memory for an object that is being received. It is not visible before ``publish``."""
 
-    __slots__ = ("_object", "_vault", "key", "view")
+    __slots__ = ("_memory", "_object", "key", "view")
 
-    def __init__(self, vault: PeerMemory, entry: _Object) -> None:
-        self._vault = vault
+    def __init__(self, memory: PeerMemory, entry: _Object) -> None:
+        self._memory = memory
         self._object: _Object | None = entry
         self.key = entry.key
         self.view = entry.block.view
-        """To be filled, every byte: memory is reused."""
+        """Every byte must be written: memory is reused."""
 
     def publish(self, *, create_only: bool = False) -> int:
-        """Make it the object at its key, at once and whole; returns its version. Raises
-        KeyExistsError."""
+        """Make it the object at its key, at once and whole; returns its version.
+
+        Raises KeyExistsError.
+        """
         entry = self._object
         if entry is None:
             raise InternalError(f"an object is published twice. key={self.key}")
-        self._vault._publish(entry, create_only=create_only)
+        self._memory._publish(entry, create_only=create_only)
         self._object = None
         return entry.version
 
@@ -266,16 +272,16 @@ class IncomingObject:
         entry, self._object = self._object, None
         self.view = memoryview(b"")
         if entry is not None:
-            self._vault._abandon(entry)
+            self._memory._abandon(entry)
 
 
 class PeerMemory:
     """Objects by key, whole or not at all, within ``budget_bytes`` of memory. Thread-safe.
 
-    Nothing is evicted: what is here goes by ``delete``, ``retain`` or another put of its key. A
-    replaced or deleted object stays for those who read it. ``spare_bytes_max`` (default: half of
-    the budget) of freed memory is kept for reuse. ``available`` says how much memory the machine
-    has left.
+    Nothing is evicted: an object goes by ``delete``, ``retain`` or another put of its key; a mirror
+    that disappeared silently would be worse than a put that is refused. A replaced or deleted
+    object stays for its current readers. ``spare_bytes_max`` (default: half of the budget) of freed
+    memory is kept for reuse. ``available`` returns how much memory the machine has left.
     """
 
     def __init__(
@@ -288,7 +294,7 @@ class PeerMemory:
         available: Callable[[], int | None] = available_bytes,
     ) -> None:
         if budget_bytes <= 0:
-            raise UsageError(f"a vault without a budget. budget_bytes={budget_bytes}")
+            raise UsageError(f"peer memory without a budget. budget_bytes={budget_bytes}")
         self.budget_bytes = budget_bytes
         self.object_bytes_max = (
             budget_bytes if object_bytes_max is None else min(object_bytes_max, budget_bytes)
@@ -300,12 +306,12 @@ class PeerMemory:
         self._objects: dict[str, _Object] = {}
         self._keys: list[str] = []
         self._versions = 0
-        self._coming = 0
-        self._objects_bytes = self._going_bytes = self._coming_bytes = 0
+        self._incoming_count = 0
+        self._objects_bytes = self._removed_bytes = self._incoming_bytes = 0
 
     @contextlib.contextmanager
     def incoming(self, key: str, size_bytes: int) -> Iterator[IncomingObject]:
-        """Memory for an object of ``size_bytes``, taken back at the end unless it was published.
+        """Memory for an object of ``size_bytes``, freed at the end unless it was published.
 
         Raises TooLargeError and StoreFullError before any memory is taken.
         """
@@ -318,15 +324,14 @@ class PeerMemory:
 
     @contextlib.contextmanager
     def reading(self, key: str) -> Iterator[ServedObject]:
-        """The object at ``key``, its bytes unchanged until the end, whatever becomes of the key.
-        Raises NotFoundError."""
+        """The object at ``key``; its bytes stay unchanged until the end. Raises NotFoundError."""
         check_key(key)
         with self._lock:
             entry = self._objects.get(key)
             if entry is None:
                 raise NotFoundError(f"no such object. key={key}")
             entry.pins += 1
-            held = ServedObject(
+            served = ServedObject(
                 view=entry.block.view,
                 fd=None,
                 offset_bytes=0,
@@ -334,14 +339,14 @@ class PeerMemory:
                 modified_unix_s=entry.modified_unix_s,
             )
         try:
-            yield held
+            yield served
         finally:
             with self._lock:
                 entry.pins -= 1
                 self._free_unused(entry)
 
     def stat(self, key: str) -> Stat | None:
-        """The object's facts, or None."""
+        """Size and time of the object, or None."""
         check_key(key)
         with self._lock:
             entry = self._objects.get(key)
@@ -350,18 +355,19 @@ class PeerMemory:
     def list(
         self, prefix: str = "", *, after: str = "", entries_max: int | None = None
     ) -> list[Stat]:
-        """At most ``entries_max`` objects whose key starts with ``prefix`` and is greater than
-        ``after``, in key order."""
+        """Objects whose key starts with ``prefix`` and is greater than ``after``, in key order; at
+        most ``entries_max``.
+        """
         check_prefix(prefix)
-        found: list[Stat] = []
+        entries: list[Stat] = []
         with self._lock:
             at = max(bisect_left(self._keys, prefix), bisect_right(self._keys, after))
-            while at < len(self._keys) and (entries_max is None or len(found) < entries_max):
+            while at < len(self._keys) and (entries_max is None or len(entries) < entries_max):
                 if not self._keys[at].startswith(prefix):
                     break
-                found.append(_stat(self._objects[self._keys[at]]))
+                entries.append(_stat(self._objects[self._keys[at]]))
                 at += 1
-        return found
+        return entries
 
     def delete(self, key: str) -> bool:
         """Remove the object; says whether there was one."""
@@ -370,22 +376,22 @@ class PeerMemory:
             return self._remove(key)
 
     def retain(self, prefixes: Collection[str]) -> int:
-        """Remove every object whose key starts with none of ``prefixes``; says how many."""
+        """Remove every object whose key has none of ``prefixes``; says how many."""
         starts = tuple(check_prefix(prefix) for prefix in prefixes)
         with self._lock:
-            gone = [key for key in self._keys if not key.startswith(starts)]
-            for key in gone:
+            removed = [key for key in self._keys if not key.startswith(starts)]
+            for key in removed:
                 self._remove(key)
-        return len(gone)
+        return len(removed)
 
     def stats(self) -> PeerMemoryStats:
-        """What is held at this moment."""
+        """The memory in use now."""
         with self._lock:
             return PeerMemoryStats(
                 len(self._objects),
                 self._objects_bytes,
-                self._going_bytes,
-                self._coming_bytes,
+                self._removed_bytes,
+                self._incoming_bytes,
                 self._blocks.spare_bytes,
                 self.budget_bytes,
             )
@@ -398,9 +404,11 @@ class PeerMemory:
                 f"limit={self.object_bytes_max}"
             )
         with self._lock:
+            # Checked and taken under one lock, so that concurrent puts can't exceed the budget
+            # together.
             spare = self._blocks.spare_for(size_bytes)
-            used = self._objects_bytes + self._going_bytes + self._coming_bytes
-            if len(self._objects) + self._coming >= self._objects_max:
+            used = self._objects_bytes + self._removed_bytes + self._incoming_bytes
+            if len(self._objects) + self._incoming_count >= self._objects_max:
                 raise StoreFullError(
                     f"too many objects. count={len(self._objects)} limit={self._objects_max}"
                 )
@@ -410,14 +418,15 @@ class PeerMemory:
                     f"budget_bytes={self.budget_bytes}"
                 )
             if not spare:
+                # Spare memory counts within the budget, so it makes room for the new object.
                 self._blocks.shrink(used + room + self._blocks.spare_bytes - self.budget_bytes)
-                self._ask_system(size_bytes)
+                self._check_system(size_bytes)
             block = self._blocks.make(size_bytes)
-            self._coming += 1
-            self._coming_bytes += block.room_bytes
+            self._incoming_count += 1
+            self._incoming_bytes += block.room_bytes
             return _Object(key, size_bytes, block)
 
-    def _ask_system(self, size_bytes: int) -> None:
+    def _check_system(self, size_bytes: int) -> None:
         if (
             size_bytes >= ASKED_BYTES_MIN
             and (left := self._available()) is not None
@@ -431,9 +440,10 @@ class PeerMemory:
         with self._lock:
             if create_only and entry.key in self._objects:
                 raise KeyExistsError(f"the key is taken. key={entry.key}")
+            # Under one lock: a reader finds the old object or the new one, and never none.
             self._remove(entry.key)
-            self._coming -= 1
-            self._coming_bytes -= entry.block.room_bytes
+            self._incoming_count -= 1
+            self._incoming_bytes -= entry.block.room_bytes
             self._objects_bytes += entry.block.room_bytes
             self._versions += 1
             entry.version, entry.modified_unix_s, entry.listed = self._versions, time.time(), True
@@ -442,24 +452,26 @@ class PeerMemory:
 
     def _abandon(self, entry: _Object) -> None:
         with self._lock:
-            self._coming -= 1
-            self._coming_bytes -= entry.block.room_bytes
+            self._incoming_count -= 1
+            self._incoming_bytes -= entry.block.room_bytes
             self._blocks.free(entry.block)
 
     def _remove(self, key: str) -> bool:
+        """Make an object invisible, and free its memory once it has no readers."""
         entry = self._objects.pop(key, None)
         if entry is None:
             return False
         del self._keys[bisect_left(self._keys, key)]
         entry.listed = False
         self._objects_bytes -= entry.block.room_bytes
-        self._going_bytes += entry.block.room_bytes
+        self._removed_bytes += entry.block.room_bytes
         self._free_unused(entry)
         return True
 
     def _free_unused(self, entry: _Object) -> None:
+        # Its memory is charged until the last reader is done.
         if not entry.listed and not entry.pins:
-            self._going_bytes -= entry.block.room_bytes
+            self._removed_bytes -= entry.block.room_bytes
             self._blocks.free(entry.block)
 
 
@@ -467,50 +479,51 @@ def _stat(entry: _Object) -> Stat:
     return Stat(entry.key, entry.size_bytes, entry.modified_unix_s)
 
 
-# A vault and the sources beside it, as one flat map of keys.
+# ---- the catalog: peer memory and sources as one map of keys
 
 PAGE_ENTRIES_MAX = 1000
-"""Entries of one answer to a listing."""
+"""Entries of one page of a listing."""
 
 
 class PeerCatalog:
-    """Reads come from the source whose prefix a key has, or from the vault; writes go to the vault
-    alone. Thread-safe."""
+    """One map of keys over peer memory and sources. Thread-safe.
 
-    def __init__(self, vault: PeerMemory, sources: Sequence[ServedSource] = ()) -> None:
+    Reads go to the source whose prefix the key has, or to peer memory; writes to peer memory alone.
+    """
+
+    def __init__(self, memory: PeerMemory, sources: Sequence[ServedSource] = ()) -> None:
         for source in sources:
             check_prefix(source.prefix)
             if not source.prefix:
-                raise UsageError("a source without a prefix would hide the vault.")
-        self.memory = vault
+                raise UsageError("a source without a prefix would hide all objects.")
+        self.memory = memory
         self._sources = tuple(sources)
 
     def read_only(self, key: str) -> bool:
-        """Whether the key is a source's."""
+        """Whether the key belongs to a source."""
         return self._source(key) is not None
 
     def reading(self, key: str) -> AbstractContextManager[ServedObject]:
-        """See Vault and Source."""
         source = self._source(key)
         return self.memory.reading(key) if source is None else source.reading(key)
 
     def stat(self, key: str) -> Stat | None:
-        """See Vault and Source."""
         source = self._source(key)
         return self.memory.stat(key) if source is None else source.stat(key)
 
     def page(self, prefix: str, after: str) -> tuple[list[Stat], bool]:
-        """The next entries behind ``after`` in key order, PAGE_ENTRIES_MAX at most, and whether
-        there are more."""
+        """The next entries after ``after`` in key order, at most PAGE_ENTRIES_MAX, and whether
+        there are more.
+        """
         most = PAGE_ENTRIES_MAX + 1
-        held = self.memory.list(prefix, after=after, entries_max=most)
+        own = self.memory.list(prefix, after=after, entries_max=most)
         others = [
-            [one for one in source.list() if one.key.startswith(prefix) and one.key > after]
+            [entry for entry in source.list() if entry.key.startswith(prefix) and entry.key > after]
             for source in self._sources
             if source.prefix.startswith(prefix) or prefix.startswith(source.prefix)
         ]
-        found = sorted(chain(held, *others), key=lambda one: one.key)
-        return found[:PAGE_ENTRIES_MAX], len(found) >= most
+        entries = sorted(chain(own, *others), key=lambda entry: entry.key)
+        return entries[:PAGE_ENTRIES_MAX], len(entries) >= most
 
     def _source(self, key: str) -> ServedSource | None:
         return next((source for source in self._sources if key.startswith(source.prefix)), None)

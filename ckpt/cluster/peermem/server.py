@@ -1,5 +1,9 @@
-"""One connection of a server: the hello, then requests in order. Runs in a thread of its own and
-ends with the connection."""
+"""The server of a node's peer memory: HTTP, a thread for each connection, all of them bounded.
+
+A connection begins with a hello; requests follow in order. Whatever clients send, the server takes
+at most the budget of its memory, and CONNECTION_BYTES_MAX for each of ``connections_max +
+strangers_max`` connections.
+"""
 
 from __future__ import annotations
 
@@ -57,12 +61,14 @@ from ckpt.cluster.peermem.memory import (
 from ckpt.errors import FencedError, KeyExistsError, NotFoundError, StoreFullError, UsageError
 from ckpt.events import Emit, Event
 
-# The highest epoch that this node has seen. What an older one asks for changes nothing, at
-# whatever moment it gets there.
+# ---- the epoch fence
 
 
 class EpochFence:
-    """Thread-safe. The epoch only grows."""
+    """The highest epoch that this node has seen; it only grows. Thread-safe.
+
+    Requests of an older epoch change nothing, whenever their bytes arrive.
+    """
 
     def __init__(self, epoch: int = 0) -> None:
         self._lock = threading.Lock()
@@ -74,16 +80,15 @@ class EpochFence:
         return self._epoch
 
     def see(self, epoch: int) -> None:
-        """An epoch that exists."""
+        """Record that ``epoch`` exists."""
         with self._lock:
             self._epoch = max(self._epoch, epoch)
 
     @contextlib.contextmanager
     def hold(self, epoch: int) -> Iterator[None]:
-        """For a short block that changes something in the name of ``epoch``: none newer is seen
-        meanwhile.
+        """Hold the fence for a short block that changes something on behalf of ``epoch``.
 
-        Raises FencedError where one was seen before.
+        No newer epoch is recorded meanwhile. Raises FencedError if one was before.
         """
         with self._lock:
             if epoch < self._epoch:
@@ -91,13 +96,14 @@ class EpochFence:
             yield
 
 
-# What a server counts.
+# ---- counters
 
 
 @dataclass(frozen=True, slots=True)
 class ServerStats:
-    """Since the start: requests served by verb, bytes of bodies, what was turned away by kind; and
-    connections now."""
+    """Counts since the start: requests served by verb, bytes of bodies, refusals by kind. And the
+    connections now: all, and those not authenticated yet (``strangers``).
+    """
 
     served: Mapping[str, int]
     refused: Mapping[str, int]
@@ -108,7 +114,7 @@ class ServerStats:
 
 
 class ServerCounters:
-    """Thread-safe."""
+    """Counts requests and refusals. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -117,19 +123,19 @@ class ServerCounters:
         self._received_bytes = self._sent_bytes = 0
 
     def serve(self, verb: Verb, *, received_bytes: int = 0, sent_bytes: int = 0) -> None:
-        """A request was answered as it was meant."""
+        """Count a request that was answered successfully."""
         with self._lock:
             self._served[verb] += 1
             self._received_bytes += received_bytes
             self._sent_bytes += sent_bytes
 
     def refuse(self, kind: RefusalKind) -> None:
-        """A request or a connection was turned away."""
+        """Count a refused request or connection."""
         with self._lock:
             self._refused[kind] += 1
 
     def stats(self, *, connections: int, strangers: int) -> ServerStats:
-        """All counts at this moment."""
+        """All counts now."""
         with self._lock:
             return ServerStats(
                 dict(self._served),
@@ -141,9 +147,12 @@ class ServerCounters:
             )
 
 
+# ---- one connection
+
 EAGER_BYTES_MAX = 64 << 10
-"""Bodies up to this may come without being asked for; they are taken in and dropped where the
-request is refused."""
+"""Bodies up to this may be sent unannounced; they are received and dropped if the request is
+refused.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,81 +175,88 @@ class _PeerSession:
 
 
 class PeerServerConnection:
-    """Serves one channel until it ends. ``proven`` is asked at the first request of a holder of the
-    secret whether there is a place for it; ``rests`` is told when one begins to ask nothing, and
-    when that is over.
+    """Serves one channel until it ends.
+
+    ``on_authenticated`` is called at the first authentic request, and returns whether there is a
+    place for this connection. ``on_idle`` is called with True when the connection begins to wait
+    for a request, and with False when one has arrived.
     """
 
     def __init__(
         self,
-        desk: ServerContext,
+        context: ServerContext,
         channel: PeerChannel,
         *,
         on_authenticated: Callable[[], bool],
         on_idle: Callable[[bool], object],
     ) -> None:
-        self._desk = desk
+        self._context = context
         self._channel = channel
-        self._proven = on_authenticated
-        self._rests = on_idle
-        self._last = 0
-        self._owed_bytes = 0  # of a body that comes unasked and was not taken in
-        self._met = False
+        self._on_authenticated = on_authenticated
+        self._on_idle = on_idle
+        self._last_counter = 0
+        self._owed_bytes = 0
+        """Bytes of an unannounced body that were not received yet."""
+        self._authenticated = False
 
     def run(self) -> None:
-        """Serve. Returns when the connection is over, whoever ended it; raises OSError and
-        EndedError where it broke."""
+        """Serve until the connection is over; raises OSError and EndedError if it broke."""
         try:
-            session = self._meet()
+            session = self._receive_hello()
             while session is not None and self._serve_next(session):
                 continue
         except TimeoutError:
-            self._desk.counters.refuse("slow")
+            self._context.counters.refuse("slow")
 
-    def _meet(self) -> _PeerSession | None:
-        """Hear the hello and answer it; None where there was none that is right."""
-        desk = self._desk
+    def _receive_hello(self) -> _PeerSession | None:
+        """Receive the hello and answer it; None if there was no valid one."""
+        context = self._context
         raw = self._head(None)
         if raw is None:
             return None
         split = split_mac(raw)
-        if split is None or not macs_equal(split[1], desk.secret.hello_mac(split[0])):
-            self._turn_away(401, "mac", "no hello of a holder of this job's secret")
+        if split is None or not macs_equal(split[1], context.secret.hello_mac(split[0])):
+            self._turn_away(401, "mac", "the hello does not prove this job's secret")
             return None
         try:
             hello = PeerHello.parse(parse_head(split[0]))
         except MalformedError as error:
             self._turn_away(400, "malformed", str(error))
             return None
-        name = next((one for one in desk.macs if one in hello.macs), None)
+        name = next((known for known in context.macs if known in hello.macs), None)
         if name is None:
-            self._turn_away(400, "malformed", f"no body MAC in common. known={','.join(desk.macs)}")
+            self._turn_away(
+                400, "malformed", f"no body MAC in common. known={','.join(context.macs)}"
+            )
             return None
         head = PeerWelcome(
-            os.urandom(NONCE_BYTES).hex(), desk.boot, desk.fence.epoch, name
+            os.urandom(NONCE_BYTES).hex(), context.boot, context.fence.epoch, name
         ).encode()
-        proof = desk.secret.welcome_mac(split[1], head)
+        proof = context.secret.welcome_mac(split[1], head)
         self._channel.write(with_mac(head, proof))
-        return _PeerSession(desk.secret.session(split[1], proof), name)
+        return _PeerSession(context.secret.session(split[1], proof), name)
 
     def _serve_next(self, session: _PeerSession) -> bool:
         """Answer one request; whether another may follow."""
-        self._rests(True)
-        raw = self._head(self._desk.idle_s if self._met else None)
-        self._rests(False)
+        self._on_idle(True)
+        raw = self._head(self._context.idle_s if self._authenticated else None)
+        self._on_idle(False)
         if raw is None:
             return False
+        # The MAC is compared before anything is parsed.
         split = split_mac(raw)
         if split is None or not macs_equal(split[1], mac(session.keys.request_head, split[0])):
-            self._turn_away(401, "mac", "not from who began this connection")
+            self._turn_away(
+                401, "mac", "the request is not from the client that began this connection"
+            )
             return False
-        place = self._met or self._proven()
-        self._met = True
+        has_place = self._authenticated or self._on_authenticated()
+        self._authenticated = True
         try:
             request = PeerRequest.parse(parse_head(split[0]))
         except MalformedError as error:
             return self._refuse(session, 0, Refusal(400, "malformed", str(error)), over=True)
-        if not place:
+        if not has_place:
             return self._refuse(
                 session, request.counter, Refusal(503, "crowded", "all places are taken"), over=True
             )
@@ -248,81 +264,87 @@ class PeerServerConnection:
             0 if request.body_bytes is None or request.waits else request.body_bytes + TAG_BYTES
         )
         refusal = authorize(
-            request, boot=self._desk.boot, epoch=self._desk.fence.epoch, last_counter=self._last
+            request,
+            boot=self._context.boot,
+            epoch=self._context.fence.epoch,
+            last_counter=self._last_counter,
         )
+        # A replay does not count as a request: its counter must not become the last one.
         if refusal is not None and refusal.kind == "replay":
             return self._refuse(session, 0, refusal, over=True)
-        self._last = request.counter
+        self._last_counter = request.counter
         if refusal is None:
-            self._desk.fence.see(request.epoch)
-            refusal = self._why_not(request)
+            # The request is authentic, so its epoch exists.
+            self._context.fence.see(request.epoch)
+            refusal = self._early_refusal(request)
         return (
-            self._act(session, request, split[1])
+            self._perform(session, request, split[1])
             if refusal is None
-            else self._refuse(session, self._last, refusal)
+            else self._refuse(session, self._last_counter, refusal)
         )
 
-    def _why_not(self, request: PeerRequest) -> Refusal | None:
-        """What can be refused before any byte of a body is taken in."""
-        shelf = self._desk.catalog
-        if request.verb in ("PUT", "DELETE") and shelf.read_only(request.key):
-            return Refusal(403, "read-only", "objects below this prefix are only read")
-        if request.create_only and shelf.memory.stat(request.key) is not None:
+    def _early_refusal(self, request: PeerRequest) -> Refusal | None:
+        """Why the request is refused before any byte of its body is received, or None."""
+        catalog = self._context.catalog
+        if request.verb in ("PUT", "DELETE") and catalog.read_only(request.key):
+            return Refusal(403, "read-only", "objects below this prefix are read-only")
+        if request.create_only and catalog.memory.stat(request.key) is not None:
             return Refusal(412, "taken", "the key is taken")
         if self._owed_bytes > EAGER_BYTES_MAX + TAG_BYTES:
             return Refusal(
                 400,
                 "malformed",
-                f"so long a body is announced first. limit_bytes={EAGER_BYTES_MAX}",
+                f"a body of this length must be announced. limit_bytes={EAGER_BYTES_MAX}",
             )
         return None
 
-    def _act(self, session: _PeerSession, request: PeerRequest, head_mac: bytes) -> bool:
-        """Do what is asked, answer, and say whether another request may follow."""
-        desk, facts = self._desk, None
+    def _perform(self, session: _PeerSession, request: PeerRequest, head_mac: bytes) -> bool:
+        """Perform the operation and answer; whether another request may follow."""
+        context = self._context
         try:
             match request.verb:
                 case "PUT":
                     return self._put(session, request, head_mac)
                 case "GET":
-                    with desk.catalog.reading(request.key) as held:
-                        return self._get(session, request, held)
+                    with context.catalog.reading(request.key) as served:
+                        return self._get(session, request, served)
                 case "LIST":
                     return self._list(session, request)
                 case "DELETE":
-                    with desk.fence.hold(request.epoch):
-                        desk.catalog.memory.delete(request.key)
-                    self._answer(session, self._facts(204))
+                    with context.fence.hold(request.epoch):
+                        context.catalog.memory.delete(request.key)
+                    self._answer(session, self._answer_with(204))
                 case "HEAD":
-                    with desk.catalog.reading(request.key) as held:
-                        facts = self._facts(200, held)
-                    self._answer(session, facts)
+                    with context.catalog.reading(request.key) as served:
+                        answer = self._answer_with(200, served)
+                    self._answer(session, answer)
         except BaseGoneError as error:
-            return self._refuse(session, self._last, Refusal(424, "base", str(error)))
+            return self._refuse(session, self._last_counter, Refusal(424, "base", str(error)))
         except NotFoundError:
-            return self._refuse(session, self._last, Refusal(404, "missing", "no such object"))
+            return self._refuse(
+                session, self._last_counter, Refusal(404, "missing", "no such object")
+            )
         except UsageError as error:
-            return self._refuse(session, self._last, Refusal(400, "malformed", str(error)))
+            return self._refuse(session, self._last_counter, Refusal(400, "malformed", str(error)))
         except TooLargeError as error:
-            return self._refuse(session, self._last, Refusal(413, "too-large", str(error)))
+            return self._refuse(session, self._last_counter, Refusal(413, "too-large", str(error)))
         except StoreFullError as error:
-            return self._refuse(session, self._last, Refusal(507, "full", str(error)))
+            return self._refuse(session, self._last_counter, Refusal(507, "full", str(error)))
         except KeyExistsError as error:
-            return self._refuse(session, self._last, Refusal(412, "taken", str(error)))
+            return self._refuse(session, self._last_counter, Refusal(412, "taken", str(error)))
         except FencedError:
-            return self._refuse(session, self._last, epoch_refusal(request.epoch, desk.fence.epoch))
-        desk.counters.serve(request.verb)
+            return self._refuse(
+                session, self._last_counter, epoch_refusal(request.epoch, context.fence.epoch)
+            )
+        context.counters.serve(request.verb)
         return True
 
     def _put(self, session: _PeerSession, request: PeerRequest, head_mac: bytes) -> bool:
-        vault, refusal = (
-            self._desk.catalog.memory,
-            Refusal(401, "body", "the body is not what its tag proves"),
-        )
+        refusal = Refusal(401, "body", "the body does not match its tag")
         proven = False
         with (
             self._base(request) as base,
-            vault.incoming(request.key, request.object_bytes) as incoming,
+            self._context.catalog.memory.incoming(request.key, request.object_bytes) as incoming,
         ):
             if request.waits:
                 self._channel.write(CONTINUE)
@@ -335,47 +357,49 @@ class PeerServerConnection:
             except MalformedError as error:
                 refusal = Refusal(400, "malformed", str(error))
             if proven:
-                with self._desk.fence.hold(
-                    request.epoch
-                ):  # one may have opened while the bytes came
+                # A newer epoch may have opened while the bytes arrived. Checked under the fence's
+                # lock together with publishing, so that no zombie's object appears after that.
+                with self._context.fence.hold(request.epoch):
                     version = incoming.publish(create_only=request.create_only)
         if not proven:
             return self._refuse(session, request.counter, refusal, over=True)
         self._answer(
             session,
-            dataclasses.replace(self._facts(201), size_bytes=request.object_bytes, version=version),
+            dataclasses.replace(
+                self._answer_with(201), size_bytes=request.object_bytes, version=version
+            ),
         )
-        self._desk.counters.serve("PUT", received_bytes=request.body_bytes or 0)
+        self._context.counters.serve("PUT", received_bytes=request.body_bytes or 0)
         return True
 
     @contextlib.contextmanager
     def _base(self, request: PeerRequest) -> Iterator[memoryview | None]:
-        """The base that a PUT refers to, pinned until the end. Raises BaseGoneError where it is not
-        that one any more."""
+        """The base that a PUT refers to, pinned until the end. Raises BaseGoneError if its content
+        is another one now.
+        """
         base = request.base
         if base is None:
             yield None
             return
         with contextlib.ExitStack() as pinned:
             try:
-                held = pinned.enter_context(self._desk.catalog.memory.reading(base.key))
+                served = pinned.enter_context(self._context.catalog.memory.reading(base.key))
             except NotFoundError:
                 raise BaseGoneError(f"the base is gone. key={base.key}") from None
-            found = held.version, len(held.view)
-            if found != (base.version, base.size_bytes):
+            if (served.version, len(served.view)) != (base.version, base.size_bytes):
                 raise BaseGoneError(
-                    f"the base is another one. key={base.key} version={found[0]} "
-                    f"size_bytes={found[1]}"
+                    f"the base has other content. key={base.key} version={served.version} "
+                    f"size_bytes={len(served.view)}"
                 )
-            yield held.view
+            yield served.view
 
     def _take_in(
         self, request: PeerRequest, out: memoryview, base: memoryview | None, proof: BodyMac
     ) -> bool:
-        """Fill an object's memory with a body, and with what it leaves to the base; whether its tag
-        proves it.
+        """Fill an object's memory from a body and its base; whether the body's tag matches.
 
-        Raises MalformedError for a table that is none, before anything is copied.
+        Every byte is written, since the memory is reused. Raises MalformedError for an invalid
+        table, before anything is copied.
         """
         if base is None or request.base is None:
             return self._channel.read_body(out, proof)
@@ -384,36 +408,39 @@ class PeerServerConnection:
         sent_bytes = (request.body_bytes or 0) - len(table)
         ranges = parse_ranges(table, size_bytes=len(out), sent_bytes=sent_bytes)
         for (kept, kept_bytes), (offset, length) in kept_and_sent(ranges, size_bytes=len(out)):
+            # The client waits for this copy, and must not be blamed for it.
             began_s = time.monotonic()
             copy_bytes(out[kept : kept + kept_bytes], base[kept : kept + kept_bytes])
             self._channel.extend_timeout(time.monotonic() - began_s)
             self._channel.read_part(out[offset : offset + length], proof)
         return self._channel.verify_tag(proof)
 
-    def _get(self, session: _PeerSession, request: PeerRequest, held: ServedObject) -> bool:
-        offset, size = request.span or (0, len(held.view))
-        if offset + size > len(held.view):
-            refusal = Refusal(416, "range", f"the object ends before. size_bytes={len(held.view)}")
+    def _get(self, session: _PeerSession, request: PeerRequest, served: ServedObject) -> bool:
+        offset, size = request.span or (0, len(served.view))
+        if offset + size > len(served.view):
+            refusal = Refusal(
+                416, "range", f"the object ends before the range. size_bytes={len(served.view)}"
+            )
             return self._refuse(session, request.counter, refusal)
-        answer = dataclasses.replace(self._facts(206, held), body_bytes=size)
-        part = held.view[offset : offset + size]
-        extent = None if held.fd is None else (held.fd, held.offset_bytes + offset)
-        if not self._answer(session, answer, part, extent, held.unchanged):
+        answer = dataclasses.replace(self._answer_with(206, served), body_bytes=size)
+        part = served.view[offset : offset + size]
+        extent = None if served.fd is None else (served.fd, served.offset_bytes + offset)
+        if not self._answer(session, answer, part, extent, served.unchanged):
             return False
-        self._desk.counters.serve("GET", sent_bytes=size)
+        self._context.counters.serve("GET", sent_bytes=size)
         return True
 
     def _list(self, session: _PeerSession, request: PeerRequest) -> bool:
-        entries, more = self._desk.catalog.page(request.key, request.after)
+        entries, more = self._context.catalog.page(request.key, request.after)
         body = msgspec.json.encode(
-            [(one.key, one.size_bytes, to_micros(one.modified_unix_s)) for one in entries]
+            [(entry.key, entry.size_bytes, to_micros(entry.modified_unix_s)) for entry in entries]
         )
-        answer = dataclasses.replace(self._facts(200), body_bytes=len(body), more=more)
+        answer = dataclasses.replace(self._answer_with(200), body_bytes=len(body), more=more)
         self._answer(session, answer, memoryview(body))
-        self._desk.counters.serve("LIST", sent_bytes=len(body))
+        self._context.counters.serve("LIST", sent_bytes=len(body))
         return True
 
-    # Words.
+    # ---- heads and answers
 
     def _head(self, idle_s: float | None) -> bytes | None:
         try:
@@ -422,20 +449,23 @@ class PeerServerConnection:
             self._turn_away(400, "malformed", str(error))
             return None
 
-    def _facts(self, status: int, held: ServedObject | None = None) -> PeerAnswer:
-        desk = self._desk
-        if held is None:
+    def _answer_with(self, status: int, served: ServedObject | None = None) -> PeerAnswer:
+        context = self._context
+        if served is None:
             return PeerAnswer(
-                status=status, boot=desk.boot, epoch=desk.fence.epoch, counter=self._last
+                status=status,
+                boot=context.boot,
+                epoch=context.fence.epoch,
+                counter=self._last_counter,
             )
         return PeerAnswer(
             status=status,
-            boot=desk.boot,
-            epoch=desk.fence.epoch,
-            counter=self._last,
-            size_bytes=len(held.view),
-            version=held.version,
-            modified_us=to_micros(held.modified_unix_s),
+            boot=context.boot,
+            epoch=context.fence.epoch,
+            counter=self._last_counter,
+            size_bytes=len(served.view),
+            version=served.version,
+            modified_us=to_micros(served.modified_unix_s),
         )
 
     def _answer(
@@ -446,7 +476,7 @@ class PeerServerConnection:
         extent: tuple[int, int] | None = None,
         unchanged: Callable[[], bool] = never_changes,
     ) -> bool:
-        """Send an answer; False where the body changed meanwhile, so that its tag was not sent."""
+        """Send an answer; False if the body changed meanwhile, so that its tag was not sent."""
         head = answer.encode()
         head_mac = mac(session.keys.answer_head, head)
         if body is None:
@@ -455,6 +485,7 @@ class PeerServerConnection:
         proof = body_mac(
             session.mac, session.keys.answer_body, counter=answer.counter, head_mac=head_mac
         )
+        # A small body goes in one call with its head and tag.
         if len(body) <= EAGER_BYTES_MAX:
             proof.update(body)
             if not unchanged():
@@ -466,6 +497,7 @@ class PeerServerConnection:
             self._channel.write_body([body], proof)
         else:
             self._channel.write_extent(body, *extent, proof)
+        # Without its tag the client drops what it has received.
         if not unchanged():
             return False
         self._channel.write(proof.tag())
@@ -474,59 +506,60 @@ class PeerServerConnection:
     def _refuse(
         self, session: _PeerSession, counter: int, refusal: Refusal, *, over: bool = False
     ) -> bool:
-        """Say no; whether another request may follow. A small body that came along is taken in and
-        dropped."""
-        self._desk.counters.refuse(refusal.kind)
+        """Send a refusal; whether another request may follow. A small body that was sent along is
+        received and dropped.
+        """
+        self._context.counters.refuse(refusal.kind)
         if not over and 0 < self._owed_bytes <= EAGER_BYTES_MAX + TAG_BYTES:
             self._channel.skip(self._owed_bytes)
             self._owed_bytes = 0
         over = over or self._owed_bytes > 0
         self._answer(
             session,
-            dataclasses.replace(self._facts(refusal.status), counter=counter, why=refusal.why),
+            dataclasses.replace(
+                self._answer_with(refusal.status), counter=counter, why=refusal.why
+            ),
         )
+        # An unread large body is still on its way: only closing ends it.
         if over:
             self._channel.linger()
         return not over
 
-    def _turn_away(self, status: int, kind: RefusalKind, why: str) -> None:
-        """End a connection with somebody who has shown nothing."""
-        self._desk.counters.refuse(kind)
-        self._channel.write(unsigned(unsigned_refusal(status, why)))
+    def _turn_away(self, status: int, kind: RefusalKind, reason: str) -> None:
+        """Refuse a connection that has not proven anything, and end it."""
+        self._context.counters.refuse(kind)
+        self._channel.write(unsigned(unsigned_refusal(status, reason)))
         self._channel.linger()
 
 
-# Lends a vault, and sources beside it, to the peers of one job over HTTP. A thread for each
-# connection, all of them bounded.
-#
-# What it takes at most: the vault's budget, and CONNECTION_BYTES_MAX for each of
-# ``connections_max + strangers_max`` connections, whatever anybody sends.
+# ---- the server
 
 CONNECTION_BYTES_MAX = 4 << 20
-"""What one connection takes: head buffer, a page of a listing, TLS, the thread's touched stack."""
+"""Memory of one connection: head buffer, a page of a listing, TLS, the thread's used stack."""
 
 LOOPBACK = Endpoint()
 
 BACKLOG = 64
 TICK_S = 0.5
 PUSH_OUT_S = 1.0
-"""How long a newcomer waits for the thread of the stranger whose place it gets; its connection has
-been ended."""
+"""How long a new connection waits for the thread of the one whose place it gets, which has been
+aborted.
+"""
 
 STOP_S = 10.0
-"""How long ``stop`` waits for threads whose connections it has ended."""
+"""How long ``stop`` waits for the threads of connections that it has aborted."""
 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerServerLimits:
-    """What a server bears. A *stranger* is a connection whose first request hasn't proven that it
-    knows the secret: one more than ``strangers_max`` pushes out the oldest, and ``stranger_s`` is
-    all that each has. ``idle_s``: between two requests.
+    """Limits of a server; times in seconds.
 
-    A holder of the secret beyond ``connections_max`` takes the place of the one that has asked
-    nothing for longest; where all have a request under way it is told to come again.
+    A *stranger* is a connection without an authentic request yet: one more than ``strangers_max``
+    aborts the oldest, and each lasts ``stranger_s`` at most. ``idle_s``: between two requests. An
+    authenticated connection beyond ``connections_max`` takes the place of the one that has been
+    idle for longest; if all have a request under way, it is refused as crowded.
     """
 
     connections_max: int = 64
@@ -537,27 +570,29 @@ class PeerServerLimits:
 
 
 @dataclass(slots=True, eq=False)
-class _Guest:
+class _Client:
+    """One accepted connection, as the accepting thread and its own thread share it."""
+
     sock: socket.socket
     since_s: float
     thread: threading.Thread | None = None
     proven: bool = False
-    rests_s: float | None = None
-    """Since when it asks nothing; None while a request of it is under way."""
+    idle_since_s: float | None = None
+    """Since when it is idle; None while a request is under way."""
     ended: bool = False
-    """Its thread is about to end."""
-    _swap: threading.Lock = field(default_factory=threading.Lock)
+    """Aborted: its thread is about to end."""
+    _sock_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def end(self) -> None:
-        """End its connection, from any thread."""
-        with self._swap:
+        """Abort the connection, from any thread."""
+        with self._sock_lock:
             self.ended = True
             shut_down(self.sock)
 
     def wrap(self, tls: ssl.SSLContext) -> ssl.SSLSocket:
-        """Put TLS over its socket, with no word said yet. Raises EndedError where its connection
-        has been ended."""
-        with self._swap:  # who ends it must find the object that the thread waits on
+        """Put TLS over the socket, before any byte is read. Raises EndedError if it was aborted."""
+        # ``end`` must find the socket object on which the thread waits.
+        with self._sock_lock:
             if self.ended:
                 raise EndedError("the connection was ended before TLS began.")
             self.sock = wrapped = tls.wrap_socket(
@@ -567,11 +602,11 @@ class _Guest:
 
 
 class PeerServer:
-    """Serves ``vault`` and ``sources`` at ``endpoint``, from ``start`` to ``stop``; port 0 takes a
+    """Serves ``memory`` and ``sources`` at ``endpoint``, from ``start`` to ``stop``; port 0 takes a
     free one.
 
     ``epoch`` is the highest that this node has seen; requests of an older one are refused. Raises
-    UsageError where the address can't be had.
+    UsageError if the address can't be listened on.
     """
 
     def __init__(
@@ -586,57 +621,60 @@ class PeerServer:
         emit: Emit,
     ) -> None:
         self.memory = memory
-        self.boot = os.urandom(NONCE_BYTES).hex()
-        """Drawn for this start of the server: what it holds is gone with it."""
         self._limits = limits or PeerServerLimits()
         self._tls = endpoint.tls
-        self._tell = emit
-        self._fence = EpochFence(epoch)
-        self._tally = ServerCounters()
-        self._desk = ServerContext(
+        self._emit = emit
+        self._context = ServerContext(
             catalog=PeerCatalog(memory, sources),
             secret=secret,
-            fence=self._fence,
-            counters=self._tally,
-            boot=self.boot,
+            fence=EpochFence(epoch),
+            counters=ServerCounters(),
+            boot=os.urandom(NONCE_BYTES).hex(),
             macs=known_macs(),
             idle_s=self._limits.idle_s,
         )
         self._lock = threading.Lock()
-        self._guests: dict[_Guest, None] = {}  # in the order in which they came
+        self._clients: dict[_Client, None] = {}  # in the order of their arrival
         self._stopping = threading.Event()
         self._listener = _listen(endpoint)
         self._wake_read, self._wake_write = socket.socketpair()
         self._thread = threading.Thread(target=self._accept, name="ckpt-peer-accept", daemon=True)
 
     @property
+    def boot(self) -> str:
+        """The incarnation of the server, drawn at its start: its objects are gone with it."""
+        return self._context.boot
+
+    @property
     def address(self) -> tuple[str, int]:
-        """Host and port that are listened on."""
+        """Host and port on which the server listens."""
         host, port = self._listener.getsockname()[:2]
         return str(host), int(port)
 
     @property
     def epoch(self) -> int:
         """The highest epoch seen."""
-        return self._fence.epoch
+        return self._context.fence.epoch
 
     def see_epoch(self, epoch: int) -> None:
-        """Refuse from now on what comes in the name of an older one."""
-        self._fence.see(epoch)
+        """Refuse requests of an older epoch from now on."""
+        self._context.fence.see(epoch)
 
     def stats(self) -> ServerStats:
-        """What was served and refused since the start."""
+        """Counts of requests and refusals since the start."""
         with self._lock:
-            strangers = sum(not guest.proven for guest in self._guests)
-            return self._tally.stats(connections=len(self._guests), strangers=strangers)
+            strangers = sum(not client.proven for client in self._clients)
+            return self._context.counters.stats(connections=len(self._clients), strangers=strangers)
 
     def start(self) -> None:
-        """Begin to serve; once."""
+        """Begin to serve. To be called once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End all connections and wait for their threads. What was half put is gone; the vault
-        keeps the rest. Idempotent."""
+        """End all connections and wait for their threads. Idempotent.
+
+        Objects that were not received whole are gone; ``memory`` keeps the others.
+        """
         with self._lock:
             if self._stopping.is_set():
                 return
@@ -647,12 +685,12 @@ class PeerServer:
             self._thread.join(STOP_S)
         self._listener.close()
         with self._lock:
-            guests = list(self._guests)
-        for guest in guests:
-            guest.end()
-        for guest in guests:
-            if guest.thread is not None:
-                guest.thread.join(max(0.0, until_s - time.monotonic()))
+            clients = list(self._clients)
+        for client in clients:
+            client.end()
+        for client in clients:
+            if client.thread is not None:
+                client.thread.join(max(0.0, until_s - time.monotonic()))
         self._wake_read.close()
         self._wake_write.close()
 
@@ -671,100 +709,103 @@ class PeerServer:
                 continue
             except OSError as error:
                 if error.errno in _FULL:
-                    self._tally.refuse("crowded")
+                    self._context.counters.refuse("crowded")
                     select.select([self._wake_read], [], [], TICK_S)
-                continue  # else the guest left before it was let in
-            self._let_in(_Guest(sock, time.monotonic()))
+                continue  # else the client closed before it was accepted
+            self._start_client(_Client(sock, time.monotonic()))
 
-    def _let_in(self, guest: _Guest) -> None:
+    def _start_client(self, client: _Client) -> None:
         limits = self._limits
         with self._lock:
-            strangers = [one for one in self._guests if not one.proven]
+            strangers = [client for client in self._clients if not client.proven]
         if len(strangers) >= limits.strangers_max:
-            out = min(
-                strangers, key=lambda one: not one.ended
-            )  # the oldest, if none is about to leave anyway
-            if not out.ended:
-                self._tally.refuse("crowded")
-                out.end()
-            if out.thread is not None:
-                out.thread.join(PUSH_OUT_S)
+            # One that ends anyway, else the oldest: the clients are in the order of their arrival.
+            aborted = min(strangers, key=lambda stranger: not stranger.ended)
+            if not aborted.ended:
+                self._context.counters.refuse("crowded")
+                aborted.end()
+            if aborted.thread is not None:
+                aborted.thread.join(PUSH_OUT_S)
         with self._lock:
-            crowded = sum(not one.proven for one in self._guests) >= limits.strangers_max
+            crowded = sum(not client.proven for client in self._clients) >= limits.strangers_max
             if not crowded:
-                self._guests[guest] = None
+                self._clients[client] = None
         if crowded:
-            self._tally.refuse("crowded")
-            guest.sock.close()
+            self._context.counters.refuse("crowded")
+            client.sock.close()
             return
-        guest.thread = threading.Thread(
-            target=self._serve, args=(guest,), name="ckpt-peer", daemon=True
+        client.thread = threading.Thread(
+            target=self._serve, args=(client,), name="ckpt-peer", daemon=True
         )
-        guest.thread.start()
+        client.thread.start()
 
-    def _take_in(self, guest: _Guest) -> bool:
-        """Whether there is a place for one more holder of the secret: perhaps that of who rests."""
+    def _admit(self, client: _Client) -> bool:
+        """Whether there is a place for one more authenticated client: perhaps an idle one's."""
         with self._lock:
-            holders = [one for one in self._guests if one.proven]
+            holders = [client for client in self._clients if client.proven]
             if len(holders) < self._limits.connections_max:
-                guest.proven = True
+                client.proven = True
                 return True
-            resting = [
-                (one.rests_s, at, one) for at, one in enumerate(holders) if one.rests_s is not None
+            idle = [
+                (client.idle_since_s, number, client)
+                for number, client in enumerate(holders)
+                if client.idle_since_s is not None
             ]
-            if not resting:
+            if not idle:
                 return False
-            out = min(resting)[2]
-            out.proven, guest.proven = False, True
-        # Whoever had it asks again over a new connection: what it may have asked at this moment was
-        # not heard.
-        out.end()
+            evicted = min(idle)[2]
+            evicted.proven, client.proven = False, True
+        # The evicted client repeats over a new connection: a request that it may have sent at this
+        # moment got no answer.
+        evicted.end()
         return True
 
     def _end_slow_strangers(self) -> None:
-        """Time-outs alone would let a trickle of a TLS handshake go on for ever."""
+        """Abort old strangers: timeouts alone never end a TLS handshake that trickles."""
         old_s = time.monotonic() - self._limits.stranger_s
         with self._lock:
-            slow = [guest for guest in self._guests if not guest.proven and guest.since_s < old_s]
-        for guest in slow:
-            guest.end()
+            slow = [
+                client for client in self._clients if not client.proven and client.since_s < old_s
+            ]
+        for client in slow:
+            client.end()
 
-    def _serve(self, guest: _Guest) -> None:
-        def proven() -> bool:
-            return self._take_in(guest)
+    def _serve(self, client: _Client) -> None:
+        def on_authenticated() -> bool:
+            return self._admit(client)
 
-        def rests(resting: bool) -> None:
-            guest.rests_s = time.monotonic() if resting else None
+        def on_idle(idle: bool) -> None:
+            client.idle_since_s = time.monotonic() if idle else None
 
         try:
-            guest.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            guest.sock.settimeout(self._limits.stranger_s)
+            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client.sock.settimeout(self._limits.stranger_s)
             if self._tls is not None:
                 try:
-                    guest.wrap(self._tls).do_handshake()
+                    client.wrap(self._tls).do_handshake()
                 except ssl.SSLError:
-                    self._tally.refuse("tls")
+                    self._context.counters.refuse("tls")
                     raise
             PeerServerConnection(
-                self._desk,
-                PeerChannel(guest.sock, self._limits.timeouts),
-                on_authenticated=proven,
-                on_idle=rests,
+                self._context,
+                PeerChannel(client.sock, self._limits.timeouts),
+                on_authenticated=on_authenticated,
+                on_idle=on_idle,
             ).run()
         except (OSError, EndedError):
-            return  # the connection broke: what it was about to do didn't happen
+            return  # the connection broke before its request took effect
         except Exception as error:  # noqa: BLE001 the border of a thread
-            self._tell(
+            self._emit(
                 Event(
                     "peer-server-defect",
-                    f"a connection of a peer ended by a defect: {error!r}",
+                    f"unexpected error on a connection of a peer: {error!r}",
                     alarm=True,
                 )
             )
         finally:
             with self._lock:
-                self._guests.pop(guest, None)
-            guest.sock.close()
+                self._clients.pop(client, None)
+            client.sock.close()
 
 
 def _listen(endpoint: Endpoint) -> socket.socket:

@@ -1,4 +1,4 @@
-"""A peer's memory as a store."""
+"""A peer's memory as a Backend."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ from ckpt.cluster.peermem.auth import PeerSecret
 from ckpt.cluster.peermem.channel import (
     BufferBody,
     EndedError,
-    PeerBody,
-    PeerExtent,
     PeerTimeouts,
-    mapped,
 )
 from ckpt.cluster.peermem.client import (
     CrowdedError,
@@ -52,31 +49,29 @@ from ckpt.errors import (
 )
 from ckpt.rate_limit import RateLimit
 
-# What a peer's refusals mean for the caller of a store. Pure.
-
-_KINDS: MappingProxyType[int, tuple[type[CkptError], str]] = MappingProxyType(
+_ERRORS: MappingProxyType[int, tuple[type[CkptError], str]] = MappingProxyType(
     {
-        400: (UnavailableError, "the peer doesn't understand; run one version on all nodes"),
-        401: (StoreDeniedError, "the peer finds this request not genuine"),
-        403: (UsageError, "the peer's own objects are only read"),
+        400: (UnavailableError, "the peer does not understand; run one version on all nodes"),
+        401: (StoreDeniedError, "the peer could not authenticate this request"),
+        403: (UsageError, "the peer's own objects are read-only"),
         404: (NotFoundError, "no such object"),
         409: (FencedError, "a newer epoch is open"),
         412: (KeyExistsError, "the key is taken; read it to learn whose bytes it holds"),
-        413: (StoreFullError, "the object is larger than this peer takes"),
+        413: (StoreFullError, "the object is larger than the peer accepts"),
         416: (IntegrityError, "the object ends too early; read another copy"),
-        421: (UnavailableError, "the peer was started anew, and what it held is gone"),
+        421: (UnavailableError, "the peer was restarted, and its objects are gone"),
         424: (BaseGoneError, "the peer does not have the base any more; put the whole object"),
-        503: (CrowdedError, "the peer serves as many others as it can"),
+        503: (CrowdedError, "the peer has no free place"),
         507: (StoreFullError, "the peer's memory is used up; delete there or raise its budget"),
     }
 )
 
 
 def refusal_error(answer: PeerAnswer, *, key: str, url: str) -> CkptError | None:
-    """The error to raise for ``answer``, or None where it is no refusal."""
+    """The error to raise for ``answer``; None if it is no refusal."""
     if answer.status < 300:
         return None
-    kind, text = _KINDS.get(answer.status, (UnavailableError, "the peer refuses"))
+    kind, text = _ERRORS.get(answer.status, (UnavailableError, "the peer refuses"))
     return kind(
         f"{text}. key={key} store={url} status={answer.status} epoch={answer.epoch} "
         f"why={answer.why!r}"
@@ -87,17 +82,19 @@ READ_BYTES_BEST = 1 << 20
 """A request costs about as much as moving a fifth of this."""
 
 CROWDED_FIRST_S, CROWDED_LAST_S = 0.02, 0.5
-"""Pauses before a peer that has no place is asked again: doubled from the first to the last."""
+"""Pauses before a full peer is asked again: doubled from the first to the last."""
 
 _ENTRIES = msgspec.json.Decoder(list[tuple[str, int, int]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerClientLimits:
-    """``connections_max`` at once to one peer, ``lend_s`` the wait for one of them, ``idle_s`` how
-    long it is kept unused (less than servers keep them). A peer that has no place is asked again
-    for ``crowded_s``. Reads from ``stream_bytes_min`` on are cut into up to ``streams_max`` at
-    once.
+    """Limits of one PeerStore; times in seconds.
+
+    ``connections_max``: connections at once to one peer. ``pool_wait_s``: how long a call waits for
+    one of them. ``idle_s``: how long one is kept unused, less than servers keep them.
+    ``crowded_s``: how long a full peer is asked again. Reads of ``stream_bytes_min`` and more are
+    split into up to ``streams_max`` parallel ones.
     """
 
     connections_max: int = 8
@@ -111,12 +108,12 @@ class PeerClientLimits:
 
 
 class PeerStore:
-    """The objects of the peer at ``endpoint``, for holders of ``secret``. Thread-safe; opens
-    connections when they are needed.
+    """The objects of the peer at ``endpoint``, for holders of ``secret``. Thread-safe; connects
+    when needed.
 
-    Each request is made in the name of the ``epoch`` that is current at that moment. ``cap`` bounds
-    what is put, and may be shared with other stores. Everything is gone when the peer's server
-    ends: ``boot`` tells one start from another.
+    Each request carries the epoch that ``epoch`` returns at that moment. ``cap`` limits the rate of
+    puts, and may be shared with other stores. All objects are gone when the peer's server ends;
+    ``boot`` tells one incarnation of it from another.
     """
 
     def __init__(
@@ -133,11 +130,11 @@ class PeerStore:
         self._cap = cap
         self._limits = limits = limits or PeerClientLimits()
         self.boot: str | None = None
-        """Which start of the server answered last; None before any did."""
+        """The incarnation of the server that answered last; None before any did."""
 
         def opener() -> PeerConnection:
             connection = PeerConnection.open(
-                endpoint, secret, connect_s=limits.connect_s, patience=limits.timeouts
+                endpoint, secret, connect_s=limits.connect_s, timeouts=limits.timeouts
             )
             self.boot = connection.boot
             return connection
@@ -155,8 +152,7 @@ class PeerStore:
         return f"{'peer' if self._endpoint.tls is None else 'peers'}://{self._endpoint}"
 
     def capabilities(self) -> Capabilities:
-        """See Backend. Keys are created only once among all who put into this start of the
-        server."""
+        """``create_only`` holds among all writers to one incarnation of the server."""
         return Capabilities(
             create_only=True,
             read_bytes_best=READ_BYTES_BEST,
@@ -164,9 +160,9 @@ class PeerStore:
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend; durable as long as the peer's server runs. Copies nothing.
+        """Durable as long as the peer's server runs. Copies nothing.
 
-        Beside Backend's errors raises FencedError where the peer knows a newer epoch.
+        Beside Backend's errors raises FencedError if the peer knows a newer epoch.
         """
         self.put_lent(key, data, no_check, create_only=create_only)
 
@@ -178,33 +174,18 @@ class PeerStore:
         *,
         create_only: bool = False,
     ) -> None:
-        """As ``put``, of memory that its owner may take back and change meanwhile: then
-        ``still_lent`` raises.
+        """As ``put``, of memory that its owner may change meanwhile: then ``check_unchanged``
+        raises.
 
-        It is asked when all bytes are sent and before their tag, without which the peer stores
+        It is called when all bytes are sent and before their tag, without which the peer stores
         nothing.
         """
         self._put(key, BufferBody(data), check_unchanged, create_only=create_only)
 
-    def put_extent(
-        self,
-        key: str,
-        extent: PeerExtent,
-        *,
-        check_unchanged: Callable[[], None] = no_check,
-        create_only: bool = False,
-    ) -> None:
-        """As ``put_lent``, of a stretch of a file or memfd; the kernel sends its pages where there
-        is no TLS."""
-        check_key(key)
-        with mapped(extent) as body:
-            self._put(key, body, check_unchanged, create_only=create_only)
-
     def put_whole(
         self, key: str, data: Sequence[Buffer], check_unchanged: Callable[[], None] = no_check
     ) -> StoredContent:
-        """As ``put_lent``; says what the peer holds there now, so that it can be the base of a
-        later put."""
+        """As ``put_lent``; returns what the peer stores now, as the base of a later put."""
         return self._put(key, BufferBody(data), check_unchanged)
 
     def put_changed(
@@ -216,28 +197,31 @@ class PeerStore:
         changed: Sequence[ByteRange],
         check_unchanged: Callable[[], None] = no_check,
     ) -> StoredContent:
-        """As ``put_whole``, but only the ranges ``changed`` of ``data`` are sent and looked at: all
-        else is the base's.
+        """As ``put_whole``, but only the ranges ``changed`` of ``data`` are read and sent; the rest
+        is the base's.
 
-        ``changed`` ascends without overlap, RANGES_MAX at most. The peer has both objects
-        meanwhile, as when one is replaced, and copies what is kept. Raises BaseGoneError, and
-        nothing is stored, where the peer doesn't have ``base`` any more: then put it whole. Raises
-        UsageError for ranges that don't fit and a base of another length.
+        ``changed`` ascends without overlap, at most RANGES_MAX ranges. The peer keeps both objects
+        meanwhile, and copies what did not change. Raises BaseGoneError, and stores nothing, if the
+        peer no longer has ``base``: then put the whole object. Raises UsageError for invalid ranges
+        and a base of another length.
         """
-        size_bytes = sum(memoryview(one).nbytes for one in data)
-        why = ranges_problem(changed, size_bytes=size_bytes)
-        if why is None and base.size_bytes != size_bytes:
-            why = f"a base of another length. base_bytes={base.size_bytes} size_bytes={size_bytes}"
-        if why is not None:
-            raise UsageError(f"{why} key={key}; put it whole")
+        size_bytes = sum(memoryview(buffer).nbytes for buffer in data)
+        problem = ranges_problem(changed, size_bytes=size_bytes)
+        if problem is None and base.size_bytes != size_bytes:
+            problem = (
+                f"a base of another length. base_bytes={base.size_bytes} size_bytes={size_bytes}"
+            )
+        if problem is not None:
+            raise UsageError(f"{problem} key={key}; put it whole")
         body = BufferBody([encode_ranges(changed), *slice_ranges(data, changed)])
         return self._put(key, body, check_unchanged, base=base, ranges=len(changed))
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend. Receives straight into ``out``, which holds anything where this raises.
-        Large reads go in parallel.
+        """Receives straight into ``out``, which is garbage if this raises.
 
-        Raises IntegrityError also for bytes that the peer's tag doesn't prove.
+        Large reads are parallel.
+
+        Raises IntegrityError also if the bytes don't match the peer's tag.
         """
         check_key(key)
         if offset_bytes < 0:
@@ -258,7 +242,6 @@ class PeerStore:
             self._read(key, flat, offset_bytes)
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend."""
         check_key(key)
         try:
             answer = self._call(PeerCall(verb="HEAD", key=key)).answer
@@ -267,7 +250,7 @@ class PeerStore:
         return Stat(key, answer.size_bytes or 0, answer.modified_unix_s)
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend. A page of up to 1,000 entries a request."""
+        """Makes one request for each page of up to 1,000 entries."""
         check_prefix(prefix)
         more = True
         while more:
@@ -282,19 +265,17 @@ class PeerStore:
             after = entries[-1][0] if entries else after
 
     def delete(self, key: str) -> None:
-        """See Backend."""
         check_key(key)
         self._call(PeerCall(verb="DELETE", key=key))
 
     def close(self) -> None:
-        """See Backend."""
         self._pool.close()
 
     def _put(
         self,
         key: str,
-        body: PeerBody,
-        still_lent: Callable[[], None],
+        body: BufferBody,
+        check_unchanged: Callable[[], None],
         *,
         create_only: bool = False,
         base: StoredContent | None = None,
@@ -305,7 +286,7 @@ class PeerStore:
             verb="PUT",
             key=key,
             body=body,
-            check_unchanged=still_lent,
+            check_unchanged=check_unchanged,
             create_only=create_only,
             base=base,
             ranges=ranges,
@@ -317,14 +298,14 @@ class PeerStore:
         )
 
     def _read(self, key: str, out: memoryview, offset_bytes: int) -> tuple[str, int]:
-        """Read one range; returns which content of the key it is of."""
+        """Read one range; returns incarnation and version of the content that it is of."""
         answer = self._call(
             PeerCall(verb="GET", key=key, span=(offset_bytes, len(out)), out=out)
         ).answer
         return answer.boot, answer.version
 
     def _read_parallel(self, key: str, out: memoryview, offset_bytes: int, streams: int) -> bool:
-        """Read in ``streams`` ranges at once; False where the object was replaced in between."""
+        """Read in ``streams`` ranges at once; False if the object was replaced in between."""
         size = -(-len(out) // streams)
         with ThreadPoolExecutor(streams - 1, thread_name_prefix="ckpt-peer-read") as threads:
             others = [
@@ -336,7 +317,7 @@ class PeerStore:
         return len(contents) == 1
 
     def _call(self, call: PeerCall) -> PeerReply:
-        """Make one call, again and again for a while where the peer has no place for it."""
+        """Make one call, repeated for a while if the peer has no free place."""
         until_s = time.monotonic() + self._limits.crowded_s
         pause_s = CROWDED_FIRST_S
         while True:
@@ -345,35 +326,35 @@ class PeerStore:
             except CrowdedError:
                 if time.monotonic() + pause_s > until_s:
                     raise
-            time.sleep(
-                random.uniform(0.5, 1.0) * pause_s
-            )  # all who were turned away come again, and not all at once
+            # Random, since all refused clients come again, and should not come at once.
+            time.sleep(random.uniform(0.5, 1.0) * pause_s)
             pause_s = min(2 * pause_s, CROWDED_LAST_S)
 
     def _ask(self, call: PeerCall) -> PeerReply:
-        """Make one call, once more where it met a connection that the peer had ended while it was
-        idle."""
-        for turn in range(2):
-            with self._pool.connection(fresh=turn > 0) as (connection, used):
+        """Make one call, once more if the peer had closed the idle connection that it used."""
+        for attempt in range(2):
+            with self._pool.connection(fresh=attempt > 0) as (connection, used):
                 try:
-                    reply = connection.request(call, epoch=self._epoch(), cap=self._cap)
+                    reply = connection.request(call, epoch=self._epoch(), rate_limit=self._cap)
                 except TimeoutError as error:
                     raise UnavailableError(
-                        f"a peer is silent or too slow. {self._about(call)} cause={error}"
+                        f"a peer is silent or too slow. {self._described(call)} cause={error}"
                     ) from error
                 except (OSError, EndedError) as error:
-                    if turn == 0 and used and not connection.answered:
-                        continue  # what was sent unheard is repeated: nothing but a put without create_only can have landed
-                    # Unheard: a peer ends connections that have asked nothing yet where too many
-                    # come at once.
+                    if attempt == 0 and used and not connection.answered:
+                        # A request without an answer is repeated. It can have taken effect only if
+                        # it is harmless twice: a put with ``create_only`` waits for the go-ahead.
+                        continue
+                    # Without an answer: if too many connect at once, a peer closes connections that
+                    # have made no request yet.
                     kind = UnavailableError if connection.answered else CrowdedError
                     raise kind(
-                        f"the connection broke. {self._about(call)} cause={error}"
+                        f"the connection broke. {self._described(call)} cause={error}"
                     ) from error
             if (refusal := refusal_error(reply.answer, key=call.key, url=self.url)) is not None:
                 raise refusal
             return reply
-        raise UnavailableError(f"the peer ends every connection. {self._about(call)}")
+        raise UnavailableError(f"the peer closes every connection. {self._described(call)}")
 
-    def _about(self, call: PeerCall) -> str:
+    def _described(self, call: PeerCall) -> str:
         return f"operation={call.verb} key={call.key} store={self.url}"

@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt.cluster.membership import transactions
-from ckpt.cluster.membership.api import Published
 from ckpt.cluster.membership.member import KeyspaceMembership
 from ckpt.cluster.membership.open import open_keyspace
+from ckpt.cluster.membership.outcomes import Published
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, NodePlacement, ViewScope
 from ckpt.elastic.rendezvous.decide import (
     ALONE,

@@ -201,7 +201,7 @@ def test_a_standby_of_other_slots_fits_no_place_and_is_used_before_the_world_los
 
 
 def test_where_nobody_leads_nothing_is_decided() -> None:
-    assert decided(view_of("ab", leader=None), options()) == WaitForNodes(math.inf, "nobody leads")
+    assert decided(view_of("ab", leader=None), options()) == WaitForNodes(math.inf, "no node leads")
 
 
 @pytest.mark.parametrize(

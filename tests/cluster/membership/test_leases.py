@@ -41,7 +41,7 @@ def test_keepalives_are_due_at_a_third_and_sooner_after_silence() -> None:
 
 def test_silence_says_nothing_and_is_remembered() -> None:
     held = apply_answer(lease(), LeaseSilent(102.0, "no route"))
-    assert (held.act_until_s, held.why, held.lost) == (105.5, "no route", None)
+    assert (held.act_until_s, held.reason, held.lost_reason) == (105.5, "no route", None)
 
 
 def test_an_answer_counts_from_when_it_was_asked_for() -> None:
@@ -59,14 +59,14 @@ def test_a_late_answer_takes_no_time_away_and_brings_a_lapsed_lease_back() -> No
 def test_nothing_left_is_loss_though_the_answer_is_no_error() -> None:
     held = apply_answer(lease(), Renewed(102.0, 0.0))
     assert held.state(101.0) is LeaseState.LOST
-    assert held.why == "the lease has expired"
+    assert held.reason == "the lease has expired"
 
 
 def test_what_is_lost_stays_lost() -> None:
     held = apply_answer(lease(), LeaseGone("taken out"))
     for answer in (Renewed(102.0, 6.0), LeaseSilent(102.0, "x"), LeaseGone("again")):
         held = apply_answer(held, answer)
-        assert (held.state(102.0), held.why) == (LeaseState.LOST, "taken out")
+        assert (held.state(102.0), held.reason) == (LeaseState.LOST, "taken out")
 
 
 def test_less_time_than_was_granted_counts_as_less_and_more_as_no_more() -> None:

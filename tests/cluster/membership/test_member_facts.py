@@ -9,9 +9,9 @@ from kit.membership.keyspace_contract import get, lease
 from kit.membership.lodging_contract import LodgingContract, under
 from kit.membership.memory_keyspace import MemoryKeyspace, MemoryServer
 
-from ckpt.cluster.membership.api import Leading, MembershipUnknown
 from ckpt.cluster.membership.leases import LeaseGone, LeaseSeen, LeaseSilent, LeaseState, apply_answer, borrowed_lease
 from ckpt.cluster.membership.member import KeyspaceMembership
+from ckpt.cluster.membership.outcomes import Leading, MembershipUnknown
 from ckpt.cluster.membership.records import NodeInfo
 from ckpt.errors import UnavailableError
 from ckpt.keyspace.base import Transaction, TransactionResult

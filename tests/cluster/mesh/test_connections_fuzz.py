@@ -24,8 +24,7 @@ from msgspec.msgpack import encode
 
 from ckpt.cluster.mesh.connections import UNAUTHENTICATED_MAX
 from ckpt.cluster.mesh.messages import MeshPost, NodeProgress
-from ckpt.cluster.mesh.protocol import GREETING_BYTES_MAX, MeshProtocol
-from ckpt.cluster.secret import frame_mac
+from ckpt.cluster.mesh.protocol import GREETING_BYTES_MAX, MeshProtocol, frame_mac
 from ckpt.cluster.tls import TlsContexts, job_tls
 from ckpt.ipc.cluster_spec import NodesSpec
 
@@ -126,7 +125,7 @@ def test_strangers_say_nothing_that_counts(node: Callable[..., Node], tls: TlsCo
             open_.pop(rng.randrange(len(open_))).close()
         if turn % 20 == 0:
             witness.check()
-            assert len(one.lines._lines) <= UNAUTHENTICATED_MAX + 2
+            assert len(one.lines._connections) <= UNAUTHENTICATED_MAX + 2
     witness.check()
     grown = resident_bytes() - memory
     print(f"grew by {grown >> 10} KiB, of {GROWTH_BYTES_MAX >> 10} KiB; {one.lines.refused} refused")

@@ -456,7 +456,7 @@ def test_epochs_exceed_what_any_keeper_knows_of(world: World) -> None:
 def test_meeting_place_that_comes_before_its_epoch_is_kept(world: World) -> None:
     one = world.node("b")
     world.until(lambda: any(event.kind == "joined" for event in one.events), "that it joined")
-    one.node._on_word("x", MeetingAddress(attempt=1, host="h", port=7))
+    one.node._on_message("x", MeetingAddress(attempt=1, host="h", port=7))
     other = world.node("c")
     first = world.epoch(one, other)
     assert first.number == 1
@@ -503,9 +503,9 @@ def test_suspicion_is_taken_back_when_the_node_is_reached_again(world: World) ->
     nodes = [world.node(name, least=2, most=3, last_call_s=0.0) for name in ("a", "b", "c")]
     world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 3 for one in nodes), "three nodes")
     number = world.epoch(*nodes).number
-    nodes[0].node._on_down(nodes[1].id, "refused: as if")
+    nodes[0].node._on_disconnected(nodes[1].id, "refused: as if")
     key = f"suspects/{nodes[1].id}/{nodes[0].id}"
     world.until(lambda: key in world.server.keys, "the suspicion")
-    nodes[0].node._on_up(nodes[1].id)
+    nodes[0].node._on_connected(nodes[1].id)
     world.until(lambda: key not in world.server.keys, "that it is taken back")
     assert nodes[0].epochs[-1].number == number, "one witness is none"

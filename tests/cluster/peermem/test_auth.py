@@ -1,56 +1,22 @@
-"""The secret: where it lies, that it is never shown, and what is made of it."""
+"""The secret: that it is never shown, and what is made of it."""
 
 from __future__ import annotations
 
-import os
 import pickle
-from pathlib import Path
 
 import pytest
 
 from ckpt.cluster.peermem import body_mac as macs
 from ckpt.cluster.peermem.auth import PeerSecret
-from ckpt.cluster.secret import load_secret, write_new_secret
 from ckpt.errors import UsageError
 
 RAW = bytes(range(32))
 
 
-def test_a_new_secret_is_read_back_and_is_its_owners_alone(tmp_path: Path) -> None:
-    path = tmp_path / "secret"
-    written = write_new_secret(path)
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert load_secret(path) == written
-    with pytest.raises(UsageError, match="can't be written"):
-        write_new_secret(path)
-
-
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601, 0o660, 0o777])
-def test_a_secret_that_others_may_touch_is_refused_with_the_remedy(tmp_path: Path, mode: int) -> None:
-    path = tmp_path / "secret"
-    write_new_secret(path)
-    path.chmod(mode)
-    with pytest.raises(UsageError, match=f"mode={mode:04o}; chmod 600") as found:
-        load_secret(path)
-    assert path.read_text().strip() not in str(found.value)
-
-
-@pytest.mark.parametrize(
-    "text", [b"", b"password", b"ab" * 31, b"ab" * 33, b"AB" * 32, RAW, b"00" * 32, b"g" * 64, b"ab" * 32 + b"\n\n"]
-)
-def test_what_is_no_secret_is_refused(tmp_path: Path, text: bytes) -> None:
-    path = tmp_path / "secret"
-    path.write_bytes(text)
-    path.chmod(0o600)
+@pytest.mark.parametrize("raw", [b"", bytes(range(31)), bytes(range(33)), bytes(32), b"ab" * 16])
+def test_bytes_that_are_no_secret_are_refused(raw: bytes) -> None:
     with pytest.raises(UsageError):
-        load_secret(path)
-
-
-def test_a_folder_a_pipe_and_nothing_are_no_secret(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe", 0o600)
-    for name in (".", "pipe", "none"):
-        with pytest.raises(UsageError):
-            load_secret(tmp_path / name)
+        PeerSecret.of(raw)
 
 
 def test_a_secret_is_neither_shown_nor_pickled() -> None:

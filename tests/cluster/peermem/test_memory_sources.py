@@ -106,7 +106,7 @@ def test_nobody_writes_to_a_source(world: World, slots: Slots) -> None:
         lambda: store.put("slot/new", [bytes(1 << 20)]),
         lambda: store.delete("slot/0"),
     ):
-        with pytest.raises(UsageError, match="only read"):
+        with pytest.raises(UsageError, match="read-only"):
             act()
     assert server.stats().refused == {"read-only": 3}
     assert read(store, "slot/0") == b"\1" * SLOT_BYTES

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import mmap
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from kit.peers.proxy import Proxy
@@ -15,7 +13,7 @@ from kit.peers.servers import OTHER_SECRET, SECRET, WAIT_S, Epoch, World, read, 
 
 from ckpt.backends.replicated.buffers import Loan, TakenBackError
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.channel import PeerExtent, PeerTimeouts
+from ckpt.cluster.peermem.channel import PeerTimeouts
 from ckpt.cluster.peermem.memory import PeerMemory
 from ckpt.cluster.peermem.server import EpochFence, PeerServer
 from ckpt.cluster.peermem.store import PeerClientLimits, PeerStore
@@ -28,7 +26,6 @@ from ckpt.errors import (
     StoreDeniedError,
     StoreFullError,
     UnavailableError,
-    UsageError,
 )
 
 MIB = 1 << 20
@@ -227,46 +224,6 @@ def test_memory_that_changes_while_it_is_sent_is_refused_by_its_tag(world: World
         pytest.skip("no scribble met a block between digest and sending")
 
 
-@pytest.mark.parametrize(
-    ("offset", "size"), [(0, 0), (0, 10), (4096, 70_000), (5, 3 * MIB), (8191, MIB), (2 * MIB + 1, MIB - 1)]
-)
-def test_a_stretch_of_a_memfd_is_put_as_it_is(world: World, offset: int, size: int) -> None:
-    store = world.store(world.serve())
-    whole = body(3 * MIB + 5)
-    fd = os.memfd_create("test")
-    try:
-        os.write(fd, whole)
-        store.put_extent("a", PeerExtent(fd, offset, size))
-        assert read(store, "a") == whole[offset : offset + size]
-        with pytest.raises(KeyExistsError):
-            store.put_extent("a", PeerExtent(fd, offset, size), create_only=True)
-        loan = Loan("b")
-        loan.take_back()
-        if size:
-            with pytest.raises(TakenBackError):
-                store.put_extent("b", PeerExtent(fd, offset, size), check_unchanged=loan.still_lent)
-        assert store.stat("b") is None
-    finally:
-        os.close(fd)
-
-
-def test_a_stretch_beyond_the_file_is_refused(world: World, tmp_path: Path) -> None:
-    store = world.store(world.serve())
-    path = tmp_path / "file"
-    path.write_bytes(b"12345")
-    with path.open("rb") as file:
-        for extent in (
-            PeerExtent(file.fileno(), 0, 6),
-            PeerExtent(file.fileno(), -1, 2),
-            PeerExtent(file.fileno(), 1 << 40, 1),
-        ):
-            with pytest.raises(UsageError):
-                store.put_extent("a", extent)
-        store.put_extent("a", PeerExtent(file.fileno(), 1, 3))
-    assert read(store, "a") == b"234"
-
-
-@pytest.mark.slow
 def test_a_large_read_goes_in_streams_and_is_of_one_content(world: World) -> None:
     server = world.serve()
     store = world.store(server, limits=PeerClientLimits(stream_bytes_min=MIB))

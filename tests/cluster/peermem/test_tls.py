@@ -11,7 +11,7 @@ import pytest
 from kit.peers.certificates import Certificates, Files
 from kit.peers.servers import WAIT_S, World, read, until
 
-from ckpt.cluster.peermem.channel import PeerExtent, PeerTimeouts
+from ckpt.cluster.peermem.channel import PeerTimeouts
 from ckpt.cluster.peermem.store import PeerClientLimits
 from ckpt.cluster.tls import check_handshake, client_context, server_context
 from ckpt.errors import StoreDeniedError, UnavailableError, UsageError
@@ -25,17 +25,12 @@ def asking(files: Files, *, ca: Path | None = None) -> ssl.SSLContext:
     return client_context(certificate=files.certificate, key=files.key, ca=ca or files.ca)
 
 
-def test_bytes_go_both_ways(world: World, certificates: Certificates, tmp_path: Path) -> None:
+def test_bytes_go_both_ways(world: World, certificates: Certificates) -> None:
     server = world.serve(tls=serving(certificates.one))
     store = world.store(server, tls=asking(certificates.two))
     body = bytes(range(256)) * 20_000
     store.put("a", [body[:5], body[5:1000], body[1000:]])
     assert read(store, "a") == body
-    path = tmp_path / "file"
-    path.write_bytes(body)
-    with path.open("rb") as file:
-        store.put_extent("b", PeerExtent(file.fileno(), 3, 2 << 20))
-    assert read(store, "b") == body[3 : 3 + (2 << 20)]
     assert store.url.startswith("peers://")
 
 

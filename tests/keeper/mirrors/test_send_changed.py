@@ -197,7 +197,7 @@ def test_failed_put_leaves_no_base(world: World) -> None:
     world.lending.see_epoch(2)
     assert world.send(2, FROZEN, small(2)) == 0
     assert world.came[-1] == frozenset()
-    world.lending._server._fence._epoch = 1  # as if it had never been seen
+    world.lending._server._context.fence._epoch = 1  # as if it had never been seen
     assert world.send(3, FROZEN, small(3)) == WHOLE_BYTES
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.membership.api import LeaseStatus
 from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.outcomes import LeaseStatus
 from ckpt.cluster.membership.records import EpochRecord, NodePlacement
 from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.messages import MeshMessage

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from ckpt.cluster.membership import transactions as names
-from ckpt.cluster.membership.api import Following, Leading, NotPublished, Published
 from ckpt.cluster.membership.leases import LeaseState
 from ckpt.cluster.membership.member import KeyspaceMembership
+from ckpt.cluster.membership.outcomes import Following, Leading, NotPublished, Published
 from ckpt.cluster.membership.records import StateInventory, encode_inventory
 from ckpt.errors import FencedError, UsageError
 from ckpt.keyspace.base import Keys, Keyspace, Put, Transaction

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 
 from ckpt.cluster.membership import transactions as names
-from ckpt.cluster.membership.api import Following, Leading, NotPublished, Published
 from ckpt.cluster.membership.leases import LeaseState
 from ckpt.cluster.membership.member import SUSPICIONS_MAX, KeyspaceMembership, boottime_s
+from ckpt.cluster.membership.outcomes import Following, Leading, NotPublished, Published
 from ckpt.cluster.membership.records import (
     EpochRecord,
     NodeInfo,

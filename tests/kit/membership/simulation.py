@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ckpt.cluster.membership import transactions as names
-from ckpt.cluster.membership.api import Leading, NotPublished, Published
 from ckpt.cluster.membership.decide import MembershipOptions, NewEpoch, WaitTimers, decide, update_timers
 from ckpt.cluster.membership.leases import LeaseState
 from ckpt.cluster.membership.member import KeyspaceMembership
+from ckpt.cluster.membership.outcomes import Leading, NotPublished, Published
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, View, decode_epoch, encode_epoch
 from ckpt.errors import CkptError, FencedError, UnavailableError
 from ckpt.keyspace.base import Grant, Keys, Put, Transaction, TransactionResult
