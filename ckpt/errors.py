@@ -1,18 +1,19 @@
-"""Every error of ckpt, grouped by what its handler does.
+"""Every error of ckpt, grouped by what its handler does. Pure.
 
-    CkptError                      code, retry, exit_code
-     ├─ UsageError (ValueError)    the caller passed something that cannot work: fix the call             exit 2
-     │   └─ FormatVersionError     written by a newer ckpt: upgrade                                      exit 2
-     ├─ NotFoundError (LookupError) no such store, snapshot, tag, leaf or object                         exit 10
-     ├─ UnavailableError           the store or a peer did not answer, is full or denies: repeat later   exit 11
-     │   ├─ StoreFullError         no space or quota left
-     │   └─ StoreDeniedError       permission or credentials
-     ├─ ConflictError              somebody else's write came first: look, then decide                   exit 12
-     │   ├─ KeyExistsError         a create-once key already holds other bytes
-     │   └─ FencedError            a newer epoch is open: this writer must stop
-     ├─ CommitUnknownError         the reply was lost: repeat the same bytes at the same key             exit 13
-     ├─ IntegrityError             bytes differ from their digest, or a record contradicts itself        exit 20
-     └─ InternalError              a bug of ours                                                         exit 70
+    CkptError                        code, retry, exit_code
+     ├─ UsageError (ValueError)      the call cannot work: fix the call                   exit 2
+     │   └─ FormatVersionError       written by a newer ckpt: upgrade                     exit 2
+     ├─ NotFoundError (LookupError)  no such store, snapshot, tag, leaf or object         exit 10
+     ├─ UnavailableError             a store or peer does not answer: repeat later        exit 11
+     │   ├─ StoreFullError           no space or quota is left
+     │   └─ StoreDeniedError         permissions or credentials are missing
+     ├─ ConflictError                another write came first: read, then decide          exit 12
+     │   ├─ KeyExistsError           a create-once key already holds other bytes
+     │   ├─ NewerSnapshotError       a newer snapshot became durable: choose again
+     │   └─ FencedError              a newer epoch is open: this writer must stop
+     ├─ CommitUnknownError           the reply was lost: repeat the same bytes, same key  exit 13
+     ├─ IntegrityError               bytes differ from their digest, or are inconsistent  exit 20
+     └─ InternalError                a bug in ckpt                                        exit 70
 
 A message is a lower-case fact, then ``key=value`` pairs, then what to do.
 """
@@ -25,8 +26,8 @@ from typing import ClassVar
 class CkptError(Exception):
     """Base of every error that ckpt raises.
 
-    ``code`` is a stable kebab-case word for programs, ``retry`` says whether repeating the same
-    call can help, ``exit_code`` is what the command line exits with.
+    ``code`` is a stable kebab-case word for programs. ``retry`` says whether repeating the same
+    call can help. ``exit_code`` is the exit status of the command line.
     """
 
     code: ClassVar[str] = "error"
@@ -35,7 +36,7 @@ class CkptError(Exception):
 
 
 class UsageError(CkptError, ValueError):
-    """The caller passed something that cannot work; the message names the remedy."""
+    """The call cannot work; the message names the remedy."""
 
     code = "usage"
     exit_code = 2
@@ -88,19 +89,20 @@ class KeyExistsError(ConflictError):
 
 
 class NewerSnapshotError(ConflictError):
-    """A snapshot became durable that is newer than the one that training was to go on from."""
+    """A snapshot became durable that is newer than the one chosen for training to resume."""
 
     code = "newer-snapshot"
 
 
 class FencedError(ConflictError):
-    """A newer epoch is open, so nothing that this writer records counts."""
+    """A newer epoch is open, so records of this writer are void."""
 
     code = "fenced"
 
 
 class CommitUnknownError(CkptError):
-    """A write's reply was lost; whether it landed is unknown until the same bytes are repeated."""
+    """A write's reply was lost. Whether it was written is unknown until the same bytes are
+    repeated."""
 
     code = "commit-unknown"
     retry = True
@@ -115,7 +117,7 @@ class IntegrityError(CkptError):
 
 
 class InternalError(CkptError):
-    """A defect of ckpt itself."""
+    """A bug in ckpt."""
 
     code = "internal"
     exit_code = 70

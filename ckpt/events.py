@@ -1,8 +1,7 @@
-"""Events: what happened, told once, in one form.
+"""Events: what ckpt reports while it works, in one form.
 
-An event is a kebab-case kind, a sentence for people and flat facts for programs. Rooms that have
-something to tell take a ``Tell`` callable; the session passes one that writes to Python's
-``logging`` under the name ``ckpt``.
+An event is a kebab-case kind, a sentence for people and flat facts for programs. Code that reports
+takes an ``Emit`` callable; a session passes one that writes to Python's logger ``ckpt``.
 """
 
 from __future__ import annotations
@@ -10,13 +9,114 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 Fact = str | int | float | bool | None
+
+# Programs match on these kinds, so a kind keeps its name and its meaning. A test compares this
+# table with what the package emits.
+KINDS: Final[Mapping[str, str]] = {
+    # ---- a run
+    "epoch": "an epoch is open in the log; snapshots captured from here on belong to it",
+    "paused": "training paused (`run.paused()`); the hang watch waits too",
+    "resumed": "training resumed after a pause",
+    "log": "values that the user logged",
+    "spawn": "trainers are started as fresh interpreters, because a fork would not be safe",
+    "left": "a rank left without telling the other ranks",
+    "late-leaver": "a rank did not report that it left, within the time limit",
+    # ---- saving
+    "staged": "a snapshot is in shared memory",
+    "durable": "a snapshot is committed on enough stores",
+    "skipped": "a due snapshot is skipped, because no slot was free or the last is not durable yet",
+    "save-failed": "a snapshot did not become durable",
+    "tag-failed": "a snapshot is durable, but lacks a tag",
+    "memory-short": "not enough shared memory for all slots",
+    # ---- restoring
+    "fallback": "a snapshot was damaged; an older one is restored",
+    "chosen-anew": "a newer snapshot was committed in the meantime and is restored instead",
+    "maybe-stale": "too few stores answered to know that the restored snapshot is the newest",
+    "untracked": "the restored snapshot has items that the program does not track",
+    "settling": "waiting until the last run's snapshot is durable",
+    "unsettled": "the last run's snapshot did not become durable within the time limit",
+    # ---- a node's processes
+    "keeper-busy": "waiting for the keeper of the last run",
+    "keeper-silent": "the keeper of the last run does not answer",
+    "keeper-replaced": "a new keeper took over, or training continues without one",
+    "keeper-failed": "a defect in the keeper",
+    "no-keeper": "no keeper can be started or reached; state is not protected by one",
+    "home-lost": "the keeper lost its runtime folder",
+    "home-renewed": "the keeper made its socket anew",
+    "full": "the keeper cannot accept another connection",
+    "peer-lost": "a process lost its connection to the keeper",
+    "refused": "the keeper refused a request",
+    "stalled": "the keeper or its machine stood still",
+    "not-prepared": "not enough memory to start a trainer ahead of need",
+    "prepared-died": "a trainer that was started ahead of need died",
+    # ---- uploads by the keeper
+    "open-failed": "an epoch could not be opened in the log",
+    "open-waits": "an epoch cannot be opened yet; tried again",
+    "choices-wait": "the log cannot be read yet; tried again",
+    "follow-waits": "an upload cannot be followed up yet; tried again",
+    "store-changed": "the store's log was replaced by another one",
+    "settle-failed": "the final flush failed",
+    "dropped": "the keeper ended before everything was durable",
+    # ---- nodes of a job
+    "joined": "this node is a member of its job",
+    "out": "this node lost its membership and joins again",
+    "leads": "this node is the leader",
+    "epoch-published": "the leader published an epoch",
+    "suspects": "this node suspects another one to be dead",
+    "leave-failed": "a membership could not be ended; its lease will run out",
+    "membership-waits": "the membership service does not answer; tried again",
+    "membership-failed": "a defect in the membership",
+    "line-refused": "a connection between two nodes was refused",
+    "tls": "how connections between nodes are encrypted, or that a certificate expires soon",
+    "peer-server-defect": "a defect in the server that serves this node's memory",
+    # ---- mirrors in peers' memory
+    "protected": "each node's state is mirrored again",
+    "mirror-failed": "state could not be mirrored to a peer",
+    "mirrors-begin-anew": "mirrors are made anew",
+    "memory-gathered": "which snapshots the nodes' memory holds is known",
+    "memory-lost": "the nodes' memory does not hold all ranks' state",
+    # ---- rendezvous under torchrun
+    "round": "the agents' next round is published",
+    "round-over": "a round ended before it began",
+    "apart": "this node starts its workers without ranks",
+    "asked-back": "the workers of this node are started anew",
+    "standby-released": "the job ended without needing this node",
+    "close-failed": "the rendezvous could not be closed",
+    "agent-out": "an agent lost its membership and joins again",
+    "rendezvous-waits": "the agents' membership service does not answer; tried again",
+    # ---- several stores
+    "stores": "the log's set of stores changed",
+    "store-down": "a store does not answer; writes to it are put off",
+    "store-back": "a store answers again and receives what it missed",
+    "store-behind": "a store lacks records of the log",
+    "store-empty": "a store came back empty and cannot be filled",
+    "store-returns": "a store came back empty and is being filled",
+    "store-full": "a store holds everything again and counts",
+    "under-replicated": "an object is on fewer stores than required",
+    "copy-mended": "missing copies were written",
+    "fill-damaged": "a store was filled, but some objects are damaged on every other store",
+    "care-waits": "store maintenance could not run; tried again",
+    "care-failed": "a defect in store maintenance",
+    # ---- maintenance
+    "gc": "snapshots that no policy keeps were dropped",
+    "gc-failed": "dropping snapshots failed",
+    "gc-fenced": "a newer epoch is open; this process drops nothing any more",
+    "swept": "unreferenced objects of a store were deleted",
+    "sweep-held": "a sweep kept objects, because a snapshot cannot be read",
+    "sweep-stopped": "a sweep of a store ended early",
+    "sync-damage": "an object could not be copied, because it is damaged",
+    "scrub-damage": "a scrub found damage",
+    "scrub-mended": "a scrub wrote a copy anew",
+    "scrub-done": "a scrub ended",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened. ``alarm`` marks what a person should look at."""
+    """One occurrence. ``kind`` is a key of ``KINDS``; ``alarm`` marks what a person should see."""
 
     kind: str
     text: str
@@ -25,19 +125,21 @@ class Event:
 
 
 Emit = Callable[[Event], None]
-"""Receives events; must be quick and must not raise."""
+"""Receives events. Must return quickly and must not raise."""
 
 
 def emit_to_logging(rank: int) -> Emit:
-    """A ``Tell`` that writes to the logger ``ckpt``: alarms as warnings, the rest as info, facts as
-    ``key=value``."""
+    """An ``Emit`` that writes to the logger ``ckpt``, with facts as ``key=value``.
+
+    Alarms are warnings, all others are info.
+    """
     logger = logging.getLogger("ckpt")
 
-    def tell(event: Event) -> None:
+    def emit(event: Event) -> None:
         level = logging.WARNING if event.alarm else logging.INFO
         if not logger.isEnabledFor(level):
             return
         facts = " ".join(f"{key}={value}" for key, value in event.facts.items())
         logger.log(level, "[rank %d] %s%s", rank, event.text, f" ({facts})" if facts else "")
 
-    return tell
+    return emit

@@ -1,8 +1,7 @@
-"""One background thread that does calls in order, and never keeps a process alive for ever.
+"""Daemon threads whose results are futures; none can block the interpreter's exit forever.
 
-A pool of the standard library is joined at the interpreter's exit without a limit, so one hung
-store would make every exit endless. This thread is a daemon; at exit it gets a bounded time to
-finish what it was given.
+A pool of the standard library is joined at exit without a limit, so one hung store would block
+every exit. These threads are daemons; at exit a ``CallQueue`` gets a bounded time to finish.
 """
 
 from __future__ import annotations
@@ -15,28 +14,26 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-# Daemon threads whose outcome is a future. A pool of the standard library would be joined at
-# exit, however long that takes.
-
 T = TypeVar("T")
 
 
 def run_into_future(future: Future[T], call: Callable[[], T]) -> None:
-    """Do ``call`` now, unless ``future`` was cancelled, and let ``future`` have what it returns or
-    raises."""
+    """Run ``call`` now, unless ``future`` was cancelled, and set its result or exception."""
     if not future.set_running_or_notify_cancel():
         return
     try:
         result = call()
-    except BaseException as error:  # noqa: BLE001  a thread's border: the future raises it where it is asked
+    except BaseException as error:  # noqa: BLE001  a thread's border: the future raises it
         future.set_exception(error)
     else:
         future.set_result(result)
 
 
 def start_thread(call: Callable[[], T], *, name: str) -> Future[T]:
-    """Do ``call`` in a thread of its own; in this one where the interpreter is ending and starts no
-    thread any more."""
+    """Run ``call`` in a thread of its own.
+
+    While the interpreter exits no thread can be started; ``call`` then runs in this one.
+    """
     future: Future[T] = Future()
     thread = threading.Thread(target=run_into_future, args=(future, call), name=name, daemon=True)
     try:
@@ -47,11 +44,11 @@ def start_thread(call: Callable[[], T], *, name: str) -> Future[T]:
 
 
 EXIT_WAIT_S = 600.0
-"""How long an interpreter's exit waits for calls that were never closed."""
+"""How long the interpreter's exit waits for a queue that was never closed."""
 
 
 class CallQueue:
-    """Calls, done one after the other by a thread of their own. Thread-safe."""
+    """Calls that one background thread runs in order. Thread-safe."""
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
@@ -67,14 +64,14 @@ class CallQueue:
 
     @property
     def ended(self) -> bool:
-        """Whether the thread is gone."""
+        """Whether the thread has ended."""
         return not self._thread.is_alive()
 
     def close(self, *, cancel: bool = False, timeout_s: float | None = None) -> bool:
-        """Let the queue run empty (``cancel``: drop what has not begun) and end the thread.
+        """Let the queue run empty and end the thread. ``cancel`` drops calls that have not started.
 
-        Waits ``timeout_s`` seconds at most, for ever where None; returns whether the thread ended.
-        One that did not goes on behind and holds up no exit.
+        Waits at most ``timeout_s`` seconds (None: no limit) and returns whether the thread ended.
+        If not, the thread continues in the background and blocks no exit.
         """
         atexit.unregister(self._at_exit)
         if cancel:
@@ -99,7 +96,7 @@ class CallQueue:
     def _work(self) -> None:
         while (entry := self._calls.get()) is not None:
             entry.run()
-            del entry  # or it would keep its slot alive until the next call
+            del entry  # it may hold a slot, which would stay in use until the next call
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
-"""Frozen nouns that travel between rooms. No I/O, no torch, no behaviour beyond arithmetic on their
-own fields."""
+"""Values that packages pass to each other: snapshot ids, boxes, leaves, chunks. Pure.
+
+All are frozen and compute nothing beyond arithmetic on their own fields.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 CHUNK_BYTES = 4 << 20
-"""The fixed grid on which a shard's bytes are cut: unit of digest, dedup, compression and
-transfer."""
+"""The fixed grid that cuts a shard's bytes: the unit of digest, dedup, compression and transfer."""
 
 DIGEST_BYTES = 16
 """Length of an xxh3-128 digest."""
 
 PAGE_BYTES = 4096
-"""Alignment that direct I/O needs, for memory, file offsets and lengths."""
+"""Alignment of memory, file offsets and lengths that direct I/O needs."""
 
 Digest = bytes
 """A 16-byte xxh3-128 digest (big-endian, as ``xxhash.xxh3_128_digest`` returns it)."""
@@ -24,14 +25,14 @@ Digest = bytes
 
 @dataclass(frozen=True, slots=True, order=True)
 class SnapshotId:
-    """The pair (captured epoch, step) that names a snapshot; ordered epoch first."""
+    """The pair (captured epoch, step) that names a snapshot. Ordered by epoch, then step."""
 
     epoch: int
     step: int
 
     @property
     def key(self) -> str:
-        """Fixed-width text form used in object keys; sorts as the pair does."""
+        """Fixed-width text for object keys; sorts as the pair does."""
         return f"{self.epoch:010d}-{self.step:014d}"
 
     def __str__(self) -> str:
@@ -52,13 +53,12 @@ class Box:
 
     @property
     def elements(self) -> int:
-        """How many elements lie inside (1 for a 0-d box)."""
+        """The number of elements inside (1 for a 0-d box)."""
         return math.prod(self.sizes)
 
     def intersect(self, other: Box) -> Box | None:
-        """The common region, or None where it holds no element. Two 0-d boxes intersect in one
-        element."""
-        if self == other:
+        """The common region; None if it holds no element. Two 0-d boxes share one element."""
+        if self == other:  # the usual case, when a restore has the layout of the save
             return None if 0 in self.sizes else self
         lows = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
         highs = tuple(
@@ -82,9 +82,9 @@ class Leaf:
     """One named tensor or object of the state, as it is recorded.
 
     ``name`` is a ``/``-separated path that starts with the user's name for the tracked item.
-    ``rank`` is None for a leaf that is one for all ranks, else the rank it belongs to. ``dtype`` is
-    torch's name without the prefix (``"bfloat16"``) and ``shape`` the global shape in elements; an
-    object leaf has dtype ``"uint8"`` and its length as shape. ``alias_of`` names the leaf (same
+    ``rank`` is the rank that the leaf belongs to; None: all ranks share it. ``dtype`` is torch's
+    name without the prefix (``"bfloat16"``) and ``shape`` the global shape in elements; an object
+    leaf has dtype ``"uint8"`` and its length as shape. ``alias_of`` names the leaf (of the same
     rank) whose memory this one shares exactly; an alias has no shards.
     """
 
@@ -98,11 +98,11 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedShard:
-    """One shard in a slot: which leaf and box, where in the slot's data area, and the digests of
-    its chunks.
+    """One shard in a slot: its leaf and box, its place in the slot's data area, its chunks'
+    digests.
 
     ``digests`` holds one digest per chunk of the 4 MiB grid, in order; empty for an empty shard.
-    ``offset_bytes`` is relative to the start of the data area.
+    ``offset_bytes`` counts from the start of the data area.
     """
 
     leaf: Leaf
@@ -114,8 +114,7 @@ class StagedShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedIndex:
-    """What a valid slot holds: one rank's shards of one snapshot, and the leaves that are
-    aliases."""
+    """What a sealed slot holds: one rank's shards of one snapshot, and its aliases."""
 
     snapshot: SnapshotId
     rank: int
@@ -124,8 +123,11 @@ class StagedIndex:
     aliases: tuple[Leaf, ...] = ()
     metadata: Mapping[str, float | int | str | bool | None] = field(default_factory=dict)
     origin: str = ""
-    """The write id of the record that opened the captured epoch, as far as the writer was told:
-    numbers alone are given out by several keepers at once."""
+    """The write id of the record that opened the captured epoch, if the writer knew it.
+
+    The number alone does not name an epoch: several keepers may give out the same one before the
+    log decides.
+    """
 
 
 class Codec(enum.IntEnum):
@@ -139,7 +141,7 @@ class Codec(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ChunkLocation:
-    """Where one chunk lies: a pack's key, the byte range in it, and how it is stored."""
+    """Where one chunk is stored: a pack's key, the byte range in it, and the encoding."""
 
     pack: str
     offset_bytes: int
@@ -154,10 +156,10 @@ class ChunkLocation:
 class SnapshotInfo:
     """What users see of a committed snapshot.
 
-    ``size_bytes`` is the state's size, ``new_bytes`` what this snapshot added to the store (the
-    rest was already there). ``created_unix_s`` is the committing machine's clock: for people, never
-    for decisions. ``maybe_stale``: the log goes on but can't be read, so a newer one may exist.
-    ``problem`` says why its manifest can't be read; its sizes are then 0.
+    ``size_bytes`` is the state's size, ``new_bytes`` what this snapshot added to the store.
+    ``created_unix_s`` is the committing machine's clock: for people, never for decisions.
+    ``maybe_stale``: a newer snapshot may exist, because the log could not be read to its end.
+    ``problem`` says why the manifest cannot be read; the sizes are then 0.
     """
 
     epoch: int
@@ -177,29 +179,16 @@ class SnapshotInfo:
         return SnapshotId(self.epoch, self.step)
 
 
+_DTYPES: Mapping[int, str] = {
+    16: "complex128",
+    8: "float64 complex64 int64 uint64",
+    4: "float32 complex32 int32 uint32",
+    2: "float16 bfloat16 int16 uint16",
+    1: "int8 uint8 bool float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu "
+    "float4_e2m1fn_x2 int1 int2 int3 int4 int5 int6 int7 uint1 uint2 uint3 uint4 uint5 uint6 uint7",
+}
+
 DTYPE_BYTES: Mapping[str, int] = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "complex32": 4,
-    "complex64": 8,
-    "complex128": 16,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint64": 8,
-    "uint32": 4,
-    "uint16": 2,
-    "uint8": 1,
-    "bool": 1,
-    "float8_e4m3fn": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2": 1,
-    "float8_e5m2fnuz": 1,
-    "float8_e8m0fnu": 1,
-    "float4_e2m1fn_x2": 1,
-    **{f"{sign}int{bits}": 1 for sign in ("", "u") for bits in range(1, 8)},
+    dtype: size_bytes for size_bytes, dtypes in _DTYPES.items() for dtype in dtypes.split()
 }
 """Bytes one element takes, by torch's dtype name; torch keeps sub-byte dtypes one to a byte."""

@@ -1,2 +1,1 @@
-"""What is stored: keys, records, manifests, parts, the codecs of chunks and of plain values, one
-spelling each."""
+"""What is stored: records, manifests, parts, chunks, object leaves, and the keys of each."""

@@ -1,9 +1,9 @@
-"""Sealed JSON: one value, one spelling, with the digest of itself inside.
+"""Sealed JSON: one value has one spelling, which contains its own digest. Pure.
 
 The spelling: object keys sorted, no white space, UTF-8, integers plain, floats as the shortest
 decimal that reads back equal. The member ``digest`` holds the xxh3-128 of the same spelling without
-that member. A reader spells what it read once more and compares, so doubled keys, other spellings
-and unknown members are all refused alike.
+that member. A reader spells what it decoded again and compares, so it refuses repeated keys, other
+spellings and unknown members.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import xxhash
 from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.values import Digest
 
-# The one digest of ckpt: xxh3-128, at memory speed.
+# ---- digest: xxh3-128 everywhere
 
 Buffer = bytes | bytearray | memoryview
-"""Contiguous bytes, as the storage seam takes them."""
+"""Contiguous bytes, as backends take them."""
 
 DIGEST_NAME = "xxh3-128"
 """What ``ckpt.json`` calls this digest."""
@@ -32,7 +32,7 @@ def digest(data: Buffer) -> Digest:
 
 
 def digest_hex(data: Buffer) -> str:
-    """The same as 32 lower-case hex digits, as JSON records spell every digest."""
+    """The digest as 32 lower-case hex digits, as JSON records spell it."""
     return digest(data).hex()
 
 
@@ -42,11 +42,10 @@ UPGRADE = "pip install --upgrade torch-ckpt"
 
 
 def prepare_decoders(*kinds: type) -> None:
-    """Let msgspec learn ``kinds`` now; call it where they are defined, so that it runs under the
-    import's lock.
+    """Let msgspec compile decoders for ``kinds`` now. Call it in the module that defines them.
 
-    msgspec learns a type at its first use, without a lock of its own: two threads that decode a
-    type for the first time at the same moment crash the process.
+    msgspec compiles a type at its first use, without a lock: two threads that decode a type for the
+    first time at the same moment crash the process. At import, the import lock prevents that.
     """
     for kind in kinds:
         msgspec.json.Decoder(kind)
@@ -64,25 +63,24 @@ prepare_decoders(_V, _FormatVersion)
 
 
 def seal(value: msgspec.Struct, *, label: str, bytes_max: int) -> tuple[bytes, str]:
-    """The canonical bytes of ``value`` and the digest inside them; the value's own ``digest`` field
-    is ignored.
+    """The canonical bytes of ``value`` and the digest inside them; its ``digest`` field is ignored.
 
-    Raises UsageError where the bytes exceed ``bytes_max`` or a text can't be spelled in UTF-8.
+    Raises UsageError if the bytes exceed ``bytes_max`` or a text cannot be encoded in UTF-8.
     """
     try:
-        data, seen = _spell(value)
+        data, value_digest = _spell(value)
     except (UnicodeError, OverflowError, msgspec.MsgspecError) as error:
         raise UsageError(f"cannot be written as JSON. what={label} why={error}") from error
     if len(data) > bytes_max:
         raise UsageError(f"too large. what={label} size_bytes={len(data)} limit_bytes={bytes_max}")
-    return data, seen
+    return data, value_digest
 
 
 def unseal(data: bytes, kind: type[T], *, label: str, version: int, bytes_max: int) -> T:
     """The value whose sealed bytes are ``data``.
 
-    Raises FormatVersionError where they were written in another format version, IntegrityError for
-    anything else that is not exactly what ``seal`` gives.
+    Raises FormatVersionError if they are of another format version, IntegrityError for anything
+    else that is not exactly what ``seal`` gives.
     """
     if len(data) > bytes_max:
         raise IntegrityError(
@@ -90,21 +88,26 @@ def unseal(data: bytes, kind: type[T], *, label: str, version: int, bytes_max: i
         )
     field = "v" if "v" in kind.__struct_fields__ else "format_version"
     try:
-        found = _version(data, field)
-        check_version(found, supported=version, label=label)
+        # The version is read first: a newer release's record may have other members, and would
+        # look like damage.
+        written = _version(data, field)
+        check_version(written, supported=version, label=label)
         value = msgspec.json.decode(data, type=kind)
-        spelled, seen = _spell(value)
+        spelled, value_digest = _spell(value)
     except (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError) as error:
         raise IntegrityError(f"not a valid record. what={label} why={error}") from error
-    if getattr(value, "digest", None) != seen:
-        raise IntegrityError(f"bytes differ from their own digest. what={label} computed={seen}")
+    if getattr(value, "digest", None) != value_digest:
+        raise IntegrityError(
+            f"bytes differ from their own digest. what={label} computed={value_digest}"
+        )
+    # The digest covers the spelled value, not the bytes read, so the bytes are compared as well.
     if spelled != data:
         raise IntegrityError(f"not the canonical spelling. what={label}")
     return value
 
 
 def check_version(found: int, *, supported: int, label: str) -> None:
-    """Raises FormatVersionError unless ``found`` is ``known``."""
+    """Raise FormatVersionError unless ``found`` is ``supported``."""
     if found != supported:
         raise FormatVersionError(
             f"written in a format version that this release does not read. what={label} "
@@ -120,8 +123,8 @@ def _version(data: bytes, field: str) -> int:
 
 
 def _spell(value: msgspec.Struct) -> tuple[bytes, str]:
-    plain: dict[str, object] = msgspec.to_builtins(value)
-    plain.pop("digest", None)
-    seen = digest_hex(msgspec.json.encode(plain, order="sorted"))
-    plain["digest"] = seen
-    return msgspec.json.encode(plain, order="sorted"), seen
+    members: dict[str, object] = msgspec.to_builtins(value)
+    members.pop("digest", None)
+    value_digest = digest_hex(msgspec.json.encode(members, order="sorted"))
+    members["digest"] = value_digest
+    return msgspec.json.encode(members, order="sorted"), value_digest

@@ -1,4 +1,4 @@
-"""One chunk's bytes, compressed and back. The reader trusts nothing that it is given."""
+"""One chunk's bytes, compressed and decompressed. The decoder trusts none of its input. Pure."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ckpt.values import CHUNK_BYTES, ChunkLocation, Codec
 Buffer = bytes | bytearray | memoryview
 
 ITEMSIZE_MAX = 16
-"""Largest element that byte planes are cut for (complex128)."""
+"""Largest element that is regrouped by byte planes (complex128)."""
 
 _WINDOW_BYTES_MAX = 128 << 20
-"""No frame of one chunk needs a larger window; one that asks for it is refused before memory is
-taken."""
+"""No frame of one chunk needs a larger window; a larger one is refused before memory is
+allocated."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """A chunk as it is to be stored; always shorter than the raw bytes."""
+    """A chunk in its stored form; always shorter than the raw bytes."""
 
     data: bytes
     codec: Codec
@@ -30,15 +30,16 @@ class EncodedChunk:
 
 
 def encode_chunk(raw: memoryview, *, itemsize_bytes: int, level: int = 1) -> EncodedChunk | None:
-    """``raw`` compressed, elements of ``itemsize_bytes`` regrouped by byte planes first; None where
-    it doesn't get shorter.
+    """``raw`` compressed, or None if it does not get shorter.
 
-    About 1 GiB/s at level 1 for floating-point numbers; takes two chunks of scratch. Releases the
-    GIL while compressing.
+    Elements of ``itemsize_bytes`` are regrouped by byte planes first. About 1 GiB/s at level 1 for
+    floating-point numbers; allocates two chunks. Releases the GIL while compressing.
     """
     planes = 1 < itemsize_bytes <= ITEMSIZE_MAX and len(raw) % itemsize_bytes == 0
     source: Buffer = raw
     if planes:
+        # Plane k holds byte k of every element: bytes of sign and exponent, which repeat, are
+        # apart from those of the mantissa, which hardly do.
         table = np.frombuffer(raw, dtype=np.uint8).reshape(-1, itemsize_bytes)
         source = np.ascontiguousarray(table.T).data.cast("B") if len(raw) else raw
     data = zstandard.ZstdCompressor(level=level, write_content_size=True).compress(source)
@@ -50,11 +51,11 @@ def encode_chunk(raw: memoryview, *, itemsize_bytes: int, level: int = 1) -> Enc
 
 
 def decode_chunk(stored: Buffer, location: ChunkLocation, out: memoryview) -> None:
-    """Fill ``out``, which has ``location.raw_bytes``, from the ``stored`` bytes of one chunk.
+    """Fill ``out``, of ``location.raw_bytes``, from the ``stored`` bytes of one chunk.
 
-    Raises IntegrityError where sizes differ from the location or the bytes are not exactly one
-    frame of that size. Never takes more memory than two chunks, whatever ``stored`` claims. The
-    digest is the caller's to check: it is of ``out``.
+    Raises IntegrityError if sizes differ from the location, or the bytes are not exactly one frame
+    of that size. Allocates at most two chunks, whatever ``stored`` claims. The caller checks the
+    digest, which is of ``out``.
     """
     if len(out) != location.raw_bytes or not 0 <= location.raw_bytes <= CHUNK_BYTES:
         raise IntegrityError(
@@ -89,6 +90,7 @@ def _join_planes(planes: bytes, itemsize: int, out: memoryview) -> None:
 
 def _decompress(stored: Buffer, raw_bytes: int) -> bytes:
     try:
+        # The declared sizes are checked first: a few bytes may declare gigabytes.
         frame = zstandard.get_frame_parameters(stored)
         if (
             frame.content_size != raw_bytes

@@ -1,4 +1,4 @@
-"""All of one snapshot's leaves and where their bytes lie, from its manifest and parts."""
+"""One snapshot's leaves and the locations of their bytes, from its manifest and parts. Pure."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ LeafKey = tuple[str, int | None]
 
 
 class SnapshotIndex:
-    """What a restore plans from. Immutable after construction, safe to share between threads.
+    """What a restore plans from. Immutable, so threads may share it.
 
-    ``parts`` are in the order of ``manifest.parts``. Raises IntegrityError where a part is missing
-    or is of another snapshot, where parts disagree on a leaf, where the shards of a leaf don't
-    cover it exactly once, and where an alias ends nowhere. Costs one pass over shards, not over
-    chunks.
+    ``parts`` are in the order of ``manifest.parts``. Raises IntegrityError if a part is missing or
+    of another snapshot, if parts disagree on a leaf, if the shards of a leaf do not cover it
+    exactly once, or if an alias leads nowhere. Costs one pass over shards, not over chunks.
     """
 
     __slots__ = ("_leaves", "_manifest", "_parts", "_shards", "_targets")
@@ -37,11 +36,11 @@ class SnapshotIndex:
                 shards.setdefault(_key(shard.leaf), []).append(shard)
             for alias in part.aliases:
                 self._add(alias)
-        self._shards = {key: tuple(found) for key, found in shards.items()}
-        for key, found in self._shards.items():
-            if why := cover_problem(self._leaves[key].shape, [shard.box for shard in found]):
+        self._shards = {key: tuple(stored) for key, stored in shards.items()}
+        for key, stored in self._shards.items():
+            if problem := cover_problem(self._leaves[key].shape, [shard.box for shard in stored]):
                 raise IntegrityError(
-                    f"{why} leaf={key[0]!r} rank={key[1]} snapshot={manifest.snapshot}"
+                    f"{problem} leaf={key[0]!r} rank={key[1]} snapshot={manifest.snapshot}"
                 )
         self._targets = {
             key: self._resolve(leaf)
@@ -65,67 +64,72 @@ class SnapshotIndex:
         return tuple(range(self._manifest.world_size))
 
     def leaves(self) -> list[Leaf]:
-        """Every leaf, aliases too, by name, the shared one before per-rank ones in rank order."""
+        """Every leaf, aliases included, by name; a shared leaf before per-rank ones, these by
+        rank."""
         return sorted(
             self._leaves.values(),
             key=lambda leaf: (leaf.name, -1 if leaf.rank is None else leaf.rank),
         )
 
     def leaf(self, name: str, rank: int | None = None) -> Leaf | None:
-        """The leaf of that name and exactly that rank (None: the one shared by all), or None."""
+        """The leaf of that name and exactly that rank (None: the shared one), or None."""
         return self._leaves.get((name, rank))
 
     def target(self, name: str, rank: int | None = None) -> Leaf | None:
-        """The leaf that holds the bytes: the leaf itself, or what its alias leads to."""
+        """The leaf that holds the bytes: the leaf itself, or the target of its alias."""
         key = (name, rank)
         return self._leaves.get(self._targets.get(key, key))
 
     def shards(self, name: str, rank: int | None = None) -> tuple[StoredShard, ...]:
-        """The stored shards of that leaf (of its target, for an alias), in rank order; empty where
-        there is no leaf."""
+        """The stored shards of that leaf or of its alias's target, in rank order; empty without a
+        leaf."""
         key = (name, rank)
         return self._shards.get(self._targets.get(key, key), ())
 
     def locations(self) -> dict[Digest, ChunkLocation]:
         """Every stored chunk by digest: what the next snapshot may refer to. O(chunks)."""
-        found: dict[Digest, ChunkLocation] = {}
+        locations: dict[Digest, ChunkLocation] = {}
         for part in self._parts:
             for shard in part.shards:
-                found.update(zip(shard.digests, shard.locations, strict=True))
-        return found
+                locations.update(zip(shard.digests, shard.locations, strict=True))
+        return locations
 
     def packs(self) -> frozenset[str]:
         """The keys of all packs that the snapshot refers to. O(chunks)."""
         return frozenset(
-            place.pack for part in self._parts for shard in part.shards for place in shard.locations
+            location.pack
+            for part in self._parts
+            for shard in part.shards
+            for location in shard.locations
         )
 
     def _add(self, leaf: Leaf) -> None:
-        known = self._leaves.setdefault(_key(leaf), leaf)
-        if known != leaf:
+        recorded = self._leaves.setdefault(_key(leaf), leaf)
+        if recorded != leaf:
             raise IntegrityError(
-                f"parts disagree on a leaf. snapshot={self._manifest.snapshot} one={known} "
+                f"parts disagree on a leaf. snapshot={self._manifest.snapshot} one={recorded} "
                 f"other={leaf}"
             )
 
     def _resolve(self, leaf: Leaf) -> LeafKey:
-        seen = {_key(leaf)}
-        at = leaf
-        while at.alias_of is not None:
-            key = (at.alias_of, at.rank)
-            found = self._leaves.get(key)
-            if found is None or key in seen:
-                why = "a cycle" if key in seen else "no such leaf"
+        visited = {_key(leaf)}
+        current = leaf
+        while current.alias_of is not None:
+            key = (current.alias_of, current.rank)
+            named = self._leaves.get(key)
+            if named is None or key in visited:
+                problem = "a cycle" if key in visited else "no such leaf"
                 raise IntegrityError(
-                    f"alias leads nowhere: {why}. leaf={leaf.name!r} rank={leaf.rank} to={key[0]!r}"
+                    f"alias leads nowhere: {problem}. leaf={leaf.name!r} rank={leaf.rank} "
+                    f"to={key[0]!r}"
                 )
-            if (found.kind, found.dtype, found.shape) != (leaf.kind, leaf.dtype, leaf.shape):
+            if (named.kind, named.dtype, named.shape) != (leaf.kind, leaf.dtype, leaf.shape):
                 raise IntegrityError(
-                    f"alias differs from what it names. leaf={leaf} target={found}"
+                    f"alias differs from what it names. leaf={leaf} target={named}"
                 )
-            seen.add(key)
-            at = found
-        return _key(at)
+            visited.add(key)
+            current = named
+        return _key(current)
 
 
 def _key(leaf: Leaf) -> LeafKey:

@@ -1,7 +1,8 @@
-"""Where each object of a store lies: builders of keys, and parsers back that take nothing else.
+"""The keys of all objects in a store: builders, and strict parsers for what the builders give.
+Pure.
 
-A writer is one process start, ``<node>-<boot>``. ``boot`` is random, so no key is ever used for two
-contents.
+A writer is one process start, ``<node>-<incarnation>``. The incarnation is random, so no key is
+ever used for two contents.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ LOG = "log/"
 FOLDS = "folds/"
 
 EPOCH_MAX = 10**10 - 1
-"""Largest epoch: what ten digits of a key hold."""
+"""Largest epoch: ten digits of a key."""
 STEP_MAX = 10**14 - 1
-"""Largest step: what fourteen digits of a key hold."""
+"""Largest step: fourteen digits of a key."""
 SEQ_MAX = 2**63 - 1
-"""Largest place in the log; keys have twenty digits."""
+"""Largest position in the log; keys have twenty digits."""
 PACKS_MAX = 10**8 - 1
 """Largest number of a pack within one process start."""
 
 NODE_CHARS_MAX = 64
 
+# Parsers match whole keys and ASCII digits only, so that a sweep never takes another program's
+# object for one of ckpt's.
 _ID = r"(\d{10})-(\d{14})"
 _WRITER = rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{NODE_CHARS_MAX - 1}}}-[0-9a-f]{{16}}"
 _WRITER_RE = re.compile(_WRITER, re.ASCII)
@@ -43,11 +46,10 @@ _HEX_RE = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 def writer_name(node: str, incarnation: str) -> str:
-    """The name of one process start: ``node`` with every character a key can't hold replaced by
-    ``_``, and ``boot``.
+    """The name of one process start, from ``node`` and ``incarnation``.
 
-    ``boot`` is 16 lower-case hex digits, drawn at random by the caller once per process. Raises
-    UsageError otherwise.
+    Characters of ``node`` that a key cannot hold become ``_``. ``incarnation`` is 16 lower-case hex
+    digits, drawn at random once per process. Raises UsageError otherwise.
     """
     if not _BOOT_RE.fullmatch(incarnation):
         raise UsageError(
@@ -79,7 +81,7 @@ def pack_key(snapshot: SnapshotId, writer: str, n: int) -> str:
     """The key of the ``n``-th pack of one process start, from 0, first written for ``snapshot``.
 
     The pair is in the name so that a sweep knows of any pack, whoever wrote it, whether a commit
-    may still come that refers to it. Raises UsageError for a bad pair, writer or number.
+    that refers to it may still come. Raises UsageError for a bad pair, writer or number.
     """
     return f"{PACKS}{_pair(snapshot)}/{_checked(writer)}-{_bounded('pack', n, PACKS_MAX):08d}.pack"
 
@@ -92,9 +94,8 @@ def part_key(snapshot: SnapshotId, writer: str) -> str:
 def manifest_key(snapshot: SnapshotId, digest: str) -> str:
     """The key of the manifest of ``snapshot`` whose bytes have ``digest`` (32 hex digits).
 
-    The digest is in the name so that two writers, of which one may be dead, never want one key for
-    two contents: which of them counts is the log's to say. Raises UsageError for a bad pair or
-    digest.
+    The digest is in the name so that two writers, one of which may be dead, never need one key for
+    two contents; the log says which manifest counts. Raises UsageError for a bad pair or digest.
     """
     if not is_digest_hex(digest):
         raise UsageError(f"not a digest of 32 lower-case hex digits. digest={digest!r}")
@@ -107,45 +108,46 @@ def log_key(seq: int) -> str:
 
 
 def settled_key(seq: int) -> str:
-    """The key of the record ``seq`` where writers had split the stores over that place."""
+    """The second key of record ``seq``: for the winner, if writers split the stores over its
+    position."""
     return f"{LOG}{_bounded('seq', seq, SEQ_MAX):020d}.settled.json"
 
 
 def fold_key(seq: int) -> str:
-    """The key of the fold of all records up to and with ``seq``."""
+    """The key of the fold of all records up to and including ``seq``."""
     return f"{FOLDS}{_bounded('seq', seq, SEQ_MAX):020d}.json"
 
 
 def parse_pack_key(key: str) -> tuple[SnapshotId, str, int] | None:
-    """``(snapshot, writer, n)``, or None where ``key`` is not exactly what ``pack_key`` gives."""
+    """``(snapshot, writer, n)``, or None if ``key`` is not exactly what ``pack_key`` gives."""
     match = _PACK_RE.fullmatch(key)
     return (SnapshotId(int(match[1]), int(match[2])), match[3], int(match[4])) if match else None
 
 
 def parse_part_key(key: str) -> tuple[SnapshotId, str] | None:
-    """``(snapshot, writer)``, or None where ``key`` is not exactly what ``part_key`` gives."""
+    """``(snapshot, writer)``, or None if ``key`` is not exactly what ``part_key`` gives."""
     match = _PART_RE.fullmatch(key)
     return (SnapshotId(int(match[1]), int(match[2])), match[3]) if match else None
 
 
 def parse_manifest_key(key: str) -> tuple[SnapshotId, str] | None:
-    """``(snapshot, digest)``, or None where ``key`` is not exactly what ``manifest_key`` gives."""
+    """``(snapshot, digest)``, or None if ``key`` is not exactly what ``manifest_key`` gives."""
     match = _MANIFEST_RE.fullmatch(key)
     return (SnapshotId(int(match[1]), int(match[2])), match[3]) if match else None
 
 
 def parse_log_key(key: str) -> int | None:
-    """The seq, or None where ``key`` is not exactly what ``log_key`` gives."""
+    """The seq, or None if ``key`` is not exactly what ``log_key`` gives."""
     return _parse_seq(_LOG_RE, key)
 
 
 def parse_settled_key(key: str) -> int | None:
-    """The seq, or None where ``key`` is not exactly what ``settled_key`` gives."""
+    """The seq, or None if ``key`` is not exactly what ``settled_key`` gives."""
     return _parse_seq(_SETTLED_RE, key)
 
 
 def parse_fold_key(key: str) -> int | None:
-    """The seq, or None where ``key`` is not exactly what ``fold_key`` gives."""
+    """The seq, or None if ``key`` is not exactly what ``fold_key`` gives."""
     return _parse_seq(_FOLD_RE, key)
 
 
@@ -174,7 +176,7 @@ def _pair(snapshot: SnapshotId) -> str:
     return snapshot.key
 
 
-def _bounded(what: str, value: int, top: int) -> int:
-    if not 0 <= value <= top:
-        raise UsageError(f"{what} out of range. {what}={value} (0..{top})")
+def _bounded(name: str, value: int, most: int) -> int:
+    if not 0 <= value <= most:
+        raise UsageError(f"{name} out of range. {name}={value} (0..{most})")
     return value

@@ -1,5 +1,4 @@
-"""The root record of one snapshot: what was captured, by how many, and the parts that say where the
-bytes are."""
+"""The root record of one snapshot: what was captured, and the parts that locate its bytes. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
-from msgspec import structs
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format import keys
@@ -17,12 +15,12 @@ from ckpt.values import SnapshotId
 
 FORMAT_VERSION = 2
 MANIFEST_BYTES_MAX = 64 << 20
-"""Refused above this: a part reference takes about 190 bytes, so this is room for 350,000 nodes."""
+"""Larger manifests are refused. A part reference takes about 190 bytes: room for 350,000 nodes."""
 PART_STORED_BYTES_MAX = 256 << 20
 """Largest part object that a manifest may name."""
 METADATA_ENTRIES_MAX = 1024
 METADATA_BYTES_MAX = 1 << 20
-"""All of a snapshot's user metadata together, in UTF-8."""
+"""All user metadata of a snapshot together, in UTF-8."""
 INT_MAX = 2**63 - 1
 
 Scalar = bool | int | float | str | None
@@ -31,10 +29,9 @@ Scalar = bool | int | float | str | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartRef:
-    """One part: its key, the digest of the stored object (32 hex digits), its stored size, and
-    which ranks' it is.
+    """One part: its key, the digest of the stored object (32 hex digits) and its stored size.
 
-    Those are ``ranks`` ranks, from ``rank`` on.
+    It holds ``ranks`` ranks, from ``rank`` on.
     """
 
     key: str
@@ -46,12 +43,12 @@ class PartRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All parts of one snapshot, in rank order, each rank in one of them. Equal values give equal
+    """All parts of one snapshot, in rank order, each rank in one of them. Equal values: equal
     bytes.
 
-    ``base`` is the committed snapshot whose chunks this one refers to (None: it refers to none).
-    ``size_bytes`` is the state's raw size, ``new_bytes`` what was newly stored for it.
-    ``created_unix_s`` is for people, never for decisions.
+    ``base`` is the committed snapshot whose chunks this one refers to (None: none). ``size_bytes``
+    is the state's raw size, ``new_bytes`` what was newly stored for it. ``created_unix_s`` is for
+    people, never for decisions.
     """
 
     job: str
@@ -66,21 +63,19 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def encode(self) -> bytes:
-        """Canonical JSON. Raises UsageError where a field is out of range, naming it."""
-        if why := problem(self):
-            raise UsageError(f"not a manifest that can be written. {why}")
+        """Canonical JSON. Raises UsageError that names a field out of range."""
+        if reason := problem(self):
+            raise UsageError(f"not a manifest that can be written: {reason}")
         return seal(_to_wire(self), label="manifest", bytes_max=MANIFEST_BYTES_MAX)[0]
 
     @property
     def digest(self) -> str:
-        """The digest of the encoded bytes, as the commit record and the key hold it. Costs an
-        encoding."""
+        """The digest of the encoded bytes, as the commit record and the key hold it. Encodes."""
         return digest_hex(self.encode())
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
-        """The manifest in ``data``, which is not trusted. Raises IntegrityError or
-        FormatVersionError."""
+        """The manifest in untrusted ``data``. Raises IntegrityError or FormatVersionError."""
         wire = unseal(
             data,
             _ManifestWire,
@@ -89,13 +84,13 @@ class Manifest:
             bytes_max=MANIFEST_BYTES_MAX,
         )
         manifest = _from_wire(wire)
-        if why := problem(manifest):
-            raise IntegrityError(f"manifest contradicts itself. {why}")
+        if reason := problem(manifest):
+            raise IntegrityError(f"manifest contradicts itself: {reason}")
         return manifest
 
 
 def problem(manifest: Manifest) -> str | None:
-    """What makes ``manifest`` invalid, as ``fact. key=value``, or None. Pure."""
+    """What makes ``manifest`` invalid, as ``fact. key=value``, or None."""
     m = manifest
     if m.format_version != FORMAT_VERSION:
         return f"unknown format version. found={m.format_version} known={FORMAT_VERSION}"
@@ -119,13 +114,16 @@ def is_job_name(job: str) -> bool:
 
 
 def metadata_problem(metadata: Mapping[str, object]) -> str | None:
-    """What makes user metadata unfit for a manifest, or None. Pure."""
+    """What makes user metadata unfit for a manifest, or None."""
     if len(metadata) > METADATA_ENTRIES_MAX:
         return f"too many metadata entries. entries={len(metadata)} limit={METADATA_ENTRIES_MAX}"
     total = 0
     for name, value in metadata.items():
         if not isinstance(name, str) or not isinstance(value, Scalar):
-            return f"metadata holds str -> None, bool, int, float or str only. name={name!r} type={type(value).__name__}"
+            return (
+                f"metadata holds str -> None, bool, int, float or str only. name={name!r} "
+                f"type={type(value).__name__}"
+            )
         if isinstance(value, int) and not -INT_MAX - 1 <= value <= INT_MAX:
             return f"metadata integer exceeds 64 bits. name={name!r} store it as str"
         for text in (name, value) if isinstance(value, str) else (name,):
@@ -142,17 +140,26 @@ def _parts_problem(m: Manifest) -> str | None:
     rank = 0
     for part in m.parts:
         if part.rank != rank or part.ranks < 1:
-            return f"parts that do not follow each other. rank={part.rank} ranks={part.ranks} expected_rank={rank}"
+            return (
+                f"parts that do not follow each other. rank={part.rank} ranks={part.ranks} "
+                f"expected_rank={rank}"
+            )
         if not keys.is_digest_hex(part.digest):
             return f"not a digest. rank={rank} digest={part.digest!r}"
         if not 0 < part.size_bytes <= PART_STORED_BYTES_MAX:
-            return f"part size out of range. rank={rank} size_bytes={part.size_bytes} limit_bytes={PART_STORED_BYTES_MAX}"
+            return (
+                f"part size out of range. rank={rank} size_bytes={part.size_bytes} "
+                f"limit_bytes={PART_STORED_BYTES_MAX}"
+            )
         parsed = keys.parse_part_key(part.key)
         if parsed is None or parsed[0] != m.snapshot:
             return f"not the key of a part of this snapshot. rank={rank} key={part.key!r}"
         rank += part.ranks
     if m.world_size < 1 or rank != m.world_size:
-        return f"not each rank in one part. world_size={m.world_size} ranks={rank} parts={len(m.parts)}"
+        return (
+            f"not each rank in one part. world_size={m.world_size} ranks={rank} "
+            f"parts={len(m.parts)}"
+        )
     if len({part.key for part in m.parts}) != len(m.parts):
         return "a part is named twice"
     return None
@@ -165,21 +172,13 @@ class _Float(msgspec.Struct, forbid_unknown_fields=True):
     float: str
 
 
-class _PartRefWire(msgspec.Struct, forbid_unknown_fields=True):
-    key: str
-    digest: str
-    size_bytes: int
-    rank: int
-    ranks: int
-
-
 class _ManifestWire(msgspec.Struct, forbid_unknown_fields=True):
     format_version: int
     job: str
     snapshot: SnapshotId
     world_size: int
     base: SnapshotId | None
-    parts: list[_PartRefWire]
+    parts: list[PartRef]
     size_bytes: int
     new_bytes: int
     created_unix_s: float
@@ -197,7 +196,7 @@ def _to_wire(m: Manifest) -> _ManifestWire:
         snapshot=m.snapshot,
         world_size=m.world_size,
         base=m.base,
-        parts=[_PartRefWire(p.key, p.digest, p.size_bytes, p.rank, p.ranks) for p in m.parts],
+        parts=list(m.parts),
         size_bytes=m.size_bytes,
         new_bytes=m.new_bytes,
         created_unix_s=float(m.created_unix_s),
@@ -232,7 +231,7 @@ def _from_wire(wire: _ManifestWire) -> Manifest:
         snapshot=wire.snapshot,
         world_size=wire.world_size,
         base=wire.base,
-        parts=tuple(PartRef(**structs.asdict(part)) for part in wire.parts),
+        parts=tuple(wire.parts),
         size_bytes=wire.size_bytes,
         new_bytes=wire.new_bytes,
         created_unix_s=wire.created_unix_s,

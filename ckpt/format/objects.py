@@ -1,7 +1,13 @@
-"""Object leaves read back: bytes of the safe codec to plain values. The bytes may be hostile.
+"""The safe codec: the bytes of an object leaf, to and from plain values. Pure.
 
-Nothing is allocated on the word of a length field: each length is first compared with the bytes
-that are left, each value counts against a budget, and nesting is bounded.
+MessagePack with extension types for what MessagePack lacks (tuples, sets, big integers, arrays,
+references to tensor leaves, ...). Bit-exact both ways, with the same bytes for equal values.
+Nothing is ever imported, called or unpickled: an instance of a user's class is decoded as a *node*
+that holds its type name and its fields.
+
+The decoder's input may be hostile. It allocates nothing because of a length field alone: each
+length is first compared with the bytes that are left, each value counts against a budget, and
+nesting is bounded.
 """
 
 from __future__ import annotations
@@ -18,25 +24,38 @@ import numpy as np
 
 from ckpt.errors import IntegrityError, UsageError
 
-# The values of the safe codec that stand for what is no plain value, and the codec's limits. No
-# I/O.
+__all__ = [
+    "BYTES_MAX",
+    "DEPTH_MAX",
+    "NODES_MAX",
+    "DataclassNode",
+    "EncodedValue",
+    "EnumNode",
+    "Named",
+    "NamedTupleNode",
+    "Ref",
+    "decode_object",
+    "encode_object",
+]
+
+# ---- values: limits, and nodes for what is no plain value
 
 DEPTH_MAX = 64
 """How deep values may be nested."""
 
 NODES_MAX = 4 << 20
-"""How many values one object may hold, all levels together; larger data belongs into an array or a
-tensor."""
+"""How many values one object may hold, all levels together; larger data belongs in arrays or
+tensors."""
 
 BYTES_MAX = 1 << 30
 """How long one encoded object may be."""
 
 ARRAY_KINDS = "biufcmMSU"
-"""The numpy dtype kinds that are kept: everything but objects and records."""
+"""The numpy dtype kinds that are supported: all but objects and records."""
 
 
 class Ext(IntEnum):
-    """MessagePack extension codes. A code, once given out, keeps its meaning."""
+    """MessagePack extension codes. A code that was ever used keeps its meaning."""
 
     BIG_INT = 1
     COMPLEX = 2
@@ -59,11 +78,11 @@ class Ext(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Stands where a tensor was: the name of its leaf.
+    """Replaces a tensor: the name of its leaf.
 
-    ``device`` is the kind of device it lived on ("cpu", "cuda", ...; "" unknown). ``placements``
-    says how a distributed tensor was laid over its mesh, one short word per mesh dimension joined
-    by ``,`` ("S0,R"); "" for a plain tensor.
+    ``device`` is the kind of device it was on ("cpu", "cuda", ...; "" unknown). ``placements`` says
+    how a distributed tensor was laid over its mesh: for each mesh dimension a short code, joined by
+    ``,`` ("S0,R"); "" for a plain tensor.
     """
 
     leaf: str
@@ -106,8 +125,7 @@ class NamedTupleNode:
 
 @dataclass(frozen=True, slots=True)
 class EncodedValue:
-    """A value that is encoded already; ``encode_object`` puts its bytes where it stands. Must come
-    from ``encode_object``."""
+    """A value that ``encode_object`` encoded before; its bytes are inserted as they are."""
 
     data: bytes
 
@@ -118,10 +136,10 @@ _DIMS_MAX = 64
 
 
 def decode_object(data: bytes | bytearray | memoryview) -> object:
-    """The value that ``encode_object`` was given, user classes as nodes.
+    """The value that ``encode_object`` was given, instances of user classes as nodes.
 
-    Raises IntegrityError for bytes that ``encode_object`` can't have made. O(bytes) time; memory is
-    bounded by a constant times the bytes, and by the codec's own limits on size, count and depth.
+    Raises IntegrityError for bytes that ``encode_object`` cannot have made. O(bytes) time; memory
+    is bounded by a constant times the bytes, and by the codec's limits on size, count and depth.
     """
     view = memoryview(data).cast("B")
     if len(view) > BYTES_MAX:
@@ -135,7 +153,7 @@ def decode_object(data: bytes | bytearray | memoryview) -> object:
 
 
 class _ObjectReader:
-    """A cursor over one piece of the bytes; pieces of one object share their budget of values."""
+    """A cursor over a range of the bytes; all ranges of one object share their budget of values."""
 
     __slots__ = ("_at", "_budget", "_view")
 
@@ -214,21 +232,23 @@ class _ObjectReader:
 
     def pairs(self, count: int, depth: int) -> dict[object, object]:
         self._check_count(2 * count)
-        found: dict[object, object] = {}
+        pairs: dict[object, object] = {}
         for _ in range(count):
             key = self.value(depth)
             try:
-                found[key] = self.value(depth)
+                pairs[key] = self.value(depth)
             except TypeError:
                 raise IntegrityError(
                     f"object has a key that can't be one. type={type(key).__name__}"
                 ) from None
-        if len(found) != count:
-            raise IntegrityError(f"object has a key twice. keys={count} different={len(found)}")
-        return found
+        if len(pairs) != count:
+            raise IntegrityError(f"object has a key twice. keys={count} different={len(pairs)}")
+        return pairs
 
     def text(self) -> str:
-        self._budget[0] += 1  # part of a value that was counted already, here and below
+        # This text is part of a value that was counted already; so are the values of ``array`` and
+        # ``mapping``.
+        self._budget[0] += 1
         value = self.value(0)
         if type(value) is not str:
             raise IntegrityError(
@@ -255,7 +275,7 @@ class _ObjectReader:
         return value
 
     def sizes(self) -> list[object]:
-        """An array's shape; more dimensions than numpy has are refused."""
+        """An array's shape. More dimensions than numpy supports are refused."""
         tag = self.number("B")
         count = self.number(">I") if tag == 0xDD else tag & 0x0F
         if not (0x90 <= tag < 0xA0 or tag == 0xDD) or count > _DIMS_MAX:
@@ -315,7 +335,7 @@ def _node(ext: Ext, body: _ObjectReader, depth: int) -> object:
         case Ext.ORDERED_DICT:
             return OrderedDict(body.mapping(depth + 1))
         case Ext.COUNTER:
-            # Counter(mapping) keeps the counts as they are, whatever their type.
+            # From a mapping, Counter keeps the counts as they are, whatever their type.
             return Counter(body.mapping(depth + 1))
         case Ext.DEQUE:
             return _deque(body.value(depth), body.array(depth + 1))
@@ -334,7 +354,7 @@ def _node(ext: Ext, body: _ObjectReader, depth: int) -> object:
                 raise IntegrityError(
                     f"named tuple's names and values differ in number. type={name!r}"
                 )
-            return NamedTupleNode(name, tuple(_str(one) for one in names), tuple(values))
+            return NamedTupleNode(name, tuple(_str(field) for field in names), tuple(values))
         case _:
             raise AssertionError(ext)
 
@@ -349,12 +369,12 @@ def _str(value: object) -> str:
 
 def _set(ext: Ext, items: list[object]) -> set[object] | frozenset[object]:
     try:
-        found = set(items)
+        members = set(items)
     except TypeError as error:
         raise IntegrityError(f"object holds a set of what can't be in one. {error}") from None
-    if len(found) != len(items):
+    if len(members) != len(items):
         raise IntegrityError(f"object holds a set with an element twice. elements={len(items)}")
-    return found if ext is Ext.SET else frozenset(found)
+    return members if ext is Ext.SET else frozenset(members)
 
 
 def _deque(maxlen: object, items: list[object]) -> deque[object]:
@@ -380,35 +400,35 @@ def _array(body: _ObjectReader) -> np.ndarray[tuple[int, ...], np.dtype[np.gener
             raise IntegrityError(
                 f"array's bytes don't match its shape. shape={shape} dtype={text} bytes={len(data)}"
             )
-        found: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = np.ndarray(
+        array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = np.ndarray(
             shape, dtype, buffer=bytearray(data) or bytearray(1)
         )
     except (TypeError, ValueError, OverflowError, MemoryError) as error:
         raise IntegrityError(
             f"object holds an impossible array. shape={shape} dtype={text} error={error}"
         ) from None
-    return found
+    return array
 
 
-# Plain values to bytes of the safe codec.
+# ---- encode
 
 
 class _UnsupportedError(Exception):
-    """Carries why, and the path from the offending value upwards."""
+    """Why a value cannot be encoded, and the path from it upwards."""
 
-    def __init__(self, why: str) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
         self.path: list[str] = []
 
 
 def encode_object(value: object) -> bytes:
-    """The value's bytes. Equal values (order of dicts included, order of sets not) give equal
+    """The value's bytes. Equal values (with equal order of dicts, any order of sets) give equal
     bytes.
 
     Takes None, bool, int of any size, float, complex, str (lone surrogates too), bytes, bytearray,
     list, tuple, dict, OrderedDict, Counter, deque, set, frozenset, numpy scalars and arrays, and
-    this module's nodes. Subclasses don't count: they would come back as something else. Raises
-    UsageError that names the path of what can't be stored. About 0.5 us a value.
+    this module's nodes. Subclasses are refused, because they would be decoded as something else.
+    Raises UsageError that names the path of what cannot be stored. About 0.5 us a value.
     """
     out = bytearray()
     budget = [NODES_MAX]
@@ -460,6 +480,7 @@ def _put_bool(value: bool, out: bytearray) -> None:
 
 
 def _put_int(value: int, out: bytearray) -> None:
+    # MessagePack has more integer forms. Only these are used, so that each value has one spelling.
     if -32 <= value < 128:
         out.append(value & 0xFF)
     elif -(1 << 63) <= value < 1 << 63:
@@ -600,16 +621,16 @@ def _set_body(
 ) -> None:
     encoded: list[bytes] = []
     for item in value:
-        one = bytearray()
+        element = bytearray()
         try:
-            _encode(item, one, depth, budget)
+            _encode(item, element, depth, budget)
         except _UnsupportedError as error:
             error.path.append(str(item))
             raise
-        encoded.append(bytes(one))
+        encoded.append(bytes(element))
     _put_length(len(encoded), out, 0x90, 0xDD)
-    for one_encoded in sorted(encoded):
-        out += one_encoded
+    for element_bytes in sorted(encoded):  # a set has no order, but equal values give equal bytes
+        out += element_bytes
 
 
 def _deque_body(value: deque[object], out: bytearray, depth: int, budget: list[int]) -> None:
@@ -656,25 +677,3 @@ _CONTAINERS: dict[type, Callable[..., None]] = {
     DataclassNode: _wrapped(Ext.DATACLASS, _dataclass_body),
     NamedTupleNode: _wrapped(Ext.NAMED_TUPLE, _named_tuple_body),
 }
-
-
-# The safe codec for plain values: what an object leaf's bytes are.
-#
-# MessagePack with extension types for what MessagePack can't say (tuples, sets, big integers,
-# arrays, references to tensor leaves, ...). Bit-exact both ways, the same bytes for equal values,
-# and nothing is ever imported, called or unpickled: a class of the user's comes back as a *node*
-# that carries its name and its fields.
-
-__all__ = [
-    "BYTES_MAX",
-    "DEPTH_MAX",
-    "NODES_MAX",
-    "DataclassNode",
-    "EncodedValue",
-    "EnumNode",
-    "Named",
-    "NamedTupleNode",
-    "Ref",
-    "decode_object",
-    "encode_object",
-]

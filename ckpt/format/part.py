@@ -1,23 +1,21 @@
-"""Where the chunks of a keeper's ranks are, or of one that has none: msgpack inside one zstd frame,
-chunks in columns.
+"""A part: where the chunks of a node's ranks are, as msgpack in one zstd frame. Pure.
 
-A part may list 100,000 chunks and more, so what there is one of per chunk lies in columns of fixed
-width. What follows from the rest (a chunk's raw size, how many chunks a shard has) is not stored,
-so it can't be wrong.
+A part may list 100,000 chunks and more, so per-chunk values are columns of fixed width. What
+follows from other values (a chunk's raw size, the number of a shard's chunks) is not stored, so it
+cannot be wrong.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import msgspec
 import zstandard
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format.canonical import check_version, prepare_decoders
-from ckpt.format.part_rules import problem
+from ckpt.format.part_rules import Part, StoredShard, problem
 from ckpt.values import (
     CHUNK_BYTES,
     DIGEST_BYTES,
@@ -30,62 +28,40 @@ from ckpt.values import (
     SnapshotId,
 )
 
+__all__ = [
+    "PART_RAW_BYTES_MAX",
+    "PART_VERSION",
+    "Part",
+    "StoredShard",
+    "chunk_sizes",
+    "decode_part",
+    "encode_part",
+    "merge_parts",
+]
+
 PART_VERSION = 2
 PART_RAW_BYTES_MAX = 256 << 20
-"""Refused above this before anything is allocated: room for seven million chunks, 28 TB of
+"""Larger parts are refused before memory is allocated: room for seven million chunks, 28 TB of
 state."""
 ZSTD_LEVEL = 3
 
 _CODECS = {codec.value: codec for codec in Codec}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredShard:
-    """One shard as it is stored: ``digests[i]`` and ``locations[i]`` are those of its ``i``-th 4
-    MiB chunk.
-
-    ``size_bytes`` is the raw size of the whole box; an empty shard has no chunks.
-    """
-
-    leaf: Leaf
-    box: Box
-    size_bytes: int
-    digests: tuple[Digest, ...]
-    locations: tuple[ChunkLocation, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """What ``ranks`` ranks, from ``rank`` on, stored of one snapshot: all that a keeper has, or one
-    where there is no keeper.
-
-    ``writer`` names the process start that wrote it (``keys.writer_name``).
-    """
-
-    snapshot: SnapshotId
-    writer: str
-    rank: int
-    world_size: int
-    ranks: int = 1
-    shards: tuple[StoredShard, ...]
-    aliases: tuple[Leaf, ...] = ()
-
-
 def chunk_sizes(size_bytes: int) -> Iterator[int]:
-    """Raw sizes of the chunks that a shard of ``size_bytes`` is cut into: 4 MiB each, the last what
-    is left."""
+    """Raw sizes of the chunks of a shard of ``size_bytes``: 4 MiB each, the last one the rest."""
     for start in range(0, size_bytes, CHUNK_BYTES):
         yield min(CHUNK_BYTES, size_bytes - start)
 
 
 def encode_part(part: Part) -> bytes:
-    """The stored bytes. Equal parts give equal bytes under one zstd release (the digest covers the
-    stored bytes).
+    """The stored bytes. Equal parts give equal bytes under one zstd release.
 
-    Raises UsageError where a field is out of range or the part is too large, naming it.
+    The part's digest is of these bytes. Raises UsageError that names a field out of range, or if
+    the part is too large.
     """
-    if why := problem(part):
-        raise UsageError(f"not a part that can be written. {why}")
+    if reason := problem(part):
+        raise UsageError(f"not a part that can be written: {reason}")
     try:
         raw = msgspec.msgpack.encode(_to_wire(part))
     except UnicodeError as error:
@@ -98,7 +74,7 @@ def encode_part(part: Part) -> bytes:
 
 
 def decode_part(data: bytes) -> Part:
-    """The part in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
+    """The part in untrusted ``data``. Raises IntegrityError or FormatVersionError."""
     raw = _decompress(data)
     try:
         check_version(
@@ -110,13 +86,14 @@ def decode_part(data: bytes) -> Part:
     except (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError) as error:
         raise IntegrityError(f"not a valid record. what=part why={error}") from error
     part = _from_wire(wire)
-    if why := problem(part):
-        raise IntegrityError(f"part contradicts itself. {why}")
+    if reason := problem(part):
+        raise IntegrityError(f"part contradicts itself: {reason}")
     return part
 
 
 def _decompress(data: bytes) -> bytes:
     try:
+        # The declared size is checked first: a few bytes may declare gigabytes.
         frame = zstandard.get_frame_parameters(data)
         if frame.content_size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR):
             raise IntegrityError("zstd frame does not say its size. what=part")
@@ -181,11 +158,16 @@ def _to_wire(part: Part) -> _PartWire:
     leaves: dict[Leaf, int] = {}
     packs: dict[str, int] = {}
     shards = [
-        _ShardWire(leaves.setdefault(s.leaf, len(leaves)), s.box.offsets, s.box.sizes, s.size_bytes)
-        for s in part.shards
+        _ShardWire(
+            leaves.setdefault(shard.leaf, len(leaves)),
+            shard.box.offsets,
+            shard.box.sizes,
+            shard.size_bytes,
+        )
+        for shard in part.shards
     ]
-    places = [location for shard in part.shards for location in shard.locations]
-    count = len(places)
+    locations = [location for shard in part.shards for location in shard.locations]
+    chunks = len(locations)
     return _PartWire(
         v=PART_VERSION,
         epoch=part.snapshot.epoch,
@@ -197,15 +179,16 @@ def _to_wire(part: Part) -> _PartWire:
         leaves=[_leaf_wire(leaf) for leaf in leaves],
         shards=shards,
         aliases=[_leaf_wire(leaf) for leaf in part.aliases],
+        # ``pack_index`` fills ``packs``, so it is computed before that is listed.
         pack_index=struct.pack(
-            f"<{count}I", *(packs.setdefault(p.pack, len(packs)) for p in places)
+            f"<{chunks}I", *(packs.setdefault(location.pack, len(packs)) for location in locations)
         ),
         packs=list(packs),
         digests=b"".join(digest for shard in part.shards for digest in shard.digests),
-        offset_bytes=struct.pack(f"<{count}Q", *(p.offset_bytes for p in places)),
-        stored_bytes=struct.pack(f"<{count}I", *(p.stored_bytes for p in places)),
-        codec=bytes(p.codec for p in places),
-        itemsize_bytes=bytes(p.itemsize_bytes for p in places),
+        offset_bytes=struct.pack(f"<{chunks}Q", *(location.offset_bytes for location in locations)),
+        stored_bytes=struct.pack(f"<{chunks}I", *(location.stored_bytes for location in locations)),
+        codec=bytes(location.codec for location in locations),
+        itemsize_bytes=bytes(location.itemsize_bytes for location in locations),
     )
 
 
@@ -216,24 +199,24 @@ def _from_wire(wire: _PartWire) -> Part:
     ]
     if any(size < 0 for _, _, size in shapes):
         raise IntegrityError("negative size. what=part")
-    digests, places = _chunks(wire, [size for _, _, size in shapes])
+    digests, locations = _chunks(wire, [size for _, _, size in shapes])
     _first_use([shard.leaf for shard in wire.shards], len(leaves), "leaves")
     if len(set(leaves)) != len(leaves) or len(set(wire.packs)) != len(wire.packs):
         raise IntegrityError("a leaf or pack is listed twice. what=part")
     shards = []
-    at = 0
+    first = 0
     for leaf, box, size in shapes:
-        end = at - (-size // CHUNK_BYTES)
+        end = first - (-size // CHUNK_BYTES)
         shards.append(
             StoredShard(
                 leaf=leaf,
                 box=box,
                 size_bytes=size,
-                digests=digests[at:end],
-                locations=places[at:end],
+                digests=digests[first:end],
+                locations=locations[first:end],
             )
         )
-        at = end
+        first = end
     return Part(
         snapshot=SnapshotId(wire.epoch, wire.step),
         writer=wire.writer,
@@ -248,7 +231,7 @@ def _from_wire(wire: _PartWire) -> Part:
 def _chunks(
     wire: _PartWire, sizes: list[int]
 ) -> tuple[tuple[Digest, ...], tuple[ChunkLocation, ...]]:
-    """Digests and places of all chunks in order; raw sizes follow from the shards' sizes."""
+    """Digests and locations of all chunks in order; raw sizes follow from the shards' sizes."""
     count = sum(-(-size // CHUNK_BYTES) for size in sizes)
     if len(wire.digests) != count * DIGEST_BYTES:
         raise IntegrityError(
@@ -262,7 +245,7 @@ def _chunks(
     _first_use(pack_index, len(wire.packs), "packs")
     raws = (raw for size in sizes for raw in chunk_sizes(size))
     try:
-        places = tuple(
+        locations = tuple(
             ChunkLocation(wire.packs[pack], offset, size, raw, _CODECS[codec], item)
             for pack, offset, size, raw, codec, item in zip(
                 pack_index, offsets, stored, raws, codecs, items, strict=True
@@ -273,7 +256,7 @@ def _chunks(
     digests = tuple(
         wire.digests[i : i + DIGEST_BYTES] for i in range(0, len(wire.digests), DIGEST_BYTES)
     )
-    return digests, places
+    return digests, locations
 
 
 def _column(blob: bytes, code: str, count: int, name: str) -> tuple[int, ...]:
@@ -284,23 +267,23 @@ def _column(blob: bytes, code: str, count: int, name: str) -> tuple[int, ...]:
     return struct.unpack(f"<{count}{code}", blob)
 
 
-def _first_use(indices: list[int] | tuple[int, ...], count: int, what: str) -> None:
-    """Tables are in order of first use and hold nothing unused, so that one part has one
+def _first_use(indices: list[int] | tuple[int, ...], count: int, table: str) -> None:
+    """Check that a table is in order of first use without unused entries: a part has one
     spelling."""
-    seen = 0
+    used = 0
     for index in indices:
-        if index > seen or index < 0:
-            raise IntegrityError(f"table not in order of first use. table={what} index={index}")
-        seen += index == seen
-    if seen != count:
+        if index > used or index < 0:
+            raise IntegrityError(f"table not in order of first use. table={table} index={index}")
+        used += index == used
+    if used != count:
         raise IntegrityError(
-            f"table holds what nothing uses. table={what} used={seen} listed={count}"
+            f"table holds what nothing uses. table={table} used={used} listed={count}"
         )
 
 
-def _at(leaves: list[Leaf], index: int, what: str) -> Leaf:
+def _at(leaves: list[Leaf], index: int, table: str) -> Leaf:
     if not 0 <= index < len(leaves):
-        raise IntegrityError(f"no such entry. table={what} index={index} entries={len(leaves)}")
+        raise IntegrityError(f"no such entry. table={table} index={index} entries={len(leaves)}")
     return leaves[index]
 
 
@@ -322,15 +305,15 @@ def _leaf(wire: _LeafWire) -> Leaf:
 prepare_decoders(_Version, _PartWire)
 
 
-# One part of several: what the ranks of a node stored, as one list. Pure.
+# ---- merge: one part for all ranks of a node
 
 
 def merge_parts(parts: Sequence[Part], *, writer: str) -> Part:
-    """The part of all ranks of ``parts``, which follow each other, in the name of ``writer``.
+    """One part for all ranks of ``parts``, which follow each other, in the name of ``writer``.
 
-    Shards stay in the order of ranks. Each alias of a leaf that all ranks share is in every rank's
-    part, and in this one once. Raises UsageError where the parts are of several snapshots or
-    worlds, or their ranks do not follow each other. O(shards).
+    Shards stay in the order of ranks. An alias of a shared leaf is in every rank's part, and once
+    in this one. Raises UsageError if the parts are of several snapshots or worlds, or their ranks
+    do not follow each other. O(shards).
     """
     if not parts:
         raise UsageError("a part of no rank.")

@@ -1,5 +1,5 @@
-"""The records of the commit log: what each says, its canonical bytes, and the chain that ties it to
-the one before."""
+"""The records of the commit log: their fields, canonical bytes, and the chain between them.
+Pure."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ STORES_MAX = 99
 TAG_CHARS_MAX = 128
 
 BY_STORES = "stores"
-"""The places in the log are given out by the stores together: a record that was created on W of
-them has its place."""
+"""Sequencer: the stores together. A record that was created on W of them has its position."""
 BY_SQLITE = "sqlite:"
-"""They are given out by one machine's own SQLite file; its id follows."""
+"""Sequencer: the SQLite file of one machine; its id follows."""
 BY_ETCD = "etcd:"
-"""They are given out by an etcd; the id of its cluster follows."""
+"""Sequencer: an etcd; the id of its cluster follows."""
 
 _SEQUENCER_RE = re.compile(r"stores|sqlite:[0-9a-f]{32}|etcd:[0-9A-Za-z_.:/-]{1,128}", re.ASCII)
 _WRITE_ID_RE = re.compile(r"[0-9a-zA-Z_-]{1,64}", re.ASCII)
 
 
 class Open(msgspec.Struct, frozen=True, tag_field="kind", tag="open", rename={"resume": "from"}):
-    """A new epoch, and the pair its training resumed (None: it starts afresh). JSON calls
-    ``resume`` "from"."""
+    """A new epoch, and the pair that its training resumed (None: it starts afresh).
+
+    JSON calls ``resume`` "from".
+    """
 
     epoch: int
     resume: SnapshotId | None
 
 
 class Commit(msgspec.Struct, frozen=True, tag_field="kind", tag="commit"):
-    """A snapshot exists: its manifest's digest (32 hex digits) and the snapshot whose chunks it
-    refers to."""
+    """A snapshot exists: its manifest's digest (32 hex digits), and the snapshot it refers to
+    chunks of."""
 
     snapshot: SnapshotId
     manifest_digest: str
@@ -50,29 +51,30 @@ class Commit(msgspec.Struct, frozen=True, tag_field="kind", tag="commit"):
 
 
 class Drop(msgspec.Struct, frozen=True, tag_field="kind", tag="drop"):
-    """Snapshots that no longer exist; their bytes go later. Commits of pairs below ``floor`` count
-    no more."""
+    """Snapshots that no longer exist; their bytes are deleted later.
+
+    Later commits of pairs below ``floor`` are void.
+    """
 
     snapshots: tuple[SnapshotId, ...]
     floor: SnapshotId | None
 
 
 class Tag(msgspec.Struct, frozen=True, tag_field="kind", tag="tag"):
-    """A name for a snapshot, which keeps it from being dropped. A name that exists moves."""
+    """A name for a snapshot, which keeps it from being dropped. An existing name moves."""
 
     name: str
     snapshot: SnapshotId
 
 
 class Untag(msgspec.Struct, frozen=True, tag_field="kind", tag="untag"):
-    """A name that goes."""
+    """A name is removed."""
 
     name: str
 
 
 class Stores(msgspec.Struct, frozen=True, tag_field="kind", tag="stores"):
-    """The ids of the stores that hold this log, on how many of them a record must be to count, and
-    who gives out places."""
+    """The ids of the stores that hold this log, the write quorum, and the sequencer."""
 
     ids: tuple[str, ...]
     write_quorum: int
@@ -86,9 +88,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """One record. ``epoch`` is its writer's, ``prev`` the digest of the record before ("" at seq
     0).
 
-    ``write_id`` names the attempt, so that writing the same record twice is seen to be one.
-    ``digest`` covers the canonical bytes without itself. Make records with ``make_record``, read
-    them with ``decode_record``.
+    ``write_id`` names the attempt, so that a record written twice is recognised as one. ``digest``
+    covers the canonical bytes without itself. Use ``make_record`` and ``decode_record``.
     """
 
     v: int
@@ -101,12 +102,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     digest: str
 
     def encode(self) -> bytes:
-        """The canonical bytes, as they lie at ``keys.log_key(seq)``."""
+        """The canonical bytes, as stored at ``keys.log_key(seq)``."""
         return _seal(self)[0]
 
 
 def make_record(body: Body, *, job: str, seq: int, epoch: int, write_id: str, prev: str) -> Record:
-    """A record with its digest. Raises UsageError where a field is out of range, naming it."""
+    """A record with its digest. Raises UsageError that names a field out of range."""
     draft = Record(
         v=RECORD_VERSION,
         job=job,
@@ -117,23 +118,23 @@ def make_record(body: Body, *, job: str, seq: int, epoch: int, write_id: str, pr
         body=body,
         digest="",
     )
-    if why := problem(draft):
-        raise UsageError(f"not a record that can be written. {why}")
+    if reason := problem(draft):
+        raise UsageError(f"not a record that can be written: {reason}")
     return msgspec.structs.replace(draft, digest=_seal(draft)[1])
 
 
 def decode_record(data: bytes) -> Record:
-    """The record in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
+    """The record in untrusted ``data``. Raises IntegrityError or FormatVersionError."""
     record = unseal(
         data, Record, label="log record", version=RECORD_VERSION, bytes_max=RECORD_BYTES_MAX
     )
-    if why := problem(record):
-        raise IntegrityError(f"log record contradicts itself. {why}")
+    if reason := problem(record):
+        raise IntegrityError(f"log record contradicts itself: {reason}")
     return record
 
 
 def problem(record: Record) -> str | None:
-    """What makes a record's fields invalid whatever the log says, or None. Pure."""
+    """What makes a record's fields invalid, whatever the log says, or None."""
     if not is_job_name(record.job):
         return f"not a job name. job={record.job!r}"
     if not 0 <= record.seq <= keys.SEQ_MAX:
@@ -193,12 +194,15 @@ def _pairs_problem(pairs: tuple[SnapshotId | None, ...]) -> str | None:
 
 def _tag_problem(name: str) -> str | None:
     if not is_tag_name(name):
-        return f"not a tag (1 to {TAG_CHARS_MAX} printable characters, no blank at either end). name={name[:160]!r}"
+        return (
+            f"not a tag (1 to {TAG_CHARS_MAX} printable characters, no blank at either end). "
+            f"name={name[:160]!r}"
+        )
     return None
 
 
 def is_sequencer_name(name: str) -> bool:
-    """Whether ``name`` says who gives out the places of a log on several stores."""
+    """Whether ``name`` names a sequencer of a log on several stores."""
     return _SEQUENCER_RE.fullmatch(name) is not None
 
 
@@ -209,8 +213,12 @@ def _stores_problem(ids: tuple[str, ...], write_quorum: int, sequencer: str) -> 
         or not all(map(keys.is_digest_hex, ids))
     ):
         return f"not a set of store ids. stores={len(ids)} (1..{STORES_MAX})"
+    # More than half, so that any two write quorums share a store.
     if not len(ids) < 2 * write_quorum <= 2 * len(ids):
-        return f"write quorum must be more than half of the stores. write_quorum={write_quorum} stores={len(ids)}"
+        return (
+            f"write quorum must be more than half of the stores. write_quorum={write_quorum} "
+            f"stores={len(ids)}"
+        )
     if not is_sequencer_name(sequencer):
         return f"not a sequencer. sequencer={sequencer[:80]!r}"
     return None

@@ -1,4 +1,4 @@
-"""``ckpt.json``: what a store is and which job it belongs to. Written once, never replaced."""
+"""``ckpt.json``: which job and log a store belongs to. Written once, never replaced. Pure."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from ckpt.values import CHUNK_BYTES
 JOB_VERSION = 1
 JOB_BYTES_MAX = 64 << 10
 SEQUENCER_STORE = "store"
-"""The store's own create-if-absent gives out the places in the log, unless a ``stores`` record says
-otherwise."""
+"""Sequencer: the store's own create-if-absent, until a ``stores`` record names another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """The job's name, this store's own random id (32 hex digits), and what gives out places in the
-    log.
+    """The job's name, this store's own random id (32 hex digits), and the log's sequencer.
 
-    ``log_id`` is the same in all stores that hold one log: the id of the store in which it began.
+    ``log_id`` is the same in all stores of one log: the id of the store in which it began, or a
+    random one if it began on several.
     """
 
     job: str
@@ -40,9 +39,9 @@ class JobRecord:
             object.__setattr__(self, "log_id", self.store_id)
 
     def encode(self) -> bytes:
-        """Canonical JSON. Raises UsageError where a field is out of range."""
-        if why := _problem(self):
-            raise UsageError(f"not a job record that can be written. {why}")
+        """Canonical JSON. Raises UsageError for a field out of range."""
+        if reason := _problem(self):
+            raise UsageError(f"not a job record that can be written: {reason}")
         wire = _JobWire(
             format_version=self.format_version,
             job=self.job,
@@ -56,12 +55,11 @@ class JobRecord:
 
     @classmethod
     def decode(cls, data: bytes) -> JobRecord:
-        """The record in ``data``, which is not trusted. Raises IntegrityError or
-        FormatVersionError."""
+        """The record in untrusted ``data``. Raises IntegrityError or FormatVersionError."""
         wire = unseal(
             data, _JobWire, label="ckpt.json", version=JOB_VERSION, bytes_max=JOB_BYTES_MAX
         )
-        found = cls(
+        record = cls(
             format_version=wire.format_version,
             job=wire.job,
             store_id=wire.store_id,
@@ -70,15 +68,15 @@ class JobRecord:
             digest=wire.digest_name,
             chunk_bytes=wire.chunk_bytes,
         )
-        if why := _problem(found):
-            raise IntegrityError(f"ckpt.json contradicts itself. {why}")
-        if (found.digest, found.chunk_bytes) != (DIGEST_NAME, CHUNK_BYTES):
+        if reason := _problem(record):
+            raise IntegrityError(f"ckpt.json contradicts itself: {reason}")
+        if (record.digest, record.chunk_bytes) != (DIGEST_NAME, CHUNK_BYTES):
             raise FormatVersionError(
                 "store uses a digest or grid that this release does not read. "
-                f"found={found.digest}/{found.chunk_bytes} "
+                f"found={record.digest}/{record.chunk_bytes} "
                 f"known={DIGEST_NAME}/{CHUNK_BYTES} upgrade torch-ckpt: {UPGRADE}"
             )
-        return found
+        return record
 
 
 def _problem(record: JobRecord) -> str | None:

@@ -1,1 +1,1 @@
-"""Keys, leases and transactions: etcd, or an SQLite file of one machine."""
+"""Keys with revisions, leases and transactions: in etcd, or in a SQLite file on one machine."""

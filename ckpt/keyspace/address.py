@@ -1,5 +1,7 @@
-"""What a launcher's words mean: the etcd, or the file of this machine, in which a job's nodes
-meet."""
+"""Which keyspace a job's nodes meet in: an etcd, or a file of this machine.
+
+Importable without the packages that connect to etcd.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,16 @@ from urllib.parse import parse_qsl
 from ckpt.errors import UsageError
 from ckpt.ipc.cluster_spec import NodesSpec
 
-# Where etcd is and how it is spoken to; known without the packages that speak to it.
-
 PORT = 2379
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EtcdOptions:
-    """Where etcd is and how it is spoken to. ``endpoints``: ``host:port`` each; files are paths of
-    PEM files.
+    """Address and credentials of etcd. ``endpoints``: ``host:port`` each; files are paths of PEM
+    files.
 
-    With ``ca`` all calls go over TLS; ``cert`` and ``key`` are this client's own.
-    ``call_timeout_s``: how long one endpoint may take.
+    With ``ca`` all calls use TLS; ``cert`` and ``key`` are this client's own. ``call_s``: the time
+    limit of a call to one endpoint.
     """
 
     endpoints: tuple[str, ...]
@@ -61,7 +61,7 @@ _GIVEN = {"ca", "cert", "key", "user", "password_file"}
 
 
 def keyspace_location(spec: NodesSpec) -> EtcdOptions | Path:
-    """Where the nodes of a job meet. Raises UsageError where a file that it names can't be read."""
+    """Where the nodes of a job meet. Raises UsageError if a file that it names cannot be read."""
     if not spec.where.startswith(ETCD_SCHEME):
         return Path(spec.where)
     return EtcdOptions(
@@ -75,23 +75,27 @@ def keyspace_location(spec: NodesSpec) -> EtcdOptions | Path:
 
 
 def parse_etcd_url(address: str) -> EtcdOptions:
-    """``etcd://host:port,host:port``, then perhaps
-    ``?ca=FILE&cert=FILE&key=FILE&user=NAME&password_file=FILE``. UsageError."""
+    """Options from ``etcd://host:port,host:port``. Raises UsageError.
+
+    Optional query: ``?ca=FILE&cert=FILE&key=FILE&user=NAME&password_file=FILE``.
+    """
     hosts, _, query = address.partition("?")
     try:
-        given = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+        options = dict(parse_qsl(query, strict_parsing=True)) if query else {}
     except ValueError as error:
         raise UsageError(f"not an address of etcd. address={address!r} why={error}") from error
-    if not hosts.startswith(ETCD_SCHEME) or (unknown := sorted(set(given) - _GIVEN)):
-        what = f"unknown={unknown}" if hosts.startswith(ETCD_SCHEME) else "it begins with etcd://"
-        raise UsageError(f"not an address of etcd. address={address!r} {what}")
+    if not hosts.startswith(ETCD_SCHEME) or (unknown := sorted(set(options) - _GIVEN)):
+        problem = (
+            f"unknown={unknown}" if hosts.startswith(ETCD_SCHEME) else "it begins with etcd://"
+        )
+        raise UsageError(f"not an address of etcd. address={address!r} {problem}")
     return EtcdOptions(
         endpoints=_endpoints(hosts),
-        ca=_path(given.get("ca", "")),
-        cert=_path(given.get("cert", "")),
-        key=_path(given.get("key", "")),
-        user=given.get("user"),
-        password=_password(given.get("password_file", "")),
+        ca=_path(options.get("ca", "")),
+        cert=_path(options.get("cert", "")),
+        key=_path(options.get("key", "")),
+        user=options.get("user"),
+        password=_password(options.get("password_file", "")),
     )
 
 

@@ -1,9 +1,8 @@
-"""The one thing that membership needs of a service: keys with revisions and leases, and
-transactions over them.
+"""The interface of a keyspace: keys with revisions and leases, and transactions over them. Pure.
 
-The words are etcd's. A revision counts the service's changes; a key knows the revisions that
-created and last changed it. Keys of a lease that runs out are deleted, which is a change as well.
-Keys here are below the job; a driver adds its prefix.
+The terms are etcd's. A revision counts the service's changes; a key knows the revisions that
+created and last changed it. When a lease expires its keys are deleted, which is a change too. Key
+names are relative to the job; each implementation adds its prefix.
 """
 
 from __future__ import annotations
@@ -14,8 +13,11 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys from ``start`` up to, not including, ``end``; empty: the one key ``start``.
-    ``values``: read those too."""
+    """The keys from ``start`` up to but not including ``end``; empty ``end``: the single key
+    ``start``.
+
+    ``values``: whether their values are read too.
+    """
 
     start: str
     end: str = ""
@@ -24,8 +26,8 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """A key as it was found. ``created`` and ``changed`` are revisions; ``lease_id`` 0: it needs no
-    lease to stay."""
+    """A key and its value. ``created`` and ``changed`` are revisions; ``lease_id`` 0: under no
+    lease."""
 
     key: str
     value: bytes
@@ -36,7 +38,7 @@ class KeyValue:
 
 @dataclass(frozen=True, slots=True)
 class Unchanged:
-    """Holds if the key was last changed at that revision; 0: if it does not exist."""
+    """Holds if the key was last changed at that revision; revision 0: if it does not exist."""
 
     key: str
     revision: int
@@ -86,22 +88,22 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Delete a key; one that is not there is no error."""
+    """Delete a key; a missing one is no error."""
 
     key: str
 
 
 OPS_MAX = 120
-"""How many operations one branch may have: etcd takes 128 as it comes."""
+"""How many operations one branch may have: etcd's default limit is 128."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """If all of ``when`` hold, do ``then`` and read ``reads``; if not, only read ``reads``. One
-    revision, all or nothing.
+    """If all of ``when`` hold, do ``then``; in both cases do ``reads``. One revision, all or
+    nothing.
 
-    Each transaction must be harmless when it is done twice, and when it is done late: drivers
-    repeat it after silence.
+    Each transaction must be harmless if done twice or late: implementations repeat it after
+    silence.
     """
 
     when: tuple[Compare, ...] = ()
@@ -111,10 +113,10 @@ class Transaction:
 
 @dataclass(frozen=True, slots=True)
 class TransactionResult:
-    """What a transaction did: whether it held, the service's revision, and what each read found, in
-    key order.
+    """Whether the transaction's conditions held, the service's revision, and each read in key
+    order.
 
-    ``service``: which of all services answered; 0 where there is only one that it can be.
+    ``service``: the id of the cluster that answered; 0 if there can be only one.
     """
 
     succeeded: bool
@@ -125,44 +127,44 @@ class TransactionResult:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A lease that was given out, and the time that it really lives."""
+    """A lease that was granted, and its actual time to live."""
 
     lease_id: int
     ttl_s: float
 
 
 class Keyspace(Protocol):
-    """The keys of one job. Safe to be called from several threads.
+    """The keys of one job. Thread-safe.
 
-    Calls raise UnavailableError where no answer came (what was asked may have been done),
-    StoreDeniedError where the service refuses, and NotFoundError where a key was to be put under a
-    lease that does not exist.
+    Calls raise UnavailableError if no answer came (the operation may have been done),
+    StoreDeniedError if the service refuses, and NotFoundError if a key was put under a lease that
+    does not exist.
     """
 
     def transact(self, transaction: Transaction) -> TransactionResult:
-        """Do a transaction, linearizably: it sees all that was answered before it was asked for."""
+        """Do a transaction, linearizably: it sees everything that was answered before the call."""
         ...
 
     def grant(self, lease_id: int, ttl_s: float) -> Grant:
-        """Make a lease. One that exists under that id, from a try before, is taken as it is."""
+        """Create a lease. One that exists under that id, from an earlier try, is kept as it is."""
         ...
 
     def renew(self, lease_id: int) -> float:
-        """Let a lease live on; how long from now on. 0: it does not exist any more."""
+        """Extend a lease; returns its time to live from now. 0: it does not exist any more."""
         ...
 
     def revoke(self, lease_id: int) -> None:
-        """End a lease and delete its keys; one that is not there is no error."""
+        """End a lease and delete its keys; a missing one is no error."""
         ...
 
     def wait(self, ranges: tuple[Keys, ...], after: int, *, timeout_s: float) -> bool:
-        """Whether one of the keys changed after revision ``after``, waiting up to ``timeout_s`` for
-        it.
+        """Whether one of the keys changed after revision ``after``; waits for it up to
+        ``timeout_s``.
 
-        May be true without cause, where it can't be known: look, then wait again.
+        May return true without a change, if that cannot be known: read, then wait again.
         """
         ...
 
     def close(self) -> None:
-        """End threads and connections. Leases live on."""
+        """End threads and connections. Leases stay."""
         ...

@@ -1,10 +1,12 @@
-"""Calls to one of several etcd endpoints: which one is asked, what its errors mean, and who is
-asked next.
+"""A keyspace in etcd: calls over several endpoints, messages, watches.
 
-One client of ``etcd3`` for each endpoint. That library's own way to several endpoints isn't used:
-it forgets an endpoint for a time by the wall clock, so that with two of them silent the third may
-never be asked, and it blames whichever endpoint is in use when an answer comes, not the one that
-was asked.
+Imported lazily, by programs that use etcd only: importing grpc takes longer than the rest of the
+package.
+
+``etcd3``'s own support for several endpoints is not used. It skips an endpoint after a failure by
+the wall clock, so that with two of three silent the third may never be asked, and it blames the
+endpoint in use when an answer arrives, not the one that was asked. Here one client per endpoint is
+used.
 """
 
 from __future__ import annotations
@@ -50,24 +52,26 @@ from ckpt.keyspace.base import (
 T = TypeVar("T")
 
 TRIES_MAX = 5
-"""How many endpoints one call asks before silence is reported."""
+"""How many endpoints one call asks before it reports that none answered."""
 
 _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 2000),  # how long connecting may take, too
+    ("grpc.min_reconnect_backoff_ms", 2000),  # grpc also limits connecting to this
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 256 << 20),
 ]
-"""Connect again soon; and see a job of many thousand nodes at once."""
+"""Reconnect quickly; accept the answer for a job of many thousand nodes."""
 
 _DENIED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
-_AUTH_WORDS = ("auth", "user name is empty", "revision of auth store is old")
+_AUTH_TEXTS = ("auth", "user name is empty", "revision of auth store is old")
 
 
 class EtcdClient:
-    """Safe to be called from several threads. Belongs to the process that made it: what grpc has
-    does not outlive a fork."""
+    """Calls to one of several etcd endpoints. Thread-safe.
+
+    Belongs to the process that made it: grpc's connections do not survive a fork.
+    """
 
     def __init__(self, options: EtcdOptions) -> None:
         self._options = options
@@ -80,27 +84,27 @@ class EtcdClient:
 
     @property
     def number(self) -> int:
-        """Which endpoint is asked now."""
+        """The number of the endpoint in use."""
         return self._number
 
     def call(self, ask: Callable[[etcd3.MultiEndpointEtcd3Client], T], *, operation: str) -> T:
-        """The answer of the first endpoint that gives one; what is asked must be harmless when it
-        is done twice.
+        """The answer of the first endpoint that gives one; the request must be harmless if done
+        twice.
 
-        Raises UnavailableError where none did, and what an answer that refuses means.
+        Raises UnavailableError if none answered, else the error that a refusing answer means.
         """
-        whys: list[str] = []
+        answers: list[str] = []
         for _ in range(min(TRIES_MAX, len(self._options.endpoints) + 1)):
             number = self._number
             try:
                 return self._ask(ask, self.client(number))
             except (etcd3.exceptions.Etcd3Exception, grpc.RpcError) as error:
-                if (refusal := _refusal(error, operation)) is not None:
-                    raise refusal from error
-                whys.append(f"{self._options.endpoints[number]}: {_text(error)}")
+                if (refusing := _refusal(error, operation)) is not None:
+                    raise refusing from error
+                answers.append(f"{self._options.endpoints[number]}: {_text(error)}")
                 self.failed(number)
         raise UnavailableError(
-            f"etcd did not answer. asked={operation} answers={whys} repeat later"
+            f"etcd did not answer. asked={operation} answers={answers} repeat later"
         )
 
     def _ask(
@@ -118,17 +122,19 @@ class EtcdClient:
             if self._options.user is None or not _stale_token(error):
                 raise
         self._login(client)
-        return ask(client)
+        return ask(client)  # once only: a second refusal is reported
 
     def failed(self, number: int) -> None:
-        """Ask the next endpoint from now on, if this one is still the one that is asked."""
+        """Use the next endpoint from now on, unless another thread switched already."""
         with self._lock:
             if self._number == number:
                 self._number = (number + 1) % len(self._options.endpoints)
 
     def client(self, number: int) -> etcd3.MultiEndpointEtcd3Client:
-        """The client of one endpoint. Raises UsageError in a fork, UnavailableError once closed,
-        and as grpc does."""
+        """The client of one endpoint, connected on first use.
+
+        Raises UsageError in a fork, UnavailableError after ``close``, and what grpc raises.
+        """
         if os.getpid() != self._pid:
             raise UsageError(
                 "a connection to etcd does not outlive a fork. make it in the process that uses it"
@@ -174,8 +180,7 @@ class EtcdClient:
         except grpc.RpcError:
             endpoint.close()
             raise
-        # The login's token goes in the metadata too; grpc refuses to send it as a credential where
-        # there is no TLS.
+        # The login's token is in the metadata too; without TLS grpc refuses to send credentials.
         client.call_credentials = None
         return client
 
@@ -208,49 +213,49 @@ def _code(error: Exception) -> grpc.StatusCode | None:
 def _text(error: BaseException) -> str:
     if isinstance(error, grpc.RpcError):
         return f"{error.code().name}: {error.details()}"
-    if isinstance(error.__context__, grpc.RpcError):  # the library says less than what it heard
+    if isinstance(error.__context__, grpc.RpcError):  # etcd3's own exceptions drop the text
         return _text(error.__context__)
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _stale_token(error: Exception) -> bool:
-    """Whether a new login may help: tokens run out, and are forgotten by a server that starts
-    anew."""
+    """Whether a new login may help: tokens expire, and a restarted server forgets them."""
     return _code(error) in _DENIED and "token" in _text(error)
 
 
-def _refusal(error: Exception, what: str) -> CkptError | None:
-    """The error for an answer that another endpoint would give as well; None: ask another one."""
+def _refusal(error: Exception, operation: str) -> CkptError | None:
+    """The error for an answer that any endpoint would give; None: ask another endpoint."""
     code, text = _code(error), _text(error)
     if code in _DENIED or (
-        code is grpc.StatusCode.INVALID_ARGUMENT and any(word in text for word in _AUTH_WORDS)
+        code is grpc.StatusCode.INVALID_ARGUMENT and any(part in text for part in _AUTH_TEXTS)
     ):
         return StoreDeniedError(
-            f"etcd refuses. asked={what} why={text} look at user, password and roles"
+            f"etcd refuses. asked={operation} why={text} check user, password and roles"
         )
     if code is grpc.StatusCode.NOT_FOUND and "lease" in text:
-        return NotFoundError(f"no such lease. asked={what} join anew")
+        return NotFoundError(f"no such lease. asked={operation} join anew")
     if code is grpc.StatusCode.INVALID_ARGUMENT or (
         code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text
     ):
-        return UsageError(f"etcd can't take that. asked={what} why={text}")
+        return UsageError(f"etcd can't take that. asked={operation} why={text}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "space" in text:
         return StoreFullError(
-            f"etcd is full. asked={what} why={text} compact and defragment it, or raise its quota"
+            f"etcd is full. asked={operation} why={text} compact and defragment it, or raise its "
+            "quota"
         )
     return None
 
 
-# Between the words of a keyspace and etcd's messages.
+# ---- messages: a keyspace's operations as etcd's
 
 
 def key_prefix(job: str) -> str:
-    """The prefix of a job's keys. A name that holds a slash can't reach into another job."""
+    """The prefix of a job's keys. It is quoted, so a slash in the name cannot reach another job."""
     return f"/ckpt/{quote(job, safe='')}/"
 
 
 def txn_request(root: str, transaction: Transaction) -> etcdrpc.TxnRequest:
-    """The transaction as etcd takes it: in both branches the reads come last."""
+    """The transaction as etcd's message: in both branches the reads are last."""
     reads = [etcdrpc.RequestOp(request_range=_range(root, keys)) for keys in transaction.reads]
     return etcdrpc.TxnRequest(
         compare=[_compare(root, compare) for compare in transaction.when],
@@ -262,24 +267,26 @@ def txn_request(root: str, transaction: Transaction) -> etcdrpc.TxnRequest:
 def transaction_result(
     root: str, transaction: Transaction, response: etcdrpc.TxnResponse
 ) -> TransactionResult:
-    """What etcd answered."""
+    """The result in etcd's answer."""
     count = len(transaction.reads)
     reads = response.responses[len(response.responses) - count :]
-    found = tuple(tuple(_found(root, kv) for kv in read.response_range.kvs) for read in reads)
+    reads_found = tuple(
+        tuple(_key_value(root, kv) for kv in read.response_range.kvs) for read in reads
+    )
     return TransactionResult(
-        response.succeeded, response.header.revision, found, response.header.cluster_id
+        response.succeeded, response.header.revision, reads_found, response.header.cluster_id
     )
 
 
 def watch_request(root: str, keys: Keys, first: int) -> etcdrpc.WatchRequest:
-    """Watch a range from the revision ``first`` on."""
+    """A request to watch a range from the revision ``first`` on."""
     start, end = bounds(root, keys)
     created = etcdrpc.WatchCreateRequest(key=start, range_end=end, start_revision=first)
     return etcdrpc.WatchRequest(create_request=created)
 
 
 def progress_request() -> etcdrpc.WatchRequest:
-    """Ask a stream how far it is."""
+    """A request for the stream's current revision."""
     return etcdrpc.WatchRequest(progress_request=etcdrpc.WatchProgressRequest())
 
 
@@ -333,28 +340,29 @@ def _op(root: str, op: Put | Delete) -> etcdrpc.RequestOp:
             return etcdrpc.RequestOp(request_delete_range=etcdrpc.DeleteRangeRequest(key=key))
 
 
-def _found(root: str, kv: etcdrpc.KeyValue) -> KeyValue:
+def _key_value(root: str, kv: etcdrpc.KeyValue) -> KeyValue:
     return KeyValue(
         kv.key.decode().removeprefix(root), kv.value, kv.create_revision, kv.mod_revision, kv.lease
     )
 
 
-# Watches ranges of etcd's keys, on a thread of its own, over every loss of the stream.
-#
-# ``etcd3``'s own watcher isn't used: in the release that imports today its thread dies of a
-# ``NameError`` when a stream ends, and tells nobody. A server that hangs says nothing either, so
-# the stream is asked how far it is, and is left when it doesn't answer.
+# ---- watches: changes of keys, across lost streams
 
 BEHIND_MAX = 3
-"""After how many words of a server that is behind what was seen it counts as a new one, which had
-its data wiped."""
+"""After this many answers below a revision already seen, the server counts as one with new data."""
 PAUSE_S = 0.2
+"""Pause before a lost stream is opened again."""
 _JOIN_S = 10.0
 
 
 class EtcdWatch:
-    """``after``: all changes after that revision are seen. ``beat_s``: how often the stream is
-    asked whether it lives."""
+    """Watches ranges of keys on its own thread, across lost streams.
+
+    ``after``: all changes after that revision are seen. ``beat_s``: how often the stream is probed.
+    ``etcd3``'s own watcher is not used: in the current release its thread dies of a ``NameError``
+    when a stream ends, without an error to the caller. A hanging server is silent too, so the
+    stream is probed, and left if it does not answer.
+    """
 
     def __init__(
         self, calls: EtcdClient, root: str, ranges: tuple[Keys, ...], *, after: int, beat_s: float
@@ -365,7 +373,7 @@ class EtcdWatch:
         self.beat_s = beat_s
         self._changed = threading.Condition()
         self._since = after
-        """All changes after this revision and up to ``_newest`` are counted in it."""
+        """All changes after this revision and up to ``_newest`` are reflected in ``_newest``."""
         self._newest = after
         self._resets = 0
         self._behind = 0
@@ -375,7 +383,7 @@ class EtcdWatch:
         self._thread.start()
 
     def wait(self, after: int, *, timeout_s: float) -> bool:
-        """Whether something changed after that revision, or that can't be known; waits for it up to
+        """Whether something changed after that revision, or that is unknown; waits up to
         ``timeout_s``."""
         with self._changed:
             resets = self._resets
@@ -402,7 +410,7 @@ class EtcdWatch:
                 )
                 self._stream.read()
             except (grpc.RpcError, etcd3.exceptions.Etcd3Exception, CkptError):
-                # Whatever it was, nothing is missed: the next stream begins where this one ended.
+                # No change is missed: the next stream starts at the revision where this one ended.
                 self._calls.failed(number)
             self.stopping.wait(PAUSE_S)
 
@@ -410,11 +418,11 @@ class EtcdWatch:
         return self._calls.number == number
 
     def heard(self, response: etcdrpc.WatchResponse) -> bool:
-        """Count what a stream says; False: it has to begin anew."""
+        """Take in a message of the stream; False: the stream must be opened anew."""
         revision = response.header.revision
         with self._changed:
             if response.compact_revision:
-                # Changes were forgotten: who looked before then has to look again.
+                # Changes up to this revision were compacted away, so waiters must read again.
                 self._newest = max(self._newest, response.compact_revision)
                 self._changed.notify_all()
                 return False
@@ -425,6 +433,7 @@ class EtcdWatch:
                 self._behind = 0
                 self._changed.notify_all()
             elif 0 < revision < self._newest:
+                # A member may lag behind another one for a moment; a wiped cluster stays behind.
                 self._behind += 1
             else:
                 self._behind = 0
@@ -443,10 +452,10 @@ class EtcdWatch:
 
 
 class _WatchStream:
-    """One stream to one endpoint, as long as calls go there too (``used``).
+    """One stream to one endpoint, for as long as calls use that endpoint too (``used``).
 
-    A member that is cut off from the others goes on to answer that nothing changes; calls are
-    refused there, and go elsewhere.
+    A member that is cut off from its cluster keeps answering that nothing changes. Calls to it fail
+    and move to another endpoint, and the stream follows them.
     """
 
     def __init__(
@@ -461,7 +470,7 @@ class _WatchStream:
         )
 
     def read(self) -> None:
-        """Until the stream ends. Raises grpc.RpcError."""
+        """Read until the stream ends. Raises grpc.RpcError."""
         try:
             for response in self._call:
                 self._heard_s = time.monotonic()
@@ -488,12 +497,11 @@ class _WatchStream:
             yield progress_request()
 
 
-# A keyspace in etcd. Imports grpc, which takes longer than the rest of the room together: only
-# for who uses etcd.
+# ---- the keyspace
 
 
 class EtcdKeyspace:
-    """See Keyspace. Safe to be called from several threads, by the process that made it only."""
+    """The keys of one job in etcd. Thread-safe, in the process that made it only."""
 
     def __init__(self, options: EtcdOptions, job: str) -> None:
         self._options = options
@@ -504,7 +512,7 @@ class EtcdKeyspace:
         self._closed = False
 
     def transact(self, transaction: Transaction) -> TransactionResult:
-        """See Keyspace. One of reads only is linearizable as well: etcd asks its majority first."""
+        """A transaction that only reads is linearizable too: etcd asks its majority first."""
         request = txn_request(self._root, transaction)
 
         def ask(client: etcd3.MultiEndpointEtcd3Client) -> TransactionResult:
@@ -519,7 +527,7 @@ class EtcdKeyspace:
         return self._calls.call(ask, operation="transaction")
 
     def grant(self, lease_id: int, ttl_s: float) -> Grant:
-        """See Keyspace. etcd counts in whole seconds, and grants no less than it finds sensible."""
+        """etcd counts whole seconds, and may grant more than asked."""
 
         def ask(client: etcd3.MultiEndpointEtcd3Client) -> float:
             try:
@@ -530,8 +538,6 @@ class EtcdKeyspace:
         return Grant(lease_id, self._calls.call(ask, operation="lease"))
 
     def renew(self, lease_id: int) -> float:
-        """See Keyspace."""
-
         def ask(client: etcd3.MultiEndpointEtcd3Client) -> float:
             answers = list(client.refresh_lease(lease_id))
             if not answers:
@@ -541,7 +547,6 @@ class EtcdKeyspace:
         return self._calls.call(ask, operation="keepalive")
 
     def revoke(self, lease_id: int) -> None:
-        """See Keyspace."""
         try:
             self._calls.call(
                 lambda client: client.revoke_lease(lease_id), operation="end of a lease"
@@ -550,7 +555,7 @@ class EtcdKeyspace:
             return
 
     def wait(self, ranges: tuple[Keys, ...], after: int, *, timeout_s: float) -> bool:
-        """See Keyspace. The first wait for some ranges begins to watch them."""
+        """The first wait for some ranges starts a watch of them."""
         with self._lock:
             if self._closed:
                 return False
@@ -562,7 +567,6 @@ class EtcdKeyspace:
         return watch.wait(after, timeout_s=timeout_s)
 
     def close(self) -> None:
-        """See Keyspace."""
         with self._lock:
             self._closed = True
             watches = list(self._watches.values())

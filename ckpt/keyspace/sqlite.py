@@ -1,8 +1,8 @@
-"""A keyspace in one file of one machine: nodes are processes here, and no service runs.
+"""A keyspace in a SQLite file of one machine: its nodes are processes there, and no service runs.
 
-SQLite makes each transaction one among all processes of the machine. A lease is a time on the
-machine's own clock since boot, and the boot it belongs to; whoever comes next deletes what ran out.
-Not for a network file system, where SQLite's locks can't be relied on.
+SQLite serialises the transactions of all processes of the machine. A lease is a time on the
+machine's boot clock together with the id of that boot; the next process to call deletes expired
+ones. Not for a network file system, where SQLite's locks are unreliable.
 """
 
 from __future__ import annotations
@@ -35,22 +35,25 @@ from ckpt.keyspace.base import (
 BUSY_S = 10.0
 """How long a transaction waits for those of other processes."""
 LOCK_POLL_S = 0.001
-"""How often it looks whether it is its turn."""
+"""How often it tries to get the write lock."""
 WAIT_POLL_S = 0.02
-"""How often a wait looks."""
+"""How often ``wait`` reads the file."""
 CHANGES_KEPT = 1024
-"""Of how many changes a wait can tell whether they concern it."""
+"""How many changes are kept, for ``wait`` to tell which keys they concern."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS about (one INTEGER PRIMARY KEY CHECK (one = 1), revision INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS about (
+    one INTEGER PRIMARY KEY CHECK (one = 1), revision INTEGER NOT NULL
+);
 INSERT OR IGNORE INTO about VALUES (1, 1);
 CREATE TABLE IF NOT EXISTS leases (
     id INTEGER PRIMARY KEY, boot TEXT NOT NULL, ttl_ns INTEGER NOT NULL, end_ns INTEGER NOT NULL
 );
 CREATE TABLE IF NOT EXISTS keys (
-    key TEXT PRIMARY KEY, value BLOB NOT NULL, created INTEGER NOT NULL, changed INTEGER NOT NULL, lease INTEGER NOT NULL
+    key TEXT PRIMARY KEY, value BLOB NOT NULL,
+    created INTEGER NOT NULL, changed INTEGER NOT NULL, lease INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS keys_by_lease ON keys (lease);
 CREATE TABLE IF NOT EXISTS changes (revision INTEGER NOT NULL, key TEXT NOT NULL);
@@ -73,8 +76,10 @@ def _boot() -> str:
 
 
 class SqliteKeyspace:
-    """See Keyspace. Opens the file for each call, so that forks harm nothing. ``clock_ns``: since
-    ``boot``, for tests."""
+    """The keys of one job in one file. Opens the file for each call, so forks do no harm.
+
+    ``clock_ns`` is the time since boot, ``boot`` names the boot; both are parameters for tests.
+    """
 
     def __init__(
         self, path: Path, *, clock_ns: Callable[[], int] = _boot_ns, boot: str | None = None
@@ -92,26 +97,24 @@ class SqliteKeyspace:
                         db.execute(statement)
         except (sqlite3.Error, OSError) as error:
             raise UnavailableError(
-                f"the membership's file can't be made. file={path} why={error}"
+                f"the keyspace file cannot be made. file={path} why={error}"
             ) from error
 
     def transact(self, transaction: Transaction) -> TransactionResult:
-        """See Keyspace."""
         with self._changing(
             sync=any(isinstance(op, Put) and not op.lease_id for op in transaction.then)
         ) as db:
-            held = all(_holds(db, compare) for compare in transaction.when)
+            succeeded = all(_holds(db, compare) for compare in transaction.when)
             revision = _revision(db)
-            if held and transaction.then:
+            if succeeded and transaction.then:  # as in etcd, reads alone make no revision
                 revision += 1
                 for op in transaction.then:
                     _apply(db, op, revision)
                 _advance(db, revision)
-            found = tuple(tuple(_read(db, keys)) for keys in transaction.reads)
-        return TransactionResult(held, revision, found)
+            results = tuple(tuple(_read(db, keys)) for keys in transaction.reads)
+        return TransactionResult(succeeded, revision, results)
 
     def grant(self, lease_id: int, ttl_s: float) -> Grant:
-        """See Keyspace."""
         ttl_ns = int(ttl_s * 1e9)
         with self._changing() as db:
             db.execute(
@@ -122,23 +125,20 @@ class SqliteKeyspace:
         return Grant(lease_id, ttl_ns / 1e9)
 
     def renew(self, lease_id: int) -> float:
-        """See Keyspace."""
         with self._changing() as db:
-            found = db.execute("SELECT ttl_ns FROM leases WHERE id = ?", (lease_id,)).fetchone()
-            if found is None:
+            row = db.execute("SELECT ttl_ns FROM leases WHERE id = ?", (lease_id,)).fetchone()
+            if row is None:
                 return 0.0
             db.execute(
-                "UPDATE leases SET end_ns = ? WHERE id = ?", (self._clock_ns() + found[0], lease_id)
+                "UPDATE leases SET end_ns = ? WHERE id = ?", (self._clock_ns() + row[0], lease_id)
             )
-        return float(found[0]) / 1e9
+        return float(row[0]) / 1e9
 
     def revoke(self, lease_id: int) -> None:
-        """See Keyspace."""
         with self._changing() as db:
             _end(db, [lease_id])
 
     def wait(self, ranges: tuple[Keys, ...], after: int, *, timeout_s: float) -> bool:
-        """See Keyspace. Looks every ``WAIT_POLL_S``."""
         until_s = time.monotonic() + timeout_s
         changed = partial(_changed, ranges=ranges, after=after)
         with self._translated(), self._connected() as db:
@@ -153,13 +153,13 @@ class SqliteKeyspace:
                     return False
 
     def close(self) -> None:
-        """See Keyspace."""
         self._closed.set()
 
     @contextmanager
     def _changing(self, *, sync: bool = False) -> Iterator[sqlite3.Connection]:
         with self._translated(), self._connected() as db:
-            # What a lease holds is worth nothing after a power cut; an epoch or a record is.
+            # After a power cut all leases are void, so their keys need no sync. Epochs and records
+            # must survive.
             db.execute(f"PRAGMA synchronous={'FULL' if sync else 'NORMAL'}")
             with _transaction(db):
                 self._expire(db)
@@ -168,12 +168,12 @@ class SqliteKeyspace:
     @contextmanager
     def _translated(self) -> Iterator[None]:
         if self._closed.is_set():
-            raise UnavailableError(f"the membership was closed. file={self._path}")
+            raise UnavailableError(f"the keyspace was closed. file={self._path}")
         try:
             yield
         except sqlite3.Error as error:
             raise UnavailableError(
-                f"the membership's file did not answer. file={self._path} why={error}"
+                f"the keyspace file did not answer. file={self._path} why={error}"
             ) from error
 
     @contextmanager
@@ -228,20 +228,20 @@ def _read(db: sqlite3.Connection, keys: Keys) -> Iterator[KeyValue]:
 
 
 def _holds(db: sqlite3.Connection, compare: Compare) -> bool:
-    found = next(
+    current = next(
         _read(db, compare.keys if isinstance(compare, NoneOf) else Keys(compare.key)), None
     )
     match compare:
         case Unchanged(_, revision):
-            return (found.changed if found else 0) == revision
+            return (current.changed if current else 0) == revision
         case NoneOf():
-            return found is None
+            return current is None
         case Exists():
-            return found is not None
+            return current is not None
         case Equals(_, value):
-            return found is not None and found.value == value
+            return current is not None and current.value == value
         case Leased(_, lease_id):
-            return found is not None and found.lease_id == lease_id
+            return current is not None and current.lease_id == lease_id
 
 
 def _apply(db: sqlite3.Connection, op: Put | Delete, revision: int) -> None:
@@ -264,8 +264,10 @@ def _apply(db: sqlite3.Connection, op: Put | Delete, revision: int) -> None:
 
 
 def _changed(db: sqlite3.Connection, *, ranges: tuple[Keys, ...], after: int) -> bool:
-    """Whether a change after that revision is in one of the ranges, or can't be known."""
+    """Whether a change after that revision is in one of the ranges, or may be."""
     revision = _revision(db)
+    # A revision that the file has not reached is of an older file at this path; changes from before
+    # ``CHANGES_KEPT`` are forgotten.
     if after > revision or after < revision - CHANGES_KEPT:
         return True
     for keys in ranges:
@@ -277,8 +279,7 @@ def _changed(db: sqlite3.Connection, *, ranges: tuple[Keys, ...], after: int) ->
 
 
 def _keep_wal(db: sqlite3.Connection) -> None:
-    """Let the file have a write-ahead log, from now on. Here SQLite does not wait for other
-    processes by itself."""
+    """Give the file a write-ahead log. Here SQLite itself does not wait for other processes."""
     until_s = time.monotonic() + BUSY_S
     while True:
         try:
@@ -302,8 +303,10 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def _begin(db: sqlite3.Connection) -> None:
-    """Become the one that writes. SQLite itself asks ever more seldom, and a keepalive would lose
-    against busy writers."""
+    """Get the write lock.
+
+    SQLite's own wait polls ever more rarely, so a keepalive would lose against busy writers.
+    """
     until_s = time.monotonic() + BUSY_S
     db.execute("PRAGMA busy_timeout=0")
     while True:

@@ -1,1 +1,1 @@
-"""The commit log: a pure fold, a journal that appends, sequencers, and copies on several stores."""
+"""The commit log: a pure fold over records, and the journal that writes them to the stores."""

@@ -1,5 +1,7 @@
-"""How a journal reaches its log: in one store, or (``several``) in many. What stands there is the
-journal's to judge."""
+"""How a journal reaches its log: on one store, or (``replicated``) on several.
+
+What the records there mean is for the journal to decide.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,13 @@ from ckpt.log.sequencers import (
 )
 from ckpt.log.state import LogState
 
-# Finding or making a store: ``ckpt.json``.
+# ---- one store's ``ckpt.json``
 
 
 def open_store(backend: Backend, *, job: str | None, create: bool) -> JobRecord:
-    """The store's job record; made for ``job`` where the store is empty and ``create`` is set.
+    """The store's job record; created for ``job`` if the store is empty and ``create`` is set.
 
-    Raises as ``Journal.open`` says. Two that create at once get the same record.
+    Raises as ``Journal.open`` does. Two processes that create it at once get the same record.
     """
     record = _read(backend)
     if record is None:
@@ -46,30 +48,28 @@ def open_store(backend: Backend, *, job: str | None, create: bool) -> JobRecord:
     if job is not None and record.job != job:
         raise UsageError(
             f"the store belongs to another job. store={backend.url} its_job={record.job!r} "
-            f"asked={job!r} "
-            f"use another prefix, or that job's name"
+            f"asked={job!r} use another prefix, or that job's name"
         )
     return record
 
 
 def require_same_store(backend: Backend, record: JobRecord) -> None:
-    """Raises UnavailableError where another store, or none, now stands where ``record`` was read.
-    Reads one small object.
+    """Raise UnavailableError if another store, or none, is now at the address of ``record``.
 
-    A disk that was unmounted, or a folder that was moved, leaves an empty place that takes objects
-    as readily as the store did. A record written there would be called durable, and be found by
-    nobody.
+    A disk that was unmounted, or a folder that was moved, leaves an empty place that accepts
+    objects like the store did. A record written there would be called durable, and no reader would
+    find it. Cost: reads one small object.
     """
-    found = _read(backend)
-    if found != record:
-        what = (
-            "gone"
-            if found is None
-            else f"that of another store. store_id={found.store_id} wanted={record.store_id}"
+    current = _read(backend)
+    if current != record:
+        problem = (
+            "missing."
+            if current is None
+            else f"another store's. store_id={current.store_id} expected={record.store_id}"
         )
         raise UnavailableError(
-            f"the store is not where it was: its {keys.JOB_KEY} is {what} store={backend.url} "
-            f"mount it or move it back, then repeat"
+            f"store identity changed: its {keys.JOB_KEY} is {problem} store={backend.url} "
+            "mount it or move it back, then repeat"
         )
 
 
@@ -81,8 +81,8 @@ def _read(backend: Backend) -> JobRecord | None:
 
 
 def _refuse_headless(backend: Backend) -> None:
-    """A log without its ``ckpt.json`` is damage, not an empty store: a new id over old records
-    would hide it."""
+    """A log without ``ckpt.json`` is damage, not an empty store: a new id over old records would
+    hide it."""
     first = next(iter(backend.list(keys.LOG)), None)
     if first is not None:
         raise IntegrityError(
@@ -95,20 +95,20 @@ def _create(backend: Backend, job: str | None) -> JobRecord:
     if job is None:
         raise UsageError(f"a new store needs its job's name. store={backend.url} pass job=")
     require_create_only(backend)
-    mine = JobRecord(job=job, store_id=secrets.token_hex(16))
-    match create_once(backend, keys.JOB_KEY, mine.encode(), bytes_max=JOB_BYTES_MAX):
+    record = JobRecord(job=job, store_id=secrets.token_hex(16))
+    match create_once(backend, keys.JOB_KEY, record.encode(), bytes_max=JOB_BYTES_MAX):
         case Appended():
-            return mine
+            return record
         case KeyTaken(data):
             return JobRecord.decode(data)
-        case WriteUnknown(why):
+        case WriteUnknown(reason):
             raise UnavailableError(
-                f"the store did not answer while it was made. store={backend.url} why={why}"
+                f"the store did not answer while it was made. store={backend.url} why={reason}"
             )
 
 
 class LogAccess(Protocol):
-    """One job's log, wherever it lies."""
+    """One job's log, on one store or several."""
 
     @property
     def job(self) -> str:
@@ -121,12 +121,14 @@ class LogAccess(Protocol):
         ...
 
     def read_start(self) -> tuple[LogState, tuple[LogNote, ...]]:
-        """The state to begin at, and what was passed over on the way to it."""
+        """The state to start from, and notes about folds that were passed over."""
         ...
 
     def read_new(self, state: LogState) -> LogState:
-        """``state`` and all records after it. Raises UnavailableError, and FormatVersionError for a
-        newer release's record."""
+        """``state`` and all records after it.
+
+        Raises UnavailableError; FormatVersionError if a newer release wrote a record.
+        """
         ...
 
     def record_at(self, seq: int) -> bytes:
@@ -135,38 +137,37 @@ class LogAccess(Protocol):
         ...
 
     def require_sequencer(self, state: LogState) -> None:
-        """Raises UsageError where this process can't give out places after ``state``. May ask
-        stores what they can do."""
+        """Raise UsageError if this process cannot append after ``state``. May query the stores."""
         ...
 
     def append(self, state: LogState, record: Record) -> Appended | KeyTaken | WriteUnknown:
-        """Make ``record`` the one at its place after ``state``, durable on enough stores. Repeating
-        it is harmless.
+        """Make ``record`` the one at its position after ``state``, on enough stores to be durable.
 
-        Raises UnavailableError where the log is not where it was, or its last record could not be
-        made durable first; StoreFullError or StoreDeniedError where nothing can have landed.
+        Repeating it is harmless. Raises UnavailableError if the log is no longer at its address, or
+        if its last record could not be made durable first; StoreFullError or StoreDeniedError if
+        nothing can have been written.
         """
         ...
 
     def confirm_last(self, state: LogState) -> KeyTaken | WriteUnknown | None:
-        """Make sure that the last record of ``state``, as it was read last, counts for good; None
-        where it does.
+        """Ensure that the last record of ``state``, as last read, counts for good. None if it does.
 
-        Lost where another has its place: the log is to be read again. Raises as ``claim`` does.
+        KeyTaken: another record has its position, so the log must be read again. Raises as
+        ``append``.
         """
         ...
 
     def put_fold(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        """Store a fold, where it is not there yet."""
+        """Store a fold unless it is there."""
         ...
 
     def put_manifest(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        """Store a manifest, durable, where it is not there yet."""
+        """Store a manifest durably unless it is there."""
         ...
 
 
 class SingleStoreLog:
-    """A log in one store, whose own create-if-absent gives out the places."""
+    """A log on one store, whose create-if-absent is the sequencer (a ``LogAccess``)."""
 
     __slots__ = ("_backend", "_record", "_sequencer")
 
@@ -177,12 +178,10 @@ class SingleStoreLog:
 
     @property
     def job(self) -> str:
-        """See LogAccess."""
         return self._record.job
 
     @property
     def log_id(self) -> str:
-        """See LogAccess."""
         return self._record.log_id
 
     @property
@@ -191,11 +190,11 @@ class SingleStoreLog:
         return self._record.store_id
 
     def read_start(self) -> tuple[LogState, tuple[LogNote, ...]]:
-        """See LogAccess."""
         return read_start(self._backend, self._record.job)
 
     def read_new(self, state: LogState) -> LogState:
-        """See LogAccess. What is newest can't be known where this is one of several stores."""
+        """If the log is on several stores, one alone cannot tell what is newest: ``short`` is
+        set."""
         state = read_new(self._backend, state)
         if state.stores is None or state.stores.answers_min == 1:
             return state
@@ -203,48 +202,42 @@ class SingleStoreLog:
             state,
             short=(
                 f"one of the log's {len(state.stores.ids)} stores was asked, "
-                f"{state.stores.answers_min} are needed to know what is "
-                f"newest. store={self._backend.url} name the others too"
+                f"{state.stores.answers_min} are needed to know what is newest. "
+                f"store={self._backend.url} name the others too"
             ),
         )
 
     def record_at(self, seq: int) -> bytes:
-        """See LogAccess."""
         return record_bytes(self._backend, seq)
 
     def require_sequencer(self, state: LogState) -> None:
-        """See LogAccess. Asked for at the first write only: finding out what a store can do may
-        write to it."""
+        """Queried at the first write only: finding out what a store can do may write to it."""
         if state.stores is not None and len(state.stores.ids) > 1:
             raise UsageError(
-                f"this log is on {len(state.stores.ids)} stores, and one alone can't be written "
-                f"to. store={self._backend.url} "
-                "name all of them"
+                f"this log is on {len(state.stores.ids)} stores, and one alone cannot be written "
+                f"to. store={self._backend.url} name all of them"
             )
         if self._sequencer is None:
             if self._record.sequencer != SEQUENCER_STORE:
                 raise UsageError(
-                    f"places in this log are not given out by the store. store={self._backend.url} "
+                    f"the store does not give out positions in this log. store={self._backend.url} "
                     f"sequencer={self._record.sequencer!r} write through that sequencer"
                 )
             require_create_only(self._backend)
             self._sequencer = StoreSequencer(self._backend)
 
     def append(self, state: LogState, record: Record) -> Appended | KeyTaken | WriteUnknown:
-        """See LogAccess."""
         self.require_sequencer(state)
         assert self._sequencer is not None
+        # Before each append: the store may have been unmounted since the last one.
         require_same_store(self._backend, self._record)
         return self._sequencer.append(record.seq, record.encode())
 
     def confirm_last(self, state: LogState) -> KeyTaken | WriteUnknown | None:
-        """See LogAccess. What is there counts."""
-        return None
+        return None  # on one store, what is there counts
 
     def put_fold(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        """See LogAccess."""
         return create_once(self._backend, key, data, bytes_max=len(data) + 1)
 
     def put_manifest(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        """See LogAccess."""
         return create_once(self._backend, key, data, bytes_max=MANIFEST_BYTES_MAX)

@@ -1,5 +1,5 @@
-"""What snapshots there are, and one snapshot's index with every record checked against the digest
-that names it."""
+"""The snapshots of a log, and one snapshot's index, checked against the digests that name its
+parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckpt.format.index import SnapshotIndex
 from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest, PartRef
 from ckpt.format.part import Part, decode_part
 from ckpt.log.reader import read_all
-from ckpt.log.select import candidates, older_than, select
+from ckpt.log.select import candidates, select
 from ckpt.log.state import Committed, LogState
 from ckpt.values import SnapshotId, SnapshotInfo
 
@@ -24,17 +24,16 @@ __all__ = [
     "info_of",
     "load_index",
     "load_manifest",
-    "older_than",
     "select",
     "snapshots",
 ]
 
 
 def snapshots(backend: Backend, state: LogState) -> tuple[SnapshotInfo, ...]:
-    """Every snapshot that exists, in log order. Reads one manifest each, several at once.
+    """Every snapshot that exists, in log order. Reads one manifest each, in parallel.
 
-    One whose manifest can't be read is there too: ``problem`` says why, its sizes are 0. Raises
-    UnavailableError.
+    A snapshot whose manifest cannot be read is included: ``problem`` says why, its sizes are 0.
+    Raises UnavailableError.
     """
     tags = _tags_by_snapshot(state)
 
@@ -43,14 +42,16 @@ def snapshots(backend: Backend, state: LogState) -> tuple[SnapshotInfo, ...]:
         try:
             return _info(_manifest(backend, state, entry), names, stale=bool(state.stale_reason))
         except (IntegrityError, FormatVersionError, NotFoundError) as error:
-            return _unreadable(entry, names, stale=bool(state.stale_reason), why=str(error))
+            return _unreadable(entry, names, stale=bool(state.stale_reason), problem=str(error))
 
     return tuple(read_all(state.snapshots, read))
 
 
 def info_of(manifest: Manifest, state: LogState) -> SnapshotInfo:
-    """What users see of the snapshot of ``manifest``, with the tags of ``state``; ``maybe_stale``
-    where it has a hole."""
+    """What users see of the snapshot of ``manifest``, with the tags of ``state``.
+
+    ``maybe_stale`` is set if a newer snapshot may exist.
+    """
     return _info(
         manifest,
         _tags_by_snapshot(state).get(manifest.snapshot, ()),
@@ -61,8 +62,8 @@ def info_of(manifest: Manifest, state: LogState) -> SnapshotInfo:
 def load_manifest(backend: Backend, state: LogState, snapshot: SnapshotId) -> Manifest:
     """The manifest that the log committed for ``snapshot``.
 
-    Raises NotFoundError where the log has no such snapshot, IntegrityError where its manifest is
-    gone or is not the one that was committed.
+    Raises NotFoundError if the log has no such snapshot; IntegrityError if its manifest is missing
+    or is not the committed one; UnavailableError.
     """
     entry = state.find(snapshot)
     if entry is None:
@@ -76,9 +77,9 @@ def load_index(backend: Backend, state: LogState, snapshot: SnapshotId) -> Snaps
     """The index of ``snapshot``: its manifest checked against the log, its parts against the
     manifest.
 
-    Raises NotFoundError where the log has no such snapshot; IntegrityError where a record is gone,
-    damaged or contradicts another; UnavailableError. Cost: the manifest and all parts are read,
-    several at once.
+    Raises NotFoundError if the log has no such snapshot; IntegrityError if an object is missing,
+    damaged or contradicts another; UnavailableError. Cost: reads the manifest and all parts, in
+    parallel.
     """
     manifest = load_manifest(backend, state, snapshot)
     return SnapshotIndex(manifest, read_all(manifest.parts, lambda ref: _part(backend, ref)))
@@ -113,31 +114,28 @@ def _digest_is(digest: str, fact: str) -> Check:
     def check(data: memoryview) -> str | None:
         if digest_hex(data) == digest:
             return None
-        return (
-            f"{fact}: it is encrypted, give its key with encryption_key"
-            if looks_encrypted(data)
-            else fact
-        )
+        if looks_encrypted(data):
+            return f"{fact}: it is encrypted, give its key with encryption_key"
+        return fact
 
     return check
 
 
 def _committed_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> bytes:
-    """The object's bytes. What a commit names and is not there is damage, not a question about a
-    wrong name."""
+    """The object's bytes. A missing object that a commit names is damage, not a wrong name."""
     try:
         return read_object(backend, key, check, bytes_max=bytes_max)
     except NotFoundError as error:
         raise IntegrityError(
-            f"a committed snapshot's record is gone. key={key} store={backend.url}"
+            f"an object of a committed snapshot is missing. key={key} store={backend.url}"
         ) from error
 
 
 def _tags_by_snapshot(state: LogState) -> Mapping[SnapshotId, tuple[str, ...]]:
-    found: dict[SnapshotId, tuple[str, ...]] = {}
+    tags: dict[SnapshotId, tuple[str, ...]] = {}
     for tag in state.tagged:
-        found[tag.snapshot] = (*found.get(tag.snapshot, ()), tag.name)
-    return found
+        tags[tag.snapshot] = (*tags.get(tag.snapshot, ()), tag.name)
+    return tags
 
 
 def _info(manifest: Manifest, tags: tuple[str, ...], *, stale: bool) -> SnapshotInfo:
@@ -154,7 +152,9 @@ def _info(manifest: Manifest, tags: tuple[str, ...], *, stale: bool) -> Snapshot
     )
 
 
-def _unreadable(entry: Committed, tags: tuple[str, ...], *, stale: bool, why: str) -> SnapshotInfo:
+def _unreadable(
+    entry: Committed, tags: tuple[str, ...], *, stale: bool, problem: str
+) -> SnapshotInfo:
     return SnapshotInfo(
         epoch=entry.snapshot.epoch,
         step=entry.snapshot.step,
@@ -164,5 +164,5 @@ def _unreadable(entry: Committed, tags: tuple[str, ...], *, stale: bool, why: st
         created_unix_s=0.0,
         tags=tags,
         maybe_stale=stale,
-        problem=why,
+        problem=problem,
     )

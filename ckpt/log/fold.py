@@ -1,7 +1,15 @@
-"""Whether a record counts, given all before it; and if so, what it changes. Pure.
+"""The commit log as a pure function: records in, the state that they mean out. Pure.
 
-A record that does not count stays in the log and holds its seq; it is void. Each rule says why it
-is one.
+Each record either counts and changes the state, or is void: it stays in the log and keeps its seq,
+but changes nothing. ``void_reason`` holds the rules; what they guarantee:
+
+* An ``open`` exceeds all epochs before it, and fences the writers of lower epochs: their later
+  commits are void. So a writer that was paused and resumed can write bytes, but they do not count.
+* A commit refers only to a base that exists at its position. Dropping the base of a snapshot that
+  is already committed is allowed: references lead straight to packs, and a pack is kept by any
+  snapshot that refers to it.
+* Steps grow within one captured epoch, so a dropped snapshot cannot come back.
+* Writing the same record twice is one record.
 """
 
 from __future__ import annotations
@@ -28,13 +36,25 @@ from ckpt.log.state import (
 )
 from ckpt.values import SnapshotId
 
-# The fold's own workbench: the state with its lists indexed, changed record by record, then
-# frozen again.
+__all__ = [
+    "LogState",
+    "Unreadable",
+    "empty",
+    "fold",
+    "require_counted",
+    "void_error",
+    "void_if_appended",
+]
+
+# ---- state: indexed while the fold runs
 
 
 class FoldBuilder:
-    """One fold in progress. Never leaves this room; O(state) to make and to freeze, O(1) for most
-    records."""
+    """A fold in progress: the state with its lists indexed, changed record by record.
+
+    O(state) to make and to freeze, O(1) for most records. Used in this module only. It has one
+    attribute for each field of ``LogState``, hence so many.
+    """
 
     __slots__ = (
         "_recent",
@@ -59,8 +79,7 @@ class FoldBuilder:
         self.epoch = state.epoch
         self.snapshots: dict[SnapshotId, Committed] = {}
         self.steps: dict[int, dict[int, None]] = {}
-        """Per captured epoch the steps that exist, ascending, for that is how they were
-        committed."""
+        """The existing steps of each captured epoch. They ascend, because commits do."""
         for entry in state.snapshots:
             self._put(entry)
         self.tags: dict[str, SnapshotId] = state.tags
@@ -72,7 +91,7 @@ class FoldBuilder:
         self._write_ids = Counter(state.recent)
 
     def freeze(self, before: LogState) -> LogState:
-        """The state as it now is."""
+        """The state as it is now."""
         return replace(
             before,
             next_seq=self.next_seq,
@@ -94,42 +113,42 @@ class FoldBuilder:
         self._recent.append(record.write_id)
         self._write_ids[record.write_id] += 1
         if len(self._recent) > RECENT_MAX:
-            gone = self._recent.popleft()
-            self._write_ids[gone] -= 1
-            if not self._write_ids[gone]:
-                del self._write_ids[gone]
+            # Void records may repeat a write id, so ids are counted, not only remembered.
+            oldest = self._recent.popleft()
+            self._write_ids[oldest] -= 1
+            if not self._write_ids[oldest]:
+                del self._write_ids[oldest]
 
     def has_write_id(self, write_id: str) -> bool:
         """Whether one of the last 1,024 records had this write id."""
         return write_id in self._write_ids
 
     def void(self, seq: int, code: VoidCode, reason: str) -> None:
-        """Note that the record at ``seq`` counts for nothing."""
+        """Record that the record at ``seq`` is void."""
         self.voids.append(Void(seq, code, reason))
         self.voids_total += 1
 
     def open(self, opened: OpenedEpoch) -> None:
-        """Count an ``open``."""
+        """Apply an ``open`` that counts."""
         self.opens[opened.epoch] = opened
         self.epoch = opened.epoch
 
     def commit(self, entry: Committed) -> None:
-        """Count a ``commit``."""
+        """Apply a ``commit`` that counts."""
         pair = entry.snapshot
         self._put(entry)
         self.opens[pair.epoch] = replace(self.opens[pair.epoch], last_step=pair.step)
 
     def drop(self, pair: SnapshotId) -> None:
-        """Forget a snapshot."""
+        """Remove a snapshot."""
         del self.snapshots[pair]
         del self.steps[pair.epoch][pair.step]
 
     def protected_snapshot(self) -> SnapshotId | None:
-        """The snapshot that no drop may take: the newest on the line, or where the line holds none
-        the greatest of all.
+        """The snapshot that no drop may remove: the newest on the lineage, or the greatest of all.
 
-        Without the second half, a job that was started afresh could drop all that it has before its
-        first commit.
+        The second case is an empty lineage. Without it, a job that was started afresh could drop
+        everything it has before its first commit.
         """
         for segment in lineage_segments(self.opens, whole_epoch(self.epoch)):
             if (step := self._last_up_to(segment)) is not None:
@@ -147,13 +166,15 @@ class FoldBuilder:
         self.steps.setdefault(entry.snapshot.epoch, {})[entry.snapshot.step] = None
 
 
+# ---- rules: whether a record counts, and what it changes
+
 VoidReason = tuple[VoidCode, str]
 
 
 def void_reason(log: FoldBuilder, record: Record) -> VoidReason | None:
-    """Why ``record`` counts for nothing after ``log``, or None where it counts."""
+    """Why ``record`` is void after ``log``, or None if it counts."""
     if log.has_write_id(record.write_id):
-        # A put whose reply was lost, and that was repeated at a later place.
+        # A write whose reply was lost was repeated, and landed at a later position too.
         return "repeat", f"this write was recorded before. write_id={record.write_id}"
     match record.body:
         case Open() as body:
@@ -175,8 +196,7 @@ def void_reason(log: FoldBuilder, record: Record) -> VoidReason | None:
             return None
         case Stores():
             if record.epoch < log.epoch:
-                # Whoever trains now may be about to write to other stores than this writer knows
-                # of.
+                # The newest epoch may just be changing the set; a zombie must not undo that.
                 return "fenced", f"a newer epoch is open. writer={record.epoch} newest={log.epoch}"
             return None
 
@@ -192,7 +212,7 @@ def apply(log: FoldBuilder, record: Record) -> None:
             for pair in snapshots:
                 if pair in log.snapshots:
                     log.drop(pair)
-            if floor is not None:
+            if floor is not None:  # the floor only rises
                 log.floor = floor if log.floor is None else max(log.floor, floor)
         case Tag(name, snapshot):
             log.tags[name] = snapshot
@@ -204,7 +224,8 @@ def apply(log: FoldBuilder, record: Record) -> None:
 
 def _refuse_open(log: FoldBuilder, writer_epoch: int, body: Open) -> VoidReason | None:
     if writer_epoch != body.epoch:
-        # Its writer claims to act in one epoch and opens another: no honest writer does.
+        # The writer of an ``open`` acts in the epoch that it opens; this record is forged or
+        # broken.
         return (
             "epoch-not-new",
             f"opened by a writer of another epoch. epoch={body.epoch} writer={writer_epoch}",
@@ -215,12 +236,16 @@ def _refuse_open(log: FoldBuilder, writer_epoch: int, body: Open) -> VoidReason 
             f"epoch does not exceed all seen. epoch={body.epoch} newest={log.epoch}",
         )
     if body.resume is not None and body.resume.epoch not in log.opens:
-        # The pair itself need not be committed: training may resume what was only staged.
+        # Only the epoch must exist. The pair need not be committed: training may resume a snapshot
+        # that was only staged, and it may become durable later under the new epoch.
         return "resume-unknown", f"resumes an epoch that was never opened. from={body.resume}"
     return None
 
 
 def _refuse_commit(log: FoldBuilder, writer_epoch: int, body: Commit) -> VoidReason | None:
+    # ``writer_epoch`` is the epoch in which the record is written, ``pair.epoch`` the one in which
+    # the state was captured. They differ when a snapshot that was staged before a failure becomes
+    # durable after it. Only the writer is fenced.
     pair = body.snapshot
     if writer_epoch < log.epoch:
         return "fenced", f"a newer epoch is open. writer={writer_epoch} newest={log.epoch}"
@@ -235,15 +260,18 @@ def _refuse_commit(log: FoldBuilder, writer_epoch: int, body: Commit) -> VoidRea
             "captured-epoch-unknown",
             f"captured in an epoch that was never opened. snapshot={pair}",
         )
-    if (known := log.snapshots.get(pair)) is not None:
-        if known.manifest_digest == body.manifest_digest:
-            return "repeat", f"this snapshot was committed before. snapshot={pair} seq={known.seq}"
+    if (committed := log.snapshots.get(pair)) is not None:
+        if committed.manifest_digest == body.manifest_digest:
+            return (
+                "repeat",
+                f"this snapshot was committed before. snapshot={pair} seq={committed.seq}",
+            )
         return (
             "pair-taken",
-            f"another manifest was committed for this pair. snapshot={pair} seq={known.seq}",
+            f"another manifest was committed for this pair. snapshot={pair} seq={committed.seq}",
         )
     if captured.last_step is not None and pair.step <= captured.last_step:
-        # Also what keeps a dropped snapshot from coming back.
+        # ``last_step`` is never lowered, so this also keeps a dropped snapshot from coming back.
         return (
             "step-not-newer",
             f"steps grow within an epoch. snapshot={pair} last_step={captured.last_step}",
@@ -254,7 +282,7 @@ def _refuse_commit(log: FoldBuilder, writer_epoch: int, body: Commit) -> VoidRea
             f"captured below the floor of a drop. snapshot={pair} floor={log.floor}",
         )
     if body.base is not None and body.base not in log.snapshots:
-        # Its chunks may be deleted at any time, or never existed.
+        # Once the base is dropped, a sweep may delete its chunks at any time.
         return (
             "base-gone",
             f"the snapshot whose chunks it refers to does not exist. snapshot={pair} "
@@ -264,41 +292,36 @@ def _refuse_commit(log: FoldBuilder, writer_epoch: int, body: Commit) -> VoidRea
 
 
 def _refuse_drop(log: FoldBuilder, body: Drop) -> VoidReason | None:
-    kept = log.protected_snapshot()
-    if kept is not None and kept in body.snapshots:
-        return "newest-kept", f"the newest snapshot is never dropped. snapshot={kept}"
-    named = {pair: tag for tag, pair in log.tags.items()}
+    protected = log.protected_snapshot()
+    if protected is not None and protected in body.snapshots:
+        return "newest-kept", f"the newest snapshot is never dropped. snapshot={protected}"
+    tag_of = {pair: tag for tag, pair in log.tags.items()}
     for pair in body.snapshots:
-        if pair in named:
+        if pair in tag_of:
             return (
                 "tag-kept",
-                f"a tagged snapshot is never dropped. snapshot={pair} tag={named[pair]!r}",
+                f"a tagged snapshot is never dropped. snapshot={pair} tag={tag_of[pair]!r}",
             )
-    if body.floor is not None and (kept is None or body.floor > kept):
+    if body.floor is not None and (protected is None or body.floor > protected):
         # A floor above the newest would make commits void that nothing has replaced.
         return (
             "floor-too-high",
-            f"floor above the newest snapshot. floor={body.floor} newest={kept}",
+            f"floor above the newest snapshot. floor={body.floor} newest={protected}",
         )
-    lifts = body.floor is not None and (log.floor is None or body.floor > log.floor)
-    if not lifts and not any(pair in log.snapshots for pair in body.snapshots):
-        # Some gone already is no harm (two sweeps met); all gone is a mistake worth telling.
+    raises_floor = body.floor is not None and (log.floor is None or body.floor > log.floor)
+    if not raises_floor and not any(pair in log.snapshots for pair in body.snapshots):
+        # Two sweeps may drop the same snapshots, so some missing ones are harmless. If all are
+        # missing, the caller is probably mistaken.
         return "nothing-to-drop", f"none of these snapshots exists. snapshots={len(body.snapshots)}"
     return None
 
 
-# The log as a pure function: records in, what they mean out.
-#
-# Dropping the base of a snapshot that is already committed is allowed: references lead straight
-# to packs, and packs are kept by what refers to them. Dropping it before the commit makes the
-# commit void. Writing the same record twice is one record.
-
-__all__ = ["LogState", "Unreadable", "empty", "fold", "void_if_appended"]
+# ---- fold: a hole ends it
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A place in the log whose bytes are missing or are no valid record."""
+    """A position in the log whose bytes are missing or are no valid record."""
 
     seq: int
     reason: str
@@ -310,11 +333,11 @@ def empty(job: str) -> LogState:
 
 
 def fold(state: LogState, records: Sequence[Record | Unreadable]) -> LogState:
-    """``state`` and then ``records``, in order of their seq.
+    """``state`` followed by ``records``, in order of their seq.
 
-    Stops at the first place that is missing, unreadable, of another job or not chained to the
-    record before, and says so in ``hole``; a state with a hole folds nothing more. ``fold(fold(s,
-    a), b) == fold(s, a + b)``. O(state + records).
+    Stops at the first position that is missing, unreadable, of another job or not chained to the
+    record before it, and says so in ``hole``; a state with a hole folds nothing more.
+    ``fold(fold(s, a), b) == fold(s, a + b)``. O(state + records).
     """
     if state.hole is not None or not records:
         return state
@@ -323,60 +346,58 @@ def fold(state: LogState, records: Sequence[Record | Unreadable]) -> LogState:
         if (hole := _hole(state.job, log, record)) is not None:
             return replace(log.freeze(state), hole=hole)
         assert isinstance(record, Record)
-        if (why := void_reason(log, record)) is not None:
-            log.void(record.seq, *why)
+        if (reason := void_reason(log, record)) is not None:
+            log.void(record.seq, *reason)
         else:
             apply(log, record)
-        log.advance(record)
+        log.advance(record)  # a void record keeps its seq and its place in the chain
     return log.freeze(state)
 
 
 def void_if_appended(state: LogState, record: Record) -> Void | None:
-    """Why ``record`` would count for nothing as the next record after ``state``, or None where it
-    would count.
+    """Why ``record`` would be void as the next record after ``state``, or None if it would count.
 
-    The seq and chain of ``record`` are the caller's to get right. O(state).
+    The caller ensures that seq and chain of ``record`` are right. O(state).
     """
-    why = void_reason(FoldBuilder(state), record)
-    return None if why is None else Void(record.seq, *why)
+    reason = void_reason(FoldBuilder(state), record)
+    return None if reason is None else Void(record.seq, *reason)
 
 
 def _hole(job: str, log: FoldBuilder, record: Record | Unreadable) -> Hole | None:
-    at = log.next_seq
-    if record.seq != at:
-        return Hole(at, f"record is missing. next_found={record.seq}")
+    seq = log.next_seq
+    if record.seq != seq:
+        return Hole(seq, f"record is missing. next_found={record.seq}")
     if isinstance(record, Unreadable):
-        return Hole(at, record.reason)
+        return Hole(seq, record.reason)
     if record.job != job:
-        return Hole(at, f"record of another job. expected={job!r} found={record.job!r}")
+        return Hole(seq, f"record of another job. expected={job!r} found={record.job!r}")
     if record.prev != log.head_digest:
         return Hole(
-            at,
+            seq,
             f"record does not follow the one before. expected={log.head_digest!r} "
             f"found={record.prev!r}",
         )
     return None
 
 
-# What a record that counts for nothing means to who wrote it. Pure.
+# ---- errors: what a void record means for its writer
 
 
 def void_error(void: Void) -> ConflictError:
-    """The error for a record that is, or would be, void: FencedError where the writer must stop,
-    else ConflictError."""
+    """The error for a void record: FencedError if its writer must stop, else ConflictError."""
     match void.code:
         case "fenced":
-            return FencedError(f"{void.reason} stop this writer: another one goes on")
+            return FencedError(f"{void.reason} stop this writer: a newer one is active")
         case "base-gone":
             return ConflictError(f"{void.reason} snapshot again without that base")
         case "newest-kept" | "tag-kept":
-            return ConflictError(f"{void.reason} leave it out, or move what keeps it")
+            return ConflictError(f"{void.reason} leave it out, or remove what keeps it")
         case _:
             return ConflictError(f"{void.reason} code={void.code}")
 
 
 def require_counted(state: LogState, seq: int) -> None:
-    """Raises the fitting error where the record at ``seq`` is void in ``state``."""
+    """Raise the fitting error if the record at ``seq`` is void in ``state``."""
     void = state.void_at(seq)
     if void is not None:
         raise void_error(void)

@@ -1,5 +1,8 @@
-"""Writing the log: one record at a time, each decided on the state that it follows, each created
-once."""
+"""The writer's side of the log: each record is decided on the state that it follows.
+
+Every append is the same loop: read what is new, decide on that state, try to create the record at
+the next position, and start over if another writer was faster. Each record is created once.
+"""
 
 from __future__ import annotations
 
@@ -52,15 +55,14 @@ NOTES_MAX = 100
 """How many notes a journal keeps."""
 
 Draft = Callable[[LogState], tuple[Body, int]]
-"""What to write after a state, and the epoch of its writer; asked anew after each lost race."""
+"""The record to write after a state, and its writer's epoch. Called again after each lost race."""
 
 
 class Journal:
-    """One process's access to one job's log, in one store or several. Thread-safe; calls wait for
-    each other.
+    """One process's access to one job's log, on one store or several.
 
-    Make one with ``Journal.open``. It holds the last state that it read, so that ``refresh`` reads
-    only what is new.
+    Thread-safe; calls wait for each other. Make one with ``Journal.open``. It keeps the last state
+    that it read, so that ``refresh`` reads only what is new.
     """
 
     __slots__ = ("_access", "_lock", "_notes", "_state", "_url")
@@ -74,19 +76,18 @@ class Journal:
 
     @classmethod
     def open(cls, backend: Backend, *, job: str | None = None, create: bool = False) -> Journal:
-        """The log of the stores behind ``backend``; ``create`` makes them ``job``'s where they are
-        empty.
+        """The log of the stores behind ``backend``; ``create`` makes empty stores ``job``'s.
 
-        Raises NotFoundError for empty stores without ``create``; UsageError where they are another
-        job's, several jobs', or not those that the log knows, and with ``create`` where one store
-        can't create a key only once; IntegrityError where a lone store's ``ckpt.json`` is damaged
-        or gone. Reads one small object of each store.
+        Raises NotFoundError for empty stores without ``create``; UsageError if they belong to
+        another job, to several logs, or are not the log's stores, and with ``create`` if one store
+        cannot create a key only once; IntegrityError if a lone store's ``ckpt.json`` is damaged or
+        missing; UnavailableError. Cost: reads one small object of each store.
         """
         return cls(open_log(backend, job=job, create=create), backend.url)
 
     @property
     def access(self) -> LogAccess:
-        """How the log is reached, for those who look after its stores."""
+        """How the log is reached, for store maintenance."""
         return self._access
 
     @property
@@ -96,21 +97,20 @@ class Journal:
 
     @property
     def log_id(self) -> str:
-        """The log's own id, 32 hex digits: the same in all its stores."""
+        """The log's own id, 32 hex digits: the same on all its stores."""
         return self._access.log_id
 
     @property
     def notes(self) -> tuple[LogNote, ...]:
-        """What went wrong beside the point and was got around: folds passed over or not written.
-        The last 100."""
+        """Problems that were worked around: folds passed over or not written. The last 100."""
         return tuple(self._notes)
 
     def refresh(self) -> LogState:
         """The state of the log now. Cost: one list, and one read per record that is new to this
         journal.
 
-        A log that goes on but can't be read is no error here: see ``LogState.hole``. Raises
-        UnavailableError, and FormatVersionError for a record of a newer release.
+        A log that continues but cannot be read is no error here: see ``LogState.hole``. Raises
+        UnavailableError; FormatVersionError for a record of a newer release.
         """
         with self._lock:
             if self._state is None:
@@ -120,44 +120,45 @@ class Journal:
             return self._state
 
     def refresh_confirmed(self) -> LogState:
-        """As ``refresh``, with a last record that certainly counts: for who deletes, or tells that
-        something is durable.
+        """As ``refresh``, with a last record that certainly counts.
 
-        A reader may take a record for the last one whose writer is not done, and which may come to
-        nothing; here it is first brought to where it counts for good. Raises CommitUnknownError
-        where too few stores answer for that.
+        A reader may take a last record whose writer has not finished, and which may not count in
+        the end. Callers that delete, or that report a snapshot as durable, need it confirmed: it is
+        first copied to enough stores. Raises CommitUnknownError if too few stores answer for that.
         """
         with self._lock:
             for _ in range(RACES_MAX):
                 state = self.refresh()
-                if self._sure(state):
+                if self._confirmed(state):
                     return state
         raise ConflictError(
             f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later"
         )
 
     def append(self, body: Body, *, epoch: int, write_id: str | None = None) -> LogState:
-        """Write ``body`` as the next record, for a writer of ``epoch``; the state returned includes
+        """Write ``body`` as the next record, for a writer of ``epoch``; the returned state includes
         it.
 
-        Give a ``write_id`` (and repeat it) where the call itself may be repeated after
-        CommitUnknownError; it must then be repeated before 1,024 other records are written. Raises
-        FencedError where a newer epoch is open, ConflictError where the record would count for
-        nothing for another reason, CommitUnknownError where the store did not answer,
-        IntegrityError where the log has a hole, UsageError where this store can't give out places.
+        Give a ``write_id``, and repeat it, if the call may be repeated after CommitUnknownError;
+        that must happen before 1,024 other records are written. Raises FencedError if a newer epoch
+        is open, ConflictError if the record would be void for another reason, CommitUnknownError if
+        the store did not answer, IntegrityError if the log has a hole, UsageError if this process
+        cannot append.
         """
         state, seq = self._append(lambda _: (body, epoch), write_id or new_write_id())
         require_counted(state, seq)
         return state
 
     def write_id_of(self, seq: int) -> str:
-        """The write id of the record at ``seq``; empty where it can't be read. Reads it where it is
-        old."""
-        found = (
+        """The write id of the record at ``seq``; empty if the record cannot be read.
+
+        Reads the record if it is not among the last 1,024.
+        """
+        write_id = (
             self.refresh().write_id_at(seq) if self._state is None else self._state.write_id_at(seq)
         )
-        if found is not None:
-            return found
+        if write_id is not None:
+            return write_id
         try:
             return decode_record(self._access.record_at(seq)).write_id
         except (IntegrityError, NotFoundError):
@@ -170,13 +171,13 @@ class Journal:
         write_id: str | None = None,
         choice: ResumeChoice | None = None,
     ) -> int:
-        """Open the next epoch, whose training goes on from ``resume`` (None: afresh), and return
-        its number.
+        """Open the next epoch, whose training resumes ``resume`` (None: starts afresh); returns its
+        number.
 
-        Where another writer opens one at the same time, each gets its own number and the greater
-        fences the lower. Give a ``write_id`` where the call may be repeated, as for ``append``.
-        With ``chosen``, of when ``resume`` was taken for the newest there is: raises
-        NewerSnapshotError, and nothing is written, where a newer one was committed since.
+        If several writers open one at the same time, each gets its own number and the greater
+        fences the lower. Give a ``write_id`` if the call may be repeated, as for ``append``.
+        ``choice``: when ``resume`` was chosen as the newest; raises NewerSnapshotError, and writes
+        nothing, if a newer snapshot was committed since.
         """
 
         def draft(state: LogState) -> tuple[Body, int]:
@@ -186,18 +187,17 @@ class Journal:
 
         state, seq = self._append(draft, write_id or new_write_id())
         require_counted(state, seq)
-        found = next((opened.epoch for opened in state.opens if opened.seq == seq), None)
-        if found is None:
+        number = next((opened.epoch for opened in state.opens if opened.seq == seq), None)
+        if number is None:
             raise InternalError(f"an open that counts is not in the state. seq={seq}")
-        return found
+        return number
 
     def commit(self, manifest: Manifest, *, epoch: int) -> SnapshotInfo:
-        """Make the snapshot exist: store its manifest, then the commit record. All its parts must
-        be stored before.
+        """Make the snapshot exist: store its manifest, then the commit record.
 
-        Repeating the call with an equal manifest is harmless at any time. Raises as ``append``
-        does, and UnavailableError where the manifest could not be stored (then nothing is
-        committed).
+        All its parts must be stored before. Repeating the call with an equal manifest is always
+        harmless. Raises as ``append`` does; UnavailableError if the manifest could not be stored
+        (then nothing is committed).
         """
         if manifest.job != self.job:
             raise UsageError(
@@ -207,6 +207,8 @@ class Journal:
         digest = digest_hex(data)
         body = Commit(manifest.snapshot, digest, manifest.base)
         with self._lock:
+            # The order is a promise: parts before the manifest, the manifest before the record. So
+            # a record that counts never names bytes that were not stored.
             state = self._before_commit(body, epoch)
             if not _committed(state, body):
                 self._put_manifest(keys.manifest_key(manifest.snapshot, digest), data)
@@ -214,20 +216,20 @@ class Journal:
         return info_of(manifest, state)
 
     def drop(self, snapshots: Sequence[SnapshotId], *, floor: SnapshotId | None = None) -> LogState:
-        """Make snapshots no longer exist; their bytes are a sweep's to delete. ``floor``: commits
-        below it count no more.
+        """Drop snapshots; their bytes are deleted by a sweep later. Commits below ``floor`` become
+        void.
 
-        Snapshots that are gone already are no error unless all are. Raises ConflictError for the
-        newest and for tagged ones.
+        Snapshots that were dropped before are no error unless all were. Raises ConflictError for
+        the newest snapshot and for tagged ones.
         """
         body = Drop(tuple(sorted(set(snapshots))), floor)
         return self._append_now(body)
 
     def change_stores(self, body: Stores, *, before: StoreSet | None) -> LogState:
-        """Write which stores hold the log, in place of the set ``before``, on which ``body`` was
-        made.
+        """Write the set of stores that holds the log, in place of ``before``, from which ``body``
+        was made.
 
-        Raises ConflictError where another change came first: what it took in or out would be
+        Raises ConflictError if the set changed in the meantime, because that change would be
         undone.
         """
 
@@ -244,19 +246,18 @@ class Journal:
         return state
 
     def tag(self, name: str, snapshot: SnapshotId, *, epoch: int | None = None) -> LogState:
-        """Name a snapshot, which keeps it from being dropped; a name that exists moves. Raises
+        """Name a snapshot, which keeps it from being dropped; an existing name moves. Raises
         ConflictError.
 
-        ``epoch`` is the writer's (None: whichever is open, for people's tools); FencedError where a
-        newer one is open.
+        ``epoch`` is the writer's (None: the open one, for people's tools); FencedError if a newer
+        is open.
         """
 
         def draft(state: LogState) -> tuple[Body, int]:
             if epoch is not None and epoch < state.epoch:
                 raise FencedError(
                     f"a newer epoch is open. writer={epoch} newest={state.epoch} tag={name!r} stop "
-                    "this writer: another one "
-                    "goes on"
+                    "this writer: a newer one is active"
                 )
             return Tag(name, snapshot), state.epoch
 
@@ -265,7 +266,7 @@ class Journal:
         return state
 
     def untag(self, name: str) -> LogState:
-        """Take a name away. Raises ConflictError where there is no such tag."""
+        """Remove a name. Raises ConflictError if there is no such tag."""
         return self._append_now(Untag(name))
 
     def _append_now(self, body: Body) -> LogState:
@@ -274,8 +275,10 @@ class Journal:
         return state
 
     def _before_commit(self, body: Commit, epoch: int) -> LogState:
-        """The state in which the snapshot is committed, or may be: also a fenced writer's manifest
-        shall not be left behind."""
+        """A state in which the snapshot is committed, or may be.
+
+        Checked before the manifest is stored, so that a fenced writer leaves none behind.
+        """
         for _ in range(RACES_MAX):
             state = self.refresh()
             if _committed(state, body):
@@ -297,13 +300,15 @@ class Journal:
             raise
 
     def _append(self, draft: Draft, write_id: str) -> tuple[LogState, int]:
-        """The state that holds the record of ``write_id``, and that record's seq, which may be
+        """The state that holds the record of ``write_id``, and that record's seq. The record may be
         void."""
         with self._lock:
             for _ in range(RACES_MAX):
                 state = self.refresh()
                 if (seq := state.seq_of(write_id)) is not None:
-                    if self._sure(state):
+                    # Written by an earlier call whose reply was lost. Like any record it is
+                    # reported only once it counts for good.
+                    if self._confirmed(state):
                         return state, seq
                     continue
                 record = self._make(state, *draft(state), write_id)
@@ -316,28 +321,30 @@ class Journal:
                         return state, record.seq
                     case KeyTaken():
                         continue  # the next refresh reads what is there
-                    case WriteUnknown(why):
+                    case WriteUnknown(reason):
+                        # Reading back proves nothing: the put may still land. Only repeating the
+                        # same bytes settles it, so the caller decides.
                         raise CommitUnknownError(
-                            f"the store did not answer; the record may be there or come yet. "
-                            f"key={keys.log_key(record.seq)} write_id={write_id} why={why} repeat "
-                            "the same call"
+                            "the store did not answer; the record may be there or appear later. "
+                            f"key={keys.log_key(record.seq)} write_id={write_id} why={reason} "
+                            "repeat the same call"
                         )
         raise ConflictError(
             f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later"
         )
 
-    def _sure(self, state: LogState) -> bool:
-        """Whether the last record of ``state`` counts for good; False where another came first."""
+    def _confirmed(self, state: LogState) -> bool:
+        """Whether the last record of ``state`` counts for good; False if another one has its
+        position."""
         match self._access.confirm_last(state):
             case None:
                 return True
             case KeyTaken():
                 return False
-            case WriteUnknown(why):
+            case WriteUnknown(reason):
                 raise CommitUnknownError(
-                    "the log's last record is on too few stores, and can't be brought to more "
-                    f"now. seq={state.next_seq - 1} "
-                    f"why={why} repeat the same call"
+                    "the log's last record is on too few stores, and cannot be copied to more "
+                    f"now. seq={state.next_seq - 1} why={reason} repeat the same call"
                 )
 
     def _make(self, state: LogState, body: Body, epoch: int, write_id: str) -> Record:
@@ -351,11 +358,10 @@ class Journal:
         )
 
     def _check(self, state: LogState, record: Record) -> bool:
-        """Raises unless ``record`` may be written after ``state``, by this journal, and would
-        count.
+        """Raise unless ``record`` may be written after ``state``, by this journal, and would count.
 
-        False where it might count, since the last record that the judgement rests on came to
-        nothing: read the log again.
+        False if it might count: the last record, on which that depends, does not count after all.
+        The log must then be read again.
         """
         if state.hole is not None:
             raise IntegrityError(
@@ -365,22 +371,23 @@ class Journal:
             )
         self._access.require_sequencer(state)
         if (void := void_if_appended(state, record)) is not None:
-            if not self._sure(state):
+            # Void because of the last record, perhaps, which may not count: confirm that first.
+            if not self._confirmed(state):
                 return False
             raise void_error(void)
         return True
 
     def _put_manifest(self, key: str, data: bytes) -> None:
         match self._access.put_manifest(key, data):
-            case KeyTaken(found) if found != data:
+            case KeyTaken(stored) if stored != data:
                 raise IntegrityError(
                     f"a manifest's bytes differ from the digest in its key. key={key} "
-                    f"store={self._url} "
-                    f"delete that object and repeat"
+                    f"store={self._url} delete that object and repeat"
                 )
-            case WriteUnknown(why):
+            case WriteUnknown(reason):
                 raise UnavailableError(
-                    f"the manifest could not be stored, nothing is committed. key={key} why={why}"
+                    "the manifest could not be stored, nothing is committed. "
+                    f"key={key} why={reason}"
                 )
             case _:
                 return
@@ -392,14 +399,14 @@ class Journal:
         key = keys.fold_key(seq)
         try:
             data = encode_fold(state)
-            found = self._access.put_fold(key, data)
+            result = self._access.put_fold(key, data)
         except CkptError as error:
-            # Readers do without it; the record that was appended counts all the same.
+            # A fold only saves reading time; the appended record counts without it.
             self._notes.append(LogNote("fold not written", key, str(error)))
             return
-        if isinstance(found, WriteUnknown):
-            self._notes.append(LogNote("fold not written", key, found.reason))
-        elif isinstance(found, KeyTaken) and found.data != data:
+        if isinstance(result, WriteUnknown):
+            self._notes.append(LogNote("fold not written", key, result.reason))
+        elif isinstance(result, KeyTaken) and result.data != data:
             self._notes.append(LogNote("fold not written", key, "other bytes are there"))
 
 
@@ -409,5 +416,5 @@ def new_write_id() -> str:
 
 
 def _committed(state: LogState, body: Commit) -> bool:
-    known = state.find(body.snapshot)
-    return known is not None and known.manifest_digest == body.manifest_digest
+    entry = state.find(body.snapshot)
+    return entry is not None and entry.manifest_digest == body.manifest_digest

@@ -1,5 +1,5 @@
-"""Finding or making a log on several stores: their ``ckpt.json``, and the record that says which
-they are."""
+"""Opening a log: which stores it is on, whether it exists, and its first record on several
+stores."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from ckpt.log.state import LogState
 
 @dataclass(frozen=True, slots=True)
 class LogLocation:
-    """Where a log lies: its job and id. ``fresh``: none of the stores that answered belonged to
-    any.
-
-    ``ids`` of its stores, in the user's order; empty for one that did not answer or belongs to no
+    """The log of some stores: its job and id. ``fresh``: no store that answered belonged to any
     log.
+
+    ``ids``: each store's id, in the user's order; empty if it did not answer or belongs to no log.
     """
 
     job: str
@@ -37,50 +36,51 @@ class LogLocation:
 
 
 def locate_log(
-    copies: LogReplicas, *, write_quorum: int, job: str | None, create: bool
+    replicas: LogReplicas, *, write_quorum: int, job: str | None, create: bool
 ) -> LogLocation:
-    """The log on these stores; made for ``job`` where they are empty and ``create`` is set.
+    """The log on these stores; created for ``job`` if they are empty and ``create`` is set.
 
-    Raises NotFoundError where there is none, UnavailableError where too few answer to know,
-    UsageError where the stores belong to several logs or to another job.
+    Raises NotFoundError if there is none, UnavailableError if too few stores answer to know,
+    UsageError if the stores belong to several logs or to another job.
     """
-    found = copies.job_records()
-    place = _common(copies, found, write_quorum)
-    if place is None:
-        _require_answers(copies, found, write_quorum)
+    records = replicas.job_records()
+    location = _common(replicas, records, write_quorum)
+    if location is None:
+        # A log that is made over another one would be a second history.
+        _require_answers(replicas, records, write_quorum)
         if not create:
             raise NotFoundError(
-                f"no ckpt store here yet. stores={list(copies.urls)} save a snapshot first, or "
+                f"no ckpt store here yet. stores={list(replicas.urls)} save a snapshot first, or "
                 "check the addresses"
             )
         if job is None:
             raise UsageError(
-                f"new stores need their job's name. stores={list(copies.urls)} pass job="
+                f"new stores need their job's name. stores={list(replicas.urls)} pass job="
             )
-        place = LogLocation(job, secrets.token_hex(16), fresh=True)
-    if job is not None and place.job != job:
+        location = LogLocation(job, secrets.token_hex(16), fresh=True)
+    if job is not None and location.job != job:
         raise UsageError(
-            f"the stores belong to another job. stores={list(copies.urls)} their_job={place.job!r} "
-            f"asked={job!r} "
-            f"use other prefixes, or that job's name"
+            f"the stores belong to another job. stores={list(replicas.urls)} "
+            f"their_job={location.job!r} "
+            f"asked={job!r} use other prefixes, or that job's name"
         )
-    return _make(copies, found, place, write_quorum) if create else place
+    return _make(replicas, records, location, write_quorum) if create else location
 
 
 def _common(
-    copies: LogReplicas, found: Sequence[JobRecord | NoAnswer | None], write_quorum: int
+    replicas: LogReplicas, records: Sequence[JobRecord | NoAnswer | None], write_quorum: int
 ) -> LogLocation | None:
-    """The log that the stores belong to.
+    """The log that the stores belong to; None if no store that answered has one.
 
-    Of several whose making was cut short it is the one that has any record; else the one on most
-    stores, since none has a record before it is on W.
+    If several logs were left half made, it is the one that has a record; else the one on most
+    stores, because no log has a record before W stores are made.
     """
-    places: dict[LogLocation, list[int]] = {}
+    locations: dict[LogLocation, list[int]] = {}
     ids: dict[str, str] = {}
-    for number, record in enumerate(found):
+    for number, record in enumerate(records):
         if isinstance(record, JobRecord):
-            places.setdefault(LogLocation(record.job, record.log_id), []).append(number)
-            url = copies.urls[number]
+            locations.setdefault(LogLocation(record.job, record.log_id), []).append(number)
+            url = replicas.urls[number]
             if record.store_id in ids:
                 raise UsageError(
                     f"two addresses are one store. stores={[ids[record.store_id], url]} leave one "
@@ -88,141 +88,160 @@ def _common(
                 )
             ids[record.store_id] = url
     return (
-        _choose(copies, places, len(found), write_quorum)
-        if len(places) > 1
-        else next(iter(places), None)
+        _choose(replicas, locations, len(records), write_quorum)
+        if len(locations) > 1
+        else next(iter(locations), None)
     )
 
 
 def _choose(
-    copies: LogReplicas, places: Mapping[LogLocation, Sequence[int]], stores: int, write_quorum: int
+    replicas: LogReplicas,
+    locations: Mapping[LogLocation, Sequence[int]],
+    stores: int,
+    write_quorum: int,
 ) -> LogLocation:
-    told = "; ".join(
-        f"{place.job!r} on {[copies.urls[n] for n in numbers]}" for place, numbers in places.items()
+    listing = "; ".join(
+        f"{location.job!r} on {[replicas.urls[n] for n in numbers]}"
+        for location, numbers in locations.items()
     )
-    begun = {n: copies.has_records(n) for numbers in places.values() for n in numbers}
-    if why := {n: one for n, one in begun.items() if isinstance(one, NoAnswer)}:
+    has_records = {n: replicas.has_records(n) for numbers in locations.values() for n in numbers}
+    if unanswered := {
+        n: answer for n, answer in has_records.items() if isinstance(answer, NoAnswer)
+    }:
         raise UnavailableError(
-            f"the stores say that they hold different logs. {told} {silent_stores(copies, why)} "
+            f"the stores say that they hold different logs. {listing} "
+            f"{silent_stores(replicas, unanswered)} "
             "repeat later"
         )
-    logs = [place for place, numbers in places.items() if any(begun[n] for n in numbers)]
-    best = min(logs or places, key=lambda place: (-len(places[place]), place.log_id))
-    others = sum(len(numbers) for place, numbers in places.items() if place != best)
+    logs = [
+        location for location, numbers in locations.items() if any(has_records[n] for n in numbers)
+    ]
+    best = min(logs or locations, key=lambda location: (-len(locations[location]), location.log_id))
+    others = sum(len(numbers) for location, numbers in locations.items() if location != best)
     if (
-        len({place.job for place in places}) > 1
+        len({location.job for location in locations}) > 1
         or len(logs) > 1
         or (not logs and stores - others < write_quorum)
     ):
         raise UsageError(
-            f"the stores hold different logs. {told} name stores of one, or add one with `ckpt "
-            "stores add`; of logs that were "
-            f"never finished being made, delete the {keys.JOB_KEY}"
+            f"the stores hold different logs. {listing} name stores of one, or add one with `ckpt "
+            f"stores add`; if the creation of a log was interrupted, delete its {keys.JOB_KEY}"
         )
     return best
 
 
 def _require_answers(
-    copies: LogReplicas, found: Sequence[JobRecord | NoAnswer | None], write_quorum: int
+    replicas: LogReplicas, records: Sequence[JobRecord | NoAnswer | None], write_quorum: int
 ) -> None:
-    """A log was made on W stores at least, so these many that have none are enough to know that
-    there is none."""
-    empty = sum(one is None for one in found)
-    if empty < len(found) - write_quorum + 1:
-        why = silent_stores(
-            copies, {n: one for n, one in enumerate(found) if isinstance(one, NoAnswer)}
+    """Raise UnavailableError unless enough stores are known to be empty.
+
+    A log is made on at least W stores, so R - W + 1 empty ones show that there is none.
+    """
+    empty = sum(record is None for record in records)
+    if empty < len(records) - write_quorum + 1:
+        silent = silent_stores(
+            replicas,
+            {n: record for n, record in enumerate(records) if isinstance(record, NoAnswer)},
         )
         raise UnavailableError(
-            f"too few stores answer to know whether there is a log. {why} repeat later"
+            f"too few stores answer to know whether there is a log. {silent} repeat later"
         )
 
 
 def _make(
-    copies: LogReplicas,
-    found: Sequence[JobRecord | NoAnswer | None],
-    place: LogLocation,
+    replicas: LogReplicas,
+    records: Sequence[JobRecord | NoAnswer | None],
+    location: LogLocation,
     write_quorum: int,
 ) -> LogLocation:
-    """Write ``ckpt.json`` where a log that has not begun needs one. The first store that is made
-    decides whose it is."""
+    """Write ``ckpt.json`` on stores of a log that has not begun. The first store made decides the
+    id."""
     ids = [
-        one.store_id if isinstance(one, JobRecord) and one.log_id == place.log_id else ""
-        for one in found
+        record.store_id
+        if isinstance(record, JobRecord) and record.log_id == location.log_id
+        else ""
+        for record in records
     ]
-    known = [number for number, store_id in enumerate(ids) if store_id]
-    if known and (
-        None not in found or any(copies.has_records(number) is not False for number in known)
+    made_numbers = [number for number, store_id in enumerate(ids) if store_id]
+    if made_numbers and (
+        None not in records
+        or any(replicas.has_records(number) is not False for number in made_numbers)
     ):
-        # A store without a name beside a log came back empty: it is filled before it gets one.
-        return replace(place, ids=tuple(ids))
-    why = {number: one for number, one in enumerate(found) if isinstance(one, NoAnswer)}
-    if len(found) - len(why) < write_quorum:
-        # Nothing is made then: what is left behind could keep the log of a silent store from being
-        # found.
+        # A store without ``ckpt.json`` beside a log that has begun came back empty. It must be
+        # filled before it gets one, or it would count while it lacks records.
+        return replace(location, ids=tuple(ids))
+    unanswered = {
+        number: record for number, record in enumerate(records) if isinstance(record, NoAnswer)
+    }
+    if len(records) - len(unanswered) < write_quorum:
+        # Then nothing is made: a half-made log could later hide the log of a silent store.
         raise UnavailableError(
-            f"too few stores answer. needed={write_quorum} {silent_stores(copies, why)} repeat "
+            f"too few stores answer. needed={write_quorum} {silent_stores(replicas, unanswered)} "
+            "repeat "
             "later"
         )
-    for number in [number for number, one in enumerate(found) if one is None]:
-        there = copies.make_store(
-            number, JobRecord(job=place.job, store_id=secrets.token_hex(16), log_id=place.log_id)
+    for number in [number for number, record in enumerate(records) if record is None]:
+        made = replicas.make_store(
+            number,
+            JobRecord(job=location.job, store_id=secrets.token_hex(16), log_id=location.log_id),
         )
-        if isinstance(there, NoAnswer):
-            why[number] = there
+        if isinstance(made, NoAnswer):
+            unanswered[number] = made
             continue
-        if (there.job, there.log_id) != (place.job, place.log_id):
-            if any(ids) or there.job != place.job:
+        if (made.job, made.log_id) != (location.job, location.log_id):
+            if any(ids) or made.job != location.job:
                 raise ConflictError(
                     "another process makes a log on these stores at the same time. "
-                    f"store={copies.urls[number]} "
-                    f"its_job={there.job!r} repeat"
+                    f"store={replicas.urls[number]} its_job={made.job!r} repeat"
                 )
-            place = replace(place, log_id=there.log_id)
-        ids[number] = there.store_id
+            # Another process made the first store; both continue with its log.
+            location = replace(location, log_id=made.log_id)
+        ids[number] = made.store_id
     if sum(map(bool, ids)) < write_quorum:
         raise UnavailableError(
             f"too few stores could be made. made={sum(map(bool, ids))} needed={write_quorum} "
-            f"{silent_stores(copies, why)}"
+            f"{silent_stores(replicas, unanswered)}"
         )
-    return replace(place, ids=tuple(ids))
+    return replace(location, ids=tuple(ids))
 
 
-# Opening a log: which stores are meant, whether it is there, and its first record where it lies
-# on several.
+# ---- open: the log behind a backend, and its first record
 
 FIRST_TRIES_MAX = 8
-"""How often the first record is claimed anew after another process came first."""
+"""How often the first record is appended again after another process was faster."""
 
 
 def open_log(backend: Backend, *, job: str | None, create: bool) -> LogAccess:
-    """See ``Journal.open``."""
+    """The log behind ``backend``. Raises as ``Journal.open`` does."""
     if not isinstance(backend, MultiStoreBackend):
         return SingleStoreLog(backend, open_store(backend, job=job, create=create))
-    copies = LogReplicas(backend.stores)
-    place = locate_log(copies, write_quorum=backend.write_quorum, job=job, create=create)
-    several = ReplicatedLog(backend, copies, job=place.job, log_id=place.log_id)
+    replicas = LogReplicas(backend.stores)
+    location = locate_log(replicas, write_quorum=backend.write_quorum, job=job, create=create)
+    several = ReplicatedLog(backend, replicas, job=location.job, log_id=location.log_id)
     if create:
-        _begin(several, backend, place)
+        _begin(several, backend, location)
     return several
 
 
-def _begin(log: ReplicatedLog, backend: MultiStoreBackend, place: LogLocation) -> None:
-    """Write the first record, which says where the log lies. Nothing where it is written already.
+def _begin(log: ReplicatedLog, backend: MultiStoreBackend, location: LogLocation) -> None:
+    """Write the first record, which names the log's stores, unless it is there.
 
-    Stores that were not empty a moment ago may belong to a log of which those that answer have
-    nothing: one that missed everything, and one that came back empty and is being filled.
+    Stores that had a ``ckpt.json`` before may belong to a log of which the answering ones hold
+    nothing: one missed everything, another came back empty and is being filled. So then all stores
+    must answer.
     """
     for _ in range(FIRST_TRIES_MAX):
         state = log.read_new(log.read_start()[0])
         if state.next_seq > 0:
             require_store_set(state, backend)
         if state.next_seq == 1 and state.hole is None:
-            match log.confirm_last(
-                state
-            ):  # nothing can follow before that, and it may come to nothing
-                case WriteUnknown(why):
+            # Nothing can follow the first record before it is confirmed, and it may come to
+            # nothing.
+            match log.confirm_last(state):
+                case WriteUnknown(reason):
                     raise UnavailableError(
-                        f"the log's first record is on too few stores yet. why={why} repeat later"
+                        "the log's first record is on too few stores yet. "
+                        f"why={reason} repeat later"
                     )
                 case KeyTaken():
                     continue
@@ -233,33 +252,32 @@ def _begin(log: ReplicatedLog, backend: MultiStoreBackend, place: LogLocation) -
                 f"the log's first record can't be read. stores={list(log.replicas.urls)} "
                 f"why={state.hole.reason} repeat later"
             )
-        if log.silent and not place.fresh:
+        if log.silent and not location.fresh:
             silent = [log.replicas.urls[number] for number in sorted(log.silent)]
             raise UnavailableError(
                 "the log may have begun on stores that do not answer. "
-                f"stores={list(log.replicas.urls)} silent={silent} "
-                "repeat when all answer"
+                f"stores={list(log.replicas.urls)} silent={silent} repeat when all answer"
             )
-        known = [now or then for now, then in zip(log.ids, place.ids, strict=True)]
-        ids = tuple(store_id or placeholder_id(number) for number, store_id in enumerate(known))
-        if sum(bool(store_id) for store_id in known) < backend.write_quorum:
+        ids_now = [now or then for now, then in zip(log.ids, location.ids, strict=True)]
+        ids = tuple(store_id or placeholder_id(number) for number, store_id in enumerate(ids_now))
+        if sum(bool(store_id) for store_id in ids_now) < backend.write_quorum:
             raise UnavailableError(
                 f"too few stores answer to begin the log. stores={list(log.replicas.urls)} repeat "
                 "later"
             )
-        body = Stores(ids, backend.write_quorum, _giver(log, backend.write_quorum))
+        body = Stores(ids, backend.write_quorum, _choose_sequencer(log, backend.write_quorum))
         record = make_record(
             body, job=log.job, seq=0, epoch=0, write_id=secrets.token_hex(16), prev=""
         )
         try:
-            made = log.append(state, record)
+            result = log.append(state, record)
         except FencedError:
-            continue  # another maker found that a file has to give out places, or that none has
-        if isinstance(made, Appended):
+            continue  # another process began the log with another sequencer
+        if isinstance(result, Appended):
             return
-        if isinstance(made, WriteUnknown):
+        if isinstance(result, WriteUnknown):
             raise UnavailableError(
-                f"the log could not be begun. stores={list(log.replicas.urls)} why={made.reason} "
+                f"the log could not be begun. stores={list(log.replicas.urls)} why={result.reason} "
                 "repeat later"
             )
     raise UnavailableError(
@@ -268,31 +286,30 @@ def _begin(log: ReplicatedLog, backend: MultiStoreBackend, place: LogLocation) -
 
 
 def require_store_set(state: LogState, backend: MultiStoreBackend) -> None:
-    """Raises UsageError where the log does not say what the user says: on how many stores it lies,
-    and on how many it must."""
+    """Raise UsageError if the log is on another number of stores, or has another quorum, than
+    given."""
     urls = [store.url for store in backend.stores]
     if state.stores is None:
         if state.next_seq > 0:
             raise UsageError(
-                f"the log is in one store. stores={urls} add the others with `ckpt stores add` "
+                f"the log is on one store. stores={urls} add the others with `ckpt stores add` "
                 "first"
             )
         return
     known = (len(state.stores.ids), state.stores.write_quorum)
     if known != (len(urls), backend.write_quorum):
         raise UsageError(
-            f"the log lies on {known[0]} stores with a write quorum of {known[1]}. "
-            f"given={len(urls)} "
-            f"write_quorum={backend.write_quorum} stores={urls} name those, or change it with "
-            "`ckpt stores`"
+            f"the log is on {known[0]} stores with a write quorum of {known[1]}. "
+            f"given={len(urls)} write_quorum={backend.write_quorum} stores={urls} name those, or "
+            "change it with `ckpt stores`"
         )
 
 
-def _giver(log: ReplicatedLog, write_quorum: int) -> str:
-    """Who gives out the places: the stores together where all create a key only once, or else etcd
-    or a file of this machine.
+def _choose_sequencer(log: ReplicatedLog, write_quorum: int) -> str:
+    """The sequencer of a new log: its stores if all create a key only once, else etcd or a file.
 
-    One that doesn't would have a vote that nobody can know, so that a split could never be settled.
+    A store that does not create only once would have a vote that is never known, so a split could
+    never be settled.
     """
     answering = [number for number, store_id in enumerate(log.ids) if store_id]
     able = log.replicas.create_only_stores(answering)
@@ -300,10 +317,9 @@ def _giver(log: ReplicatedLog, write_quorum: int) -> str:
         return external_sequencer(log.log_id, start=0)
     if len(able) >= write_quorum:
         return BY_STORES
-    # A log is bound to this machine for good only where that must be: not because a store can't be
-    # asked now.
+    # A file sequencer binds the log to this machine for good, so it is chosen only for stores that
+    # answer and cannot create only once, never because a store cannot be asked now.
     raise UnavailableError(
-        "it can't be learned whether the stores create a key only once. "
-        f"stores={list(log.replicas.urls)} repeat later, or grant "
-        "permission to write"
+        "cannot learn whether the stores create a key only once. "
+        f"stores={list(log.replicas.urls)} repeat later, or grant permission to write"
     )

@@ -1,5 +1,19 @@
-"""The log as several stores together hold it: their copies in, records that count out, one place
-after the other. Pure."""
+"""The log as several stores hold it together: their readings in, the records that count out. Pure.
+
+A record counts if W of the R stores hold the same bytes, where 2W > R. A reader that hears from
+fewer than R stores cannot always know that; it takes a record that may count. If that record does
+not count after all, nothing is lost: its writer has no acknowledgement, and the next writer copies
+the record that it builds on to W stores first. No record is written before its predecessor counts,
+so a record at the next position proves which of several records before it counts.
+
+Writers that have no sequencer in common may split the stores: each of several records is on some
+stores, and none can ever be on W. Keys are created only once, so the split is final, and every
+reader finds the same winner in it. The winner is written again at the position's second key, the
+*settled* key, by any writer that finds the split. The same is done for a record that won but is not
+on all stores, before it is acknowledged: with W - 1 of its stores lost, its votes would look like
+those of another record. So at most one record is ever written at a settled key: the one that
+counts.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +26,13 @@ from ckpt.format.store import SEQUENCER_STORE
 from ckpt.log.fold import Unreadable, fold
 from ckpt.log.state import LogState, StoreSet
 
-# Which record has a place in the log, given what each store was seen to hold there. Pure.
-#
-# Only bytes that lie on W of the R stores count. A reader that hears from fewer than R can't
-# always know whether they do; so it takes what may: a record that is not on W of them after all
-# has been claimed by nobody, and harms nobody who only reads. A writer first brings what it
-# builds on to W stores. Nobody writes a record before its predecessor counts; so one that stands
-# anywhere says which of several records before it does.
-#
-# Where writers who have no sequencer in common met at one place, their records may have split the
-# stores so that none can ever be on W. Places are created only once, so the split stands, and
-# everybody finds the same winner in it; it is written again at the place's second key, the
-# settled one, by whoever comes by. The same is done for a record that has its place but not all
-# stores, before its writer is told: W votes of which W - 1 are lost could not be told from
-# another's single one. So at most one record is ever written at a second key, and it is the
-# place's.
-
 
 @dataclass(frozen=True, slots=True)
 class PositionReading:
-    """What one store holds at one place: ``record`` and ``settled`` are digests of valid records
-    there, empty for none.
+    """What one store holds at one position: digests of the records at its two keys, or empty.
 
-    ``answered``: the store could be asked. ``damaged``: it holds something at one of the two keys
-    that is no record, so that the record may have been there.
+    ``answered``: the store could be asked. ``damaged``: one of the two keys holds bytes that are no
+    record, so a record may have been there.
     """
 
     record: str = ""
@@ -45,14 +42,13 @@ class PositionReading:
 
     @property
     def sure(self) -> bool:
-        """Whether nothing else can have been acknowledged by this store."""
+        """Whether this store cannot have acknowledged any other record."""
         return self.answered and not self.damaged
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The place has this record. ``copies`` stores were seen to hold it; ``settled``: at its second
-    key."""
+    """The record at the position. ``copies`` stores hold it; ``settled``: at the settled key."""
 
     digest: str
     copies: int
@@ -61,15 +57,14 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Vacant:
-    """Nothing there counts, as far as it can be seen."""
+    """As far as is known, no record at the position counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unclear:
-    """Several records may count, or one that was not seen; the stores that did not answer know
-    which.
+    """Several records may count, or one that was not seen; stores that did not answer decide.
 
-    ``digests`` of those that were seen and may.
+    ``digests``: those that were seen and may count.
     """
 
     digests: tuple[str, ...]
@@ -77,43 +72,74 @@ class Unclear:
 
 Position = Taken | Vacant | Unclear
 
+# ---- one position: which of its records may count
+
 
 def decide(
-    seen: Sequence[PositionReading], quorum: int, followed: Collection[str] = ()
+    readings: Sequence[PositionReading], quorum: int, followed: Collection[str] = ()
 ) -> Position:
-    """What the place holds. ``seen``: one for each store of the set.
+    """What the position holds. ``readings``: one for each store of the set.
 
-    ``followed``: the digests that records at the next place name as their predecessor, wherever
-    they were seen.
+    ``followed``: the digests that records at the next position name as their predecessor, on any
+    store.
     """
+    # A record is written only after its predecessor counts, so a successor proves what counts here,
+    # however few copies are left.
     for digest in sorted(followed):
-        copies = [
-            sum(digest == getattr(one, name) for one in seen) for name in ("settled", "record")
-        ]
-        if any(copies):
-            return Taken(digest, max(copies), settled=copies[0] > 0)
+        settled_copies = sum(reading.settled == digest for reading in readings)
+        record_copies = sum(reading.record == digest for reading in readings)
+        if settled_copies or record_copies:
+            return Taken(digest, max(settled_copies, record_copies), settled=settled_copies > 0)
     if followed:
-        return Vacant()  # what counts there is on none of these
-    settled = _possible([one.settled for one in seen], seen, quorum)
+        return Vacant()  # none of these stores has the record that counts
+    # Only the record that counts is ever written at a settled key, so that key is read first.
+    settled = _possible([reading.settled for reading in readings], readings, quorum)
     if settled:
-        return _one(settled, settled_key=True)
-    records = _possible([one.record for one in seen], seen, quorum)
-    if written := {one.settled for one in seen if one.settled}:
-        # Its writer knew that nothing else can have the place, and is not done.
+        return _only(settled, settled_key=True)
+    records = _possible([reading.record for reading in readings], readings, quorum)
+    if written := {reading.settled for reading in readings if reading.settled}:
+        # A settled copy on fewer than W stores: its writer knew that nothing else can count, and
+        # has not finished.
         records = {digest: count for digest, count in records.items() if digest in written}
-    elif max(records.values(), default=0) < quorum <= sum(not one.sure for one in seen) and any(
-        one.damaged for one in seen
+    elif (
+        max(records.values(), default=0) < quorum
+        and sum(not reading.sure for reading in readings) >= quorum
+        and any(reading.damaged for reading in readings)
     ):
-        return Unclear(
-            tuple(sorted(records))
-        )  # what counts may have been where there is only damage now
-    return _one(records, settled_key=False)
+        # Another record may have been on W stores, some of which hold only damage now.
+        return Unclear(tuple(sorted(records)))
+    return _only(records, settled_key=False)
+
+
+def _possible(
+    digests: Sequence[str], readings: Sequence[PositionReading], quorum: int
+) -> dict[str, int]:
+    """The records that may be on W stores, counting every store that may hold them unseen."""
+    counts = Counter(digest for digest in digests if digest)
+    unknown = sum(
+        not digest and not reading.sure for digest, reading in zip(digests, readings, strict=True)
+    )
+    return {digest: count for digest, count in counts.items() if count + unknown >= quorum}
+
+
+def _only(possible: Mapping[str, int], *, settled_key: bool) -> Position:
+    if not possible:
+        return Vacant()
+    if len(possible) > 1:
+        return Unclear(tuple(sorted(possible)))
+    ((digest, copies),) = possible.items()
+    return Taken(digest, copies, settled_key)
+
+
+# ---- an append: the vote of the stores that create a key only once
 
 
 @dataclass(frozen=True, slots=True)
 class Won:
-    """Our record is on W stores. ``sure``: on all that have a vote, so that another one can never
-    be taken for it."""
+    """Our record is on W stores.
+
+    ``sure``: on all stores that vote, so no other record can ever be taken for it.
+    """
 
     sure: bool
 
@@ -127,7 +153,7 @@ class Beaten:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """No record can ever be on W stores: ``digest`` is to be settled."""
+    """No record can ever be on W stores; the winner ``digest`` is to be settled."""
 
     digest: str
 
@@ -137,73 +163,58 @@ class Undecided:
     """The stores that did not answer decide."""
 
 
-def contest(mine: str, held: Sequence[str | None], quorum: int) -> Won | Beaten | Split | Undecided:
-    """How a claim stands after ``mine`` was created at every store that creates only once.
+def contest(
+    mine: str, votes: Sequence[str | None], quorum: int
+) -> Won | Beaten | Split | Undecided:
+    """The outcome of an append, after record ``mine`` was created at every store that votes.
 
-    ``held`` says for each store that has a vote the digest that it holds; None where that is not
-    known.
+    ``votes``: for each voting store the digest that it holds, or None if unknown.
     """
-    counts = Counter(digest for digest in held if digest is not None)
+    counts = Counter(digest for digest in votes if digest is not None)
     if counts[mine] >= quorum:
-        return Won(counts[mine] == len(held))
+        return Won(counts[mine] == len(votes))
     best = winner(counts)
     if best is not None and counts[best] >= quorum:
         return Beaten(best)
-    silent = sum(digest is None for digest in held)
-    if best is None or counts[best] + silent >= quorum:
+    unknown = sum(digest is None for digest in votes)
+    if best is None or counts[best] + unknown >= quorum:
         return Undecided()
-    # All that can be known of a split must be known, or two writers would find different winners.
-    return Split(best) if silent == 0 else Undecided()
+    # A split has one winner only if every vote is known: with one unknown, two writers could count
+    # different votes and find different winners.
+    return Split(best) if unknown == 0 else Undecided()
 
 
 def winner(counts: Mapping[str, int]) -> str | None:
-    """Of the records that split the stores, the one that is settled: the most frequent, of equals
-    the smallest digest."""
+    """The most frequent record of a split; of equally frequent ones the smallest digest."""
     return min(counts, key=lambda digest: (-counts[digest], digest), default=None)
 
 
-def _possible(
-    digests: Sequence[str], seen: Sequence[PositionReading], quorum: int
-) -> dict[str, int]:
-    counts = Counter(digest for digest in digests if digest)
-    unknown = [digest == "" and not one.sure for digest, one in zip(digests, seen, strict=True)]
-    return {digest: count for digest, count in counts.items() if count + sum(unknown) >= quorum}
+# ---- a whole log: from what each store holds to one state
 
-
-def _one(possible: Mapping[str, int], *, settled_key: bool) -> Position:
-    if not possible:
-        return Vacant()
-    if len(possible) > 1:
-        return Unclear(tuple(sorted(possible)))
-    ((digest, copies),) = possible.items()
-    return Taken(digest, copies, settled_key)
-
-
-_STAND_IN = b"no store yet".hex()
+_PLACEHOLDER = b"no store yet".hex()
 
 
 def placeholder_id(number: int) -> str:
-    """The id in a set of stores for one that did not answer when the log was made: nothing that
-    counts is ever on it.
+    """The id in a set of stores for a store that did not answer when the log was made.
 
-    It gets a real one when it is added.
+    No record that counts is ever on it. The store gets a real id when it is added.
     """
-    return f"{_STAND_IN}{number:08x}"
+    return f"{_PLACEHOLDER}{number:08x}"
 
 
 def is_placeholder(store_id: str) -> bool:
-    """Whether ``store_id`` only stands for a store that was not there."""
-    return store_id.startswith(_STAND_IN)
+    """Whether ``store_id`` is a placeholder for a store that did not answer."""
+    return store_id.startswith(_PLACEHOLDER)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreRecords:
-    """What one store was seen to hold of the log from some place on: valid records, and places
-    where others lie.
+    """What one store holds of the log from some position on.
 
-    ``store_id`` is what its ``ckpt.json`` says now, empty where it has none. ``newer``: the damaged
-    places that look like a newer release's. ``elsewhere``: the id of another log, which it belongs
-    to instead.
+    ``store_id`` is what its ``ckpt.json`` says now; empty if it has none. ``records`` and
+    ``settled`` are the valid records by seq, at the first and at the settled key. ``damaged``:
+    positions with other bytes. ``newer``: damaged positions that look like a newer release's
+    records. ``elsewhere``: the id of another log, if the store belongs to that one.
     """
 
     store_id: str
@@ -214,11 +225,11 @@ class StoreRecords:
     elsewhere: str = ""
 
     def last(self) -> int:
-        """The last place at which it holds anything; -1 for none."""
+        """The last position at which it holds anything; -1 for none."""
         return max((*self.records, *self.settled, *self.damaged), default=-1)
 
     def at(self, seq: int) -> PositionReading:
-        """What it holds at one place."""
+        """What it holds at one position."""
         record, settled = self.records.get(seq), self.settled.get(seq)
         return PositionReading(
             record.digest if record else "",
@@ -229,16 +240,19 @@ class StoreRecords:
 
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
-    """A store that did not answer, and why."""
+    """A store did not answer."""
 
     reason: str
 
 
+StoreAnswer = StoreRecords | NoAnswer
+
+
 @dataclass(frozen=True, slots=True)
 class LastRecord:
-    """The last record that was taken: on how many stores it was seen, and which set had to hold it.
+    """The last record that was taken, its number of copies seen, and the set that must hold it.
 
-    ``settled``: it stands at its place's second key; ``followed``: another one names it.
+    ``settled``: it is at its settled key. ``followed``: another record names it as predecessor.
     """
 
     record: Record
@@ -249,25 +263,26 @@ class LastRecord:
 
     @property
     def is_final(self) -> bool:
-        """Whether it counts for good, so that its writer may be told, and whichever W - 1 stores
-        are lost from now on."""
+        """Whether it counts even if any W - 1 stores are lost from now on.
+
+        Only then may it be acknowledged to its writer.
+        """
         if self.followed:
             return True
         if self.settled or self.members.sequencer != BY_STORES:
             return self.copies >= self.members.write_quorum
-        # Another vote, seen or not, could be taken for this record's where W - 1 of its own are
-        # lost.
+        # At its first key it is one vote among others. If W - 1 of its stores were lost, another
+        # vote, seen or not, could be taken for the winner; so all real stores must hold it.
         return self.copies >= sum(not is_placeholder(store_id) for store_id in self.members.ids)
 
 
 @dataclass(frozen=True, slots=True)
 class MergedLog:
-    """The log after what was read. ``full``: which stores (by their number) count; ``tail``: None
-    where nothing was new.
+    """The log after what was read. ``full``: the stores that count, by number.
 
-    ``thin``: places whose record is on fewer stores than it was written to; a scrub mends them.
-    ``before``: the state before the last record, where that is not sure: it may turn out not to
-    count.
+    ``tail`` is None if nothing was new. ``underreplicated``: positions whose record is on fewer
+    stores than it was written to; a scrub repairs them. ``before``: the state before the last
+    record, if that record may still not count.
     """
 
     state: LogState
@@ -277,171 +292,187 @@ class MergedLog:
     before: LogState | None = None
 
 
-def merge_stores(
-    state: LogState, held: Sequence[StoreRecords | NoAnswer], urls: Sequence[str]
-) -> MergedLog:
+def merge_stores(state: LogState, answers: Sequence[StoreAnswer], urls: Sequence[str]) -> MergedLog:
     """``state`` and the records after it that count.
 
-    ``held``: what each store holds from ``state.next_seq`` on; ``urls`` names them in reasons.
-    Stops at the first place that is vacant; says in ``hole`` where something must have been there,
-    and in ``short`` where too few stores answered to know.
+    ``answers``: what each store holds from ``state.next_seq`` on; ``urls`` names the stores in
+    reasons. Stops at the first vacant position. Sets ``hole`` if a record must have been there, and
+    ``short`` if too few stores answered to know.
     """
-    batch: list[Record] = []
+    batch: list[Record] = []  # taken, not folded yet
     end: list[Unreadable] = []
     before: LogState | None = None
     members, seq = state.stores, state.next_seq
     tail: LastRecord | None = None
-    thin: list[int] = []
+    underreplicated: list[int] = []
     while True:
-        copies = dict(_copies(held, seq))
+        records = dict(_records_at(answers, seq))
         if members is None and seq == 0:
-            inside, decided = _first(held, copies)
+            in_force, position = _first(answers, records)
         else:
-            inside = members or _lone(held)
-            decided = _decide(held, seq, inside)
-        if isinstance(decided, Taken):
-            record = copies[decided.digest]
+            in_force = members or _lone(answers)
+            position = _decide(answers, seq, in_force)
+        if isinstance(position, Taken):
+            record = records[position.digest]
             batch.append(record)
-            follows = any(one.prev == record.digest for _, one in _copies(held, seq + 1))
-            tail = LastRecord(record, decided.copies, decided.settled, inside, follows)
-            if decided.copies < inside.write_quorum:
-                thin.append(seq)
+            followed = any(
+                successor.prev == record.digest for _, successor in _records_at(answers, seq + 1)
+            )
+            tail = LastRecord(record, position.copies, position.settled, in_force, followed)
+            if position.copies < in_force.write_quorum:
+                underreplicated.append(seq)
             if isinstance(record.body, Stores) or members is None:
+                # The set may change here, and it decides what counts at the next position.
                 before = fold(state, batch[:-1])
                 state, batch = fold(before, batch[-1:]), []
                 members = state.stores
             seq += 1
             continue
-        if isinstance(decided, Unclear):
-            what = "different records" if decided.digests else "damage"
-            reason = f"stores hold {what} there, and too few answered to know what counts. {_silent(held, urls)}"
-            end.append(Unreadable(seq, reason))
-        elif any(isinstance(one, StoreRecords) and one.last() > seq for one in held):
-            end.append(
-                Unreadable(seq, f"no store has a readable record there. {_silent(held, urls)}")
+        if isinstance(position, Unclear):
+            held = "different records" if position.digests else "damage"
+            reason = (
+                f"stores hold {held} there, and too few answered to know what counts. "
+                f"{_silent(answers, urls)}"
             )
+            end.append(Unreadable(seq, reason))
+        elif any(isinstance(answer, StoreRecords) and answer.last() > seq for answer in answers):
+            reason = f"no store has a readable record there. {_silent(answers, urls)}"
+            end.append(Unreadable(seq, reason))
         break
     if batch:
         before = fold(state, batch[:-1])
         state = fold(before, batch[-1:])
     state = fold(state, end)
-    full, short = _full(state.stores, held, urls)
-    doubted = before if tail is not None and not tail.is_final else None
+    full, short = _full(state.stores, answers, urls)
+    before_doubtful = before if tail is not None and not tail.is_final else None
     if (
         not short
-        and doubted is not None
+        and before_doubtful is not None
         and tail is not None
         and tail.copies < tail.members.write_quorum
     ):
-        # It may change the set, and not count: then it is the set before that knows what is newest.
-        _, short = _full(doubted.stores, held, urls)
-    return MergedLog(replace(state, short=short), full, tail, tuple(thin), doubted)
+        # The doubtful record may change the set and not count after all. Then the set before it
+        # decides how many answers are needed.
+        _, short = _full(before_doubtful.stores, answers, urls)
+    return MergedLog(
+        replace(state, short=short), full, tail, tuple(underreplicated), before_doubtful
+    )
 
 
 def _first(
-    held: Sequence[StoreRecords | NoAnswer], copies: Mapping[str, Record]
+    answers: Sequence[StoreAnswer], records: Mapping[str, Record]
 ) -> tuple[StoreSet, Position]:
-    """What the first place holds: a record counts there on the stores that it names itself."""
-    lone = _lone(held)
-    if not copies:
-        return lone, _decide(held, 0, lone)
+    """The set of stores and the record at position 0.
+
+    A first record counts on the stores that it names, so each candidate is judged by its own set.
+    """
+    lone = _lone(answers)
+    if not records:
+        return lone, _decide(answers, 0, lone)
     taken: dict[str, tuple[StoreSet, Position]] = {}
     unclear = False
-    for digest, record in copies.items():
-        inside = _named_by(record) or lone
-        decided = _decide(held, 0, inside)
-        unclear = unclear or isinstance(decided, Unclear)
-        if isinstance(decided, Taken) and decided.digest == digest:
-            taken[digest] = inside, decided
+    for digest, record in records.items():
+        members = _named_by(record) or lone
+        position = _decide(answers, 0, members)
+        unclear = unclear or isinstance(position, Unclear)
+        if isinstance(position, Taken) and position.digest == digest:
+            taken[digest] = members, position
     if unclear or len(taken) > 1:
-        return lone, Unclear(tuple(sorted(copies)))
+        return lone, Unclear(tuple(sorted(records)))
     return next(iter(taken.values()), (lone, Vacant()))
 
 
-def _seen(
-    held: Sequence[StoreRecords | NoAnswer], seq: int, members: StoreSet
-) -> list[PositionReading]:
-    by_id = {one.store_id: one for one in held if isinstance(one, StoreRecords)}
+def _readings(answers: Sequence[StoreAnswer], seq: int, members: StoreSet) -> list[PositionReading]:
+    by_id = {answer.store_id: answer for answer in answers if isinstance(answer, StoreRecords)}
+    # A placeholder is known to hold nothing; any other absent store may hold something.
     return [
-        by_id[name].at(seq) if name in by_id else PositionReading(answered=is_placeholder(name))
-        for name in members.ids
+        by_id[store_id].at(seq)
+        if store_id in by_id
+        else PositionReading(answered=is_placeholder(store_id))
+        for store_id in members.ids
     ]
 
 
-def _decide(held: Sequence[StoreRecords | NoAnswer], seq: int, members: StoreSet) -> Position:
-    followed = {record.prev for record in dict(_copies(held, seq + 1)).values()}
-    decided = decide(_seen(held, seq, members), members.write_quorum, followed)
-    if isinstance(decided, Taken) or not followed:
-        return decided
-    # Also a store that counts no longer, or not yet, may hold what a record that was seen follows.
+def _decide(answers: Sequence[StoreAnswer], seq: int, members: StoreSet) -> Position:
+    followed = {record.prev for record in dict(_records_at(answers, seq + 1)).values()}
+    position = decide(_readings(answers, seq, members), members.write_quorum, followed)
+    if isinstance(position, Taken) or not followed:
+        return position
+    # The predecessor of a record that was seen may also be on a store outside the set: one that
+    # counts no longer, or not yet.
     anywhere = decide(
-        [one.at(seq) for one in held if isinstance(one, StoreRecords)],
+        [answer.at(seq) for answer in answers if isinstance(answer, StoreRecords)],
         members.write_quorum,
         followed,
     )
-    return anywhere if isinstance(anywhere, Taken) else decided
+    return anywhere if isinstance(anywhere, Taken) else position
 
 
-def _copies(held: Sequence[StoreRecords | NoAnswer], seq: int) -> Iterator[tuple[str, Record]]:
-    for one in held:
-        if isinstance(one, StoreRecords):
-            for found in (one.records.get(seq), one.settled.get(seq)):
-                if found is not None:
-                    yield found.digest, found
+def _records_at(answers: Sequence[StoreAnswer], seq: int) -> Iterator[tuple[str, Record]]:
+    """The valid records that any store holds at a position, with their digests."""
+    for answer in answers:
+        if isinstance(answer, StoreRecords):
+            for record in (answer.records.get(seq), answer.settled.get(seq)):
+                if record is not None:
+                    yield record.digest, record
 
 
 def _named_by(record: Record) -> StoreSet | None:
-    """The set that a log's first record names."""
+    """The set of stores that a log's first record names."""
     body = record.body
-    return (
-        StoreSet(body.ids, body.write_quorum, body.sequencer) if isinstance(body, Stores) else None
+    if not isinstance(body, Stores):
+        return None
+    return StoreSet(body.ids, body.write_quorum, body.sequencer)
+
+
+def _lone(answers: Sequence[StoreAnswer]) -> StoreSet:
+    """Before a log names several stores it is on one, and what that store holds counts."""
+    ids = tuple(
+        answer.store_id
+        for answer in answers
+        if isinstance(answer, StoreRecords) and answer.store_id
     )
-
-
-def _lone(held: Sequence[StoreRecords | NoAnswer]) -> StoreSet:
-    """Before a log knows of several stores it is in one, and what is there counts."""
-    ids = tuple(one.store_id for one in held if isinstance(one, StoreRecords) and one.store_id)
     return StoreSet(ids, 1, SEQUENCER_STORE)
 
 
 def _full(
-    members: StoreSet | None, held: Sequence[StoreRecords | NoAnswer], urls: Sequence[str]
+    members: StoreSet | None, answers: Sequence[StoreAnswer], urls: Sequence[str]
 ) -> tuple[frozenset[int], str]:
+    """The stores that count, and why the newest cannot be known with these answers (or empty)."""
     if members is None:
         full = frozenset(
             number
-            for number, one in enumerate(held)
-            if isinstance(one, StoreRecords) and one.store_id
+            for number, answer in enumerate(answers)
+            if isinstance(answer, StoreRecords) and answer.store_id
         )
         others = [
             url
-            for url, one in zip(urls, held, strict=True)
-            if isinstance(one, StoreRecords) and one.elsewhere
+            for url, answer in zip(urls, answers, strict=True)
+            if isinstance(answer, StoreRecords) and answer.elsewhere
         ]
-        if not others and not any(isinstance(one, NoAnswer) for one in held):
+        if not others and not any(isinstance(answer, NoAnswer) for answer in answers):
             return full, ""
         return full, (
-            "where the log lies is not known, and other stores may hold it. "
-            f"of_another_log={others} {_silent(held, urls)}"
+            "the stores of the log are not known, and other stores may hold it. "
+            f"of_another_log={others} {_silent(answers, urls)}"
         )
     full = frozenset(
         number
-        for number, one in enumerate(held)
-        if isinstance(one, StoreRecords) and one.store_id in members.ids
+        for number, answer in enumerate(answers)
+        if isinstance(answer, StoreRecords) and answer.store_id in members.ids
     )
     if len(full) >= members.answers_min:
         return full, ""
     return full, (
         f"too few of the log's stores answered to know what is newest. answered={len(full)} "
-        f"stores={len(members.ids)} "
-        f"needed={members.answers_min} {_silent(held, urls)}"
+        f"stores={len(members.ids)} needed={members.answers_min} {_silent(answers, urls)}"
     )
 
 
-def _silent(held: Sequence[StoreRecords | NoAnswer], urls: Sequence[str]) -> str:
+def _silent(answers: Sequence[StoreAnswer], urls: Sequence[str]) -> str:
     silent = [
-        f"{url}: {one.reason}"
-        for url, one in zip(urls, held, strict=True)
-        if isinstance(one, NoAnswer)
+        f"{url}: {answer.reason}"
+        for url, answer in zip(urls, answers, strict=True)
+        if isinstance(answer, NoAnswer)
     ]
     return f"silent=[{'; '.join(silent)}]"

@@ -1,4 +1,4 @@
-"""Reading the log from one store: the newest fold that proves right, then the records after it."""
+"""The log as read from one store: the newest fold that verifies, then the records after it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold
 READ_THREADS = 8
 """How many small objects are read at once; more gains nothing on one connection pool."""
 RECORDS_AT_ONCE = 1024
-"""How many records are held in memory before they are folded."""
+"""How many records are in memory before they are folded."""
 HOLE_READS_MAX = 2
-"""A hole is believed when it is seen twice: a list made while records are written may show the
-later one alone."""
+"""A hole counts after it was read this often.
+
+A list that was made while records were written may show a later record without an earlier one.
+"""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -31,8 +33,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class LogNote:
-    """Something that went wrong and was got around: ``what`` happened to the object at ``key``, and
-    why."""
+    """A problem that was worked around: ``event`` is what happened to the object at ``key``."""
 
     event: str
     key: str
@@ -47,20 +48,19 @@ def read_all(items: Sequence[K], read: Callable[[K], V]) -> list[V]:
         max_workers=min(READ_THREADS, len(items)), thread_name_prefix="ckpt-read"
     ) as pool:
         try:
-            found = pool.map(read, items)
-        except (
-            RuntimeError
-        ):  # the interpreter is ending: it starts no more work, but waits for the thread that saves
+            results = pool.map(read, items)
+        except RuntimeError:
+            # The interpreter is exiting: it starts no threads, but still waits for the one that
+            # saves.
             return [read(item) for item in items]
-        return list(found)
+        return list(results)
 
 
 def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[LogNote, ...]]:
-    """The state to begin at: the newest fold that proves right, or the log's start; and notes of
-    folds passed over.
+    """The state to start from, and notes about folds that were passed over.
 
-    A fold proves right by its own digest and by the record that it says it ends with. Cost: a list
-    of folds, and per fold tried two reads.
+    That is the newest fold that verifies, by its own digest and by the record that it ends with;
+    without one the empty state. Cost: one list, and two reads per fold that is tried.
     """
     seqs = [
         seq
@@ -76,49 +76,47 @@ def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[LogNote, ...
         except (IntegrityError, FormatVersionError, NotFoundError) as error:
             notes.append(LogNote("fold passed over", key, str(error)))
             continue
-        if (state.job, state.next_seq, state.head_digest) == (
-            job,
-            last.seq + 1,
-            last.digest,
-        ) and last.seq == seq:
+        # The digest inside a fold only shows that it is undamaged. That it belongs to this log is
+        # shown by the record that it ends with.
+        expected = (job, last.seq + 1, last.digest)
+        if (state.job, state.next_seq, state.head_digest) == expected and last.seq == seq:
             return state, tuple(notes)
         notes.append(
-            LogNote("fold passed over", key, "it is not the fold of the record that it names")
+            LogNote("fold passed over", key, "it is not the fold of the record at its seq")
         )
     return empty(job), tuple(notes)
 
 
 def read_new(backend: Backend, state: LogState) -> LogState:
-    """``state`` and all records after it, up to the first hole. Cost: one list, and one read per
-    new record.
+    """``state`` and all records after it, up to the first hole. Cost: one list, one read per
+    record.
 
-    Raises FormatVersionError where a newer release wrote a record: what it says can't be guessed.
+    Raises FormatVersionError if a newer release wrote a record, because its meaning is unknown.
     """
     for _ in range(HOLE_READS_MAX):
-        state = _read_on_once(backend, state.without_hole())
+        state = _read_new_once(backend, state.without_hole())
         if state.hole is None:
             return state
     return state
 
 
-def _read_on_once(backend: Backend, state: LogState) -> LogState:
+def _read_new_once(backend: Backend, state: LogState) -> LogState:
     after = keys.log_key(state.next_seq - 1) if state.next_seq else ""
-    places = _places((stat.key for stat in backend.list(keys.LOG, after=after)), state.next_seq)
-    for batch in _batches(places, RECORDS_AT_ONCE):
-        seqs = [seq for seq, _ in batch]
-        # What stands behind a gap is not read: the fold stops at the gap anyway.
-        whole = [one for place, one in enumerate(batch) if one[0] == state.next_seq + place]
-        found = read_all(whole, lambda one: _read_record(backend, *one))
-        behind = [Unreadable(seq, "behind a gap") for seq in seqs[len(whole) : len(whole) + 1]]
-        state = fold(state, [*found, *behind])
+    positions = _places((stat.key for stat in backend.list(keys.LOG, after=after)), state.next_seq)
+    for batch in _batches(positions, RECORDS_AT_ONCE):
+        # Records after a gap are not read: the fold stops at the gap anyway. One is passed to it
+        # unread, so that it reports the hole.
+        unbroken = [entry for n, entry in enumerate(batch) if entry[0] == state.next_seq + n]
+        records = read_all(unbroken, lambda entry: _read_record(backend, *entry))
+        after_gap = [Unreadable(seq, "after a gap") for seq, _ in batch[len(unbroken) :][:1]]
+        state = fold(state, [*records, *after_gap])
         if state.hole is not None:
             return state
     return state
 
 
 def record_bytes(backend: Backend, seq: int) -> bytes:
-    """The record at a place, as one store holds it: at the place's second key where it is there,
-    for that one has won.
+    """The record at ``seq`` as one store holds it; the settled key wins.
 
     Raises NotFoundError, IntegrityError, UnavailableError.
     """
@@ -129,8 +127,10 @@ def record_bytes(backend: Backend, seq: int) -> bytes:
 
 
 def _places(listed: Iterable[str], first: int) -> Iterator[tuple[int, str]]:
-    """Each place from ``first`` on and the key to read there, of keys in order: the second one
-    follows the first."""
+    """The positions from ``first`` on and the key to read at each.
+
+    ``listed`` is in key order, so a position's settled key follows its first key.
+    """
     last: tuple[int, str] | None = None
     for key in listed:
         seq = keys.parse_log_key(key)
@@ -139,7 +139,7 @@ def _places(listed: Iterable[str], first: int) -> Iterator[tuple[int, str]]:
             continue
         if last is not None and last[0] != seq:
             yield last
-        last = seq, key
+        last = seq, key  # a settled key replaces the first key of its position
     if last is not None:
         yield last
 
@@ -148,13 +148,13 @@ def _read_record(backend: Backend, seq: int, key: str) -> Record | Unreadable:
     try:
         record = decode_record(read_alone(backend, key, bytes_max=RECORD_BYTES_MAX))
     except (IntegrityError, NotFoundError) as error:
-        return Unreadable(seq, f"record cannot be read. key={key} why={error}")
+        return Unreadable(seq, f"record cannot be read. key={key} reason={error}")
     if record.seq != seq:
-        return Unreadable(seq, f"record of another place. key={key} seq={record.seq}")
+        return Unreadable(seq, f"record of another position. key={key} seq={record.seq}")
     return record
 
 
-def _batches(places: Iterable[K], size: int) -> Iterator[list[K]]:
-    iterator = iter(places)
+def _batches(positions: Iterable[K], size: int) -> Iterator[list[K]]:
+    iterator = iter(positions)
     while batch := list(islice(iterator, size)):
         yield batch

@@ -1,5 +1,10 @@
-"""The copies of one log on several stores: reading what each holds, creating a record at many. No
-decisions live here."""
+"""The replicas of one log on several stores: read what each holds, create a record on many.
+
+What counts is decided in ``quorum``, not here. Each store has a worker that does its calls in
+order, so a store that is only slow receives every record in the end. A call returns when enough
+stores answered, and waits for the rest only as long again as those took. A worker that has been in
+one call for too long is not waited for.
+"""
 
 from __future__ import annotations
 
@@ -32,56 +37,50 @@ from ckpt.log.reader import RECORDS_AT_ONCE, read_all
 from ckpt.log.sequencers import KeyTaken, WriteUnknown, create_once
 from ckpt.threads import run_into_future, start_thread
 
-# Asking several stores at once, without waiting for one that is slow once enough have answered.
-#
-# Each store has a lane: what it is asked waits in order, so that a store that is only slow gets
-# every record in the end. A store whose lane has not moved for a while is not waited for at all
-# where the others are enough.
+# ---- workers: ask several stores at once, without waiting for slow ones
 
 T = TypeVar("T")
 
 GRACE_S_MIN = 0.1
 GRACE_S_MAX = 2.0
-"""How long the rest is waited for after enough have answered: as long again as those took, within
-these limits."""
+"""How long to wait for the remaining answers: as long as the first took, within these limits."""
 
 STUCK_S = 5.0
-"""A call that takes longer than this keeps its lane from being waited for."""
+"""A call that takes longer than this keeps its worker from being waited for."""
 
 WAITING_MAX = 4096
-"""How many calls may wait in one lane: what a store that hangs misses beyond them, a scrub brings
-it later."""
+"""How many calls may wait for one store. What a hanging store misses beyond that, a scrub
+repairs."""
 
 Enough = Callable[[Mapping[int, T]], bool]
 """Whether the answers of some stores, by number, are enough."""
 
 
 class StoreWorkers(Protocol):
-    """How stores are asked together."""
+    """Asks several stores at once."""
 
     def ask(self, calls: Mapping[int, Callable[[], T]], enough: Enough[T]) -> dict[int, T]:
-        """Make each call for the store of its number; the answers there were when it was time to go
-        on.
+        """Make each call for the store with its number; return the answers when it is time to
+        continue.
 
-        A call that raises is raised. What did not answer in time is left out, and goes on behind.
+        An exception from a call is raised. A store that did not answer in time is absent; its call
+        continues in the background.
         """
         ...
 
 
 class ThreadWorkers:
-    """A thread for each store that has something to do; it ends with its work, and holds up no
-    exit."""
+    """One thread for each store that has work. It ends with its work, and blocks no exit."""
 
     def __init__(self) -> None:
-        self._lanes: dict[int, _StoreWorker] = {}
+        self._workers: dict[int, _StoreWorker] = {}
         self._changed = threading.Condition()
 
     def ask(self, calls: Mapping[int, Callable[[], T]], enough: Enough[T]) -> dict[int, T]:
-        """See Lanes."""
         began_s = time.monotonic()
         futures: dict[int, Future[T]] = {}
         for number, call in calls.items():
-            future = self._lane(number).submit(call)
+            future = self._worker(number).submit(call)
             if future is not None:
                 futures[number] = future
                 future.add_done_callback(self._wake)
@@ -102,19 +101,19 @@ class ThreadWorkers:
     def _left_s(
         self, futures: Mapping[int, Future[T]], enough_s: float | None, now_s: float, began_s: float
     ) -> float | None:
-        """How long to wait for more answers; None: not at all."""
+        """How long to wait for more answers; None: do not wait."""
         waiting = [number for number, future in futures.items() if not future.done()]
         if not waiting:
             return None
         if enough_s is None:
-            return GRACE_S_MAX  # as long as it takes: backends give up by themselves; look again whether one is done
-        if all(self._lanes[number].stuck(now_s) for number in waiting):
+            return GRACE_S_MAX  # no limit here, backends have their own; only look again after that
+        if all(self._workers[number].stuck(now_s) for number in waiting):
             return None
         grace_s = min(max(enough_s - began_s, GRACE_S_MIN), GRACE_S_MAX)
         return enough_s + grace_s - now_s
 
-    def _lane(self, number: int) -> _StoreWorker:
-        return self._lanes.setdefault(number, _StoreWorker(f"ckpt-log-{number}"))
+    def _worker(self, number: int) -> _StoreWorker:
+        return self._workers.setdefault(number, _StoreWorker(f"ckpt-log-{number}"))
 
     def _wake(self, _: object) -> None:
         with self._changed:
@@ -131,18 +130,19 @@ class _StoreWorker:
         self._since_s: float | None = None
 
     def stuck(self, now_s: float) -> bool:
-        """Whether the call that is being made has taken too long."""
+        """Whether the current call has taken too long."""
         since_s = self._since_s
         return since_s is not None and now_s - since_s > STUCK_S
 
     def submit(self, call: Callable[[], T]) -> Future[T] | None:
-        """Queue ``call``; None where too many wait already."""
+        """Queue ``call``; None if too many calls wait."""
         future: Future[T] = Future()
 
         with self._lock:
             if len(self._waiting) >= WAITING_MAX:
                 return None
             self._waiting.append(lambda: run_into_future(future, call))
+            # ``_since_s`` is None exactly while no thread runs, so one thread is started.
             idle, self._since_s = self._since_s is None, self._since_s or time.monotonic()
         if idle:
             start_thread(self._work, name=self._name)
@@ -157,143 +157,151 @@ class _StoreWorker:
                 run = self._waiting.popleft()
                 self._since_s = time.monotonic()
             run()
-            del run  # or it would keep what it holds alive until the next call
+            del run  # its arguments would stay in memory until the next call
+
+
+# ---- replicas: what each store holds, and records created on many
 
 
 NO_ANSWER_YET = NoAnswer("no answer yet")
 
 CREATE_ONLY_TRIES = 3
-"""A store that says so often that it does not create only once, and answers other questions
-meanwhile, is believed."""
+"""How often a store must say that it does not create only once, before that is believed.
+
+It may say so because it cannot be asked at the moment; each time it must answer another question.
+"""
 
 
 class LogReplicas:
-    """The stores that hold one log, or shall, by number in the user's order."""
+    """The stores that hold one log, or will, by number in the user's order.
 
-    def __init__(self, stores: Sequence[Backend], lanes: StoreWorkers | None = None) -> None:
+    Where a method takes "a majority" of answers: any majority of the stores given includes one that
+    holds each counted record, because W is a majority too.
+    """
+
+    def __init__(self, stores: Sequence[Backend], workers: StoreWorkers | None = None) -> None:
         self.stores = tuple(stores)
         self.urls = tuple(store.url for store in stores)
-        self._lanes = lanes or ThreadWorkers()
-        self._creators: frozenset[int] = frozenset()
+        self._workers = workers or ThreadWorkers()
+        self._create_only: frozenset[int] = frozenset()
 
     def job_records(self) -> list[JobRecord | NoAnswer | None]:
-        """What each store's ``ckpt.json`` says; None where it has none. One that is damaged says
-        nothing.
+        """Each store's ``ckpt.json``; None if it has none, NoAnswer if it is damaged.
 
-        A majority of answers is waited for, and a little longer for the others.
+        Waits for a majority of answers, and a little longer for the others.
         """
-        found = self._lanes.ask(
-            {n: partial(_job, store) for n, store in enumerate(self.stores)}, self._most
-        )
-        return [found.get(n, NO_ANSWER_YET) for n in range(len(self.stores))]
+        calls = {n: partial(_job, store) for n, store in enumerate(self.stores)}
+        answers = self._workers.ask(calls, self._majority)
+        return [answers.get(n, NO_ANSWER_YET) for n in range(len(self.stores))]
 
     def read_logs(
         self, after: int, log_id: str, *, of: Collection[str] = ()
     ) -> list[StoreRecords | NoAnswer]:
-        """What each store holds of a log behind place ``after``, 1,024 places at most; its id as it
-        is afterwards.
+        """What each store holds of a log after position ``after``, at most 1,024 positions.
 
-        A majority of answers is waited for, of stores with the ids ``of`` where they are given, and
-        a little longer for the others.
+        Waits for a majority of answers, of stores with the ids ``of`` if given, and a little longer
+        for the others. The store id in each answer is read after its records.
         """
 
         def enough(answers: Mapping[int, StoreRecords | NoAnswer]) -> bool:
-            return 2 * sum(
-                isinstance(one, StoreRecords) and one.store_id in of for one in answers.values()
-            ) > len(self.stores)
+            members = sum(
+                isinstance(answer, StoreRecords) and answer.store_id in of
+                for answer in answers.values()
+            )
+            return 2 * members > len(self.stores)
 
-        calls = {n: partial(_held, store, after, log_id) for n, store in enumerate(self.stores)}
-        found = self._lanes.ask(calls, enough if of else self._most)
-        return [found.get(n, NO_ANSWER_YET) for n in range(len(self.stores))]
+        calls = {n: partial(_read_log, store, after, log_id) for n, store in enumerate(self.stores)}
+        answers = self._workers.ask(calls, enough if of else self._majority)
+        return [answers.get(n, NO_ANSWER_YET) for n in range(len(self.stores))]
 
     def create(
         self, key: str, data: bytes, at: Mapping[int, str], quorum: int, *, vote: bool = False
     ) -> dict[int, bytes | NoAnswer]:
-        """Create ``key`` at the stores of these numbers; what each holds there now, or that this is
-        not known.
+        """Create ``key`` on the stores with these numbers; returns what each holds there now, or
+        NoAnswer.
 
-        ``at`` gives the id of each store, which is looked at afterwards: another one may have come
-        to stand there, and what it holds is not known. A store that does not create only once is
-        looked at first, and written to if nothing is there; with ``vote`` it is left alone, and not
-        known. Returns soon after ``quorum`` of them hold the same bytes; the others get it behind.
+        ``at`` gives the id of each store. It is checked after the write: if another store took its
+        place, what the right one holds is not known. A store that does not create only once is read
+        first, and written to if nothing is there; with ``vote`` it is left alone and counts as
+        NoAnswer. Returns soon after ``quorum`` stores hold the same bytes; the others get them in
+        the background.
         """
-        found: dict[int, bytes | NoAnswer] = dict.fromkeys(at, NO_ANSWER_YET)
+        answers: dict[int, bytes | NoAnswer] = dict.fromkeys(at, NO_ANSWER_YET)
         calls = {
             n: partial(_create, self.stores[n], key, data, vote=vote, store_id=at[n])
             for n in sorted(at)
         }
-        found.update(self._lanes.ask(calls, lambda answers: _most_copies(answers) >= quorum))
-        return found
+        answers.update(self._workers.ask(calls, lambda held: _most_copies(held) >= quorum))
+        return answers
 
     def has_records(self, number: int) -> bool | NoAnswer:
         """Whether a store holds any record of a log."""
-        found = self._lanes.ask(
-            {number: partial(_listed, self.stores[number], keys.LOG)}, bool
-        ).get(number, NO_ANSWER_YET)
-        return found if isinstance(found, NoAnswer) else bool(found)
+        calls = {number: partial(_listed, self.stores[number], keys.LOG)}
+        listing = self._workers.ask(calls, bool).get(number, NO_ANSWER_YET)
+        return listing if isinstance(listing, NoAnswer) else bool(listing)
 
     def make_store(self, number: int, record: JobRecord) -> JobRecord | NoAnswer:
-        """Write ``ckpt.json`` in a store that has none; what is there then."""
+        """Write ``ckpt.json`` in a store that has none; returns what is there afterwards."""
         store = self.stores[number]
         try:
-            made = create_once(store, keys.JOB_KEY, record.encode(), bytes_max=JOB_BYTES_MAX)
+            result = create_once(store, keys.JOB_KEY, record.encode(), bytes_max=JOB_BYTES_MAX)
         except UsageError:
-            return _make_anyhow(store, record)  # it does not create a key only once
+            return _make_by_overwriting(store, record)  # it does not create a key only once
         except (UnavailableError, StoreFullError, StoreDeniedError) as error:
             return NoAnswer(str(error))
-        if isinstance(made, WriteUnknown):
-            return NoAnswer(made.reason)
+        if isinstance(result, WriteUnknown):
+            return NoAnswer(result.reason)
+        # Another process may have made it at the same time, so read what is there.
         return _job(store) or NoAnswer("what was written is not there")
 
     def list_keys(self, prefix: str) -> set[str]:
-        """The keys that any store which answers has below ``prefix``."""
+        """The keys below ``prefix`` on any store that answers."""
         calls = {n: partial(_listed, store, prefix) for n, store in enumerate(self.stores)}
         return {
             key
-            for found in self._lanes.ask(calls, self._most).values()
-            if isinstance(found, list)
-            for key in found
+            for listing in self._workers.ask(calls, self._majority).values()
+            if isinstance(listing, list)
+            for key in listing
         }
 
     def read(self, key: str, *, bytes_max: int) -> list[bytes | NoAnswer]:
-        """What each store holds at ``key``, or that this is not known, or nothing."""
+        """What each store holds at ``key``; NoAnswer also if there is nothing."""
         calls = {n: partial(_read, store, key, bytes_max) for n, store in enumerate(self.stores)}
-        found = self._lanes.ask(calls, self._most)
-        return [found.get(n, NO_ANSWER_YET) for n in range(len(self.stores))]
+        answers = self._workers.ask(calls, self._majority)
+        return [answers.get(n, NO_ANSWER_YET) for n in range(len(self.stores))]
 
     def create_only_stores(self, at: Collection[int]) -> frozenset[int]:
-        """Those of the stores that are known to create a key only once.
+        """The stores that are known to create a key only once.
 
-        The others may do so all the same, for a store that can't be asked says no too; it is asked
-        again.
+        The others may do so too: a store that cannot be asked says no. It is asked again next time.
         """
-        unknown = {n: partial(_creates, self.stores[n]) for n in at if n not in self._creators}
+        unknown = {
+            n: partial(_creates_only, self.stores[n]) for n in at if n not in self._create_only
+        }
         if unknown:
-            answers = self._lanes.ask(unknown, lambda found: 2 * len(found) > len(unknown))
-            self._creators |= {n for n, yes in answers.items() if yes}
-        return self._creators.intersection(at)
+            answers = self._workers.ask(unknown, lambda known: 2 * len(known) > len(unknown))
+            self._create_only |= {n for n, create_only in answers.items() if create_only}
+        return self._create_only.intersection(at)
 
     def not_create_only(self, at: Collection[int]) -> frozenset[int]:
-        """Those of the stores that answer, and don't say that they create a key only once, however
-        often they are asked."""
-        answers = self._lanes.ask(
-            {n: partial(_unable, self.stores[n]) for n in at}, lambda found: len(found) == len(at)
-        )
-        return frozenset(n for n, unable in answers.items() if unable)
+        """The stores that answer, but never say that they create a key only once."""
+        calls = {n: partial(_never_creates_only, self.stores[n]) for n in at}
+        answers = self._workers.ask(calls, lambda known: len(known) == len(at))
+        return frozenset(n for n, never in answers.items() if never)
 
-    def _most(self, answers: Mapping[int, object]) -> bool:
-        return 2 * sum(not isinstance(one, NoAnswer) for one in answers.values()) > len(self.stores)
+    def _majority(self, answers: Mapping[int, object]) -> bool:
+        answered = sum(not isinstance(answer, NoAnswer) for answer in answers.values())
+        return 2 * answered > len(self.stores)
 
 
-def count_copies(data: bytes, found: Mapping[int, bytes | NoAnswer]) -> int:
+def count_copies(data: bytes, answers: Mapping[int, bytes | NoAnswer]) -> int:
     """How many of the stores hold ``data``."""
-    return sum(held == data for held in found.values())
+    return sum(answer == data for answer in answers.values())
 
 
-def _most_copies(found: Mapping[int, bytes | NoAnswer]) -> int:
-    return max(
-        Counter(held for held in found.values() if isinstance(held, bytes)).values(), default=0
-    )
+def _most_copies(answers: Mapping[int, bytes | NoAnswer]) -> int:
+    counts = Counter(answer for answer in answers.values() if isinstance(answer, bytes))
+    return max(counts.values(), default=0)
 
 
 def _job(store: Backend) -> JobRecord | NoAnswer | None:
@@ -305,10 +313,10 @@ def _job(store: Backend) -> JobRecord | NoAnswer | None:
         return NoAnswer(str(error))
 
 
-def _make_anyhow(store: Backend, record: JobRecord) -> JobRecord | NoAnswer:
-    found = _job(store)
-    if found is not None:
-        return found
+def _make_by_overwriting(store: Backend, record: JobRecord) -> JobRecord | NoAnswer:
+    existing = _job(store)
+    if existing is not None:
+        return existing
     try:
         store.put(keys.JOB_KEY, [record.encode()])
     except (UnavailableError, StoreFullError, StoreDeniedError) as error:
@@ -316,40 +324,41 @@ def _make_anyhow(store: Backend, record: JobRecord) -> JobRecord | NoAnswer:
     return _job(store) or NoAnswer("what was written is not there")
 
 
-def _held(store: Backend, after: int, log_id: str) -> StoreRecords | NoAnswer:
+def _read_log(store: Backend, after: int, log_id: str) -> StoreRecords | NoAnswer:
     try:
         records, settled, damaged, newer = _records(store, after)
     except (UnavailableError, StoreDeniedError, NotFoundError) as error:
-        return NoAnswer(str(error))  # not even the bucket that it is in may be there
-    found = _job(store)  # last: a store that was swapped meanwhile holds nothing that counts
-    if isinstance(found, NoAnswer):
-        return found
-    if found is not None and found.log_id != log_id:
-        return StoreRecords("", elsewhere=found.log_id)
-    return StoreRecords(
-        found.store_id if found is not None else "", records, settled, damaged, newer
-    )
+        return NoAnswer(str(error))  # NotFoundError: the bucket is missing
+    # ``ckpt.json`` is read after the records: if another store came to this address in between,
+    # its id does not match, and the records count for nothing.
+    job = _job(store)
+    if isinstance(job, NoAnswer):
+        return job
+    if job is not None and job.log_id != log_id:
+        return StoreRecords("", elsewhere=job.log_id)
+    return StoreRecords(job.store_id if job is not None else "", records, settled, damaged, newer)
 
 
 def _records(
     store: Backend, after: int
 ) -> tuple[dict[int, Record], dict[int, Record], frozenset[int], frozenset[int]]:
     start = keys.log_key(after) if after >= 0 else ""
+    # Each position has at most two keys.
     listed = [stat.key for stat in islice(store.list(keys.LOG, after=start), 2 * RECORDS_AT_ONCE)]
-    places = [(key, seq, False) for key in listed if (seq := keys.parse_log_key(key)) is not None]
-    places += [
+    entries = [(key, seq, False) for key in listed if (seq := keys.parse_log_key(key)) is not None]
+    entries += [
         (key, seq, True)
         for key in listed
         if (seq := keys.parse_settled_key(key)) is not None and seq > after
     ]
-    found = read_all(places, lambda place: _record(store, place[0], place[1]))
+    results = read_all(entries, lambda entry: _record(store, entry[0], entry[1]))
     records: dict[int, Record] = {}
     settled: dict[int, Record] = {}
     damaged = set()
     newer = set()
-    for (_, seq, second), record in zip(places, found, strict=True):
+    for (_, seq, is_settled), record in zip(entries, results, strict=True):
         if isinstance(record, Record):
-            (settled if second else records)[seq] = record
+            (settled if is_settled else records)[seq] = record
         else:
             damaged.add(seq)
             if isinstance(record, FormatVersionError):
@@ -363,7 +372,7 @@ def _record(store: Backend, key: str, seq: int) -> Record | FormatVersionError |
     except (IntegrityError, NotFoundError):
         return None
     except FormatVersionError as error:
-        return error  # or damage to what says the version
+        return error  # or the version number itself is damaged
     return record if record.seq == seq else None
 
 
@@ -381,45 +390,48 @@ def _read(store: Backend, key: str, bytes_max: int) -> bytes | NoAnswer:
         return NoAnswer(str(error))
 
 
-def _creates(store: Backend) -> bool:
+def _creates_only(store: Backend) -> bool:
     try:
         return store.capabilities().create_only
     except CkptError:
         return False
 
 
-def _unable(store: Backend) -> bool:
+def _never_creates_only(store: Backend) -> bool:
     return all(
-        not _creates(store) and isinstance(_job(store), JobRecord) for _ in range(CREATE_ONLY_TRIES)
+        not _creates_only(store) and isinstance(_job(store), JobRecord)
+        for _ in range(CREATE_ONLY_TRIES)
     )
 
 
 def _create(
     store: Backend, key: str, data: bytes, *, vote: bool, store_id: str
 ) -> bytes | NoAnswer:
-    """Create the key and say what is there. Refused or unanswered it isn't known: the put may have
-    landed, or land yet."""
-    held = _put_or_read(store, key, data, vote=vote)
-    if isinstance(held, NoAnswer):
-        return held
-    there = _job(store)
-    if isinstance(there, NoAnswer):
-        return there
-    if there is None or there.store_id != store_id:
+    """Create the key and return what is there.
+
+    NoAnswer if it was refused or unanswered: the put may have landed, or may land later.
+    """
+    stored = _put_or_read(store, key, data, vote=vote)
+    if isinstance(stored, NoAnswer):
+        return stored
+    job = _job(store)
+    if isinstance(job, NoAnswer):
+        return job
+    if job is None or job.store_id != store_id:
         return NoAnswer(
-            f"another store came to stand there. wanted={store_id} "
-            f"found={there.store_id if there else None}"
+            f"another store is at this address now. expected={store_id} "
+            f"found={job.store_id if job else None}"
         )
-    return held
+    return stored
 
 
 def _put_or_read(store: Backend, key: str, data: bytes, *, vote: bool) -> bytes | NoAnswer:
     try:
         try:
-            made = create_once(store, key, data, bytes_max=RECORD_BYTES_MAX)
+            result = create_once(store, key, data, bytes_max=RECORD_BYTES_MAX)
         except UsageError as error:
-            # It does not create a key only once. What the capabilities say is not asked: no may
-            # mean not known now.
+            # The store does not create a key only once. Only this refusal is believed, not its
+            # capabilities: they say no also while the store cannot be asked.
             if vote:
                 return NoAnswer(str(error))
             if store.stat(key) is not None:
@@ -434,6 +446,6 @@ def _put_or_read(store: Backend, key: str, data: bytes, *, vote: bool) -> bytes 
         IntegrityError,
     ) as error:
         return NoAnswer(str(error))
-    if isinstance(made, WriteUnknown):
-        return NoAnswer(made.reason)
-    return made.data if isinstance(made, KeyTaken) else data
+    if isinstance(result, WriteUnknown):
+        return NoAnswer(result.reason)
+    return result.data if isinstance(result, KeyTaken) else data

@@ -1,4 +1,4 @@
-"""Which snapshot is meant. Pure."""
+"""Which snapshot a user or a restore means. Pure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ TAGS_SHOWN = 20
 def select(
     state: LogState, *, step: int | None = None, epoch: int | None = None, tag: str | None = None
 ) -> SnapshotId:
-    """The snapshot that is meant: by default the newest on the line.
+    """The snapshot that is meant: by default the newest on the lineage.
 
-    ``step``: the one of that step on the line, of the newest captured epoch where several have it.
-    ``step`` and ``epoch``: exactly that one, on the line or off it. ``epoch`` alone: the last of
-    that captured epoch. ``tag``: what it names. Raises NotFoundError that lists the nearest steps
-    or the tags there are, UnavailableError where too few stores answered to know that there is
-    none, UsageError for a tag beside the others.
+    * ``step``: that step on the lineage; of the newest captured epoch if several have it.
+    * ``step`` and ``epoch``: exactly that snapshot, on the lineage or not.
+    * ``epoch``: the last snapshot of that captured epoch.
+    * ``tag``: the snapshot that it names.
+
+    Raises NotFoundError that lists the nearest steps or the existing tags; UnavailableError if too
+    few stores answered to know that it does not exist; UsageError for a tag with step or epoch.
     """
     if tag is not None:
         if step is not None or epoch is not None:
@@ -29,97 +31,94 @@ def select(
         return _by_tag(state, tag)
     if epoch is not None:
         return _by_epoch(state, epoch, step)
-    line = state.lineage
+    lineage = state.lineage
     if step is None:
-        if not line:
+        if not lineage:
             raise _absent(
                 state,
-                f"no snapshot on the line of the newest epoch. job={state.job!r} "
+                f"no snapshot on the lineage of the newest epoch. job={state.job!r} "
                 f"{_elsewhere(state)}",
             )
-        return line[0]
-    found = next((pair for pair in line if pair.step == step), None)
-    if found is None:
-        raise _absent(
-            state,
-            f"no snapshot of that step. step={step} {_nearest(line, step)} {_elsewhere(state)}",
-        )
-    return found
+        return lineage[0]
+    # Newest first, so of several epochs with that step the newest wins.
+    snapshot = next((pair for pair in lineage if pair.step == step), None)
+    if snapshot is None:
+        near = _nearest(lineage, step)
+        raise _absent(state, f"no snapshot of that step. step={step} {near} {_elsewhere(state)}")
+    return snapshot
 
 
 def candidates(state: LogState) -> tuple[SnapshotId, ...]:
-    """What a restore tries, best first: the line of the newest epoch, newest first."""
+    """The snapshots that a restore tries, best first: the lineage of the newest epoch."""
     return state.lineage
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeChoice:
-    """When it was decided what training goes on from: ``newest`` was the newest snapshot on the
-    line then (None: none)."""
+    """The moment of a decision to resume: ``newest`` was then the newest on the lineage (None:
+    none)."""
 
     newest: SnapshotId | None
 
 
 def require_newest(state: LogState, resume: SnapshotId | None, choice: ResumeChoice | None) -> None:
-    """Raises NewerSnapshotError where what was committed since ``chosen`` is newer than ``resume``;
-    None: no matter.
+    """Raise NewerSnapshotError if a commit since ``choice`` is newer than ``resume``.
 
-    A writer that was paused may land a commit between that decision and the epoch that fences it.
-    Gone on from ``resume``, the line would leave behind what somebody was told is durable.
+    A paused writer may land a commit between the choice and the epoch that fences it. If training
+    resumed from ``resume`` all the same, that commit would be off the lineage, although its writer
+    reported it as durable. ``choice`` None skips the check.
     """
     newest = state.newest()
     if choice is None or newest is None or newest == choice.newest:
         return
     if resume is None or newest > resume:
         raise NewerSnapshotError(
-            f"a newer snapshot was committed while training was about to go on. newest={newest} "
-            f"resume={resume} choose again"
+            f"a newer snapshot was committed while training was about to resume. newest={newest} "
+            f"resume={resume} "
+            "choose again"
         )
-
-
-def older_than(state: LogState, snapshot: SnapshotId) -> tuple[SnapshotId, ...]:
-    """What a restore falls back to where ``snapshot`` can't be read: its own line below it, newest
-    first."""
-    return tuple(pair for pair in state.lineage_from(snapshot) if pair != snapshot)
 
 
 def _by_tag(state: LogState, tag: str) -> SnapshotId:
     tags = state.tags
     if tag not in tags:
-        known = ", ".join(repr(name) for name in sorted(tags)[:TAGS_SHOWN]) or "none"
-        raise _absent(state, f"no such tag. tag={tag!r} tags={known}")
+        names = ", ".join(repr(name) for name in sorted(tags)[:TAGS_SHOWN]) or "none"
+        raise _absent(state, f"no such tag. tag={tag!r} tags={names}")
     return tags[tag]
 
 
 def _by_epoch(state: LogState, epoch: int, step: int | None) -> SnapshotId:
-    inside = [entry.snapshot for entry in state.snapshots if entry.snapshot.epoch == epoch]
-    if step is None and inside:
-        return inside[-1]
-    wanted = next((pair for pair in inside if pair.step == step), None)
-    if wanted is None:
-        near = _nearest(tuple(inside), step or 0)
+    captured = [entry.snapshot for entry in state.snapshots if entry.snapshot.epoch == epoch]
+    if step is None and captured:
+        return captured[-1]
+    snapshot = next((pair for pair in captured if pair.step == step), None)
+    if snapshot is None:
+        near = _nearest(tuple(captured), step or 0)
         raise _absent(
             state, f"no snapshot of that epoch and step. epoch={epoch} step={step} {near}"
         )
-    return wanted
+    return snapshot
 
 
 def _absent(state: LogState, text: str) -> NotFoundError | UnavailableError:
-    """What is not there; or may be there, and is only not seen."""
+    """NotFoundError; UnavailableError if it may exist on a store that did not answer."""
     if state.short:
         return UnavailableError(
-            f"{text}, as far as can be seen: {state.short} repeat when more answer"
+            f"{text}, as far as is known: {state.short} repeat when more stores answer"
         )
     return NotFoundError(text)
 
 
 def _nearest(pairs: tuple[SnapshotId, ...], step: int) -> str:
-    near = sorted({pair.step for pair in pairs}, key=lambda found: (abs(found - step), found))[
-        :NEAREST_SHOWN
-    ]
+    steps = {pair.step for pair in pairs}
+    near = sorted(steps, key=lambda other: (abs(other - step), other))[:NEAREST_SHOWN]
     return f"nearest_steps={', '.join(map(str, sorted(near))) or 'none'}"
 
 
 def _elsewhere(state: LogState) -> str:
-    off = len(state.snapshots) - len(state.lineage)
-    return f"off_the_line={off} name one with epoch and step" if off else "off_the_line=0"
+    off_lineage = len(state.snapshots) - len(state.lineage)
+    return (
+        f"off_lineage={off_lineage} name one with epoch and step"
+        if off_lineage
+        else "off_lineage=0"
+    )

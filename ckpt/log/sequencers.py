@@ -1,10 +1,7 @@
-"""One machine's own file that gives out the places of a log, for stores that don't create a key
-only once.
+"""Sequencers: what gives each position of the log to one record.
 
-SQLite makes each claim one transaction, synced to disk before it is answered, among all processes
-of the machine. The file is the truth about who has a place, the stores are where the record counts:
-it holds each record whole, so that whoever comes after a writer that died in between can finish the
-copies. Not for a network file system, where SQLite's locks can't be relied on.
+One store's own create-if-absent, a SQLite file of one machine, or etcd. The latter two serve stores
+that do not create a key only once. Several stores that do are their own sequencer (``replicated``).
 """
 
 from __future__ import annotations
@@ -36,22 +33,21 @@ from ckpt.ipc.cluster_spec import nodes_from_environment
 from ckpt.keyspace.address import EtcdOptions, keyspace_location, parse_etcd_url
 from ckpt.keyspace.base import Delete, Keys, Keyspace, NoneOf, Put, Transaction
 
-# Who gives out the places in the log. One question, three answers; several stores come to stand
-# behind the same seam.
-
 PUT_TRIES_MAX = 5
-"""How often the same bytes are put at the same key before silence is reported; backends wait and
-retry beneath this."""
+"""How often the same bytes are put at the same key before ``WriteUnknown`` is returned.
+
+Backends wait and retry beneath this.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """The place is ours and holds our bytes."""
+    """The position is ours and holds our bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyTaken:
-    """The place is another's; ``data`` are the bytes that are there."""
+    """Another writer has the position or key; ``data`` are the bytes there."""
 
     data: bytes
 
@@ -59,26 +55,26 @@ class KeyTaken:
 @dataclass(frozen=True, slots=True)
 class WriteUnknown:
     """No answer, or none after a put that may have landed: repeat the same bytes at the same
-    place."""
+    key."""
 
     reason: str
 
 
 class Sequencer(Protocol):
-    """Gives each place in the log to one record, for good."""
+    """Gives each position of the log to one record, for good."""
 
     def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """Make ``data`` the record at ``seq`` unless there is one. Repeating the same call is
         harmless.
 
-        Raises StoreFullError or StoreDeniedError where the store refused before anything can have
-        landed.
+        Raises StoreFullError or StoreDeniedError if the store refused before anything can have been
+        written.
         """
         ...
 
 
 class StoreSequencer:
-    """One store's own create-if-absent, for a store whose capabilities say that it has it."""
+    """One store's create-if-absent, for a store whose capabilities include it."""
 
     __slots__ = ("_backend",)
 
@@ -86,80 +82,84 @@ class StoreSequencer:
         self._backend = backend
 
     def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        """See Sequencer."""
-        found = create_once(self._backend, keys.log_key(seq), data, bytes_max=RECORD_BYTES_MAX)
-        if isinstance(found, KeyTaken) and found.data == data:
+        result = create_once(self._backend, keys.log_key(seq), data, bytes_max=RECORD_BYTES_MAX)
+        if isinstance(result, KeyTaken) and result.data == data:
             return Appended()
-        return found
+        return result
 
 
 def require_create_only(backend: Backend) -> None:
-    """Raises UsageError for a store that can't give out places: two writers would both believe that
-    one is theirs."""
+    """Raise UsageError for a store that overwrites: two writers would both believe a position is
+    theirs."""
     if not backend.capabilities().create_only:
         raise UsageError(
             "this store does not create a key only once, so two writers could overwrite each "
-            "other. "
-            f"store={backend.url} use a store that honours create-if-absent"
+            f"other. store={backend.url} use a store that honours create-if-absent"
         )
 
 
 def create_once(
     backend: Backend, key: str, data: bytes, *, bytes_max: int
 ) -> Appended | KeyTaken | WriteUnknown:
-    """Put ``data`` at ``key`` unless something is there; a lost reply is answered by putting the
-    same bytes again.
+    """Put ``data`` at ``key`` unless something is there; after a lost reply the same bytes are put
+    again.
 
-    ``Lost`` may hold our own bytes, put by a try whose reply was lost. Raises StoreFullError or
-    StoreDeniedError where the first try was refused, for then nothing can have landed.
+    ``KeyTaken`` may hold our own bytes, put by a try whose reply was lost. Raises StoreFullError or
+    StoreDeniedError if the first try was refused, because then nothing can have been written.
     """
-    why = "no answer"
-    doubt = False
+    reason = "no answer"
+    maybe_written = False
     for _ in range(PUT_TRIES_MAX):
         try:
             backend.put(key, [data], create_only=True)
             return Appended()
         except KeyExistsError:
-            # Even after a lost reply the holder is only known by reading.
-            doubt = True
+            # The key may hold our own bytes, if the reply to an earlier try was lost. Only reading
+            # tells.
+            maybe_written = True
         except (StoreFullError, StoreDeniedError):
-            if not doubt:
+            if not maybe_written:
                 raise
         except UnavailableError as error:
-            doubt = True
-            why = str(error)
+            maybe_written = True
+            reason = str(error)
             continue
         try:
             return KeyTaken(read_alone(backend, key, bytes_max=bytes_max))
         except (UnavailableError, NotFoundError) as error:
-            why = str(error)
-    return WriteUnknown(why)
+            reason = str(error)
+    return WriteUnknown(reason)
 
+
+# ---- SQLite: one machine gives out the positions
 
 STATE_VARIABLE = "CKPT_STATE_DIR"
-"""Names the folder of these files; by default ``ckpt`` in the user's state folder."""
+"""Names the folder of the SQLite files; by default ``ckpt`` in the user's state folder."""
 
 BUSY_S = 30.0
-"""How long a claim waits for other processes' claims."""
+"""How long an append waits for those of other processes."""
 
 SQLITE_RECORDS_KEPT = 4096
-"""How many of the last records are kept; older ones are on their stores for long."""
+"""How many of the last records the file keeps; older ones were copied to the stores long ago."""
 
 _PAUSE_S = 0.01
 
 START_UNKNOWN = -1
-"""Where a file begins whose first place is known only when it is claimed."""
+"""The start of a file whose first position is the first that is asked for."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS log (seq INTEGER PRIMARY KEY, data BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS about (
-    one INTEGER PRIMARY KEY CHECK (one = 1), log_id TEXT NOT NULL, id TEXT NOT NULL, start INTEGER NOT NULL
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    log_id TEXT NOT NULL,
+    id TEXT NOT NULL,
+    start INTEGER NOT NULL
 );
 """
 
 
 def database_path(log_id: str) -> Path:
-    """Where this machine keeps the file for a log."""
+    """Where this machine keeps the SQLite file of a log."""
     folder = os.environ.get(STATE_VARIABLE)
     if not folder:
         state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
@@ -168,8 +168,14 @@ def database_path(log_id: str) -> Path:
 
 
 class SqliteSequencer:
-    """See Sequencer. Thread-safe; each claim opens the file anew, so that forks and moved files
-    harm nothing."""
+    """One machine's SQLite file that gives out the positions of a log. Thread-safe.
+
+    Each append is one transaction, synced to disk before it is answered, among all processes of the
+    machine. The file decides who has a position; the stores decide whether the record counts. It
+    holds each record whole, so that the next writer can finish the copies of one that died in
+    between. Each call opens the file anew, so forks and moved files do no harm. Not for a network
+    file system, where SQLite's locks are unreliable.
+    """
 
     def __init__(self, path: Path, log_id: str) -> None:
         self._path = path
@@ -177,28 +183,29 @@ class SqliteSequencer:
 
     @property
     def name(self) -> str:
-        """What a ``stores`` record calls this file. Raises UsageError where this machine has none,
-        UnavailableError."""
+        """What a ``stores`` record calls this file.
+
+        Raises UsageError if this machine has none, UnavailableError if it does not answer.
+        """
         try:
             with self._opened() as db:
                 return BY_SQLITE + self._about(db)[0]
         except sqlite3.Error as error:
             raise UnavailableError(
-                f"the file that gives out places in the log did not answer. file={self._path} "
-                f"why={error} repeat later"
+                f"the sequencer's file did not answer. file={self._path} why={error} repeat later"
             ) from error
 
     def make(self, start: int = START_UNKNOWN) -> str:
-        """Make the file, which gives out places from ``start`` on; its name. One that exists stays
-        as it is.
+        """Create the file, which gives out positions from ``start`` on; returns its name.
 
-        ``START_UNKNOWN``: from whichever is claimed first, by who has read the record that puts
-        this file in charge.
+        A file that exists stays as it is. ``START_UNKNOWN``: from the first position that is asked
+        for, by a writer that has read the record that names this file.
         """
         return self._write("INSERT OR IGNORE INTO about VALUES (1, ?, ?, ?)", start)
 
     def renew(self) -> str:
-        """Make the file anew, under another name, where one may be: for a take-over. Its name."""
+        """For a take-over: create the file anew under another name, replacing one that exists. Its
+        name."""
         return self._write(
             "INSERT OR REPLACE INTO about VALUES (1, ?, ?, ?)", START_UNKNOWN, clear=True
         )
@@ -215,54 +222,55 @@ class SqliteSequencer:
                     db.execute(statement, (self._log_id, secrets.token_hex(16), start))
         except (sqlite3.Error, OSError) as error:
             raise UnavailableError(
-                f"the file that gives out places in the log can't be made. file={self._path} "
-                f"why={error} set "
+                f"the sequencer's file cannot be made. file={self._path} why={error} set "
                 f"{STATE_VARIABLE} to a folder on a local disk"
             ) from error
         return self.name
 
     def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        """See Sequencer. Raises UsageError where this machine has no such file, or it is behind its
-        log."""
+        """Raises UsageError if this machine has no such file, or if the file is behind its log."""
         try:
             with self._opened() as db, _transaction(db):
                 _, start = self._about(db)
-                last = db.execute(
+                row = db.execute(
                     "SELECT seq, data FROM log WHERE seq >= ? ORDER BY seq LIMIT 1", (seq,)
                 ).fetchone()
-                if last is not None and last[0] == seq:
-                    return Appended() if bytes(last[1]) == data else KeyTaken(bytes(last[1]))
-                (top,) = db.execute("SELECT max(seq) FROM log").fetchone()
-                following = top + 1 if top is not None else seq if start == START_UNKNOWN else start
+                if row is not None and row[0] == seq:
+                    return Appended() if bytes(row[1]) == data else KeyTaken(bytes(row[1]))
+                (greatest,) = db.execute("SELECT max(seq) FROM log").fetchone()
+                if greatest is not None:
+                    following = greatest + 1
+                elif start == START_UNKNOWN:
+                    following = seq
+                else:
+                    following = start
                 if seq > following:
                     raise UsageError(
-                        "the file that gives out places is older than its log: it was brought "
-                        "back from a copy, or another "
-                        f"machine took over. file={self._path} its_next={following} wanted={seq}; "
-                        "take over with "
-                        "`ckpt stores takeover`"
+                        "the sequencer's file is older than its log: it was restored from a copy, "
+                        f"or another machine took over. file={self._path} its_next={following} "
+                        f"wanted={seq}; take over with `ckpt stores takeover`"
                     )
                 if seq < following:
-                    # This writer slept while thousands of places were given out.
+                    # This writer was paused while thousands of positions were given out.
                     return WriteUnknown(
-                        f"the place was given out long ago; the log is to be read again. seq={seq} "
-                        f"next={following}"
+                        "the position was given out long ago; the log must be read again. "
+                        f"seq={seq} next={following}"
                     )
                 db.execute("INSERT INTO log VALUES (?, ?)", (seq, data))
                 db.execute("DELETE FROM log WHERE seq <= ?", (seq - SQLITE_RECORDS_KEPT,))
         except sqlite3.Error as error:
-            # Also after a failed commit nobody knows: the same claim again tells.
+            # Also after a failed COMMIT the outcome is unknown; the same append again tells.
             return WriteUnknown(
-                f"the file that gives out places did not answer. file={self._path} why={error}"
+                f"the sequencer's file did not answer. file={self._path} why={error}"
             )
         return Appended()
 
     def _about(self, db: sqlite3.Connection) -> tuple[str, int]:
         row = db.execute("SELECT log_id, id, start FROM about").fetchone()
         if row is None or row[0] != self._log_id:
-            found = row[0] if row else None
+            its_log = row[0] if row else None
             raise UsageError(
-                f"the file gives out places of another log. file={self._path} its_log={found} "
+                f"the sequencer's file belongs to another log. file={self._path} its_log={its_log} "
                 f"wanted={self._log_id}"
             )
         return row[1], row[2]
@@ -271,7 +279,7 @@ class SqliteSequencer:
     def _opened(self) -> Iterator[sqlite3.Connection]:
         if not self._path.exists():
             raise UsageError(
-                f"this machine does not give out the places of this log. file={self._path} run "
+                f"this machine does not give out the positions of this log. file={self._path} run "
                 "where it is, or take over with "
                 "`ckpt stores takeover`"
             )
@@ -281,13 +289,13 @@ class SqliteSequencer:
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)) as db:
+            # An answer that a power cut undoes would give out the same position twice.
             db.execute("PRAGMA synchronous=FULL")
             yield db
 
 
 def _keep_wal(db: sqlite3.Connection) -> None:
-    """Let the file have a write-ahead log, from now on. Here SQLite does not wait for other
-    processes by itself."""
+    """Give the file a write-ahead log. Here SQLite itself does not wait for other processes."""
     until_s = time.monotonic() + BUSY_S
     while True:
         try:
@@ -301,6 +309,7 @@ def _keep_wal(db: sqlite3.Connection) -> None:
 
 @contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    # Take the write lock now, not at the first write: what is read before must still be true then.
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -310,24 +319,17 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("COMMIT")
 
 
-# etcd as what gives out the places of a log, for stores that don't create a key only once and a
-# job of several machines.
-#
-# One transaction a claim: it puts the whole record, if neither this place nor a later one was
-# given out. That the place before is nobody's to change any more is the claimer's to know
-# (``several`` brings the last record to W stores first), so the transaction need not ask for it;
-# and an etcd that lost its data goes on from the first claim: nothing there has to be filled by
-# hand. The epoch inside each record fences its writer, as with everything that gives out places.
+# ---- etcd: writers on several machines
 
 SEQUENCER_VARIABLE = "CKPT_SEQUENCER"
-"""Names an etcd for programs and commands that no launcher of nodes told of one."""
+"""Names an etcd for programs and commands whose launcher gave them none."""
 
 ETCD_RECORDS_KEPT = 256
-"""How many of the last records are kept; older ones are on their stores for long."""
+"""How many of the last records etcd keeps; older ones were copied to the stores long ago."""
 
 _LOG = "log/"
 _END = "log0"
-"""Behind every place: "0" follows "/"."""
+"""After every position: "0" follows "/"."""
 
 
 def etcd_of_environment() -> EtcdOptions | None:
@@ -340,8 +342,14 @@ def etcd_of_environment() -> EtcdOptions | None:
 
 
 class EtcdSequencer:
-    """See Sequencer. Each call connects anew, for a connection does not outlive a fork;
-    thread-safe."""
+    """etcd gives out the positions of a log, to writers on several machines. Thread-safe.
+
+    Each append is one transaction: it puts the whole record if neither this position nor a later
+    one was given out. The transaction need not check the predecessor: the caller brings that to W
+    stores first. So an etcd that lost its data continues from the first append, with nothing to
+    restore by hand. The epoch inside each record fences its writer, as with every sequencer. Each
+    call connects anew, because a connection does not survive a fork.
+    """
 
     def __init__(self, options: EtcdOptions, log_id: str) -> None:
         self._options = options
@@ -349,34 +357,39 @@ class EtcdSequencer:
 
     @property
     def name(self) -> str:
-        """What a ``stores`` record calls this etcd: the id of its cluster, which survives all but
-        its making. Unavailable."""
+        """What a ``stores`` record calls this etcd: its cluster id, which restarts and replaced
+        members keep.
+
+        Raises UnavailableError.
+        """
         with self._opened() as keys:
             return f"{BY_ETCD}{keys.transact(Transaction(reads=(Keys(_LOG),))).service:x}"
 
     def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        """See Sequencer."""
+        # The condition covers this position and every later one, up to ``_END``: a writer that was
+        # paused for long must not fill a position whose record was deleted here.
         key = f"{_LOG}{seq:020d}"
         drop = (
             (Delete(f"{_LOG}{seq - ETCD_RECORDS_KEPT:020d}"),) if seq >= ETCD_RECORDS_KEPT else ()
         )
         try:
             with self._opened() as keys:
-                done = keys.transact(
+                result = keys.transact(
                     Transaction(
                         (NoneOf(Keys(key, _END)),), (Put(key, data), *drop), (Keys(key), _top(key))
                     )
                 )
         except UnavailableError as error:
             return WriteUnknown(str(error))
-        (mine, later) = done.found
-        if done.succeeded:
+        (current, later) = result.found
+        if result.succeeded:
             return Appended()
-        if mine:
-            return Appended() if mine[0].value == data else KeyTaken(mine[0].value)
-        nexts = int(later[-1].key.removeprefix(_LOG)) + 1 if later else seq
+        if current:
+            return Appended() if current[0].value == data else KeyTaken(current[0].value)
+        following = int(later[-1].key.removeprefix(_LOG)) + 1 if later else seq
         return WriteUnknown(
-            f"the place was given out long ago; the log is to be read again. seq={seq} next={nexts}"
+            "the position was given out long ago; the log must be read again. "
+            f"seq={seq} next={following}"
         )
 
     @contextmanager
@@ -393,37 +406,31 @@ def _top(key: str) -> Keys:
 
 
 def require_etcd(log_id: str, name: str) -> EtcdSequencer:
-    """The etcd that gives out a log's places, which ``name`` calls it. Raises UsageError where it
-    is another, or none."""
+    """The etcd that a ``stores`` record calls ``name``. Raises UsageError if it is another, or not
+    given."""
     options = etcd_of_environment()
     if options is None:
         raise UsageError(
-            "etcd gives out the places of this log, and nobody said where it is. "
-            f"sequencer={name}; set "
-            f"{SEQUENCER_VARIABLE}=etcd://host:port,host:port, or take over with `ckpt stores "
-            "takeover`"
+            f"etcd gives out the positions of this log, and its address is not set. "
+            f"sequencer={name}; set {SEQUENCER_VARIABLE}=etcd://host:port,host:port, or take over "
+            "with `ckpt stores takeover`"
         )
-    found = EtcdSequencer(options, log_id)
-    if (here := found.name) != name:
+    sequencer = EtcdSequencer(options, log_id)
+    if (name_here := sequencer.name) != name:
         raise UsageError(
-            f"another etcd gives out the places of this log. sequencer={name} this_one={here} "
-            f"endpoints={list(options.endpoints)}; name that one, or take over with `ckpt stores "
-            "takeover`"
+            f"another etcd gives out the positions of this log. sequencer={name} "
+            f"this_one={name_here} endpoints={list(options.endpoints)}; name that one, or take "
+            "over with `ckpt stores takeover`"
         )
-    return found
-
-
-# Who gives out a log's places where its stores can't: the etcd that this process was told of, or
-# a file of this machine.
+    return sequencer
 
 
 def external_sequencer(log_id: str, *, start: int = START_UNKNOWN, renew: bool = False) -> str:
-    """Its name, for the ``stores`` record that puts it in charge; a file is made where there is
-    none.
+    """The name of a sequencer outside the stores: the environment's etcd, else this machine's file.
 
-    ``start``: the file's first place. ``renew``: whatever the file gave out before counts no more,
-    for a take-over. Raises UsageError, and UnavailableError where etcd does not answer or the file
-    can't be made.
+    For the ``stores`` record that puts it in charge; the file is created if missing. ``start``: the
+    file's first position. ``renew``: for a take-over, void what the file gave out before. Raises
+    UsageError; UnavailableError if etcd does not answer or the file cannot be created.
     """
     if (etcd := etcd_of_environment()) is not None:
         return EtcdSequencer(etcd, log_id).name

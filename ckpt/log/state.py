@@ -1,5 +1,7 @@
-"""What a reader knows after folding the log up to some record. Frozen, and small enough to be
-stored itself."""
+"""What a reader knows after folding the log up to some record. Pure.
+
+All values are frozen, and small enough that the state is stored itself (``stored_fold``).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ from ckpt.format.records import BY_STORES
 from ckpt.values import SnapshotId
 
 RECENT_MAX = 1024
-"""How many of the last records a state remembers: their write ids, and as many voids."""
+"""How many write ids of the last records a state remembers, and how many voids.
+
+A write whose reply was lost must be repeated within that many records; later it would count twice.
+"""
 
 VoidCode = Literal[
     "repeat",
@@ -31,12 +36,12 @@ VoidCode = Literal[
     "not-committed",
     "no-such-tag",
 ]
-"""Why a record counts for nothing; each is explained where it is decided (``judge``)."""
+"""Why a record is void. ``fold`` explains each code where it decides it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Void:
-    """A record that counts for nothing, and why: ``code`` for programs, ``reason`` for people."""
+    """A record that is void, and why: ``code`` for programs, ``reason`` for people."""
 
     seq: int
     code: VoidCode
@@ -45,8 +50,10 @@ class Void:
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """The first place in the log that cannot be read although it must exist. Nothing from there on
-    is folded."""
+    """The first position of the log that cannot be read although a later record exists.
+
+    Nothing from there on is folded.
+    """
 
     seq: int
     reason: str
@@ -54,8 +61,8 @@ class Hole:
 
 @dataclass(frozen=True, slots=True)
 class OpenedEpoch:
-    """A counted ``open``: the epoch, its record's seq, the pair it resumed, and the last step
-    committed of it."""
+    """A counted ``open``: the epoch, its record's seq, the pair it resumed, and its last committed
+    step."""
 
     epoch: int
     seq: int
@@ -65,8 +72,7 @@ class OpenedEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A snapshot that exists: its manifest's digest, its base, its record's seq and the epoch of
-    that record's writer."""
+    """A snapshot that exists: its manifest's digest, base, record's seq and writer's epoch."""
 
     snapshot: SnapshotId
     manifest_digest: str
@@ -77,7 +83,7 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class TagEntry:
-    """A tag and what it names."""
+    """A tag and the snapshot that it names."""
 
     name: str
     snapshot: SnapshotId
@@ -85,8 +91,8 @@ class TagEntry:
 
 @dataclass(frozen=True, slots=True)
 class StoreSet:
-    """The stores of the log, the write quorum, and who gives out places, as the last ``stores``
-    record fixed them."""
+    """The stores of the log, the write quorum and the sequencer, as the last ``stores`` record set
+    them."""
 
     ids: tuple[str, ...]
     write_quorum: int
@@ -94,15 +100,15 @@ class StoreSet:
 
     @property
     def answers_min(self) -> int:
-        """Of how many stores an answer is needed to know what is newest: any so many share one with
+        """How many stores must answer to know what is newest: any R - W + 1 stores share one with
         any W."""
         return len(self.ids) - self.write_quorum + 1
 
 
 @dataclass(frozen=True, slots=True)
 class LineageSegment:
-    """What a line takes of one captured epoch: steps up to and with ``last_step``, or all
-    (None)."""
+    """The part of one captured epoch on a lineage: steps up to and including ``last_step`` (None:
+    all)."""
 
     epoch: int
     last_step: int | None
@@ -112,10 +118,10 @@ class LineageSegment:
 class LogState:
     """The fold of the records ``0 .. next_seq - 1``.
 
-    ``opens`` ascend by epoch, ``snapshots`` by seq (only those that exist: dropped ones are gone),
-    ``tagged`` by name. ``voids`` holds the last 1,024, ``voids_total`` counts all; ``recent`` the
-    write ids of the last 1,024 records. ``hole`` says that the log goes on but can't be read,
-    ``short`` why too few stores answered: then what is newest can't be known.
+    ``opens`` ascend by epoch, ``snapshots`` by seq (dropped ones are absent), ``tagged`` by name.
+    ``voids`` holds the last 1,024, ``voids_total`` counts all. ``recent`` holds the write ids of
+    the last 1,024 records. ``hole`` is set if the log continues but cannot be read, ``short`` says
+    why too few stores answered; in both cases the newest snapshot cannot be known.
     """
 
     job: str
@@ -134,28 +140,30 @@ class LogState:
 
     @property
     def stale_reason(self) -> str:
-        """Why a newer snapshot may exist than the newest one here; empty where it can't."""
+        """Why a newer snapshot may exist than the newest one here; empty if that is impossible."""
         return self.hole.reason if self.hole is not None else self.short
 
     @property
     def epoch(self) -> int:
-        """The newest open epoch, 0 where none is."""
+        """The newest open epoch, or 0."""
         return self.opens[-1].epoch if self.opens else 0
 
     @property
     def tags(self) -> dict[str, SnapshotId]:
-        """Each tag and what it names."""
+        """Tag names and the snapshots that they name."""
         return {tag.name: tag.snapshot for tag in self.tagged}
 
     @property
     def lineage(self) -> tuple[SnapshotId, ...]:
-        """The snapshots on the line of the newest open epoch, newest first. O(snapshots +
+        """The snapshots on the lineage of the newest open epoch, newest first. O(snapshots +
         epochs)."""
         return self.lineage_from(None)
 
     def lineage_from(self, start: SnapshotId | None) -> tuple[SnapshotId, ...]:
-        """The snapshots on the line that ends at ``start`` (None: the newest open epoch's), newest
-        first."""
+        """The snapshots on the lineage that ends at ``start``, newest first.
+
+        ``start`` None means the end of the newest open epoch.
+        """
         by_epoch: dict[int, list[int]] = {}
         for entry in self.snapshots:
             by_epoch.setdefault(entry.snapshot.epoch, []).append(entry.snapshot.step)
@@ -168,55 +176,60 @@ class LogState:
         )
 
     def newest(self) -> SnapshotId | None:
-        """The greatest pair on the line of the newest open epoch, or None where the line holds
-        none."""
+        """The greatest pair on the lineage of the newest open epoch, or None."""
         line = self.lineage
         return line[0] if line else None
 
     def find(self, snapshot: SnapshotId) -> Committed | None:
-        """The snapshot's commit, or None where it was never committed or is dropped."""
+        """The snapshot's commit, or None if it was never committed or is dropped."""
         return next((entry for entry in self.snapshots if entry.snapshot == snapshot), None)
 
+    @property
+    def _first_recent_seq(self) -> int:
+        # ``recent`` ends with the record before ``next_seq``.
+        return self.next_seq - len(self.recent)
+
     def seq_of(self, write_id: str) -> int | None:
-        """Where the record with this write id first stands among the last 1,024, or None."""
+        """The first seq with this write id among the last 1,024 records, or None."""
         if write_id not in self.recent:
             return None
-        return self.next_seq - len(self.recent) + self.recent.index(write_id)
+        return self._first_recent_seq + self.recent.index(write_id)
 
     def write_id_at(self, seq: int) -> str | None:
-        """The write id of the record at ``seq``, or None where it is not among the last 1,024."""
-        at = seq - (self.next_seq - len(self.recent))
-        return self.recent[at] if 0 <= at < len(self.recent) else None
+        """The write id of the record at ``seq``, or None if it is not among the last 1,024."""
+        index = seq - self._first_recent_seq
+        return self.recent[index] if 0 <= index < len(self.recent) else None
 
     def void_at(self, seq: int) -> Void | None:
-        """Why the record at ``seq`` counts for nothing, or None where it counts (or is older than
-        ``voids`` reaches)."""
+        """Why the record at ``seq`` is void; None if it counts, or is older than ``voids``."""
         return next((void for void in self.voids if void.seq == seq), None)
 
     def without_hole(self) -> LogState:
-        """The same state, ready to fold on where the hole was, should it have been mended, or more
-        stores answer."""
+        """The same state without hole and shortage, ready to fold more records.
+
+        For a reader that looks again: the hole may have been repaired, or more stores may answer.
+        """
         return replace(self, hole=None, short="")
 
 
 def whole_epoch(epoch: int) -> LineageSegment:
-    """All that ``epoch`` captured."""
+    """Everything that ``epoch`` captured."""
     return LineageSegment(epoch, None)
 
 
 def lineage_segments(
     opens: Mapping[int, OpenedEpoch], start: LineageSegment | SnapshotId
 ) -> Iterator[LineageSegment]:
-    """The line that ends at ``start``, backwards: each epoch once, up to the pair that the next one
+    """The lineage that ends at ``start``, backwards: each epoch up to the pair that the next
     resumed.
 
-    An ``open`` resumes an epoch below its own, so the walk ends.
+    The walk ends because an ``open`` always resumes an epoch below its own.
     """
-    at: LineageSegment | SnapshotId | None = start
-    while at is not None:
-        segment = at if isinstance(at, LineageSegment) else LineageSegment(at.epoch, at.step)
+    end: LineageSegment | SnapshotId | None = start
+    while end is not None:
+        segment = end if isinstance(end, LineageSegment) else LineageSegment(end.epoch, end.step)
         opened = opens.get(segment.epoch)
         if opened is None:
             return
         yield segment
-        at = opened.resume
+        end = opened.resume

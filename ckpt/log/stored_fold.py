@@ -1,5 +1,4 @@
-"""A fold as it is stored: sealed JSON at ``folds/<seq>.json``, so that readers need not begin at
-the log's start. Pure."""
+"""A fold as stored at ``folds/<seq>.json``: sealed JSON, so that readers can start there. Pure."""
 
 from __future__ import annotations
 
@@ -15,19 +14,21 @@ from ckpt.values import SnapshotId
 
 FOLD_VERSION = 1
 FOLD_EVERY = 1024
-"""A fold is written by whoever appends a record whose seq + 1 is a multiple of this."""
+"""The writer of a record whose seq + 1 is a multiple of this also stores the fold."""
 FOLD_BYTES_MAX = 256 << 20
-"""Refused above this: about 180 bytes a snapshot that exists, so room for a million."""
+"""Larger folds are refused. A snapshot takes about 180 bytes, so this is room for a million."""
 
 
 def fold_due(seq: int) -> bool:
-    """Whether the fold of the records up to and with ``seq`` is to be stored."""
+    """Whether the fold of the records up to and including ``seq`` is to be stored."""
     return (seq + 1) % FOLD_EVERY == 0
 
 
 def encode_fold(state: LogState) -> bytes:
-    """Canonical bytes of a state without a hole, after at least one record. Equal states give equal
-    bytes."""
+    """Canonical bytes of a state without a hole, after at least one record.
+
+    Equal states give equal bytes. Raises UsageError if they exceed FOLD_BYTES_MAX.
+    """
     assert state.hole is None and state.next_seq > 0
     wire = _Wire(
         format_version=FOLD_VERSION,
@@ -47,10 +48,10 @@ def encode_fold(state: LogState) -> bytes:
 
 
 def decode_fold(data: bytes) -> LogState:
-    """The state in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
+    """The state in untrusted ``data``. Raises IntegrityError or FormatVersionError."""
     wire = unseal(data, _Wire, label="fold", version=FOLD_VERSION, bytes_max=FOLD_BYTES_MAX)
     if not 0 <= wire.seq < keys.SEQ_MAX:
-        raise IntegrityError(f"fold contradicts itself. seq out of range. seq={wire.seq}")
+        raise IntegrityError(f"fold contradicts itself: seq out of range. seq={wire.seq}")
     state = LogState(
         job=wire.job,
         next_seq=wire.seq + 1,
@@ -64,8 +65,8 @@ def decode_fold(data: bytes) -> LogState:
         voids_total=wire.voids_total,
         recent=tuple(wire.recent),
     )
-    if why := _problem(state):
-        raise IntegrityError(f"fold contradicts itself. {why}")
+    if problem := _problem(state):
+        raise IntegrityError(f"fold contradicts itself: {problem}")
     return state
 
 
@@ -86,10 +87,12 @@ class _Wire(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def _problem(state: LogState) -> str | None:
+    # The digest shows that a fold is undamaged, not that its writer was right. A fold that breaks
+    # these rules could not have come from records.
     if not is_job_name(state.job) or not keys.is_digest_hex(state.head_digest):
         return "not a job name or head digest"
     if len(state.recent) != min(state.next_seq, RECENT_MAX):
-        return f"write ids of other records. recent={len(state.recent)}"
+        return f"write ids miscounted. recent={len(state.recent)}"
     if (
         not min(state.voids_total, RECENT_MAX)
         == len(state.voids)
@@ -102,9 +105,11 @@ def _problem(state: LogState) -> str | None:
 
 def _opens_problem(state: LogState) -> str | None:
     opened: set[int] = set()
-    last = (0, -1)
+    last_epoch, last_seq = 0, -1
     for entry in state.opens:
-        if not (last[0] < entry.epoch <= keys.EPOCH_MAX and last[1] < entry.seq < state.next_seq):
+        if not (
+            last_epoch < entry.epoch <= keys.EPOCH_MAX and last_seq < entry.seq < state.next_seq
+        ):
             return f"epochs do not ascend. epoch={entry.epoch} seq={entry.seq}"
         if entry.resume is not None and (
             not keys.is_snapshot_id(entry.resume) or entry.resume.epoch not in opened
@@ -113,27 +118,28 @@ def _opens_problem(state: LogState) -> str | None:
         if entry.last_step is not None and not 0 <= entry.last_step <= keys.STEP_MAX:
             return f"step out of range. epoch={entry.epoch} step={entry.last_step}"
         opened.add(entry.epoch)
-        last = (entry.epoch, entry.seq)
+        last_epoch, last_seq = entry.epoch, entry.seq
     return None
 
 
 def _snapshots_problem(state: LogState) -> str | None:
-    top = {entry.epoch: entry.last_step for entry in state.opens}
-    at: dict[int, int] = {}
-    last = -1
+    last_steps = {entry.epoch: entry.last_step for entry in state.opens}
+    steps: dict[int, int] = {}  # per captured epoch, the greatest step so far
+    last_seq = -1
     for entry in state.snapshots:
         pair = entry.snapshot
-        limit = top.get(pair.epoch)
-        if limit is None or entry.writer_epoch not in top or entry.base == pair:
+        last_step = last_steps.get(pair.epoch)
+        if last_step is None or entry.writer_epoch not in last_steps or entry.base == pair:
             return f"snapshot of an epoch that was never opened. snapshot={pair}"
-        if not (at.get(pair.epoch, -1) < pair.step <= limit and last < entry.seq < state.next_seq):
+        steps_ascend = steps.get(pair.epoch, -1) < pair.step <= last_step
+        if not (steps_ascend and last_seq < entry.seq < state.next_seq):
             return f"snapshots do not ascend. snapshot={pair} seq={entry.seq}"
         if not keys.is_digest_hex(entry.manifest_digest) or (
             entry.base and not keys.is_snapshot_id(entry.base)
         ):
             return f"not a digest or base. snapshot={pair}"
-        at[pair.epoch] = pair.step
-        last = entry.seq
+        steps[pair.epoch] = pair.step
+        last_seq = entry.seq
     return None
 
 
@@ -143,7 +149,7 @@ def _rest_problem(state: LogState) -> str | None:
     if names != sorted(set(names)) or not all(
         is_tag_name(tag.name) and tag.snapshot in pairs for tag in state.tagged
     ):
-        return "a tag is no name or names no snapshot"
+        return "invalid tag name, or a tag of no snapshot"
     if state.floor is not None and not keys.is_snapshot_id(state.floor):
         return "floor out of range"
     if state.stores is not None:
@@ -154,7 +160,7 @@ def _rest_problem(state: LogState) -> str | None:
             or not len(ids) < 2 * quorum <= 2 * len(ids)
             or not is_sequencer_name(state.stores.sequencer)
         ):
-            return "not a set of stores"
+            return "invalid set of stores"
     seqs = [void.seq for void in state.voids]
     if seqs != sorted(set(seqs)) or any(not 0 <= seq < state.next_seq for seq in seqs):
         return "voids do not ascend"

@@ -1,4 +1,4 @@
-"""Which chunks are new, and how they make packs. Pure."""
+"""Which chunks of a snapshot are new, how they are packed, and whether to compress them. Pure."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ from ckpt.values import (
 )
 
 PACK_BYTES_MAX = 256 << 20
-"""A pack's usual largest size. A pack is swept only when nothing refers to any of its chunks, so
-smaller is tidier; packs go up side by side, so a gigabyte should make several; and 256 MiB is where
-object stores reach full speed for one object."""
+"""The usual largest size of a pack.
+
+A pack is deleted only when nothing refers to any of its chunks, so smaller packs are freed sooner.
+Packs are uploaded in parallel, so a gigabyte should make several. Object stores reach full speed
+for one object at about 256 MiB.
+"""
 
 GAP_BYTES_MAX = 4 * PAGE_BYTES
-"""Known bytes between two new chunks that are written along: a further stretch costs a write of its
-own."""
+"""Stored chunks between two new ones that are written again: a further extent would cost a
+write."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One chunk to write: its digest and where it lies in the data area. ``leaf`` names it in
-    errors, ``kind`` what its bytes are like (for samples of how they compress)."""
+    """One chunk to write: its digest and its place in the slot's data area.
+
+    ``leaf`` names it in errors. ``kind`` groups chunks whose bytes compress alike.
+    """
 
     digest: Digest
     offset_bytes: int
@@ -43,7 +48,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SlotExtent:
-    """A half-open byte range of the data area, on page boundaries (but for the end of the area)."""
+    """A half-open byte range of the data area, on page boundaries (except at the end of the
+    area)."""
 
     start: int
     stop: int
@@ -51,7 +57,7 @@ class SlotExtent:
 
 @dataclass(frozen=True, slots=True)
 class PackPlan:
-    """One pack: its chunks by their place in the slot, and the extents that hold them, in that
+    """One pack: its chunks by their offset in the slot, and the extents that hold them, in that
     order."""
 
     chunks: tuple[Chunk, ...]
@@ -59,19 +65,21 @@ class PackPlan:
 
     @property
     def size_bytes(self) -> int:
-        """The pack's size when it is written raw."""
+        """The pack's size if it is written raw."""
         return sum(extent.stop - extent.start for extent in self.extents)
 
 
 def new_chunks(staged: StagedIndex, stored_chunks: Container[Digest]) -> list[Chunk]:
-    """The chunks that are stored nowhere yet, by their place in the slot; of equal ones the first
-    met. O(chunks log chunks)."""
-    found: dict[Digest, Chunk] = {}
+    """The chunks that are stored nowhere yet, by their offset; the first of equal ones.
+
+    O(chunks log chunks).
+    """
+    chunks: dict[Digest, Chunk] = {}
     for shard in staged.shards:
         fresh = [
             n
             for n, digest in enumerate(shard.digests)
-            if digest not in stored_chunks and digest not in found
+            if digest not in stored_chunks and digest not in chunks
         ]
         if not fresh:
             continue
@@ -79,11 +87,11 @@ def new_chunks(staged: StagedIndex, stored_chunks: Container[Digest]) -> list[Ch
         for number in fresh:
             digest, start = shard.digests[number], number * CHUNK_BYTES
             size = min(CHUNK_BYTES, shard.size_bytes - start)
-            found.setdefault(
+            chunks.setdefault(  # a shard may hold equal chunks
                 digest,
                 Chunk(digest, shard.offset_bytes + start, size, itemsize, shard.leaf.name, kind),
             )
-    return sorted(found.values(), key=lambda chunk: chunk.offset_bytes)
+    return sorted(chunks.values(), key=lambda chunk: chunk.offset_bytes)
 
 
 def plan_packs(
@@ -93,12 +101,11 @@ def plan_packs(
     pack_bytes_max: int = PACK_BYTES_MAX,
     first_bytes_max: int | None = None,
 ) -> list[PackPlan]:
-    """Cut ``chunks`` (by offset) into packs of at most ``pack_bytes_max``; one chunk alone may
-    exceed it.
+    """Cut ``chunks`` (sorted by offset) into packs of at most ``pack_bytes_max``.
 
-    Each pack is whole pages of the slot, so it can be written as it lies, past the page cache.
-    ``data_bytes`` ends the last extent; ``first_bytes_max`` limits the first pack, which measures
-    the link.
+    A single chunk may exceed it. Each pack is whole pages of the slot, so it can be written without
+    a copy, past the page cache. ``data_bytes`` ends the last extent. ``first_bytes_max`` limits the
+    first pack, which measures the link.
     """
     packs: list[PackPlan] = []
     members: list[Chunk] = []
@@ -123,7 +130,7 @@ def plan_packs(
 
 
 def raw_offsets(pack: PackPlan) -> list[int]:
-    """Where each chunk of ``pack`` lies in the object that its extents make."""
+    """The offset of each chunk of ``pack`` in the object that its extents make."""
     offsets: list[int] = []
     before = at = 0
     for chunk in pack.chunks:
@@ -135,8 +142,8 @@ def raw_offsets(pack: PackPlan) -> list[int]:
 
 
 def _grow(last: SlotExtent | None, chunk: Chunk, data_bytes: int) -> tuple[SlotExtent, int]:
-    """The extent that holds ``chunk``: ``last`` made longer where it is near, else a new one; and
-    how many bytes that adds."""
+    """The extent that holds ``chunk``, and how many bytes it adds: ``last`` made longer if near, or
+    new."""
     start = chunk.offset_bytes // PAGE_BYTES * PAGE_BYTES
     stop = min(-(-(chunk.offset_bytes + chunk.raw_bytes) // PAGE_BYTES) * PAGE_BYTES, data_bytes)
     if last is not None and start <= last.stop + GAP_BYTES_MAX:
@@ -146,8 +153,10 @@ def _grow(last: SlotExtent | None, chunk: Chunk, data_bytes: int) -> tuple[SlotE
 
 
 def _nature(shard: StagedShard) -> tuple[int, str]:
-    """Element size, and a word for what the bytes are like: Adam's moments compress unlike weights
-    of the same dtype."""
+    """Element size, and a name for bytes that compress alike.
+
+    Adam's moments compress unlike weights of the same dtype, so the last part of the name counts.
+    """
     if shard.leaf.kind is LeafKind.OBJECT:
         return 1, "object"
     return DTYPE_BYTES[
@@ -155,26 +164,25 @@ def _nature(shard: StagedShard) -> tuple[int, str]:
     ], f"{shard.leaf.dtype}/{shard.leaf.name.rsplit('/', 1)[-1].rsplit('.', 1)[-1]}"
 
 
-# Which known chunks to write anew, so that packs of which little is still needed can go. Pure.
-#
-# A pack is deleted as a whole. Without this a pack would be kept for ever by one chunk that never
-# changes.
+# ---- repacking: rewrite chunks of sparse packs
 
 LIVE_MIN = 0.5
-"""A pack of which less is needed is sparse: what is stored stays below twice what is needed, and a
-chunk is moved only after half of the pack around it has changed."""
+"""A pack of which a smaller share is needed is sparse.
+
+So a store holds less than twice what is needed, and a chunk is moved only after half of the pack
+around it has changed.
+"""
 
 BUDGET_SHARE = 0.1
-"""How much of a snapshot's bytes one save may write anew for tidiness: then it takes a tenth longer
-than without, at most."""
+"""The share of a snapshot's bytes that one save may rewrite: it takes at most a tenth longer."""
 
 BUDGET_BYTES_MIN = 256 << 20
-"""That much may be written in any case: one pack's worth, so that the sparsest pack always fits."""
+"""The least budget: one pack, so that the sparsest pack always fits."""
 
 
 @dataclass(frozen=True, slots=True)
 class SparsePack:
-    """A pack that is given up: its size, and how much of it a rewriting takes."""
+    """A sparse pack: its size, and how many bytes of it are rewritten to free it."""
 
     pack: str
     size_bytes: int
@@ -183,8 +191,8 @@ class SparsePack:
 
 @dataclass(frozen=True, slots=True)
 class Repacking:
-    """``known`` without the chunks of the packs given up, sparsest first; and the bytes that are
-    written anew for that."""
+    """``stored_chunks`` without those of the packs given up, sparsest first, and the bytes to
+    rewrite."""
 
     stored_chunks: Mapping[Digest, ChunkLocation]
     given_up: tuple[SparsePack, ...]
@@ -192,7 +200,7 @@ class Repacking:
 
 
 def default_budget_bytes(size_bytes: int) -> int:
-    """How much a save of a state of ``size_bytes`` may write anew by default."""
+    """How many bytes a save of a state of ``size_bytes`` may rewrite by default."""
     return max(BUDGET_BYTES_MIN, int(size_bytes * BUDGET_SHARE))
 
 
@@ -204,43 +212,45 @@ def plan_repacking(
     budget_bytes: int,
     live_min: float = LIVE_MIN,
 ) -> Repacking:
-    """Leave out of ``known`` the chunks of sparse packs, as far as ``budget_bytes`` reaches.
+    """Leave the chunks of sparse packs out of ``stored_chunks``, as far as ``budget_bytes`` allows.
 
-    ``wanted`` are the digests of the new snapshot, ``pack_bytes`` the sizes of packs; one whose
-    size is not there is not judged. Needed is what lies between the first and last byte of a wanted
-    chunk, with gaps as short as a writer leaves them, so that a pack never looks sparse to the save
-    after the one that wrote it. Equal arguments give equal answers, in whatever order they come.
-    O(known + wanted + chunks log chunks).
+    The caller then writes these chunks anew, so that the sparse packs can be deleted: a pack is
+    deleted as a whole, and without this one unchanging chunk would keep it forever. ``wanted`` are
+    the digests of the new snapshot, ``pack_bytes`` the sizes of packs; a pack of unknown size is
+    left alone. A pack's needed bytes include gaps as short as ``plan_packs`` leaves them, so that
+    it never looks sparse right after it was written. Equal arguments give equal results in whatever
+    order they are. O(stored_chunks + wanted + chunks log chunks).
     """
     by_pack: dict[str, list[Digest]] = {}
     for digest in wanted if isinstance(wanted, frozenset | set) else dict.fromkeys(wanted):
-        place = stored_chunks.get(digest)
-        if place is not None and place.pack in pack_bytes:
-            by_pack.setdefault(place.pack, []).append(digest)
+        location = stored_chunks.get(digest)
+        if location is not None and location.pack in pack_bytes:
+            by_pack.setdefault(location.pack, []).append(digest)
     sparse: list[SparsePack] = []
     for pack, digests in by_pack.items():
         live = _live_bytes([stored_chunks[digest] for digest in digests])
         if live < live_min * pack_bytes[pack]:
             sparse.append(SparsePack(pack, pack_bytes[pack], live))
-    sparse.sort(key=lambda one: (one.live_bytes / one.size_bytes, one.pack))
+    sparse.sort(key=lambda entry: (entry.live_bytes / entry.size_bytes, entry.pack))
     given_up: list[SparsePack] = []
     left = budget_bytes
-    for one in sparse:
-        if one.live_bytes <= left:
-            given_up.append(one)
-            left -= one.live_bytes
+    for entry in sparse:
+        if entry.live_bytes <= left:
+            given_up.append(entry)
+            left -= entry.live_bytes
     if not given_up:
         return Repacking(stored_chunks, (), 0)
-    gone = {digest for one in given_up for digest in by_pack[one.pack]}
-    rest = {digest: place for digest, place in stored_chunks.items() if digest not in gone}
+    moved = {digest for entry in given_up for digest in by_pack[entry.pack]}
+    rest = {digest: location for digest, location in stored_chunks.items() if digest not in moved}
     return Repacking(rest, tuple(given_up), budget_bytes - left)
 
 
-def _live_bytes(places: Sequence[ChunkLocation]) -> int:
-    """The bytes that a pack of just these chunks would take: whole pages, and short gaps along."""
+def _live_bytes(locations: Sequence[ChunkLocation]) -> int:
+    """The bytes that a pack of just these chunks would take: whole pages, with short gaps."""
     total = stop = 0
     for start, end in sorted(
-        (place.offset_bytes, place.offset_bytes + place.stored_bytes) for place in places
+        (location.offset_bytes, location.offset_bytes + location.stored_bytes)
+        for location in locations
     ):
         low, high = start // PAGE_BYTES * PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES
         if total and low <= stop + GAP_BYTES_MAX:
@@ -251,21 +261,22 @@ def _live_bytes(places: Sequence[ChunkLocation]) -> int:
     return total
 
 
-# Whether compression pays. Pure.
+# ---- compression: whether it pays
 
 PAYS_FROM = 1.1
-"""Compression must make the writing this much faster: it takes a core that training could use."""
+"""Compression must make writing this much faster, because it takes a core from training."""
 
 LEVEL_MAX = 22
+"""zstd's highest level."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """What a user asks for. ``auto`` compresses where a sample says that it makes writing faster,
-    ``on`` wherever bytes shrink.
+    """What a user asks for.
 
-    ``level`` is zstd's. ``link_bytes_per_s`` is the speed of the way to the store; None: it is
-    measured while writing.
+    ``mode``: ``off``; ``on``: compress whatever shrinks; ``auto``: compress if a sample shows that
+    it makes writing faster. ``level`` is zstd's. ``link_bytes_per_s`` is the speed to the store;
+    None: it is measured while writing. Raises UsageError for anything else.
     """
 
     mode: Literal["off", "auto", "on"] = "auto"
@@ -284,7 +295,7 @@ NO_COMPRESSION = Compression("off")
 
 @dataclass(frozen=True, slots=True)
 class CompressionSample:
-    """What compressing some bytes came to."""
+    """The result of compressing some bytes."""
 
     raw_bytes: int
     stored_bytes: int
@@ -293,23 +304,22 @@ class CompressionSample:
 
 @dataclass(frozen=True, slots=True)
 class CompressionDecision:
-    """Whether to compress bytes like the sampled ones, and why."""
+    """Whether to compress bytes like the sampled ones, and the reason."""
 
     compress: bool
     reason: str
 
 
 def may_compress(compression: Compression, *, local: bool) -> bool:
-    """Whether compression is worth a sample at all: never when off, and never to a local disk in
-    ``auto``."""
+    """Whether a sample is worth taking: never if off, and in ``auto`` not for a local disk."""
     return compression.mode == "on" or (compression.mode == "auto" and not local)
 
 
 def decide_compression(
     compression: Compression, sample: CompressionSample, *, link_bytes_per_s: float | None
 ) -> CompressionDecision:
-    """Compress bytes like ``sample``? One core encodes while the link carries what was encoded
-    before."""
+    """Whether to compress bytes like ``sample``: one core encodes while the link sends the last
+    pack."""
     match compression.mode:
         case "off":
             return CompressionDecision(False, "off")
@@ -326,6 +336,8 @@ def _auto(sample: CompressionSample, link: float | None) -> CompressionDecision:
     if sample.stored_bytes >= sample.raw_bytes:
         return CompressionDecision(False, "the sample does not shrink")
     encode = sample.raw_bytes / sample.encode_s if sample.encode_s > 0 else float("inf")
+    ratio = sample.raw_bytes / sample.stored_bytes
+    # Encoding and sending overlap, so the slower of the two sets the speed, in raw bytes a second.
     speed = min(encode, link * sample.raw_bytes / sample.stored_bytes)
-    what = f"encode_bytes_per_s={encode:.3g} link_bytes_per_s={link:.3g} ratio={sample.raw_bytes / sample.stored_bytes:.2f}"
-    return CompressionDecision(speed >= PAYS_FROM * link, what)
+    numbers = f"encode_bytes_per_s={encode:.3g} link_bytes_per_s={link:.3g} ratio={ratio:.2f}"
+    return CompressionDecision(speed >= PAYS_FROM * link, numbers)

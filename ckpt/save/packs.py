@@ -1,5 +1,7 @@
-"""From a sealed slot to packs in a store, and what its part says. Nothing is recorded here: without
-a commit nobody reads these bytes."""
+"""One rank's share of a snapshot: from a sealed slot to packs and a part in a store.
+
+Nothing is recorded here. Until a commit names them, nothing reads these bytes.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,16 @@ from ckpt.save.chunks import (
 from ckpt.threads import start_thread
 from ckpt.values import PAGE_BYTES, ChunkLocation, Codec, Digest, StagedIndex, StagedShard
 
-# A planned pack's bytes: stretches of the slot as they lie, or compressed chunks.
+# ---- a pack's bytes: extents of the slot, or compressed chunks
 
 SAMPLE_BYTES = 512 << 10
-"""Compressed to see whether it pays: 0.5 ms, and long enough for zstd to show its ratio."""
+"""Bytes that are compressed to see whether it pays: 0.5 ms, and enough for zstd to show its
+ratio."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltPack:
-    """What to put at ``key``, and where each chunk then lies."""
+    """The bytes to put at ``key``, and the location of each chunk in them."""
 
     key: str
     buffers: tuple[bytes | memoryview, ...]
@@ -55,36 +58,36 @@ class BuiltPack:
 
 
 def verify_chunks(pack: PackPlan, data: memoryview) -> None:
-    """Compare each chunk with the digest made while it was staged. Raises IntegrityError naming the
-    leaf. 30 GB/s."""
+    """Compare each chunk with its staged digest. 30 GB/s. Raises IntegrityError that names the
+    leaf."""
     for chunk in pack.chunks:
         if digest(data[chunk.offset_bytes : chunk.offset_bytes + chunk.raw_bytes]) != chunk.digest:
             raise IntegrityError(
                 f"staged bytes changed after they were copied. leaf={chunk.leaf} "
                 f"offset_bytes={chunk.offset_bytes} "
-                "the snapshot is given up; something writes into memory that isn't its own, or the "
-                "memory is faulty"
+                "the snapshot is given up; another writer overwrote this memory, or the memory is "
+                "faulty"
             )
 
 
 def raw_pack(key: str, pack: PackPlan, data: memoryview) -> BuiltPack:
-    """The pack as page-aligned stretches of the slot, with no copy."""
-    places = {
+    """The pack as page-aligned extents of the slot, without a copy."""
+    locations = {
         chunk.digest: ChunkLocation(key, offset, chunk.raw_bytes, chunk.raw_bytes, Codec.RAW)
         for chunk, offset in zip(pack.chunks, raw_offsets(pack), strict=True)
     }
     return BuiltPack(
-        key, tuple(data[extent.start : extent.stop] for extent in pack.extents), places
+        key, tuple(data[extent.start : extent.stop] for extent in pack.extents), locations
     )
 
 
 def encoded_pack(
     key: str, pack: PackPlan, data: memoryview, *, level: int, wanted: Callable[[Chunk], bool]
 ) -> BuiltPack:
-    """The pack with every ``wanted`` chunk compressed and the others as they lie. Takes memory for
-    what is compressed."""
+    """The pack with each ``wanted`` chunk compressed and the others raw. Allocates the compressed
+    ones."""
     buffers: list[bytes | memoryview] = []
-    places: dict[Digest, ChunkLocation] = {}
+    locations: dict[Digest, ChunkLocation] = {}
     at = 0
     for chunk in pack.chunks:
         raw = data[chunk.offset_bytes : chunk.offset_bytes + chunk.raw_bytes]
@@ -95,20 +98,20 @@ def encoded_pack(
         )
         if encoded is None:
             buffers.append(raw)
-            place = ChunkLocation(key, at, len(raw), len(raw), Codec.RAW)
+            location = ChunkLocation(key, at, len(raw), len(raw), Codec.RAW)
         else:
             buffers.append(encoded.data)
-            place = ChunkLocation(
+            location = ChunkLocation(
                 key, at, len(encoded.data), len(raw), encoded.codec, encoded.itemsize_bytes
             )
-        places[chunk.digest] = place
-        at += place.stored_bytes
-    return BuiltPack(key, tuple(buffers), places)
+        locations[chunk.digest] = location
+        at += location.stored_bytes
+    return BuiltPack(key, tuple(buffers), locations)
 
 
 class Sampler:
-    """Remembers, for each kind of bytes, whether compressing pays; asks a sample of the first chunk
-    of the kind."""
+    """Remembers for each kind of bytes whether compression pays; samples the first chunk of a
+    kind."""
 
     def __init__(self, compression: Compression, data: memoryview) -> None:
         self._compression = compression
@@ -116,7 +119,7 @@ class Sampler:
         self._samples: dict[str, CompressionSample] = {}
 
     def decide(self, chunk: Chunk, *, link_bytes_per_s: float | None) -> CompressionDecision:
-        """Whether to compress ``chunk``. Costs a sample for the first of its kind."""
+        """Whether to compress ``chunk``. Compresses a sample for the first of its kind."""
         if chunk.kind not in self._samples:
             self._samples[chunk.kind] = self._sample(chunk)
         return decide_compression(
@@ -130,28 +133,28 @@ class Sampler:
         encoded = encode_chunk(
             raw, itemsize_bytes=chunk.itemsize_bytes, level=self._compression.level
         )
-        taken = time.perf_counter() - start
-        return CompressionSample(length, length if encoded is None else len(encoded.data), taken)
+        taken_s = time.perf_counter() - start
+        return CompressionSample(length, length if encoded is None else len(encoded.data), taken_s)
 
 
 PUTS_MAX = 4
-"""Packs on their way at once: what fills the links measured, and bounds the memory that compressed
-packs take."""
+"""Packs being written at once: enough for the links measured; also limits compressed packs'
+memory."""
 
 ENCODED_BYTES_MAX = 256 << 20
-"""Memory that compressed packs may take in all."""
+"""Memory that all compressed packs together may take."""
 
 PROBE_BYTES = 16 << 20
-"""Size of a first pack that is written raw to measure the link."""
+"""Size of the first pack, which is written raw to measure the link."""
 
 MEASURED_BYTES_MIN = 4 << 20
-"""Smaller packs say more about a request's fixed cost than about the link."""
+"""Smaller packs measure a request's fixed cost rather than the link."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PersistLimits:
-    """Sizes that persisting keeps to: the largest pack, packs on their way at once, memory for
-    compressed ones."""
+    """Limits of ``persist``: the largest pack, packs written at once, memory for compressed
+    ones."""
 
     pack_bytes_max: int = PACK_BYTES_MAX
     puts_max: int = PUTS_MAX
@@ -160,12 +163,12 @@ class PersistLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Persisted:
-    """What a rank's share of a snapshot became. ``part`` says where it lies, and is stored nowhere
-    yet (``put_part``).
+    """What a rank's share of a snapshot became. ``part`` is stored nowhere yet: see ``put_part``.
 
-    ``new_bytes`` is what its new chunks take in the store, ``packs`` how many packs were written
-    and ``pack_bytes`` how large each is, ``locations`` where every chunk of the snapshot lies (the
-    next one's ``known``), ``link_bytes_per_s`` how fast packs went (None: none was written).
+    ``new_bytes`` is the stored size of its new chunks, ``packs`` the number of packs written and
+    ``pack_bytes`` the size of each, ``locations`` where every chunk of the snapshot is (the next
+    save's ``stored_chunks``), ``link_bytes_per_s`` the speed of the writes (None: nothing was
+    written).
     """
 
     part: Part
@@ -177,14 +180,14 @@ class Persisted:
 
 
 def pack_numbers_max(staged: StagedIndex) -> int:
-    """How many pack numbers ``persist`` can use for ``staged`` within the default limits, whatever
-    is known. O(shards)."""
+    """How many pack numbers ``persist`` can use for ``staged`` within the default limits.
+    O(shards)."""
     chunks = sum(len(shard.digests) for shard in staged.shards)
     padded = sum(shard.size_bytes for shard in staged.shards) + chunks * (
         2 * PAGE_BYTES + GAP_BYTES_MAX
     )
-    # Two packs that follow each other exceed a pack's limit together, and the smallest limit is the
-    # probe's.
+    # Two successive packs together exceed a pack's limit (else they would be one), and the smallest
+    # limit is the probe's.
     return min(chunks, 1 + 2 * padded // PROBE_BYTES)
 
 
@@ -200,16 +203,17 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
     verify: bool = True,
     limits: PersistLimits = PersistLimits(),
 ) -> Persisted:
-    """Write the chunks of ``staged`` that are not ``known``, and say where all of them lie.
+    """Write the chunks of ``staged`` that are not in ``stored_chunks``; returns where all of them
+    are.
 
     ``data`` is the slot's data area, pinned by the caller. ``pack_start`` is the first pack number
-    that ``writer`` never used; the result says how many are used up, after an error it may be
+    that ``writer`` never used; the result says how many were used, after an error up to
     ``pack_numbers_max``. ``verify`` compares each new chunk with its staged digest just before it
-    is written, 0.05 s a GiB of one core beside the writing: without it a byte that went bad in the
-    slot would be called durable, and be found only by the restore that needs it.
+    is written: 0.05 s a GiB of one core beside the writing. Without it, a byte that changed in the
+    slot would be called durable, and only the restore that needs it would find it.
 
-    Raises what the store raises, with the snapshot named, and IntegrityError where the slot
-    changed; nothing was recorded then, older snapshots stand, and what was written is swept later.
+    Raises what the store raises, with the snapshot named, and IntegrityError if the slot changed.
+    Then nothing is recorded, older snapshots are unaffected, and a sweep deletes what was written.
     """
     if any(shard.offset_bytes + shard.size_bytes > len(data) for shard in staged.shards):
         raise UsageError(f"the data area is shorter than its index says. size_bytes={len(data)}")
@@ -243,7 +247,7 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
         ) from error
     return Persisted(
         part=part,
-        new_bytes=sum(place.stored_bytes for place in fresh.values()),
+        new_bytes=sum(location.stored_bytes for location in fresh.values()),
         packs=len(packs),
         pack_bytes=writing.pack_bytes,
         locations={
@@ -265,7 +269,7 @@ def _plan(
 ) -> list[PackPlan]:
     if compression.mode == "off":
         return plan_packs(chunks, data_bytes=data_bytes, pack_bytes_max=limits.pack_bytes_max)
-    # One pack is built while ``puts`` are on their way, and none gets larger by compression.
+    # Besides the ``puts`` packs being written one is being built; none gets larger by compression.
     most = min(limits.pack_bytes_max, limits.encoded_bytes_max // (puts + 1))
     first = PROBE_BYTES if _measures(compression) else None
     return plan_packs(chunks, data_bytes=data_bytes, pack_bytes_max=most, first_bytes_max=first)
@@ -276,7 +280,7 @@ def _measures(compression: Compression) -> bool:
 
 
 class _PackWriter:
-    """Packs on their way to the store: the next is verified and built while earlier ones travel."""
+    """Writes packs: the next is verified and built while earlier ones are being written."""
 
     def __init__(
         self, backend: Backend, data: memoryview, *, compression: Compression, verify: bool
@@ -292,16 +296,18 @@ class _PackWriter:
 
     @property
     def link_bytes_per_s(self) -> float | None:
-        """The link's speed: as told, else the best seen so far."""
+        """The link's speed: as configured, else the best measured so far."""
         return self._compression.link_bytes_per_s or self._seen_bytes_per_s
 
     def write(self, packs: Mapping[str, PackPlan], *, puts: int) -> dict[Digest, ChunkLocation]:
-        """Put each pack at its key, at most ``puts`` at once; where each chunk lies then. The first
-        error ends it."""
-        places: dict[Digest, ChunkLocation] = {}
+        """Put each pack at its key, at most ``puts`` at once. The first error ends it.
+
+        Returns where each chunk is then.
+        """
+        locations: dict[Digest, ChunkLocation] = {}
         running: deque[Future[None]] = deque()
         if not packs:
-            return places
+            return locations
         try:
             for key, pack in packs.items():
                 built = self._build(key, pack)
@@ -309,14 +315,14 @@ class _PackWriter:
                 while len(running) >= puts:
                     running.popleft().result()
                 running.append(self._start(built))
-                places.update(built.locations)
+                locations.update(built.locations)
                 if self.link_bytes_per_s is None and _measures(self._compression):
                     running.popleft().result()
             while running:
                 running.popleft().result()
         finally:
-            wait(running)  # after an error too: they read the slot, which the caller then lets go
-        return places
+            wait(running)  # after an error too: they read the slot, which the caller then releases
+        return locations
 
     def _start(self, built: BuiltPack) -> Future[None]:
         return start_thread(lambda: self._put(built), name="ckpt-put")
@@ -342,66 +348,69 @@ class _PackWriter:
     def _put(self, built: BuiltPack) -> None:
         start = time.perf_counter()
         self._backend.put(built.key, built.buffers)
-        taken = time.perf_counter() - start
-        if built.size_bytes >= MEASURED_BYTES_MIN and taken > 0:
-            self._seen_bytes_per_s = max(self._seen_bytes_per_s or 0.0, built.size_bytes / taken)
+        taken_s = time.perf_counter() - start
+        if built.size_bytes >= MEASURED_BYTES_MIN and taken_s > 0:
+            self._seen_bytes_per_s = max(self._seen_bytes_per_s or 0.0, built.size_bytes / taken_s)
 
 
-def _part(staged: StagedIndex, writer: str, places: Mapping[Digest, ChunkLocation]) -> Part:
+def _part(staged: StagedIndex, writer: str, locations: Mapping[Digest, ChunkLocation]) -> Part:
     return Part(
         snapshot=staged.snapshot,
         writer=writer,
         rank=staged.rank,
         world_size=staged.world_size,
-        shards=tuple(_stored(shard, places) for shard in staged.shards),
+        shards=tuple(_stored(shard, locations) for shard in staged.shards),
         aliases=staged.aliases,
     )
 
 
-def _stored(shard: StagedShard, places: Mapping[Digest, ChunkLocation]) -> StoredShard:
-    found = tuple(places[digest] for digest in shard.digests)
-    for place, raw_bytes in zip(found, chunk_sizes(shard.size_bytes), strict=True):
-        if place.raw_bytes != raw_bytes:
+def _stored(shard: StagedShard, all_locations: Mapping[Digest, ChunkLocation]) -> StoredShard:
+    locations = tuple(all_locations[digest] for digest in shard.digests)
+    for location, raw_bytes in zip(locations, chunk_sizes(shard.size_bytes), strict=True):
+        if location.raw_bytes != raw_bytes:
             raise IntegrityError(
                 f"two chunks of different sizes have one digest. leaf={shard.leaf.name!r} "
-                f"pack={place.pack} "
-                f"raw_bytes={place.raw_bytes} expected={raw_bytes}; save once without known chunks"
+                f"pack={location.pack} "
+                f"raw_bytes={location.raw_bytes} expected={raw_bytes}; save once without known "
+                "chunks"
             )
     return StoredShard(
         leaf=shard.leaf,
         box=shard.box,
         size_bytes=shard.size_bytes,
         digests=shard.digests,
-        locations=found,
+        locations=locations,
     )
 
 
-# How large stored packs are: what a persister wrote itself it knows, of others it asks once.
+# ---- sizes of stored packs
 
 
 class PackSizes:
-    """Remembers the sizes of packs of one store. For one thread."""
+    """The sizes of one store's packs: those written here are known, others are queried once.
+
+    For one thread.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._sizes: dict[str, int] = {}
 
     def of(self, packs: Iterable[str]) -> Mapping[str, int]:
-        """The sizes of ``packs``, and no others are remembered from now on. One request for each
-        that is new.
+        """The sizes of ``packs``; all others are forgotten. One request for each that is new.
 
-        A pack that can't be asked for now is left out: whoever tidies passes it over, and asks
-        again next time.
+        A pack that cannot be queried now is left out: repacking ignores it, and asks again next
+        time.
         """
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for pack in dict.fromkeys(packs):
             size = self._sizes.get(pack)
             if size is None:
                 size = self._ask(pack)
             if size is not None:
-                found[pack] = size
-        self._sizes = found
-        return found
+                sizes[pack] = size
+        self._sizes = sizes
+        return sizes
 
     def note(self, sizes: Mapping[str, int]) -> None:
         """Remember packs that were just written."""
@@ -411,19 +420,18 @@ class PackSizes:
         try:
             stat = self._backend.stat(pack)
         except CkptError:
-            return None  # tidying is no reason for a save to fail
+            return None  # a save must not fail because of repacking
         return None if stat is None else stat.size_bytes
 
 
-# The part of a node's ranks, written to a store. Still nothing is recorded.
+# ---- the part of a node's ranks
 
 
 def put_part(parts: Sequence[Part], *, backend: Backend, writer: str) -> PartRef:
-    """Write one part for the ranks of ``parts``, which follow each other; ``writer`` never wrote
-    one of this snapshot.
+    """Write one part for the ranks of ``parts``, whose ranks follow each other.
 
-    Raises what the store raises, with snapshot and ranks named, and UsageError where they make no
-    part. O(chunks).
+    ``writer`` must never have written a part of this snapshot. Raises what the store raises, with
+    snapshot and ranks named, and UsageError if the parts do not fit together. O(chunks).
     """
     part = merge_parts(parts, writer=writer)
     encoded = encode_part(part)

@@ -1,8 +1,8 @@
-"""What ranks say of their shares of one snapshot, and what several of them say together. Pure.
+"""Receipts: what ranks report of their shares of one snapshot, and how several are merged. Pure.
 
-A rank's receipt becomes part of its node's, and the nodes' become that of the job, by the same
-``merge``. Which are merged first makes no difference to whether there is an error, nor to anything
-where there is none.
+Receipts of ranks merge to their node's, and receipts of nodes to the job's, by the same
+``merge_receipts``. The order of merging changes neither whether there is an error nor, without one,
+the result.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ckpt.ipc.messages import RemoteError, from_error
 from ckpt.values import Box, Leaf, SnapshotId, SnapshotInfo, StagedIndex
 
 DIFFERENT_MAX = 8
-"""So many groups of ranks are named where they captured different steps."""
+"""How many groups of ranks an error names if ranks captured different steps."""
 
 
 class ReplicaGroup(msgspec.Struct, frozen=True, array_like=True):
-    """What members of one group of replicas hold: of how many there are, a digest of what each
-    holds, and how many say so."""
+    """One group of replicas: its size, a digest of what each holds, and how many members report
+    it."""
 
     size: int
     digest: str
@@ -33,13 +33,13 @@ class ReplicaGroup(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``ranks`` ranks, from ``rank`` on, wrote of a snapshot, or the first error that one of
-    them met.
+    """What ``ranks`` ranks, from ``rank`` on, wrote of a snapshot, or the first error of one of
+    them.
 
-    ``snapshot``: the pair that they captured, the least where they captured several. ``refs``:
-    their parts, in rank order. ``base``: the snapshot whose chunks they refer to. ``shared``: what
-    they hold of each group of replicas; ``complete``: whether all of them said so. ``passed``:
-    whether all of them are known to have passed that step.
+    ``snapshot``: the pair that they captured, the least if they captured several. ``refs``: their
+    parts, in rank order. ``base``: the snapshot whose chunks they refer to. ``shared``: their
+    groups of replicas; ``complete``: whether all of them reported these. ``passed``: whether all
+    are known to have passed that step.
     """
 
     snapshot: SnapshotId
@@ -56,125 +56,128 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SaveOutcome(msgspec.Struct, frozen=True):
-    """What became of a snapshot: its facts, or an error."""
+    """The result of a save: the snapshot's facts, or an error."""
 
     info: SnapshotInfo | None = None
     error: RemoteError | None = None
-    """Why there is no ``info``; or beside one, why the snapshot, durable as it is, lacks a tag."""
+    """Why there is no ``info``; if there is, why the durable snapshot lacks a tag."""
 
 
 prepare_decoders(Receipt, SaveOutcome)
 
 
 def failed_receipt(snapshot: SnapshotId, rank: int, error: CkptError) -> Receipt:
-    """The receipt of a rank that has no share to give."""
+    """The receipt of a rank that has no share."""
     return Receipt(snapshot=snapshot, rank=rank, error=from_error(error, rank=rank))
 
 
 def replica_groups(shared: Mapping[str, tuple[int, str]] | None) -> Mapping[str, ReplicaGroup]:
-    """One rank's ``SealedSlot.shared``, as receipts have it."""
+    """One rank's ``SealedSlot.shared`` in the form of receipts."""
     return {group: ReplicaGroup(size, digest) for group, (size, digest) in (shared or {}).items()}
 
 
 def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
-    """What all of them say together; an error of one, or between them, is that of all. At least
-    one; in rank order.
+    """One receipt for all ranks of ``receipts``; an error of one, or between them, is the error of
+    all.
 
-    Raises InternalError where the ranks of one don't follow those of the one before.
+    At least one, in rank order. Raises InternalError if their ranks do not follow each other.
     """
     first, rank = receipts[0], receipts[0].rank
-    for one in receipts:
-        if one.rank != rank or one.ranks < 1:
+    for receipt in receipts:
+        if receipt.rank != rank or receipt.ranks < 1:
             raise InternalError(
-                f"receipts that don't follow each other. rank={one.rank} expected_rank={rank}"
+                f"receipts that don't follow each other. rank={receipt.rank} expected_rank={rank}"
             )
-        rank += one.ranks
-    both = Receipt(
-        snapshot=min(one.snapshot for one in receipts),
+        rank += receipt.ranks
+    merged = Receipt(
+        snapshot=min(receipt.snapshot for receipt in receipts),
         rank=first.rank,
         ranks=rank - first.rank,
-        refs=tuple(ref for one in receipts for ref in one.refs),
-        size_bytes=sum(one.size_bytes for one in receipts),
-        new_bytes=sum(one.new_bytes for one in receipts),
-        complete=all(one.complete for one in receipts),
-        passed=all(one.passed for one in receipts),
+        refs=tuple(ref for receipt in receipts for ref in receipt.refs),
+        size_bytes=sum(receipt.size_bytes for receipt in receipts),
+        new_bytes=sum(receipt.new_bytes for receipt in receipts),
+        complete=all(receipt.complete for receipt in receipts),
+        passed=all(receipt.passed for receipt in receipts),
     )
-    error = next((one.error for one in receipts if one.error is not None), None)
+    error = next((receipt.error for receipt in receipts if receipt.error is not None), None)
     if error is not None:
-        return structs.replace(both, error=error)
+        # Bases and groups of a failed snapshot need not fit together.
+        return structs.replace(merged, error=error)
     try:
         _check_captured(receipts)
         return structs.replace(
-            both, base=common_base([one.base for one in receipts]), shared=_shared(receipts)
+            merged,
+            base=common_base([receipt.base for receipt in receipts]),
+            shared=_shared(receipts),
         )
-    except CkptError as found:
-        return structs.replace(both, error=from_error(found, rank=first.rank))
+    except CkptError as conflict:
+        return structs.replace(merged, error=from_error(conflict, rank=first.rank))
 
 
 def check_groups(whole: Receipt) -> Receipt:
-    """The receipt of all ranks of a world; one with an error where a group of replicas misses a
-    member."""
+    """The receipt of a whole world, with an error if a group of replicas lacks a member."""
     try:
         if whole.error is None and whole.complete:
-            for held in whole.shared.values():
-                _check(held.members == held.size, held, held)
+            for group in whole.shared.values():
+                _check(group.members == group.size, group, group)
     except UsageError as error:
         return structs.replace(whole, error=from_error(error, rank=whole.rank))
     return whole
 
 
 def common_base(bases: Sequence[SnapshotId | None]) -> SnapshotId | None:
-    """The snapshot that the ranks refer to chunks of; None: no rank refers to any. Raises
-    ConflictError where they differ.
+    """The snapshot whose chunks the ranks refer to; None if none does. Raises ConflictError.
 
-    A commit names one base. Chunks of another could be deleted before it, with nobody the wiser.
+    A commit names one base. If ranks referred to several, chunks of another one could be deleted
+    before the commit without making it void.
     """
-    found = {base for base in bases if base is not None}
-    if len(found) > 1:
+    different = {base for base in bases if base is not None}
+    if len(different) > 1:
         raise ConflictError(
             "the ranks refer to chunks of different snapshots. "
-            f"bases={', '.join(map(str, sorted(found)))}; the next snapshot "
-            "refers to none"
+            f"bases={', '.join(map(str, sorted(different)))}; the next snapshot refers to none"
         )
-    return next(iter(found), None)
+    return next(iter(different), None)
 
 
 def _check_captured(receipts: Sequence[Receipt]) -> None:
-    if len({one.snapshot for one in receipts}) > 1:
-        told = [f"{_ranks(one)}: {one.snapshot}" for one in receipts]
-        more = f", and {len(told) - DIFFERENT_MAX} more" if len(told) > DIFFERENT_MAX else ""
+    if len({receipt.snapshot for receipt in receipts}) > 1:
+        captured = [f"{_ranks(receipt)}: {receipt.snapshot}" for receipt in receipts]
+        more = (
+            f", and {len(captured) - DIFFERENT_MAX} more" if len(captured) > DIFFERENT_MAX else ""
+        )
         raise ConflictError(
             "the ranks captured different steps, which never make one snapshot. captured_by_rank="
-            f"{', '.join(told[:DIFFERENT_MAX])}{more}; every rank must run and save the same steps"
+            f"{', '.join(captured[:DIFFERENT_MAX])}{more}; every rank must run and save the same "
+            "steps"
         )
 
 
 def _shared(receipts: Sequence[Receipt]) -> Mapping[str, ReplicaGroup]:
-    """What they hold of each group together. Raises UsageError where two hold different leaves, or
-    in another order.
+    """All groups of replicas. Raises UsageError if two members hold different leaves or another
+    order.
 
-    Each rank stores its share of them, computed from what it holds itself; were the sets different,
-    the shares would overlap or leave gaps, and the snapshot could not be read.
+    Each rank stores its share of a group, computed from what it holds itself. If members differed,
+    their shares would overlap or leave gaps, and the snapshot could not be read.
     """
-    found: dict[str, ReplicaGroup] = {}
-    for one in receipts:
-        for group, held in one.shared.items():
-            before = found.get(group)
+    groups: dict[str, ReplicaGroup] = {}
+    for receipt in receipts:
+        for name, group in receipt.shared.items():
+            before = groups.get(name)
             if before is None:
-                found[group] = held
+                groups[name] = group
                 continue
-            _check((before.size, before.digest) == (held.size, held.digest), before, held)
-            found[group] = ReplicaGroup(held.size, held.digest, before.members + held.members)
-    return found
+            _check((before.size, before.digest) == (group.size, group.digest), before, group)
+            groups[name] = ReplicaGroup(group.size, group.digest, before.members + group.members)
+    return groups
 
 
 def _check(fits: bool, one: ReplicaGroup, other: ReplicaGroup) -> None:
     if not fits:
         raise UsageError(
-            "replicas hold different leaves, so their shares don't fit together. "
-            f"replicas={other.size} "
-            f"ranks_with_any={one.members} one={one.digest[:8]} other={other.digest[:8]}; keep the "
-            "same optimizer state on each"
+            "replicas hold different leaves, so their shares do not fit together. "
+            f"replicas={other.size} ranks_with_any={one.members} one={one.digest[:8]} "
+            f"other={other.digest[:8]}; keep the same optimizer state on each"
         )
 
 
@@ -186,19 +189,20 @@ def _ranks(receipt: Receipt) -> str:
     )
 
 
-# Whether the shares that the ranks staged make one whole snapshot. Pure.
+# ---- staged shares: whether they make one snapshot
 
 
 def shares_problem(indexes: Sequence[StagedIndex]) -> str | None:
-    """What keeps ``indexes`` from being one snapshot, one index a rank in rank order, as ``fact.
-    key=value``; or None.
+    """Why ``indexes`` (one a rank, in rank order) are not one snapshot, as ``fact. key=value``, or
+    None.
 
-    For slots that are handed in by somebody else than the ranks themselves, who would have compared
-    their replicas before.
+    For slots that another process submits for the ranks: the ranks themselves compare replicas
+    before.
     """
     snapshots = {index.snapshot for index in indexes}
     if len(snapshots) != 1:
-        return f"the ranks hold different snapshots. snapshots={', '.join(map(str, sorted(snapshots))) or 'none'}"
+        listing = ", ".join(map(str, sorted(snapshots))) or "none"
+        return f"the ranks hold different snapshots. snapshots={listing}"
     if len({index.origin for index in indexes}) != 1:
         return "the ranks hold an epoch of the same number that was opened twice."
     if [(index.rank, index.world_size) for index in indexes] != [
@@ -213,7 +217,7 @@ def shares_problem(indexes: Sequence[StagedIndex]) -> str | None:
             if leaves.setdefault(key, shard.leaf) != shard.leaf:
                 return f"the ranks disagree on a leaf. leaf={key[0]!r}"
             boxes.setdefault(key, []).append(shard.box)
-    for key, found in boxes.items():
-        if why := cover_problem(leaves[key].shape, found):
-            return f"{why} leaf={key[0]!r}"
+    for key, leaf_boxes in boxes.items():
+        if problem := cover_problem(leaves[key].shape, leaf_boxes):
+            return f"{problem} leaf={key[0]!r}"
     return None

@@ -1,5 +1,7 @@
-"""A sealed slot on its way to a store. No more imports than a process that is just starting can
-bear."""
+"""A sealed slot as a persister takes it.
+
+Apart so that a process that is just starting need not import the persister.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,25 @@ def _always() -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedSlot:
-    """A sealed slot as a persister takes it: what it holds, and how to let go of it (called once).
+    """A sealed slot on its way to a store: what it holds, and how to release it.
 
-    ``data`` is a view of the data area for the persister alone, which releases it: an error that is
-    kept somewhere would keep the slot's memory otherwise.
+    ``data`` is a view of the slot's data area. The persister that gets it is its only user and
+    releases it; otherwise a stored exception could keep the slot's memory in use. ``release`` is
+    called once.
     """
 
     index: StagedIndex
     data: memoryview
     release: Callable[[], None]
     shared: Mapping[str, tuple[int, str]] | None = None
-    """What replicas must agree on for their shares to fit together: how many they are, and a digest
-    of what they hold. None: not known, so that whoever hands the slots in has made sure of it."""
+    """For each group of replicas, how many they are and a digest of what this one holds.
+
+    Replicas must agree on both, or their shares do not fit together. None: not known, because the
+    caller has compared them already.
+    """
     unchanged: Callable[[], bool] = _always
-    """Whether nobody has begun to write to it: then all that was read of it before is what
-    ``index`` tells of."""
+    """Whether the slot has not been begun again, so that everything read from it is of
+    ``index``."""
 
     def free(self) -> None:
         """Give up the view and the slot."""

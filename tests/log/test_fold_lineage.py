@@ -8,7 +8,7 @@ from ckpt.errors import NewerSnapshotError, NotFoundError, UsageError
 from ckpt.format.records import BY_STORES, Body, Commit, Drop, Open, Record, Tag, make_record
 from ckpt.log import fold as working
 from ckpt.log.fold import empty, fold
-from ckpt.log.select import ResumeChoice, candidates, older_than, require_newest, select
+from ckpt.log.select import ResumeChoice, candidates, require_newest, select
 from ckpt.log.state import (
     RECENT_MAX,
     Hole,
@@ -60,7 +60,6 @@ def test_a_line_goes_down_through_what_each_epoch_resumed() -> None:
     assert state().lineage_from(pair(3, 5)) == (pair(3, 5),)
     assert state().lineage_from(pair(2, 24)) == (pair(1, 20), pair(1, 10))
     assert state().lineage_from(pair(9, 1)) == (), "an epoch that was never opened has no line"
-    assert older_than(state(), pair(2, 25)) == (pair(1, 20), pair(1, 10))
     opens = {1: OpenedEpoch(1, 0, None), 2: OpenedEpoch(2, 4, pair(1, 20))}
     assert list(lineage_segments(opens, whole_epoch(2))) == [LineageSegment(2, None), LineageSegment(1, 20)]
     assert list(lineage_segments(opens, pair(2, 7))) == [LineageSegment(2, 7), LineageSegment(1, 20)]
@@ -190,15 +189,15 @@ def test_step_and_epoch_0_are_a_step_and_an_epoch() -> None:
 def test_what_is_not_there_is_told_with_the_five_nearest_and_with_what_lies_elsewhere() -> None:
     steps = (10, 20, 30, 40, 50, 60, 70)
     found = folded(OPEN1, *(commit(1, step) for step in steps), (2, Open(2, pair(1, 60))))
-    with pytest.raises(NotFoundError, match=r"step=45 nearest_steps=20, 30, 40, 50, 60 off_the_line=1 name one"):
+    with pytest.raises(NotFoundError, match=r"step=45 nearest_steps=20, 30, 40, 50, 60 off_lineage=1 name one"):
         select(found, step=45)
     with pytest.raises(NotFoundError, match=r"step=0 nearest_steps=10, 20, 30, 40, 50 off"):
         select(found, step=0)
     with pytest.raises(NotFoundError, match=r"epoch=1 step=65 nearest_steps=30, 40, 50, 60, 70$"):
         select(found, step=65, epoch=1)
-    with pytest.raises(NotFoundError, match=r"job='run-a' off_the_line=0$"):
+    with pytest.raises(NotFoundError, match=r"job='run-a' off_lineage=0$"):
         select(folded(OPEN1))
-    with pytest.raises(NotFoundError, match=r"nearest_steps=10 off_the_line=0$"):
+    with pytest.raises(NotFoundError, match=r"nearest_steps=10 off_lineage=0$"):
         select(folded(OPEN1, commit(1, 10)), step=9)
 
 
@@ -226,7 +225,7 @@ def test_what_was_committed_since_a_choice_must_not_be_left_behind(
         with pytest.raises(NewerSnapshotError) as raised:
             require_newest(state(), resume, chosen)
         assert str(raised.value) == (
-            "a newer snapshot was committed while training was about to go on. newest=epoch 4 step 40 "
+            "a newer snapshot was committed while training was about to resume. newest=epoch 4 step 40 "
             f"resume={resume} choose again"
         )
     require_newest(state(), resume, None)  # nobody says that it is the newest

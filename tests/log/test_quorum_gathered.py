@@ -221,7 +221,7 @@ def test_before_the_stores_are_named_the_log_is_in_one_store_and_what_is_there_c
     unknown = read(LATE, held(0, *log), StoreRecords("", elsewhere="e" * 32), StoreRecords(""))
     assert unknown.full == {1} and unknown.state.find(SnapshotId(1, 1)) is not None
     assert unknown.state.short == (
-        "where the log lies is not known, and other stores may hold it. of_another_log=['u2'] silent=[u0: no answer]"
+        "the stores of the log are not known, and other stores may hold it. of_another_log=['u2'] silent=[u0: no answer]"
     )
     assert "of_another_log=['u0'] silent=[]" in read(StoreRecords("", elsewhere="e" * 32), held(0, *log)).state.short
     assert "of_another_log=[] silent=[u1" in read(held(0, *log), LATE).state.short

@@ -218,12 +218,12 @@ def test_what_the_file_never_gave_out_fences_once_it_leaves_too_few_stores(
     for number in range(others):
         world.give(number, SECOND)
     if fenced:
-        with pytest.raises(FencedError, match=f"another one took over. key={KEY} stop this writer"):
+        with pytest.raises(FencedError, match=f"another sequencer took over. key={KEY} stop this writer"):
             world.claim_filed(MemoryBackend("file"), FIRST, quorum=quorum, absent=absent)
     else:
         found = world.claim_filed(MemoryBackend("file"), FIRST, quorum=quorum, absent=absent)
         assert isinstance(found, WriteUnknown) and found.reason.startswith(
-            "the record has its place, and is on too few stores"
+            "the record has its position, but is on too few stores"
         )
 
 

@@ -162,7 +162,7 @@ def test_one_rate_cap_for_all_nodes_that_keep_mirrors(tmp_path: Path, monkeypatc
     caps = {memory._peers._store(f"127.0.0.1:{port}")._cap for port in (1, 2)}
     assert [cap and cap.bytes_per_s for cap in caps] == [float(5 << 20)]
     capped.close()
-    with pytest.raises(UsageError, match="rate cap"):
+    with pytest.raises(UsageError, match="rate limit"):
         Keeper(tmp_path, monkeypatch, mirror_rate=5.0)
 
 

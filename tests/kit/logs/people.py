@@ -165,7 +165,7 @@ class Writer(Person):
                 self.world.note("unknown")
             case UsageError():
                 self.world.note("usage")
-                known = ("the log lies on", "gives out the places", "does not give out the places")
+                known = ("the log is on", "gives out the positions", "does not give out the positions")
                 assert any(fact in str(error) for fact in known) or self.scene.strays(), str(error)
                 self.journal = None
             case ConflictError() | IntegrityError() | UnavailableError() | NotFoundError():
@@ -360,5 +360,5 @@ class Operator(Person):
         return self.process
 
     def failed(self, error: CkptError) -> None:
-        assert not isinstance(error, UsageError) or "places" in str(error) or self.scene.strays(), error
+        assert not isinstance(error, UsageError) or "positions" in str(error) or self.scene.strays(), error
         self.world.note("changes that failed")

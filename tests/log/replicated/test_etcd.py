@@ -201,10 +201,10 @@ def test_another_etcd_or_none_gives_out_nothing_until_somebody_takes_over(
     epoch = journal.open_epoch(resume=None)
     commit(journal, epoch, 1)
     monkeypatch.delenv(SEQUENCER_VARIABLE)
-    with pytest.raises(UsageError, match=f"nobody said where it is.*{SEQUENCER_VARIABLE}"):
+    with pytest.raises(UsageError, match=f"its address is not set.*{SEQUENCER_VARIABLE}"):
         commit(made(stores), epoch, 2)
     monkeypatch.setenv(SEQUENCER_VARIABLE, address(other.endpoints))
-    with pytest.raises(UsageError, match="another etcd gives out the places"):
+    with pytest.raises(UsageError, match="another etcd gives out the positions"):
         commit(made(stores), epoch, 2)
     again = made(stores)
     backend = again.access._backend  # type: ignore[attr-defined]
@@ -212,7 +212,7 @@ def test_another_etcd_or_none_gives_out_nothing_until_somebody_takes_over(
     commit(made(stores), epoch, 2)
     assert made(stores).refresh().newest() == SnapshotId(1, 2)
     monkeypatch.setenv(SEQUENCER_VARIABLE, address(named.endpoints))
-    with pytest.raises(UsageError, match="another etcd gives out the places"):
+    with pytest.raises(UsageError, match="another etcd gives out the positions"):
         commit(journal, epoch, 3)
 
 

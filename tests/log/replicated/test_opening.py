@@ -48,9 +48,9 @@ def test_what_a_user_says_of_the_stores_must_be_what_the_log_says() -> None:
     made(stores)
     with pytest.raises(UsageError, match="belong to another job"):
         Journal.open(several(stores), job="run-b", create=True)
-    with pytest.raises(UsageError, match=r"lies on 3 stores with a write quorum of 2\. given=3 write_quorum=3"):
+    with pytest.raises(UsageError, match=r"is on 3 stores with a write quorum of 2\. given=3 write_quorum=3"):
         made(stores, quorum=3)
-    with pytest.raises(UsageError, match=r"lies on 3 stores.*given=2"):
+    with pytest.raises(UsageError, match=r"is on 3 stores.*given=2"):
         made(stores[:2])
     with pytest.raises(UsageError, match="two addresses are one store"):
         made([stores[0], stores[1], Store("other name", inner=stores[1].inner)])
@@ -199,7 +199,7 @@ def test_a_store_that_is_swapped_between_reading_and_writing_has_no_vote(one_by_
 
     for store in stores:
         store.on_put = meanwhile
-    with pytest.raises(CommitUnknownError, match="another store came to stand there"):
+    with pytest.raises(CommitUnknownError, match="another store is at this address now"):
         slow.open_epoch(resume=None)
     assert Journal.open(several(stores)).refresh().newest() == SnapshotId(1, 1), "what was told counts"
 
@@ -239,7 +239,7 @@ def test_reading_one_of_several_stores_alone_says_that_something_newer_may_exist
             and "one of the log's 3 stores was asked, 2 are needed" in state.stale_reason
         )
         assert [info.maybe_stale for info in snapshots(store, state)] == [True]
-        with pytest.raises(UsageError, match="one alone can't be written to"):
+        with pytest.raises(UsageError, match="one alone cannot be written to"):
             alone.open_epoch(resume=None)
 
 
@@ -248,7 +248,7 @@ def test_a_log_that_began_in_one_store_is_read_on_several_and_asks_to_be_added_f
     alone = Journal.open(first, job=JOB, create=True)
     commit(alone, alone.open_epoch(resume=None), 1)
     stores = [first, Store("second"), Store("third")]
-    with pytest.raises(UsageError, match="the log is in one store"):
+    with pytest.raises(UsageError, match="the log is on one store"):
         made(stores)
     assert Journal.open(several(stores)).refresh().newest() == SnapshotId(1, 1)
 
@@ -299,7 +299,7 @@ def test_another_machine_reads_what_a_file_gives_out_and_writes_nothing(
     before = [[stat.key for stat in store.inner.list("")] for store in stores]
     other = made(stores)
     assert other.refresh().newest() == SnapshotId(1, 1)
-    with pytest.raises(UsageError, match="this machine does not give out the places"):
+    with pytest.raises(UsageError, match="this machine does not give out the positions"):
         commit(other, 1, 2)
     assert before == [[stat.key for stat in store.inner.list("")] for store in stores]
 
