@@ -102,7 +102,7 @@ class For:
 
 
 Rule = Last | Every | Tagged | Best | For
-_ORDER: tuple[type[Rule], ...] = (Last, Every, Tagged, Best, For)
+_RULE_ORDER: tuple[type[Rule], ...] = (Last, Every, Tagged, Best, For)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,9 @@ class KeepPolicy:
             raise UsageError(
                 "a policy without rules would keep nothing. use keep_last(1) for the newest alone"
             )
-        ordered = sorted(set(self.rules), key=lambda rule: (_ORDER.index(type(rule)), str(rule)))
+        ordered = sorted(
+            set(self.rules), key=lambda rule: (_RULE_ORDER.index(type(rule)), str(rule))
+        )
         object.__setattr__(self, "rules", tuple(ordered))
 
     def __or__(self, other: KeepPolicy) -> KeepPolicy:

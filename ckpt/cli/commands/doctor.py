@@ -83,7 +83,7 @@ def _print(findings: list[StoreFindings], judged: Assessment) -> None:
         (
             str(number + 1),
             found.url,
-            found.holds.job if found.holds.kind == "store" else found.holds.kind,
+            found.content.job if found.content.kind == "store" else found.content.kind,
             _yes(found.create_only),
             _time(found, "put"),
             _time(found, "read"),
@@ -141,7 +141,7 @@ def _json(findings: list[StoreFindings], judged: Assessment) -> JsonValue:
 
 
 def _store_json(found: StoreFindings) -> JsonValue:
-    holds = found.holds
+    holds = found.content
     return {
         "url": found.url,
         "failures": dict(found.failures),

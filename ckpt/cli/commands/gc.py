@@ -163,7 +163,7 @@ def _without(state: LogState, going: Collection[SnapshotId], plan: GcPlan) -> Lo
 
 
 def _print_plan(plan: GcPlan) -> None:
-    if not plan.judged:
+    if not plan.decisions:
         click.echo("no snapshots")
         return
     table(
@@ -176,10 +176,10 @@ def _print_plan(plan: GcPlan) -> None:
                 human_bytes(one.info.size_bytes),
                 human_bytes(one.info.new_bytes),
                 human_time(one.info.created_unix_s),
-                "; ".join(one.why)
+                "; ".join(one.reasons)
                 + (f"  (damaged: {one.info.problem})" if one.info.problem else ""),
             )
-            for one in reversed(plan.judged)
+            for one in reversed(plan.decisions)
         ],
         right=frozenset(("EPOCH", "STEP", "SIZE", "NEW")),
     )
@@ -189,7 +189,7 @@ def _print_report(plan: GcPlan, report: SweepReport, wish: _GcRequest) -> None:
     if plan.drops:
         click.echo(
             f"{'would drop' if wish.dry_run else 'dropped'} {len(plan.drops)} of "
-            f"{len(plan.judged)} snapshots"
+            f"{len(plan.decisions)} snapshots"
         )
     for one in report.stores:
         if one.problem:
@@ -238,9 +238,9 @@ def _json(store: OpenStore, plan: GcPlan, report: SweepReport, wish: _GcRequest)
                 "created_unix_s": one.info.created_unix_s,
                 "tags": list(one.info.tags),
                 "problem": one.info.problem,
-                "kept_by": list(one.why),
+                "kept_by": list(one.reasons),
             }
-            for one in reversed(plan.judged)
+            for one in reversed(plan.decisions)
         ],
         "dropped": [id_json(pair) for pair in plan.drops],
         "floor": None if plan.floor is None else id_json(plan.floor),

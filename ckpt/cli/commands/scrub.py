@@ -65,7 +65,7 @@ def command(
         scrub = Scrub(
             stores,
             write_quorum_of(backend),
-            mend=not look_only,
+            repair=not look_only,
             fill_empty=fill_empty,
             rate_bytes_per_s=rate_bytes_per_s,
         )

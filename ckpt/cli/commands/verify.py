@@ -113,7 +113,7 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_s
 def _each_store(choice: StoreChoice, store: OpenStore, only: frozenset[SnapshotId] | None) -> int:
     """Compare all stores, of the log everything, of the objects what ``only`` needs (None: all)."""
     stores = stores_of(store.backend)
-    comparison = Scrub(stores, write_quorum_of(store.backend), mend=False, only=only)
+    comparison = Scrub(stores, write_quorum_of(store.backend), repair=False, only=only)
     report = comparison.run(threads=READ_THREADS)
     if report is None:
         raise InternalError("a comparison that nobody stopped did not end")

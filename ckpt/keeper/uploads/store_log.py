@@ -310,7 +310,7 @@ class StoreLog:
                 policy=parse_policy(self._retention.keep), grace_s=self._retention.grace_s
             )
             self._rounds = GcRounds(
-                self.backend, keep, epoch=lambda: self._recorded, tell=self._tell
+                self.backend, keep, epoch=lambda: self._recorded, emit=self._tell
             )
             self._rounds.pause()  # whoever opens an epoch is restoring
 

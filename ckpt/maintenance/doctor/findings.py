@@ -71,7 +71,7 @@ class StoreFindings:
     skew_s: float | None = None
     skew_unsure_s: float = 0.0
     free_bytes: int | None = None
-    holds: StoreContent = StoreContent(kind="unknown")
+    content: StoreContent = StoreContent(kind="unknown")
     same_as: tuple[int, ...] = ()
     leftovers: tuple[str, ...] = ()
 
@@ -168,7 +168,7 @@ def _of_store(number: int, found: StoreFindings) -> Iterator[Advice]:
     yield from _of_creation(number, found)
     yield from _of_consistency(number, found)
     yield from _of_speed(number, found)
-    yield from _of_holdings(number, found.holds)
+    yield from _of_holdings(number, found.content)
     if found.leftovers:
         yield Advice(
             "note",
@@ -334,9 +334,9 @@ def _of_identity(findings: Sequence[StoreFindings]) -> Iterator[Advice]:
                     "name each place once",
                 )
     stores = [
-        (number, found.holds)
+        (number, found.content)
         for number, found in enumerate(findings)
-        if found.holds.kind in ("store", "headless")
+        if found.content.kind in ("store", "headless")
     ]
     known = [(number, holds) for number, holds in stores if holds.kind == "store"]
     for number, holds in known[1:]:
@@ -373,7 +373,7 @@ def _of_members(
         if holds.log_id == furthest.log_id and holds.next_seq < furthest.next_seq
     ]
     for number in behind:
-        text = f"its log ends {furthest.next_seq - findings[number].holds.next_seq} records before another store's"
+        text = f"its log ends {furthest.next_seq - findings[number].content.next_seq} records before another store's"
         yield Advice(
             "warning", "behind", number, text, "bring it up to date with ckpt scrub or ckpt sync"
         )

@@ -125,7 +125,7 @@ class StoreProbe:
             skew_s=skew,
             skew_unsure_s=unsure,
             free_bytes=_free_bytes(self.store.url) if folder else None,
-            holds=holds,
+            content=holds,
         )
 
     def put_mark(self) -> str | None:

@@ -175,23 +175,23 @@ def scrub(  # noqa: PLR0913  all but two are keywords
     stores: Sequence[Backend],
     write_quorum: int,
     *,
-    truth: CountedRecord | None = None,
-    mend: bool = True,
+    counted_record: CountedRecord | None = None,
+    repair: bool = True,
     fill_empty: bool = False,
     rate_bytes_per_s: float | None = None,
     threads: int = 1,
-    tell: Emit | None = None,
+    emit: Emit | None = None,
     stop: threading.Event | None = None,
 ) -> ScrubReport | None:
     """One scrub from beginning to end, or until ``stop`` is set. See ``Scrub``."""
     whole = Scrub(
         stores,
         write_quorum,
-        truth=truth,
-        mend=mend,
+        counted_record=counted_record,
+        repair=repair,
         fill_empty=fill_empty,
         rate_bytes_per_s=rate_bytes_per_s,
-        tell=tell,
+        emit=emit,
     )
     return whole.run(stop, threads=threads)
 
@@ -213,24 +213,24 @@ class Scrub:
         stores: Sequence[Backend],
         write_quorum: int,
         *,
-        truth: CountedRecord | None = None,
-        mend: bool = True,
+        counted_record: CountedRecord | None = None,
+        repair: bool = True,
         fill_empty: bool = False,
         only: frozenset[SnapshotId] | None = None,
         rate_bytes_per_s: float | None = None,
         budget_bytes: int = BUDGET_BYTES,
-        tell: Emit | None = None,
+        emit: Emit | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stores = tuple(stores)
         self._write_quorum = write_quorum
-        self._truth = truth
-        self._mend = mend
+        self._truth = counted_record
+        self._mend = repair
         self._fill_empty = fill_empty
         self._only = only
         self._rate = rate_bytes_per_s
         self._budget_bytes = budget_bytes
-        self._tell: Emit = tell or _to_nobody
+        self._tell: Emit = emit or _to_nobody
         self._clock = clock
         self._work: _ScrubRun | None = None
 

@@ -29,7 +29,7 @@ WELL = StoreFindings(
     down_bytes_per_s=1e9,
     free_bytes=1 << 40,
     latency={"put": Latency(0.01, 0.02, 20)},
-    holds=EMPTY,
+    content=EMPTY,
 )
 AWAY = StoreFindings(url="s", failures={"reach": "no route"})
 DENIED = replace(WELL, failures={"put": "denied"}, create_only=False)
@@ -40,7 +40,7 @@ def codes(judged: Assessment, level: str | None = None) -> set[str]:
 
 
 def member(number: int, **changes: object) -> StoreFindings:
-    return replace(WELL, holds=replace(A, store_id=str(number) * 32, **changes))  # type: ignore[arg-type]
+    return replace(WELL, content=replace(A, store_id=str(number) * 32, **changes))  # type: ignore[arg-type]
 
 
 def test_a_well_store_is_well_and_one_alone_is_noted() -> None:
@@ -153,7 +153,7 @@ anything = st.builds(
     list_after_put=st.sampled_from((None, True, False)),
     skew_s=st.one_of(st.none(), st.floats(-1e6, 1e6)),
     free_bytes=st.one_of(st.none(), st.integers(0, 1 << 50)),
-    holds=st.sampled_from((EMPTY, A, replace(A, job="b"), StoreContent(kind="headless"), StoreContent(kind="unknown"))),
+    content=st.sampled_from((EMPTY, A, replace(A, job="b"), StoreContent(kind="headless"), StoreContent(kind="unknown"))),
 )
 
 
