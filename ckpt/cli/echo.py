@@ -38,8 +38,8 @@ def _finite(value: JsonValue) -> JsonValue:
         case float():
             return value if value - value == 0 else None
         case dict():
-            return {key: _finite(one) for key, one in value.items()}
+            return {key: _finite(item) for key, item in value.items()}
         case list():
-            return [_finite(one) for one in value]
+            return [_finite(item) for item in value]
         case _:
             return value

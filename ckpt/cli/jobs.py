@@ -97,28 +97,32 @@ class KeeperQuery:
 
 def query_all() -> list[KeeperAnswer]:
     """What each keeper of this user says, in the order of their jobs' names."""
-    found = (query(folder) for folder in list_jobs())
+    answers = (query(folder) for folder in list_jobs())
     return sorted(
-        (one for one in found if one is not None),
-        key=lambda one: (one.keeper.job, one.keeper.store),
+        (answer for answer in answers if answer is not None),
+        key=lambda answer: (answer.keeper.job, answer.keeper.store),
     )
 
 
 def query(folder: JobFolder) -> KeeperAnswer | None:
     """What the keeper of one folder says; None where there is none and never was."""
-    home = keeper_identity(folder)
+    keeper = keeper_identity(folder)
     try:
-        asker = KeeperQuery(folder)
+        query_ = KeeperQuery(folder)
         try:
-            report = asker.report()
+            report = query_.report()
         finally:
-            asker.close()
+            query_.close()
     except CkptError as error:
         if folder.has_keeper():
-            return SilentKeeper(home, str(error))
+            return SilentKeeper(keeper, str(error))
         # Without a note: it has gone meanwhile, or its first keeper is about to start.
-        return DeadKeeper(home) if folder.read_info() is not None else None
-    return SilentKeeper(home, "it has no ranks yet") if report is None else LiveKeeper(home, report)
+        return DeadKeeper(keeper) if folder.read_info() is not None else None
+    return (
+        SilentKeeper(keeper, "it has no ranks yet")
+        if report is None
+        else LiveKeeper(keeper, report)
+    )
 
 
 def keeper_identity(folder: JobFolder) -> KeeperIdentity:
@@ -131,22 +135,23 @@ def keeper_identity(folder: JobFolder) -> KeeperIdentity:
     )
 
 
-def choose_keeper(homes: Sequence[KeeperIdentity], wanted: str | None) -> int:
+def choose_keeper(keepers: Sequence[KeeperIdentity], wanted: str | None) -> int:
     """Which home the user means: by the job's name, or by the folder's. Pure.
 
     Raises NotFoundError where there is none, UsageError where the name fits several.
     """
     fitting = [
-        at
-        for at, home in enumerate(homes)
-        if wanted is None or wanted in (home.job, home.folder.name)
+        number
+        for number, keeper in enumerate(keepers)
+        if wanted is None or wanted in (keeper.job, keeper.folder.name)
     ]
     if not fitting:
         text = "no job runs here." if wanted is None else f"no such job runs here. job={wanted}"
         raise NotFoundError(f"{text} 'ckpt ps' lists what does")
     if len(fitting) > 1:
         names = ", ".join(
-            f"{homes[at].folder.name} ({homes[at].job} in {homes[at].store})" for at in fitting
+            f"{keepers[number].folder.name} ({keepers[number].job} in {keepers[number].store})"
+            for number in fitting
         )
         raise UsageError(f"several jobs fit; name one by its folder. folders={names}")
     return fitting[0]

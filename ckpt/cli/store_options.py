@@ -247,8 +247,8 @@ def options_of(texts: tuple[str, ...], *, stores: int) -> list[dict[str, object]
     ``N:KEY=VALUE``."""
     each: list[dict[str, object]] = [{} for _ in range(stores)]
     for text in texts:
-        whose, key, value = _option(text, stores)
-        for number in whose:
+        numbers, key, value = _option(text, stores)
+        for number in numbers:
             each[number][key] = value
     return [options or None for options in each]
 
@@ -256,19 +256,19 @@ def options_of(texts: tuple[str, ...], *, stores: int) -> list[dict[str, object]
 def _option(text: str, stores: int) -> tuple[range, str, object]:
     name, equals, value = text.partition("=")
     number, colon, key = name.partition(":")
-    whose = range(stores)
+    numbers = range(stores)
     if colon and number.isdecimal():
         if not 1 <= int(number) <= stores:
             raise UsageError(
                 f"a storage option is of a store that was not named. option={name} stores={stores}"
             )
-        name, whose = key, range(int(number) - 1, int(number))
+        name, numbers = key, range(int(number) - 1, int(number))
     if not name or not equals:
         raise UsageError(f"a storage option is not KEY=VALUE. option={text}")
     try:
-        return whose, name, json.loads(value)
+        return numbers, name, json.loads(value)
     except ValueError:
-        return whose, name, value
+        return numbers, name, value
 
 
 def _tell(event: Event) -> None:

@@ -47,13 +47,13 @@ def history(backend: Backend, state: LogState) -> list[LogEntry]:
     damaged.
     """
     entries: list[LogEntry] = []
-    at = empty(state.job)
+    state_so_far = empty(state.job)
     # A fold remembers as many voids as one batch can have.
     for start in range(0, state.next_seq, RECENT_MAX):
         seqs = range(start, min(state.next_seq, start + RECENT_MAX))
         records = read_all(seqs, lambda seq: _record(backend, seq))
-        at = fold(at, records)
-        entries += [LogEntry(record, at.void_at(record.seq)) for record in records]
+        state_so_far = fold(state_so_far, records)
+        entries += [LogEntry(record, state_so_far.void_at(record.seq)) for record in records]
     return entries
 
 
@@ -159,7 +159,7 @@ def _body_json(body: Body) -> dict[str, JsonValue]:
             }
         case Drop(snapshots, floor):
             return {
-                "snapshots": [id_json(one) for one in snapshots],
+                "snapshots": [id_json(dropped) for dropped in snapshots],
                 "floor": None if floor is None else id_json(floor),
             }
         case Tag(name, snapshot):

@@ -107,19 +107,19 @@ def command(
     bfloat16 and 8-bit floats are printed as numbers; in a .npy file they are raw bits, for numpy
     has no such types.
     """
-    span = None if rows is None else _span(rows)
+    row_range = None if rows is None else _span(rows)
     with open_store(choice) as store:
         chosen = store.select(selector)
         index = load_index(store.backend, store.state, chosen)
         with SnapshotReader(store.backend, index) as reader:
-            found = reader.leaf(leaf, rank=rank)
+            entry = reader.leaf(leaf, rank=rank)
             head: dict[str, JsonValue] = {"epoch": chosen.epoch, "step": chosen.step}
-            if found.kind is LeafKind.OBJECT:
-                if span is not None:
+            if entry.kind is LeafKind.OBJECT:
+                if row_range is not None:
                     raise UsageError(f"an object has no rows. leaf={leaf}; leave out --rows")
-                _show_object(choice, reader, found, head, output, force)
+                _show_object(choice, reader, entry, head, output, force)
             else:
-                _show_tensor(choice, reader, found, head, span, output, force)
+                _show_tensor(choice, reader, entry, head, row_range, output, force)
 
 
 def _show_tensor(
@@ -196,8 +196,8 @@ def _listed(array: Array) -> JsonValue:
 
 
 def _span(text: str) -> slice:
-    found = _ROWS.fullmatch(text)
-    if found is None:
+    match = _ROWS.fullmatch(text)
+    if match is None:
         raise UsageError(f"rows are A:B, either may be left out. rows={text}")
-    low, high = (int(part) if part not in ("", "-") else None for part in found.groups())
+    low, high = (int(part) if part not in ("", "-") else None for part in match.groups())
     return slice(low, high)

@@ -81,7 +81,7 @@ def command(
     """Show or change on which stores the log of the job at URL lies. ACTION: show, add, replace,
     remove or takeover."""
     _require(action, new_url=new_url, store_id=store_id, quorum=quorum)
-    effort = SyncLimits(rate_bytes_per_s=rate * 1e6 if rate is not None else None)
+    limits = SyncLimits(rate_bytes_per_s=rate * 1e6 if rate is not None else None)
     with open_store(choice) as store:
         journal, backend = store.journal, store.backend
         match action:
@@ -92,19 +92,19 @@ def command(
                         backend,
                         new,
                         write_quorum=quorum or sets.MAJORITY,
-                        limits=effort,
+                        limits=limits,
                         emit=_tell,
                     )
             case "replace":
                 with _NewStore(new_url, new_options, choice) as new:
-                    sets.replace(journal, backend, new, store_id or "", limits=effort, emit=_tell)
+                    sets.replace(journal, backend, new, store_id or "", limits=limits, emit=_tell)
             case "remove":
                 sets.remove(
                     journal,
                     backend,
                     store_id or "",
                     write_quorum=quorum or sets.MAJORITY,
-                    limits=effort,
+                    limits=limits,
                     emit=_tell,
                 )
             case "takeover":
@@ -151,28 +151,28 @@ def _tell(event: Event) -> None:
 
 
 def _print(
-    choice: StoreChoice, members: StoreSet | None, found: tuple[sets.StoreMembership, ...]
+    choice: StoreChoice, members: StoreSet | None, stores: tuple[sets.StoreMembership, ...]
 ) -> None:
     if choice.as_json:
         emit_json(
             {
                 "write_quorum": members.write_quorum if members else 1,
                 "sequencer": members.sequencer if members else "store",
-                "ids": list(members.ids) if members else [one.store_id for one in found],
+                "ids": list(members.ids) if members else [store.store_id for store in stores],
                 "stores": [
-                    {"url": one.url, "store_id": one.store_id, "counts": one.counts}
-                    for one in found
+                    {"url": store.url, "store_id": store.store_id, "counts": store.counts}
+                    for store in stores
                 ],
             }
         )
         return
     lost = (
-        [one for one in members.ids if one not in {here.store_id for here in found}]
+        [store for store in members.ids if store not in {store.store_id for store in stores}]
         if members
         else []
     )
-    rows = [[one.url, one.store_id or "-", "yes" if one.counts else "no"] for one in found]
-    rows += [["(not named, or silent)", one, "no"] for one in lost]
+    rows = [[store.url, store.store_id or "-", "yes" if store.counts else "no"] for store in stores]
+    rows += [["(not named, or silent)", store, "no"] for store in lost]
     table(["STORE", "ID", "COUNTS"], rows)
     if members is not None:
         click.echo(

@@ -103,8 +103,8 @@ def _packs_bytes(source: Backend) -> int:
 
 
 def _print(report: SyncReport, dst: str) -> None:
-    for key, why in report.damaged:
-        click.echo(f"DAMAGED  {key}: not copied\n    {why}")
+    for key, reason in report.damaged:
+        click.echo(f"DAMAGED  {key}: not copied\n    {reason}")
     if report.hole is not None:
         click.echo(
             f"LOST     the log of the source: record {report.hole.seq} and all after it\n    "
@@ -130,7 +130,7 @@ def _json(report: SyncReport) -> JsonValue:
         "present_objects": report.present_objects,
         "records": report.records,
         "folds": report.folds,
-        "damaged": [{"key": key, "message": why} for key, why in report.damaged],
+        "damaged": [{"key": key, "message": reason} for key, reason in report.damaged],
         "hole": None
         if report.hole is None
         else {"seq": report.hole.seq, "reason": report.hole.reason},

@@ -83,7 +83,7 @@ def command(*, job: str | None, interval_s: float, once: bool, as_json: bool) ->
     """Watch one job of this machine: each rank's step, pace, phase and slots, and the last
     recoveries."""
     folders = [folder for folder in list_jobs() if folder.has_keeper()]
-    folder = folders[choose_keeper([keeper_identity(one) for one in folders], job)]
+    folder = folders[choose_keeper([keeper_identity(folder) for folder in folders], job)]
     watch = JobWatch(folder)
     try:
         samples = [watch.sample()]

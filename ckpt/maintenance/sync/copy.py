@@ -333,7 +333,7 @@ def copy_object(
 
 
 def _read_pack(source: Backend, pack: Pack, memory: memoryview, stored_bytes: int) -> None:
-    """Fill ``memory`` with a right copy of the pack, or with each chunk from a store that has it."""
+    """Fill ``memory`` with a right copy of the pack, or each chunk from a store that has it."""
 
     def check(stored: memoryview) -> str | None:
         if len(stored) < pack.end_bytes:

@@ -154,7 +154,7 @@ def test_store_that_overwrites_can_be_a_replica_only() -> None:
     [found] = examined(Overwriting("m"))
     assert found.create_only is False
     texts = " ".join(one.text for one in assess([found, *examined(MemoryBackend("o"))]).advice)
-    assert "can give out log places: no" in texts
+    assert "can be the sequencer: no" in texts
 
 
 @pytest.mark.slow
