@@ -1,5 +1,7 @@
-"""What every command says: JSON documents on stdout, errors and warnings on stderr. Cheap to
-import."""
+"""Output of every command: JSON documents on stdout, errors and warnings on stderr.
+
+It stays apart from ``output`` so that an error is printed without importing rich.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A comparison of several stores, for people and programs: the same for ``scrub`` and ``verify
---all-replicas``."""
+"""A scrub report as text and JSON, for ``ckpt scrub`` and ``ckpt verify --all-replicas``."""
 
 from __future__ import annotations
 
@@ -13,13 +12,12 @@ from ckpt.maintenance.copies import CopyStatus
 from ckpt.maintenance.scrub.report import ScrubProblem, ScrubReport
 
 PROBLEMS_SHOWN = 50
-"""How many troubles are printed; JSON has more."""
+"""Problems that are printed; JSON has more."""
 OFFSETS_SHOWN = 5
 
 
 def exit_code_of(report: ScrubReport) -> int:
-    """0 where all is well now, 20 where damage is left, 11 where only silence, emptiness or a
-    refused write is."""
+    """0 if all is right now, 20 if damage is left, 11 if only stores were away, empty or full."""
     if report.ok:
         return 0
     left = [problem for problem in report.problems if not problem.repaired]
@@ -38,7 +36,7 @@ def exit_code_of(report: ScrubReport) -> int:
 
 
 def print_report(report: ScrubReport) -> None:
-    """A table of stores, then what is wrong, worst first."""
+    """Print a table of the stores, then the problems, worst first."""
     rows = [
         (
             store.url,
@@ -152,4 +150,5 @@ def _line(report: ScrubReport, problem: ScrubProblem) -> str:
     status = (
         f"{problem.status.value}: {problem.message}" if problem.message else problem.status.value
     )
-    return f"{word:8} {problem.key}{where}{more}\n    {status} store={report.stores[problem.store].url}"
+    url = report.stores[problem.store].url
+    return f"{word:8} {problem.key}{where}{more}\n    {status} store={url}"

@@ -162,7 +162,7 @@ def keep_tagged() -> KeepPolicy:
 
 
 def keep_best(metric: str, n: int = 1, mode: Mode = "min") -> KeepPolicy:
-    """Keep the ``n`` snapshots whose metadata has the least ``metric``; the greatest with mode "max".
+    """Keep the ``n`` snapshots whose metadata has the least ``metric`` (``mode="max"``: greatest).
 
     Of equal ones only the oldest counts. Metadata is what ``Run.log`` was given last, or the
     ``metadata`` of ``Checkpointer.save``.

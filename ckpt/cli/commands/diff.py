@@ -17,7 +17,7 @@ from ckpt.restore.reader import LeafValues, SnapshotReader, numpy_dtype, size_by
 from ckpt.values import Leaf, LeafKind
 
 WINDOW_BYTES = 32 << 20
-"""How much of each side is held while values are compared."""
+"""Memory for each side while values are compared."""
 
 _EPILOG = """\b
 Examples:
@@ -37,8 +37,7 @@ for objects, and where a difference is not a number.
 
 @dataclass(frozen=True, slots=True)
 class LeafChange:
-    """How one leaf differs. ``changed_bytes`` counts chunks whose digests differ, or the whole
-    leaf."""
+    """How one leaf differs. ``changed_bytes``: chunks with other digests, or the whole leaf."""
 
     leaf: Leaf
     kind: str
@@ -95,7 +94,7 @@ def command(choice: StoreChoice, *, a: str, b: str, by_values: bool) -> None:
 
 
 def compare(old: SnapshotIndex, new: SnapshotIndex) -> tuple[list[LeafChange], int]:
-    """The leaves that differ, by name, and how many do not. Pure; looks at records only."""
+    """The leaves that differ, by name, and the number of equal ones. Reads records only."""
     before = {(leaf.name, leaf.rank): leaf for leaf in old.leaves()}
     after = {(leaf.name, leaf.rank): leaf for leaf in new.leaves()}
     changes: list[LeafChange] = []
@@ -158,7 +157,7 @@ def _with_values(change: LeafChange, left: SnapshotReader, right: SnapshotReader
             readable(LeafValues(np.frombuffer(piece.data, carrier), leaf.dtype))
             for piece in (left_piece, right_piece)
         )
-        # Equal bits first: infinities in the same place differ by nothing.
+        # Equal values first: infinities in the same position differ by 0.
         with np.errstate(invalid="ignore"):
             gap = np.where(
                 left_values == right_values,

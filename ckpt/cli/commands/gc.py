@@ -1,5 +1,4 @@
-"""``ckpt gc``: drop what a policy does not keep, and delete the bytes that nothing needs any
-more."""
+"""``ckpt gc``: drop what a policy does not keep, and delete unreferenced bytes."""
 
 from __future__ import annotations
 
@@ -83,7 +82,8 @@ class _GcRequest:
     "--grace",
     default=duration_text(int(GRACE_S)),
     show_default=True,
-    help="How long the bytes of dropped snapshots stay, by the stores' clocks, for restores in progress.",
+    help="How long the bytes of dropped snapshots stay, by the stores' clocks, for restores in "
+    "progress.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def command(urls: StoreList, *, keep: str | None, dry_run: bool, grace: str, yes: bool) -> int:
@@ -131,7 +131,7 @@ def _ask(choice: StoreChoice, store: OpenStore, plan: GcPlan, request: _GcReques
     if not plan.drops or request.yes:
         return
     if choice.as_json:
-        raise UsageError("with --json nobody can be asked. pass --yes or --dry-run")
+        raise UsageError("--json cannot ask for confirmation. pass --yes or --dry-run")
     many = f"{len(plan.drops)} snapshot{'s' if len(plan.drops) > 1 else ''}"
     click.confirm(
         f"Drop {many} of {store.backend.url}? They cannot be restored afterwards.",
@@ -141,8 +141,10 @@ def _ask(choice: StoreChoice, store: OpenStore, plan: GcPlan, request: _GcReques
 
 
 def _rehearse(store: OpenStore, plan: GcPlan, request: _GcRequest) -> SweepReport:
-    """What a sweep would find after the drop. The clock is this machine's: asking the stores' would
-    write to them."""
+    """What a sweep would find after the drop.
+
+    It uses this machine's clock: reading a store's clock would write to the store.
+    """
     drops = frozenset(plan.drops)
     before = store.state
     after = _without(before, drops, plan)

@@ -14,8 +14,10 @@ Examples:
   ckpt key id file:job.key         the id of the key that a store is asked for
 
 \b
-Keep a copy of the key elsewhere: without it what was encrypted with it is lost. Programs and commands get it as
---encryption-key file:job.key, encryption_key="file:job.key" or {KEY_VARIABLE}=file:job.key. To change keys give the new one
+Keep a copy of the key elsewhere: without it what was encrypted with it is lost. Programs and \
+commands get it as
+--encryption-key file:job.key, encryption_key="file:job.key" or {KEY_VARIABLE}=file:job.key. To \
+change keys give the new one
 first: file:new.key,file:old.key.
 
 \b

@@ -28,14 +28,12 @@ from ckpt.restore.export.items import json_tree
 from ckpt.restore.reader import SnapshotReader
 from ckpt.values import Leaf, LeafKind
 
-# One output file, whole or not at all.
-
 
 def write_file(path: Path, write: Callable[[BinaryIO], object], *, force: bool) -> None:
-    """Let ``write`` fill a temporary file, sync it, and only then give it its name.
+    """Write a file whole or not at all: a temporary file is synced, then renamed.
 
-    Raises UsageError where ``path`` exists and ``force`` is off, UnavailableError where the folder
-    cannot take the file.
+    Raises UsageError if ``path`` exists and ``force`` is off, UnavailableError if the folder cannot
+    take the file.
     """
     if not force and os.path.lexists(path):
         raise UsageError(f"a file is in the way. path={path}; name another or pass --force")
@@ -56,7 +54,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, force: bool) 
 
 
 VALUES_MAX = 100_000
-"""How many numbers JSON may hold; more belong into a file."""
+"""Numbers that JSON output may have; more need a file."""
 
 _ROWS = re.compile(r"(-?\d*):(-?\d*)")
 

@@ -30,10 +30,10 @@ WRITERS = {
     "torch": ("ckpt.restore.export.torch_files", "TorchWriter"),
     "safetensors": ("ckpt.restore.export.safetensors_files", "SafetensorsWriter"),
 }
-"""Each format and its writer, imported when it is asked for: only one of them needs torch."""
+"""Each format and its writer, imported on use: only one of them needs torch."""
 
 MEMORY_BYTES_MIN = 16 << 20
-"""The least that streaming works with: a window and one worker's scratch."""
+"""The least memory for streaming: a window and one worker's scratch memory."""
 
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)i?B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

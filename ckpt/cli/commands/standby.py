@@ -1,5 +1,4 @@
-"""``ckpt standby``: which nodes wait to take a lost one's place, and what they have of its
-state."""
+"""``ckpt standby``: the nodes of a job, its standbys, and the state that each one has."""
 
 from __future__ import annotations
 
@@ -100,8 +99,7 @@ def _behind_text(report: KeeperReport, node: NodeReport) -> str:
 
 
 def _completed(report: KeeperReport) -> int | None:
-    """How many steps all ranks of that keeper's node completed; None: it has none, or they have not
-    begun."""
+    """Steps completed by all ranks of the keeper's node; None if it has no ranks or no step."""
     done = [rank.completed for rank in report.ranks if rank.completed >= 0]
     return min(done) if done else None
 

@@ -69,10 +69,10 @@ def command(
     """Make the store at DST a full replica of the one at SRC: all that snapshots need, and then the
     log.
 
-    DST is an empty place, or a replica that is behind or was interrupted. Each byte that has a digest is verified
-    before it is written. Damage of SRC is reported, and never copied. Nothing is deleted anywhere. With
-    --replica, what SRC has wrong is read from the other store. A replica counts for a running job only once that job knows
-    of it.
+    DST is an empty place, or a replica that is behind or was interrupted. Each byte that has a
+    digest is verified before it is written. Damage of SRC is reported, and never copied. Nothing is
+    deleted anywhere. With --replica, what SRC has wrong is read from the other store. A replica
+    counts for a running job only once that job knows of it.
     """
     sources = (src, *replicas)
     each = options_of(options.storage_options, stores=len(sources) + 1)
@@ -98,7 +98,7 @@ def command(
 
 
 def _packs_bytes(source: Backend) -> int:
-    """How much a first sync moves at most; only a progress bar wants to know."""
+    """The total for the progress bar: what a first sync copies at most."""
     return sum(stat.size_bytes for stat in source.list(keys.PACKS)) if sys.stderr.isatty() else 0
 
 

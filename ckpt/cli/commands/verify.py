@@ -113,12 +113,12 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_s
 
 
 def _each_store(choice: StoreChoice, store: OpenStore, only: frozenset[SnapshotId] | None) -> int:
-    """Compare all stores, of the log everything, of the objects what ``only`` needs (None: all)."""
+    """Compare the whole log on all stores, and the objects of snapshots ``only`` (None: all)."""
     stores = stores_of(store.backend)
     comparison = Scrub(stores, write_quorum_of(store.backend), repair=False, only=only)
     report = comparison.run(threads=READ_THREADS)
     if report is None:
-        raise InternalError("a comparison that nobody stopped did not end")
+        raise InternalError("a comparison without a stop event was stopped")
     if choice.as_json:
         emit_json(report_json(report))
     else:
@@ -130,7 +130,7 @@ def _verify(store: OpenStore, snapshot: SnapshotId, memo: VerifyMemo) -> _Outcom
     try:
         index = load_index(store.backend, store.state, snapshot)
     except IntegrityError as error:
-        # Without its records a snapshot's bytes cannot even be found.
+        # Without its manifest and parts it is unknown which bytes the snapshot has.
         return _Outcome(snapshot, None, (DamagedObject("", 0, (), "record", str(error)),))
     with progress(f"verifying {snapshot}", index.manifest.size_bytes) as on_progress:
         report = verify(index, store.backend, on_progress=on_progress, memo=memo)

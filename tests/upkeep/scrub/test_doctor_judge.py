@@ -68,11 +68,11 @@ def test_a_well_store_is_well_and_one_alone_is_noted() -> None:
         ({"free_bytes": 1 << 20}, "little-space", "warning", 0),
         ({"leftovers": ("probe/x",)}, "leftovers", "note", 0),
         ({"create_only": False}, "replica-only", "warning", 2),
-        ({"holds": StoreContent(kind="foreign")}, "foreign", "note", 0),
-        ({"holds": StoreContent(kind="unknown", problem="x")}, "unknown-content", "warning", 0),
-        ({"holds": StoreContent(kind="headless", problem="x")}, "headless", "bad", 20),
-        ({"holds": replace(A, hole="seq=3")}, "log-hole", "bad", 20),
-        ({"holds": A}, "store", "ok", 0),
+        ({"content": StoreContent(kind="foreign")}, "foreign", "note", 0),
+        ({"content": StoreContent(kind="unknown", problem="x")}, "unknown-content", "warning", 0),
+        ({"content": StoreContent(kind="headless", problem="x")}, "headless", "bad", 20),
+        ({"content": replace(A, hole="seq=3")}, "log-hole", "bad", 20),
+        ({"content": A}, "store", "ok", 0),
     ],
 )
 def test_one_finding_gives_its_advice_with_a_remedy_and_an_exit_code(

@@ -305,7 +305,7 @@ def test_two_lost_ids_are_not_guessed(trio: list[FileBackend]) -> None:
     report = scrubbed(list(trio))
     assert not report.ok
     assert [tally.role for tally in report.stores] == ["headless", "headless", "ready"]
-    assert "can't be known" in report.stores[0].problem
+    assert "id is unknown" in report.stores[0].problem
 
 
 def test_objects_that_nothing_refers_to_are_counted_and_left_alone(trio: list[FileBackend]) -> None:
