@@ -17,7 +17,7 @@ OFFSETS_SHOWN = 5
 
 
 def exit_code_of(report: ScrubReport) -> int:
-    """0 if all is right now, 20 if damage is left, 11 if only stores were away, empty or full."""
+    """0 if all is right now, 20 if damage is left, 11 if a store was away, empty or refused."""
     if report.ok:
         return 0
     left = [problem for problem in report.problems if not problem.repaired]

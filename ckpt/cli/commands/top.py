@@ -32,7 +32,7 @@ from ckpt.errors import NotFoundError, UnavailableError
 from ckpt.ipc.runtime_dir import JobFolder, list_jobs
 
 SAMPLES_MAX = 20
-"""Samples that a rank's rate is averaged over: few enough to show a change, enough if steps are slow."""
+"""Samples that a rank's rate is averaged over: few enough to show a change."""
 
 LOST_S_MAX = 15.0
 """Wait for a keeper that is gone: supervisors start another one well within this."""
