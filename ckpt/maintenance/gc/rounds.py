@@ -44,7 +44,8 @@ class GcRounds:
 
     ``epoch`` returns the epoch of the writer on whose behalf it drops. ``clock`` is monotonic;
     ``wall`` is the time by which the age of snapshots counts. Thread-safe; apart from
-    ``await_idle`` and ``stop``, all calls return at once.
+    ``await_idle`` and ``stop``, all calls return at once. Its flags are one state machine under
+    one lock, so they are not split.
     """
 
     def __init__(

@@ -98,13 +98,13 @@ class ObjectScrub:
         snapshots: Sequence[Committed],
         *,
         everything: bool,
-        dropped: DropCheck,
+        drop_check: DropCheck,
         budget_bytes: int,
     ) -> None:
         self._context = context
         self._snapshots = sorted(snapshots, key=lambda entry: entry.snapshot)
         self._everything = everything
-        self._drop_check = dropped
+        self._drop_check = drop_check
         self._next = 0
         self._references = PackReferences(max(1, budget_bytes // 2 // CHUNK_REF_BYTES))
         self._last_pack = ""

@@ -292,7 +292,7 @@ class _ScrubRun:
             start.context,
             entries,
             everything=only is None,
-            dropped=drop_check,
+            drop_check=drop_check,
             budget_bytes=budget_bytes,
         )
         self._snapshots = len(entries)
