@@ -201,7 +201,7 @@ def _print_report(plan: GcPlan, report: SweepReport, request: _GcRequest) -> Non
         click.echo(f"{store.url}: {_done(store, request)}")
     for held in report.held:
         warn(
-            f"no pack is deleted, for nobody knows which ones {held.snapshot} needs: {held.problem}"
+            f"no pack is deleted: it is unknown which ones {held.snapshot} needs: {held.problem}"
         )
 
 

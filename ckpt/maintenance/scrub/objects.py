@@ -89,7 +89,7 @@ class ObjectScrub:
     """The scrub of the objects of ``snapshots``: first manifests and parts, then packs.
 
     Each of the two steps can be stopped, and continues where it was when called again.
-    ``everything``: these are all snapshots of the log, so that orphans can be told.
+    ``everything``: these are all snapshots of the log, so that orphans can be counted.
     """
 
     def __init__(
