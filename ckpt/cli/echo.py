@@ -15,6 +15,11 @@ COMPLETE_VARIABLE = "_CKPT_COMPLETE"
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
 
+def wants_json(ctx: click.Context, as_json: bool) -> bool:
+    """Whether ``--json`` was given after the command's name (``as_json``) or before it."""
+    return as_json or bool(ctx.find_root().params.get("as_json"))
+
+
 def emit_json(value: JsonValue) -> None:
     """Print one JSON document on one line; numbers that JSON lacks become null."""
     click.echo(json.dumps(_finite(value), ensure_ascii=True, allow_nan=False))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from ckpt.cli.echo import JsonValue
+from ckpt.cli.echo import JsonValue, wants_json
 from ckpt.cli.output import human_bytes, human_time
 from ckpt.errors import CkptError, NotFoundError, UsageError
 from ckpt.ipc.client import KeeperClient
@@ -174,7 +174,7 @@ def job_command(function: Callable[..., int | None]) -> Callable[..., int | None
     @click.pass_context
     @functools.wraps(function)
     def command(ctx: click.Context, /, *, as_json: bool, **others: object) -> int | None:
-        return function(as_json=as_json or bool(ctx.find_root().params.get("as_json")), **others)
+        return function(as_json=wants_json(ctx, as_json), **others)
 
     return command
 

@@ -22,7 +22,7 @@ from ckpt.backends.replicated.open import (
     open_stores,
     require_key_fits,
 )
-from ckpt.cli.echo import JsonValue, warn
+from ckpt.cli.echo import JsonValue, wants_json, warn
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.log.catalog import select
@@ -135,11 +135,10 @@ def store_command(function: Callable[..., Result]) -> Callable[..., Result]:
         encryption_key: str | None,
         **others: object,
     ) -> Result:
-        anywhere = as_json or bool(ctx.find_root().params.get("as_json"))
         choice = StoreChoice(
             url,
             storage_options,
-            anywhere,
+            wants_json(ctx, as_json),
             replicas=replicas,
             write_quorum=write_quorum,
             encryption_key=encryption_key,
@@ -359,8 +358,10 @@ def common_options(function: Callable[..., Result]) -> Callable[..., Result]:
         as_json: bool,
         **others: object,
     ) -> Result:
-        anywhere = as_json or bool(ctx.find_root().params.get("as_json"))
-        return function(options=CommonOptions(storage_options, encryption_key, anywhere), **others)
+        return function(
+            options=CommonOptions(storage_options, encryption_key, wants_json(ctx, as_json)),
+            **others,
+        )
 
     return command
 

@@ -200,9 +200,7 @@ def _print_report(plan: GcPlan, report: SweepReport, request: _GcRequest) -> Non
             warn(f"not swept to the end, and for the next time: {store.url}: {store.problem}")
         click.echo(f"{store.url}: {_done(store, request)}")
     for held in report.held:
-        warn(
-            f"no pack is deleted: it is unknown which ones {held.snapshot} needs: {held.problem}"
-        )
+        warn(f"no pack is deleted: it is unknown which ones {held.snapshot} needs: {held.problem}")
 
 
 def _done(store: StoreSweep, request: _GcRequest) -> str:

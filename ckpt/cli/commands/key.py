@@ -6,7 +6,7 @@ import click
 
 from ckpt.backends.encrypted.keys import load_keys, write_new_key
 from ckpt.backends.replicated.open import KEY_VARIABLE
-from ckpt.cli.echo import emit_json
+from ckpt.cli.echo import emit_json, wants_json
 
 _EPILOG = f"""\b
 Examples:
@@ -35,7 +35,7 @@ def command(ctx: click.Context, *, action: str, where: str, as_json: bool) -> No
     """Make a key in the new file WHERE, or tell the id of the key that WHERE leads to; never the
     key itself."""
     ids = [write_new_key(where).id.hex()] if action == "new" else load_keys(where).ids.split(",")
-    if as_json or bool(ctx.find_root().params.get("as_json")):
+    if wants_json(ctx, as_json):
         emit_json({"ids": list(ids)})
     else:
         click.echo("\n".join(ids))
