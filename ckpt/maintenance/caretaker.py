@@ -115,6 +115,7 @@ class StoreCaretaker:
             text = f"{store.url} came back empty and is being filled again"
             self._emit_once("store-returns", text, alarm=False)
             limits = SyncLimits(rate_bytes_per_s=RATE_BYTES_PER_S, stop=self._stop)
+            # ``replace`` fills it under a new id, then records that id in the place of the old one.
             replace(journal, self._backend, store, store_id, limits=limits, emit=self._emit)
             self._reported.clear()
             text = f"{store.url} holds everything again and counts"

@@ -70,8 +70,10 @@ class MaintenancePace:
             if self._bytes_per_s is None:
                 return
             now = self._clock()
+            # Time that was not used is caught up for BURST_S at most.
             start = max(self._free_s, now - BURST_S)
             self._free_s = start + size_bytes / self._bytes_per_s
+        # Outside the lock: other threads book their share meanwhile.
         if start > now and self._wait(start - now):
             raise Stopped
 

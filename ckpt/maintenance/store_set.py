@@ -69,6 +69,7 @@ def add(
     Raises UsageError if it is a member already or belongs to another log, and UnavailableError if
     it could not be filled.
     """
+    # Filled first: from the ``stores`` record on it counts, and must have everything.
     new_id = _filled(journal, backend, new, limits, emit)
     before = _members(journal, backend)
     if new_id in before.ids:

@@ -268,6 +268,7 @@ class GarbageClassifier:
             return ObjectStatus.HELD
         if not self.commit_impossible(snapshot):
             return ObjectStatus.OPEN
+        # Everything of a snapshot that was dropped within the grace stays, referred to or not.
         if snapshot in self._dropped:
             return ObjectStatus.GRACE
         # An object stamped after the store's clock was read has a negative age: it counts as 0.

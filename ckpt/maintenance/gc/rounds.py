@@ -96,6 +96,7 @@ class GcRounds:
     def start_last_round(self) -> None:
         """The job is over: do what is due now, once, without rest."""
         with self._changed:
+            # Hurry only if that makes a round due: otherwise a later commit would be hurried too.
             self._hurry = True
             self._hurry = isinstance(self._next(), GcRound)
             self._changed.notify_all()
@@ -188,6 +189,8 @@ class GcRounds:
                 )
 
     def _drop_and_sweep(self, *, sweeps: bool) -> tuple[GcPlan, SweepReport | None]:
+        # A journal of its own: no upload waits for a round. The fence checks the epoch again at the
+        # very seq that a drop gets.
         self._journal = self._journal or fenced_journal(self._backend, self._writer)
         require_newest_epoch(self._journal.refresh(), self._writer())
         plan, state = drop(

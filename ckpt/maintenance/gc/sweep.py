@@ -342,6 +342,7 @@ def sweep(
     require_known(state)
     stores = [_identify(store, state, clock) for store in stores_of(backend)]
     answering = [store for store in stores if isinstance(store, ReachableStore)]
+    # Before anything is deleted: raises if a store that may have a record does not answer.
     existing = snapshot_references(backend, state)
     dropped: list[SnapshotReferences] = []
     if grace_s > 0:
@@ -387,6 +388,7 @@ def _identify(
     try:
         record = JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
         is_member = state.stores is None or record.store_id in state.stores.ids
+        # Never delete in a store of another log, even if its address was given.
         if record.job != state.job or not is_member:
             problem = f"not a store of this log. its_job={record.job!r} store_id={record.store_id}"
             return StoreSweep(url=store.url, problem=problem)
@@ -407,6 +409,7 @@ def _sweep_store(
     problem = ""
     try:
         for prefix in PREFIXES:
+            # The prefix is listed to its end before anything below it is deleted.
             garbage: list[Stat] = []
             for stat in reachable.store.list(prefix):
                 status = classifier.classify(stat, now_unix_s=reachable.now_unix_s)
@@ -419,6 +422,7 @@ def _sweep_store(
                     deleted += 1
                     deleted_bytes += stat.size_bytes
     except CkptError as error:
+        # This store is left to the next sweep; the other stores are swept all the same.
         problem = str(error)
     return StoreSweep(
         url=reachable.store.url,

@@ -150,7 +150,7 @@ class ObjectScrub:
                     for part in self._load(entry):
                         references.add(part, number)
                 self._references = references
-            # Packs that only an untraced snapshot refers to are no orphans.
+            # An untraced snapshot may refer to any of the rest, so none of it counts as an orphan.
             if not self.untraced:
                 orphans.finish()
 
@@ -193,7 +193,8 @@ class ObjectScrub:
         context = self._context
         copies = {number: copy for number, (copy, _) in whole_copies.items()}
         context.count_silence(copies)
-        # A snapshot that was dropped meanwhile may have been swept: that is no damage.
+        # A snapshot that was dropped meanwhile may have been swept: that is no damage. The log is
+        # asked only if something is wrong, because reading it costs requests.
         if _any_wrong(copies) and self._drop_check.all_dropped([entry]):
             return None
         decision = decide_whole(context.copy_of_each(copies), writable=context.writable)

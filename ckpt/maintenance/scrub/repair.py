@@ -35,6 +35,7 @@ def repair_log(
     that lacks objects (``context.tainted``) gets none. Raises Stopped; a repeated call continues.
     """
     for number, faults in enumerate(log.faults):
+        # A tainted store lacks an object that another store has; a record could name it.
         if number in context.writable and number not in context.tainted:
             _repair_store(context, log, number, faults, counted_record)
 
@@ -105,7 +106,7 @@ def _repair_store(
         for seq, key, second in sorted(todo):
             data = _right_data(context, seq, log.digest(seq), counted_record)
             if data is None or not context.put(number, key, data):
-                break
+                break  # a record behind a missing one would be a gap in the store's log
             written[second] += 1
     finally:
         # Also after Stopped. Both lists ascend, so what was written is at their beginning.

@@ -85,6 +85,7 @@ def start_scrub(
     job = common.job if common is not None else _job_from_records(stores, roles)
     new_replicas: list[int] = []
     for number, role in enumerate(roles):
+        # Only if asked for: an empty store may be a disk that is not mounted.
         if role.role == EMPTY and repair and fill_empty and common is not None:
             record = claim_replica(stores[number], common)
             roles[number] = StoreRole(READY, record, "it was empty, and is a replica now")
@@ -298,6 +299,8 @@ class _ScrubRun:
         self._snapshots = len(entries)
         self._moved_bytes = 0
         headless = [number for number, role in enumerate(start.roles) if role.role == HEADLESS]
+        # Done from the end. Objects come before the records that name them, records before their
+        # folds, and a ``ckpt.json`` last: with it a store counts, and must have everything.
         self._left: list[Callable[[int], None]] = [
             *(partial(self._repair_job_record, number) for number in headless),
             self._report_log,

@@ -324,6 +324,7 @@ def copy_object(
     if stat is None:
         raise NotFoundError(f"no such object. key={want.key} store={source.url}")
     size_bytes = max(want.end_bytes, stat.size_bytes if stat.size_bytes <= PACK_BYTES_MAX else 0)
+    # The whole pack is verified in memory before the put: damage is never copied.
     with budget.reserve(size_bytes):
         memory = memoryview(mmap.mmap(-1, max(size_bytes, 1)))[:size_bytes]
         pace.take(2 * size_bytes)
@@ -346,6 +347,7 @@ def _read_pack(source: Backend, pack: Pack, memory: memoryview, stored_bytes: in
     try:
         read_checked(source, pack.key, memory[:stored_bytes], check)
     except IntegrityError:
+        # No copy is right as a whole: take each chunk from any store that has it right.
         for chunk in pack.chunks:
             at = chunk[1]
             piece = memory[at.offset_bytes : at.offset_bytes + at.stored_bytes]

@@ -318,6 +318,7 @@ def fill(  # noqa: PLR0913  all but three are keywords
     returns with ``complete`` False. Raises as ``sync``.
     """
     pace = MaintenancePace(limits.rate_bytes_per_s, stop=limits.stop)
+    # The store gets its job record before any other bytes, and a repeated sync finds it there.
     claimed = claim_replica(store, record)
     if claimed.store_id == record.store_id and len(stores_of(source)) == 1:
         raise UsageError(
