@@ -1,5 +1,7 @@
-"""What every command says: JSON documents on stdout, errors and warnings on stderr. Cheap to
-import."""
+"""Output of every command: JSON documents on stdout, errors and warnings on stderr.
+
+It stays apart from ``output`` so that an error is printed without importing rich.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,11 @@ COMPLETE_VARIABLE = "_CKPT_COMPLETE"
 """Set by the completion scripts when a shell asks for words."""
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
+
+
+def wants_json(ctx: click.Context, as_json: bool) -> bool:
+    """Whether ``--json`` was given after the command's name (``as_json``) or before it."""
+    return as_json or bool(ctx.find_root().params.get("as_json"))
 
 
 def emit_json(value: JsonValue) -> None:
@@ -38,8 +45,8 @@ def _finite(value: JsonValue) -> JsonValue:
         case float():
             return value if value - value == 0 else None
         case dict():
-            return {key: _finite(one) for key, one in value.items()}
+            return {key: _finite(item) for key, item in value.items()}
         case list():
-            return [_finite(one) for one in value]
+            return [_finite(item) for item in value]
         case _:
             return value

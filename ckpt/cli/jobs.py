@@ -1,5 +1,7 @@
-"""The keepers of this machine: which there are, and what each says. Starts none, removes
-nothing."""
+"""The keepers of this machine and their reports, as text and JSON.
+
+Reading a report starts no keeper and removes nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from ckpt.cli.echo import JsonValue
+from ckpt.cli.echo import JsonValue, wants_json
 from ckpt.cli.output import human_bytes, human_time
 from ckpt.errors import CkptError, NotFoundError, UsageError
 from ckpt.events import Fact
@@ -30,14 +32,15 @@ from ckpt.ipc.runtime_dir import JobFolder, list_jobs
 from ckpt.values import SnapshotId, SnapshotInfo
 
 ANSWER_S_MAX = 5.0
-"""How long a keeper may take for one answer; it answers from memory, so more means that it
-hangs."""
+"""Timeout of one answer. A keeper answers from memory, so one that takes longer hangs."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeeperIdentity:
-    """Where a keeper lives or lived. ``pid`` is 0 and texts are empty where its note of itself is
-    gone."""
+    """A keeper, living or dead, and its runtime folder.
+
+    ``pid`` is 0 and the texts are empty if the folder has no description of the keeper.
+    """
 
     job: str
     store: str
@@ -55,8 +58,10 @@ class LiveKeeper:
 
 @dataclass(frozen=True, slots=True)
 class SilentKeeper:
-    """A keeper that holds its lock and did not answer: it hangs, is stopped, starts just now, or
-    speaks another version."""
+    """A keeper that holds its lock and did not answer.
+
+    It hangs, is stopped, is just starting, or speaks another protocol version.
+    """
 
     keeper: KeeperIdentity
     problem: str
@@ -64,7 +69,7 @@ class SilentKeeper:
 
 @dataclass(frozen=True, slots=True)
 class DeadKeeper:
-    """A folder that nobody holds: its keeper was killed, and no other has come."""
+    """A runtime folder without a keeper: the keeper was killed and not replaced."""
 
     keeper: KeeperIdentity
 
@@ -73,8 +78,10 @@ KeeperAnswer = LiveKeeper | SilentKeeper | DeadKeeper
 
 
 class KeeperQuery:
-    """One connection to a keeper, as a tool. Raises UnavailableError where nobody listens or
-    answers in time."""
+    """A connection to a keeper, as a tool.
+
+    Raises UnavailableError if nothing listens or the answer takes too long.
+    """
 
     def __init__(self, folder: JobFolder) -> None:
         self._calls = KeeperClient(MessageSocket(folder.connect()))
@@ -87,66 +94,71 @@ class KeeperQuery:
             raise
 
     def report(self) -> KeeperReport | None:
-        """What the keeper says now; None where it has no ranks yet."""
+        """The keeper's report; None if it has no ranks yet."""
         return self._calls.ask(GetStatus(), Status, timeout_s=ANSWER_S_MAX).report
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._calls.close()
 
 
 def query_all() -> list[KeeperAnswer]:
-    """What each keeper of this user says, in the order of their jobs' names."""
-    found = (query(folder) for folder in list_jobs())
+    """The answer of each keeper of this user, sorted by job and store."""
+    answers = (query(folder) for folder in list_jobs())
     return sorted(
-        (one for one in found if one is not None),
-        key=lambda one: (one.keeper.job, one.keeper.store),
+        (answer for answer in answers if answer is not None),
+        key=lambda answer: (answer.keeper.job, answer.keeper.store),
     )
 
 
 def query(folder: JobFolder) -> KeeperAnswer | None:
-    """What the keeper of one folder says; None where there is none and never was."""
-    home = keeper_identity(folder)
+    """The answer of one folder's keeper; None if there is none and never was one."""
+    keeper = keeper_identity(folder)
     try:
-        asker = KeeperQuery(folder)
+        connection = KeeperQuery(folder)
         try:
-            report = asker.report()
+            report = connection.report()
         finally:
-            asker.close()
+            connection.close()
     except CkptError as error:
         if folder.has_keeper():
-            return SilentKeeper(home, str(error))
-        # Without a note: it has gone meanwhile, or its first keeper is about to start.
-        return DeadKeeper(home) if folder.read_info() is not None else None
-    return SilentKeeper(home, "it has no ranks yet") if report is None else LiveKeeper(home, report)
+            return SilentKeeper(keeper, str(error))
+        # Without a description the folder was removed meanwhile, or its first keeper is starting.
+        return DeadKeeper(keeper) if folder.read_info() is not None else None
+    return (
+        SilentKeeper(keeper, "it has no ranks yet")
+        if report is None
+        else LiveKeeper(keeper, report)
+    )
 
 
 def keeper_identity(folder: JobFolder) -> KeeperIdentity:
-    """What the keeper wrote down about itself."""
-    note = folder.read_info()
+    """The keeper as the folder describes it."""
+    info = folder.read_info()
     return (
-        KeeperIdentity(note.job, note.store, note.pid, folder.path)
-        if note is not None
+        KeeperIdentity(info.job, info.store, info.pid, folder.path)
+        if info is not None
         else KeeperIdentity("", "", 0, folder.path)
     )
 
 
-def choose_keeper(homes: Sequence[KeeperIdentity], wanted: str | None) -> int:
-    """Which home the user means: by the job's name, or by the folder's. Pure.
+def choose_keeper(keepers: Sequence[KeeperIdentity], wanted: str | None) -> int:
+    """The number of the keeper that the user means, by the name of the job or of the folder.
 
-    Raises NotFoundError where there is none, UsageError where the name fits several.
+    Raises NotFoundError if none fits, UsageError if several do.
     """
     fitting = [
-        at
-        for at, home in enumerate(homes)
-        if wanted is None or wanted in (home.job, home.folder.name)
+        number
+        for number, keeper in enumerate(keepers)
+        if wanted is None or wanted in (keeper.job, keeper.folder.name)
     ]
     if not fitting:
         text = "no job runs here." if wanted is None else f"no such job runs here. job={wanted}"
         raise NotFoundError(f"{text} 'ckpt ps' lists what does")
     if len(fitting) > 1:
         names = ", ".join(
-            f"{homes[at].folder.name} ({homes[at].job} in {homes[at].store})" for at in fitting
+            f"{keepers[number].folder.name} ({keepers[number].job} in {keepers[number].store})"
+            for number in fitting
         )
         raise UsageError(f"several jobs fit; name one by its folder. folders={names}")
     return fitting[0]
@@ -162,13 +174,12 @@ def job_command(function: Callable[..., int | None]) -> Callable[..., int | None
     @click.pass_context
     @functools.wraps(function)
     def command(ctx: click.Context, /, *, as_json: bool, **others: object) -> int | None:
-        return function(as_json=as_json or bool(ctx.find_root().params.get("as_json")), **others)
+        return function(as_json=wants_json(ctx, as_json), **others)
 
     return command
 
 
-# What a keeper's report looks like: lines and table rows for people, one document for programs.
-# Pure.
+# ---- a report as table rows for people and as JSON for programs
 
 RANK_COLUMNS = (
     "RANK",
@@ -181,8 +192,7 @@ RANK_COLUMNS = (
     "SKIPPED",
     "SLOTS",
 )
-"""Heads of ``rank_rows``; SLOTS has the pair that each slot holds, marked with ``*`` while an
-upload holds the slot."""
+"""Heads of ``rank_rows``. SLOTS has each slot's snapshot, with ``*`` while an upload uses it."""
 
 LIVE_COLUMNS = (
     "RANK",
@@ -196,7 +206,7 @@ LIVE_COLUMNS = (
     "HELD",
     "SLOTS",
 )
-"""Heads of ``live_rows``; HELD counts the slots that uploads hold."""
+"""Heads of ``live_rows``. HELD counts the slots that uploads use."""
 
 RECOVERY_COLUMNS = ("ATTEMPT", "WHY", "TOOK", "FROM", "REDONE", "PHASES")
 """Heads of ``recovery_rows``."""
@@ -215,14 +225,14 @@ NUMERIC_COLUMNS = frozenset(
         "ATTEMPT",
     )
 )
-"""Columns that stand to the right."""
+"""Right-aligned columns."""
 
 NOTHING = "-"
 
 
 @dataclass(frozen=True, slots=True)
 class ReportSample:
-    """A report, and when it came, in seconds of a clock that only goes forward."""
+    """A report and its arrival time, in seconds of a monotonic clock."""
 
     at_s: float
     report: KeeperReport
@@ -242,7 +252,7 @@ def human_seconds(seconds: float) -> str:
 
 
 def snapshot_text(snapshot: SnapshotId | None) -> str:
-    """A snapshot as every command takes it, ``epoch:step``."""
+    """A snapshot as ``epoch:step``, the form that commands take."""
     return NOTHING if snapshot is None else f"{snapshot.epoch}:{snapshot.step}"
 
 
@@ -285,7 +295,7 @@ def rank_rows(report: KeeperReport) -> list[tuple[str, ...]]:
 
 
 def live_rows(report: KeeperReport, rates: Mapping[int, float | None]) -> list[tuple[str, ...]]:
-    """One row of ``LIVE_COLUMNS`` for each rank, with its ``steps_per_s``."""
+    """One row of ``LIVE_COLUMNS`` for each rank; ``rates`` is from ``steps_per_s``."""
     return [
         (
             str(rank.rank),
@@ -304,11 +314,10 @@ def live_rows(report: KeeperReport, rates: Mapping[int, float | None]) -> list[t
 
 
 def recovery_rows(recoveries: Sequence[Mapping[str, Fact]], *, last: int) -> list[tuple[str, ...]]:
-    """One row of ``RECOVERY_COLUMNS`` for each of the last recoveries, newest first. FROM is the
-    step that was restored.
+    """One row of ``RECOVERY_COLUMNS`` for each of the last recoveries, newest first.
 
-    A fact whose name ends in ``_s`` is how long a phase took; phases are shown in the order that
-    they come in.
+    FROM is the restored step. A fact whose name ends in ``_s`` is the duration of a phase; phases
+    are in the order in which they happened.
     """
     return [
         (
@@ -328,10 +337,9 @@ def recovery_rows(recoveries: Sequence[Mapping[str, Fact]], *, last: int) -> lis
 
 
 def steps_per_s(samples: Sequence[ReportSample]) -> dict[int, float | None]:
-    """How many steps a second each rank of the last sample completed, since the oldest sample of
-    the same trainer.
+    """Steps per second of each rank, since the oldest sample of the same trainer.
 
-    None where the last sample is the only one of its trainer.
+    None if the last sample is the only one of its trainer.
     """
     if not samples:
         return {}
@@ -340,7 +348,7 @@ def steps_per_s(samples: Sequence[ReportSample]) -> dict[int, float | None]:
 
 
 def report_json(report: KeeperReport) -> dict[str, JsonValue]:
-    """The whole report as one document."""
+    """The report as one JSON document."""
     return {
         "job": report.job,
         "store": report.store,
@@ -363,7 +371,7 @@ def report_json(report: KeeperReport) -> dict[str, JsonValue]:
 
 
 def live_json(samples: Sequence[ReportSample]) -> dict[str, JsonValue]:
-    """The last sample's report as one document, whose ranks have ``steps_per_s`` besides."""
+    """The last sample's report as one JSON document, with ``steps_per_s`` for each rank."""
     report = samples[-1].report
     rates = steps_per_s(samples)
     ranks: list[JsonValue] = [

@@ -1,5 +1,7 @@
-"""The ``ckpt`` command: a group whose commands load when they are named, and the one place where
-errors become exits."""
+"""The ``ckpt`` command: a group of commands, and the mapping of errors to exit codes.
+
+A command's module is imported only when the command is run.
+"""
 
 from __future__ import annotations
 
@@ -62,15 +64,12 @@ Every command takes --json, before or after its name.
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module when the command is named, so that one costs nothing
-    for another."""
+    """A group that imports only the module of the command that is run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """See click."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """See click."""
         home = COMMANDS.get(cmd_name)
         if home is None:
             return None
@@ -92,8 +91,10 @@ def cli(as_json: bool, debug: bool) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line (without the program's name) and return its exit code. Errors are
-    printed to stderr."""
+    """Run one command line (without the program's name) and return its exit code.
+
+    Errors are printed to stderr.
+    """
     as_json = _flag(arguments, "--json")
     debug = _flag(arguments, "--debug")
     try:
@@ -107,8 +108,7 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has left; what is still buffered must not raise again when Python
-        # ends.
+        # The reader of our output has exited. Buffered output must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except click.ClickException as error:
@@ -129,10 +129,13 @@ def run(arguments: Sequence[str]) -> int:
             retry=error.retry,
             as_json=as_json,
         )
-    except Exception as error:  # noqa: BLE001  (the border to the shell: whatever came through is a defect of ours)
+    except Exception as error:  # noqa: BLE001  the outermost frame: a defect of ours
         if debug:
             traceback.print_exc()
-        text = f"this is a defect of ckpt: {type(error).__name__}: {error}; run again with --debug and report it"
+        text = (
+            f"this is a defect of ckpt: {type(error).__name__}: {error}; run again with --debug "
+            "and report it"
+        )
         exit_code = InternalError.exit_code
         return emit_error(
             text, code=InternalError.code, exit_code=exit_code, retry=False, as_json=as_json
@@ -148,6 +151,5 @@ def main() -> None:
 
 
 def _flag(arguments: Sequence[str], name: str) -> bool:
-    """Whether a flag stands among the arguments: asked before parsing, because parsing itself may
-    fail."""
+    """Whether a flag is among the arguments. Used before parsing, because parsing may fail."""
     return name in arguments[: arguments.index("--") if "--" in arguments else len(arguments)]

@@ -1,4 +1,4 @@
-"""Values that numpy has no type for, as numbers that people can read."""
+"""Readable numbers for dtypes that numpy lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands show to people: tables, sizes and times, and progress on stderr."""
+"""Output for people: tables, sizes and times, and a progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.text import Text
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 _PIPE_COLUMNS = 100_000
-"""Width where nobody looks: lines must not be cut on their way into another program."""
+"""Width of a pipe: a line must not be cut on its way into another program."""
 
 
 def table(
@@ -36,7 +36,7 @@ def table(
 def grid(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[str] = frozenset()
 ) -> Table:
-    """What ``table`` prints."""
+    """The table that ``table`` prints."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         shown.add_column(name, justify="right" if name in right else "left", overflow="fold")

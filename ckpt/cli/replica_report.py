@@ -1,5 +1,4 @@
-"""A comparison of several stores, for people and programs: the same for ``scrub`` and ``verify
---all-replicas``."""
+"""A scrub report as text and JSON, for ``ckpt scrub`` and ``ckpt verify --all-replicas``."""
 
 from __future__ import annotations
 
@@ -13,32 +12,31 @@ from ckpt.maintenance.copies import CopyStatus
 from ckpt.maintenance.scrub.report import ScrubProblem, ScrubReport
 
 PROBLEMS_SHOWN = 50
-"""How many troubles are printed; JSON has more."""
+"""Problems that are printed; JSON has more."""
 OFFSETS_SHOWN = 5
 
 
 def exit_code_of(report: ScrubReport) -> int:
-    """0 where all is well now, 20 where damage is left, 11 where only silence, emptiness or a
-    refused write is."""
+    """0 if all is right now, 20 if damage is left, 11 if a store was away, empty or refused."""
     if report.ok:
         return 0
-    left = [trouble for trouble in report.problems if not trouble.repaired]
+    left = [problem for problem in report.problems if not problem.repaired]
     if (
         report.hole is not None
         or report.lost
-        or any(trouble.status is CopyStatus.DAMAGED for trouble in left)
+        or any(problem.status is CopyStatus.DAMAGED for problem in left)
     ):
         return IntegrityError.exit_code
     if any(
-        trouble.status is CopyStatus.MISSING and report.stores[trouble.store].role == "ready"
-        for trouble in left
+        problem.status is CopyStatus.MISSING and report.stores[problem.store].role == "ready"
+        for problem in left
     ):
         return IntegrityError.exit_code
     return UnavailableError.exit_code
 
 
 def print_report(report: ScrubReport) -> None:
-    """A table of stores, then what is wrong, worst first."""
+    """Print a table of the stores, then the problems, worst first."""
     rows = [
         (
             store.url,
@@ -68,9 +66,9 @@ def print_report(report: ScrubReport) -> None:
     for store in report.stores:
         if store.problem:
             click.echo(f"{store.url}: {store.problem}")
-    worst_first = sorted(report.problems, key=lambda one: (not one.lost, one.repaired))
-    for trouble in worst_first[:PROBLEMS_SHOWN]:
-        click.echo(_line(report, trouble))
+    worst_first = sorted(report.problems, key=lambda problem: (not problem.lost, problem.repaired))
+    for problem in worst_first[:PROBLEMS_SHOWN]:
+        click.echo(_line(report, problem))
     if report.problems_total > PROBLEMS_SHOWN:
         click.echo(f"... and {report.problems_total - PROBLEMS_SHOWN} more")
     if report.hole is not None:
@@ -121,35 +119,36 @@ def report_json(report: ScrubReport) -> dict[str, JsonValue]:
         ],
         "troubles": [
             {
-                "key": trouble.key,
-                "store": trouble.store,
-                "what": trouble.status.value,
-                "message": trouble.message,
-                "offsets": list(trouble.offsets),
-                "lost": trouble.lost,
-                "mended": trouble.repaired,
+                "key": problem.key,
+                "store": problem.store,
+                "what": problem.status.value,
+                "message": problem.message,
+                "offsets": list(problem.offsets),
+                "lost": problem.lost,
+                "mended": problem.repaired,
             }
-            for trouble in report.problems
+            for problem in report.problems
         ],
         "troubles_total": report.problems_total,
     }
 
 
-def _line(report: ScrubReport, trouble: ScrubProblem) -> str:
+def _line(report: ScrubReport, problem: ScrubProblem) -> str:
     word = (
         "LOST   "
-        if trouble.lost
+        if problem.lost
         else "mended "
-        if trouble.repaired
-        else trouble.status.value.upper()
+        if problem.repaired
+        else problem.status.value.upper()
     )
-    where = f" at {', '.join(map(str, trouble.offsets[:OFFSETS_SHOWN]))}" if trouble.offsets else ""
+    where = f" at {', '.join(map(str, problem.offsets[:OFFSETS_SHOWN]))}" if problem.offsets else ""
     more = (
-        f" and {len(trouble.offsets) - OFFSETS_SHOWN} more"
-        if len(trouble.offsets) > OFFSETS_SHOWN
+        f" and {len(problem.offsets) - OFFSETS_SHOWN} more"
+        if len(problem.offsets) > OFFSETS_SHOWN
         else ""
     )
-    what = f"{trouble.status.value}: {trouble.message}" if trouble.message else trouble.status.value
-    return (
-        f"{word:8} {trouble.key}{where}{more}\n    {what} store={report.stores[trouble.store].url}"
+    status = (
+        f"{problem.status.value}: {problem.message}" if problem.message else problem.status.value
     )
+    url = report.stores[problem.store].url
+    return f"{word:8} {problem.key}{where}{more}\n    {status} store={url}"

@@ -1,4 +1,4 @@
-"""What all commands share: the store's URL and options, and the one way to name a snapshot."""
+"""Arguments and options that commands share: stores, snapshots and rate limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ckpt.backends.replicated.open import (
     open_stores,
     require_key_fits,
 )
-from ckpt.cli.echo import JsonValue, warn
+from ckpt.cli.echo import JsonValue, wants_json, warn
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.log.catalog import select
@@ -54,7 +54,7 @@ class StoreChoice:
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """How a user names a snapshot; with nothing said, the newest."""
+    """The snapshot that the user named; without a name, the newest."""
 
     step: int | None
     epoch: int | None
@@ -62,7 +62,7 @@ class Selector:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was said."""
+        """Whether no snapshot was named."""
         return self.step is None and self.epoch is None and self.tag is None
 
 
@@ -94,7 +94,8 @@ def store_command(function: Callable[..., Result]) -> Callable[..., Result]:
         "replicas",
         multiple=True,
         metavar="URL",
-        help="Another store of the same job; may be repeated. Name all of them to write, enough to know what is newest.",
+        help="Another store of the same job; may be repeated. Name all of them to write, enough "
+        "to know what is newest.",
     )
     @click.option(
         "--write-quorum",
@@ -112,7 +113,8 @@ def store_command(function: Callable[..., Result]) -> Callable[..., Result]:
         "storage_options",
         multiple=True,
         metavar="KEY=VALUE",
-        help="An option of the store's file system; may be repeated. VALUE is JSON, or else text. N:KEY=VALUE is for the N-th "
+        help="An option of the store's file system; may be repeated. VALUE is JSON, or else text. "
+        "N:KEY=VALUE is for the N-th "
         "store alone, from 1.",
     )
     @click.option("--json", "as_json", is_flag=True, help="Print results and errors as JSON.")
@@ -133,11 +135,10 @@ def store_command(function: Callable[..., Result]) -> Callable[..., Result]:
         encryption_key: str | None,
         **others: object,
     ) -> Result:
-        anywhere = as_json or bool(ctx.find_root().params.get("as_json"))
         choice = StoreChoice(
             url,
             storage_options,
-            anywhere,
+            wants_json(ctx, as_json),
             replicas=replicas,
             write_quorum=write_quorum,
             encryption_key=encryption_key,
@@ -177,15 +178,17 @@ def snapshot_options(function: Callable[..., Result]) -> Callable[..., Result]:
 
 @contextmanager
 def open_store(choice: StoreChoice) -> Iterator[OpenStore]:
-    """Open the store and fold its log; closes it afterwards. Raises NotFoundError where there is no
-    store."""
+    """Open the stores, fold their log, and close them afterwards.
+
+    Warns if the newest snapshot cannot be known. Raises NotFoundError if there is no store.
+    """
     options = options_of(choice.storage_options, stores=len(choice.urls))
     backend = open_job_stores(
         choice.urls,
         options,
         write_quorum=choice.write_quorum,
         encryption_key=choice.encryption_key,
-        emit=_tell,
+        emit=warn_on_alarm,
     )
     try:
         require_key_fits(backend, choice.encryption_key)
@@ -206,7 +209,7 @@ def open_store(choice: StoreChoice) -> Iterator[OpenStore]:
 def parse_reference(state: LogState, text: str) -> SnapshotId:
     """The snapshot that ``text`` names: ``newest``, a step, ``epoch:step``, or a tag.
 
-    Raises NotFoundError where there is none of that name.
+    Raises NotFoundError if there is none.
     """
     if text == "newest":
         return select(state)
@@ -221,12 +224,12 @@ def parse_reference(state: LogState, text: str) -> SnapshotId:
 
 
 def id_json(snapshot: SnapshotId) -> dict[str, JsonValue]:
-    """A snapshot's pair."""
+    """A snapshot id as JSON."""
     return {"epoch": snapshot.epoch, "step": snapshot.step}
 
 
 def info_json(info: SnapshotInfo, *, newest: bool, on_line: bool) -> dict[str, JsonValue]:
-    """A snapshot's facts, the same in every command."""
+    """A snapshot's properties as JSON, the same in every command."""
     return {
         **id_json(info.id),
         "newest": newest,
@@ -243,41 +246,37 @@ def info_json(info: SnapshotInfo, *, newest: bool, on_line: bool) -> dict[str, J
 
 
 def options_of(texts: tuple[str, ...], *, stores: int) -> list[dict[str, object] | None]:
-    """The storage options of each store. Raises UsageError for what is not ``KEY=VALUE`` or
-    ``N:KEY=VALUE``."""
-    each: list[dict[str, object]] = [{} for _ in range(stores)]
+    """The storage options of each store.
+
+    Raises UsageError for a text that is neither ``KEY=VALUE`` nor ``N:KEY=VALUE``.
+    """
+    options_by_store: list[dict[str, object]] = [{} for _ in range(stores)]
     for text in texts:
-        whose, key, value = _option(text, stores)
-        for number in whose:
-            each[number][key] = value
-    return [options or None for options in each]
+        numbers, key, value = _option(text, stores)
+        for number in numbers:
+            options_by_store[number][key] = value
+    return [options or None for options in options_by_store]
 
 
 def _option(text: str, stores: int) -> tuple[range, str, object]:
     name, equals, value = text.partition("=")
     number, colon, key = name.partition(":")
-    whose = range(stores)
+    numbers = range(stores)
     if colon and number.isdecimal():
         if not 1 <= int(number) <= stores:
             raise UsageError(
-                f"a storage option is of a store that was not named. option={name} stores={stores}"
+                f"a storage option is for a store that was not named. option={name} stores={stores}"
             )
-        name, whose = key, range(int(number) - 1, int(number))
+        name, numbers = key, range(int(number) - 1, int(number))
     if not name or not equals:
         raise UsageError(f"a storage option is not KEY=VALUE. option={text}")
     try:
-        return whose, name, json.loads(value)
+        return numbers, name, json.loads(value)
     except ValueError:
-        return whose, name, value
+        return numbers, name, value
 
 
-def _tell(event: Event) -> None:
-    if event.alarm:
-        warn(event.text)
-
-
-# What commands share that take several stores one by one: their URLs, their options, and how fast
-# they may go.
+# ---- commands that take several stores one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,13 +291,12 @@ class StoreList:
 
     @property
     def options(self) -> list[dict[str, object] | None]:
-        """The storage options of each store. Raises UsageError for what is none."""
+        """The storage options of each store. Raises UsageError for a malformed one."""
         return options_of(self.storage_options, stores=len(self.urls))
 
 
 def urls_command(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Give a command ``URL...`` with the options of stores, ``--json`` and ``--debug``; it gets
-    them as a UrlList."""
+    """Give a command ``URL...``, the store options, ``--json`` and ``--debug``, as a StoreList."""
 
     @click.argument("urls", metavar="URL...", nargs=-1, required=True)
     @click.option(
@@ -321,7 +319,7 @@ def urls_command(function: Callable[..., Result]) -> Callable[..., Result]:
 
 @dataclass(frozen=True, slots=True)
 class CommonOptions:
-    """What is said of stores beside their URLs."""
+    """The options of stores beside their URLs, and the output format."""
 
     storage_options: tuple[str, ...]
     encryption_key: str | None
@@ -329,8 +327,7 @@ class CommonOptions:
 
 
 def common_options(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Give a command what is said of stores beside their URLs; it gets it as the keyword
-    ``options``."""
+    """Give a command the store options; it gets the keyword ``options``, a CommonOptions."""
 
     @click.option(
         "--encryption-key",
@@ -342,7 +339,8 @@ def common_options(function: Callable[..., Result]) -> Callable[..., Result]:
         "storage_options",
         multiple=True,
         metavar="KEY=VALUE",
-        help="An option of the store's file system; may be repeated. VALUE is JSON, or else text. N:KEY=VALUE is for the N-th "
+        help="An option of the store's file system; may be repeated. VALUE is JSON, or else text. "
+        "N:KEY=VALUE is for the N-th "
         "store alone, from 1.",
     )
     @click.option("--json", "as_json", is_flag=True, help="Print results and errors as JSON.")
@@ -360,8 +358,10 @@ def common_options(function: Callable[..., Result]) -> Callable[..., Result]:
         as_json: bool,
         **others: object,
     ) -> Result:
-        anywhere = as_json or bool(ctx.find_root().params.get("as_json"))
-        return function(options=CommonOptions(storage_options, encryption_key, anywhere), **others)
+        return function(
+            options=CommonOptions(storage_options, encryption_key, wants_json(ctx, as_json)),
+            **others,
+        )
 
     return command
 
@@ -391,27 +391,26 @@ def open_plain_stores(
     encryption_key: str | None,
     write_quorum: int | None = None,
 ) -> Iterator[Backend]:
-    """The stores as one backend, closed afterwards; nothing of ckpt needs to be in them.
-    ``options``: each store's.
+    """Open stores as one backend, and close it afterwards. They may be empty or hold other data.
 
-    Raises UsageError where a store is encrypted and no key is given, or the other way round: it
-    would look all damaged.
+    ``options``: each store's. Raises UsageError if a store is encrypted and no key is given, or the
+    other way round: all its objects would look damaged.
     """
-    where = key_source(encryption_key)
-    keys = load_keys(where) if where is not None else None
+    source = key_source(encryption_key)
+    keys = load_keys(source) if source is not None else None
     bare = open_stores(list(urls), list(options), write_quorum=write_quorum, emit=warn_on_alarm)
     try:
         for store in stores_of(bare):
             try:
                 require_matching_keys(store, keys)
             except (UnavailableError, NotFoundError, IntegrityError):
-                continue  # the command itself tells what is the matter with the store
+                continue  # the command itself reports what is wrong with the store
         yield encrypted(bare, keys) if keys is not None else bare
     finally:
         bare.close()
 
 
 def warn_on_alarm(event: Event) -> None:
-    """A Tell that warns on stderr."""
+    """Print alarms as warnings to stderr; an ``Emit``."""
     if event.alarm:
         warn(event.text)

@@ -1,1 +1,1 @@
-"""What keeps stores healthy: retention, copies, and changes of the set of stores."""
+"""Maintenance of stores: retention, garbage collection, scrubs, replicas and sets of stores."""

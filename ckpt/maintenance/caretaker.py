@@ -1,8 +1,8 @@
-"""Looking after a job's stores while it runs: one that came back empty is filled again, one that
-was away catches up.
+"""The caretaker: a thread that keeps a job's stores complete while the job runs.
 
-In a thread of its own, at a low rate, with a journal of its own. Nothing waits for it: what it
-leaves undone at the end, the next run's caretaker or `ckpt scrub` does.
+It refills a store that came back empty, brings a store that was away up to date, and runs scrubs.
+It works at a low rate and with its own journal, and nothing waits for it. What is unfinished when
+the job ends is left to the next run's caretaker or to ``ckpt scrub``.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ from ckpt.maintenance.store_set import (
 from ckpt.threads import start_thread
 
 CHECK_INTERVAL_S = 10.0
-"""How often the stores are looked at: one small read and a short list each."""
+"""How often the stores are checked. One check costs each store a small read and a short list."""
 
 RATE_BYTES_PER_S = 200e6
-"""How fast a store is filled beside the training that goes on."""
+"""Rate limit for filling a store while training runs."""
 
 SCRUB_BYTES_PER_S = 50e6
-"""How fast a scrub reads beside the training."""
+"""Rate limit for a scrub while training runs."""
 
 
 class StoreCaretaker:
-    """Looks after the stores of ``backend`` until ``stop``. ``mine``: whether this keeper's epoch
-    is the log's newest.
+    """Keeps the stores of ``backend`` complete until ``stop``.
 
-    ``scrub_every_s``: how often all is read and compared, None for never.
+    ``has_newest_epoch`` says whether this keeper's epoch is the newest in the log: a keeper that
+    was replaced must not change the set of stores. ``scrub_every_s``: how often everything is read
+    and compared; None for never.
     """
 
     def __init__(
@@ -56,12 +57,12 @@ class StoreCaretaker:
         interval_s: float = CHECK_INTERVAL_S,
     ) -> None:
         self._backend = backend
-        self._mine = has_newest_epoch
-        self._tell = emit
-        self._look_s = interval_s
+        self._has_newest_epoch = has_newest_epoch
+        self._emit = emit
+        self._interval_s = interval_s
         self._stop = threading.Event()
-        self._told: set[str] = set()
-        self._places = LogCoverage()
+        self._reported: set[str] = set()
+        self._coverage = LogCoverage()
         self._upto_seq = 0
         self._scrub_every_s = scrub_every_s
         self._scrub_due_s = (
@@ -71,12 +72,12 @@ class StoreCaretaker:
             stores_of(backend),
             write_quorum_of(backend),
             rate_bytes_per_s=SCRUB_BYTES_PER_S,
-            tell=emit,
+            emit=emit,
         )
         self._done = start_thread(self._run, name="ckpt-caretaker")
 
     def stop(self, timeout_s: float) -> None:
-        """End soon. What is being filled is left as far as it came."""
+        """Stop, and wait up to ``timeout_s`` seconds. A store being filled then stays partial."""
         self._stop.set()
         deadline_s = time.monotonic() + timeout_s
         while not self._done.done() and (left_s := deadline_s - time.monotonic()) > 0:
@@ -84,70 +85,56 @@ class StoreCaretaker:
 
     def _run(self) -> None:
         journal: Journal | None = None
-        while not self._stop.wait(self._look_s):
+        while not self._stop.wait(self._interval_s):
             try:
                 journal = journal or Journal.open(self._backend)
-                self._look(journal)
+                self._refill_empty(journal)
                 self._catch_up(journal)
                 self._scrub_when_due()
             except CkptError as error:
-                # A store that does not answer is told of by whoever needs it; here it is only
-                # looked at again.
-                self._say(
-                    "care-waits",
-                    f"the stores could not be looked after, tried again: {error}",
-                    alarm=False,
-                )
-            except Exception as error:  # noqa: BLE001  a thread's border
-                wrapped = InternalError(
-                    f"looking after the stores failed in an unforeseen way. cause={error!r}"
-                )
-                self._say("care-failed", str(wrapped), alarm=True)
+                # No alarm: commits raise one for a store that does not answer. Here it is retried.
+                text = f"the stores could not be checked; trying again: {error}"
+                self._emit_once("care-waits", text, alarm=False)
+            except Exception as error:  # noqa: BLE001  the outermost frame of a thread
+                wrapped = InternalError(f"unexpected error while checking stores. cause={error!r}")
+                self._emit_once("care-failed", str(wrapped), alarm=True)
 
-    def _look(self, journal: Journal) -> None:
+    def _refill_empty(self, journal: Journal) -> None:
         for store, store_id in returned_empty(journal, self._backend):
-            if not self._mine(journal):
+            if not self._has_newest_epoch(journal):
                 return
             if is_folder(store):
-                # It may be a disk that is not mounted: filling its place would fill another disk.
+                # It may be a disk that is not mounted: filling the mount point fills another disk.
                 text = (
-                    "a store does not hold this log any more and counts for nothing. "
-                    f"store={store.url} store_id={store_id}; "
-                    "mount it again, or declare it lost with `ckpt stores replace`"
+                    f"a store no longer holds this log and does not count. store={store.url} "
+                    f"store_id={store_id}; mount it again, or declare it lost with "
+                    "`ckpt stores replace`"
                 )
-                self._say("store-empty", text, alarm=True)
+                self._emit_once("store-empty", text, alarm=True)
                 continue
-            self._say(
-                "store-returns", f"{store.url} came back empty and is filled again", alarm=False
-            )
-            effort = SyncLimits(rate_bytes_per_s=RATE_BYTES_PER_S, stop=self._stop)
-            replace(journal, self._backend, store, store_id, limits=effort, emit=self._tell)
-            self._told.clear()
-            self._tell(
-                Event(
-                    "store-full",
-                    f"{store.url} holds everything again and counts",
-                    {"store": store.url},
-                )
-            )
+            text = f"{store.url} came back empty and is being filled again"
+            self._emit_once("store-returns", text, alarm=False)
+            limits = SyncLimits(rate_bytes_per_s=RATE_BYTES_PER_S, stop=self._stop)
+            # ``replace`` fills it under a new id, then records that id in the place of the old one.
+            replace(journal, self._backend, store, store_id, limits=limits, emit=self._emit)
+            self._reported.clear()
+            text = f"{store.url} holds everything again and counts"
+            self._emit(Event("store-full", text, {"store": store.url}))
 
     def _catch_up(self, journal: Journal) -> None:
-        # Up to where the log went at the last look: what is newer may still be on its way to a
-        # store.
+        # Only up to the log's end at the previous check: newer records may still be in flight to a
+        # store that is merely slower than the others.
         upto_seq, self._upto_seq = self._upto_seq, journal.refresh().next_seq
         for store, store_id in reachable_members(journal, self._backend):
-            gap = self._places.first_gap(store, store_id, upto_seq=upto_seq)
+            gap = self._coverage.first_gap(store, store_id, upto_seq=upto_seq)
             if gap is None:
                 continue
-            if not self._mine(journal):
+            if not self._has_newest_epoch(journal):
                 return
-            self._say(
-                "store-behind",
-                f"{store.url} lacks the log's record {gap}, and catches up",
-                alarm=False,
-            )
-            effort = SyncLimits(rate_bytes_per_s=RATE_BYTES_PER_S, stop=self._stop)
-            catch_up(journal, self._backend, store, limits=effort, emit=self._tell)
+            text = f"{store.url} lacks the log's record {gap} and is catching up"
+            self._emit_once("store-behind", text, alarm=False)
+            limits = SyncLimits(rate_bytes_per_s=RATE_BYTES_PER_S, stop=self._stop)
+            catch_up(journal, self._backend, store, limits=limits, emit=self._emit)
 
     def _scrub_when_due(self) -> None:
         if self._scrub_every_s is not None and time.monotonic() >= self._scrub_due_s:
@@ -155,15 +142,15 @@ class StoreCaretaker:
             if report is not None and report.complete:
                 self._scrub_due_s = time.monotonic() + self._scrub_every_s
 
-    def _say(self, kind: str, text: str, *, alarm: bool) -> None:
-        """Each thing once, until something changed."""
-        if text not in self._told:
-            self._told.add(text)
-            self._tell(Event(kind, text, alarm=alarm))
+    def _emit_once(self, kind: str, text: str, *, alarm: bool) -> None:
+        """Emit each text once, until a store was refilled."""
+        if text not in self._reported:
+            self._reported.add(text)
+            self._emit(Event(kind, text, alarm=alarm))
 
 
 def is_folder(store: Backend) -> bool:
-    """Whether a store is a folder, whatever is wrapped around it."""
+    """Whether a store is a local folder, whatever wrappers it has."""
     while (inner := getattr(store, "inner", None)) is not None:
         store = inner
     return isinstance(store, FileBackend)

@@ -1,8 +1,8 @@
-"""What the copies of one object are worth, and which of them to write anew from which. Pure.
+"""Copies of one stored object: what each is worth, and which to rewrite from which. Pure.
 
-An object is either *whole*, known by one digest of all its bytes (a manifest, a part), or a *pack*,
-known by the digests of the chunks that existing snapshots refer to: bytes between and behind them
-have no meaning, and no digest.
+An object is either *whole*, known by one digest of all its bytes (a manifest, a part), or a
+*pack*, known by the digests of the chunks that existing snapshots refer to. The bytes between and
+behind those chunks have no digest and no meaning, so two right copies of a pack may differ in them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ckpt.format.part import Part
 from ckpt.values import ChunkLocation, Digest
 
 ChunkRef = tuple[Digest, ChunkLocation]
-"""One chunk that some snapshot needs: its digest, and where it lies."""
+"""One chunk that a snapshot needs: its digest and its location."""
 
 
 class CopyStatus(str, enum.Enum):
-    """What one store's copy of an object is."""
+    """The state of one store's copy of an object."""
 
     OK = "ok"
     MISSING = "missing"
@@ -31,47 +31,49 @@ class CopyStatus(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class WholeObject:
-    """An object that one digest (32 hex digits) is for."""
+    """An object that one digest (32 hex digits) covers."""
 
     key: str
     digest: str
     size_bytes: int | None = None
-    """None where nobody recorded it."""
+    """None if no record names the length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """A pack and the chunks in it that are referred to, in order of their offset."""
+    """A pack and its referenced chunks, in order of their offset."""
 
     key: str
     chunks: tuple[ChunkRef, ...]
     size_bytes: int | None = None
-    """The object's length, where a copy that is trusted has told it."""
+    """The object's length, if a trusted copy gave it."""
 
     @property
     def end_bytes(self) -> int:
-        """No copy that is shorter can be right."""
+        """End of the last referenced chunk: a shorter copy cannot be right."""
         return max((at.offset_bytes + at.stored_bytes for _, at in self.chunks), default=0)
 
     @property
     def stored_bytes(self) -> int:
-        """What reading all its chunks once carries."""
+        """Stored bytes of all referenced chunks."""
         return sum(at.stored_bytes for _, at in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class CopyCheck:
-    """What was found of an object at one store. ``bad`` names a pack's chunks that are not right
-    there; see ``all_bad``."""
+    """The result of checking one store's copy. ``bad_chunks`` are a pack's wrong chunks there.
+
+    ``all_bad``: no chunk of the copy is usable, whatever ``bad_chunks`` holds.
+    """
 
     status: CopyStatus
     message: str = ""
     bad_chunks: frozenset[ChunkRef] = frozenset()
     all_bad: bool = False
 
-    def has(self, place: ChunkRef) -> bool:
-        """Whether this copy holds ``place`` rightly."""
-        return not self.all_bad and place not in self.bad_chunks
+    def has(self, chunk: ChunkRef) -> bool:
+        """Whether this copy holds ``chunk`` with the right bytes."""
+        return not self.all_bad and chunk not in self.bad_chunks
 
 
 OK = CopyCheck(CopyStatus.OK)
@@ -79,8 +81,7 @@ OK = CopyCheck(CopyStatus.OK)
 
 @dataclass(frozen=True, slots=True)
 class CopyRepair:
-    """Write the object to the stores ``targets``: the copy at ``source``, with ``patches`` taken
-    from other stores' copies."""
+    """Write the copy at ``source`` to ``targets``, with the chunks ``patches`` of other stores."""
 
     source: int
     targets: tuple[int, ...]
@@ -89,87 +90,89 @@ class CopyRepair:
 
 @dataclass(frozen=True, slots=True)
 class CopyLost:
-    """No store has it right. ``places`` are a pack's chunks that are nowhere right; none for a
-    whole object."""
+    """No store has a right copy. ``chunks``: a pack's chunks that are right in no store."""
 
     chunks: tuple[ChunkRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class CopyUnknown:
-    """No store that answered has it right, and one that did not answer may."""
+    """No store that answered has a right copy; one that did not answer may have it."""
 
     chunks: tuple[ChunkRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NothingToRepair:
-    """Nothing needs to be written, or nothing may."""
+    """All copies are right, or the wrong ones are in stores that may not be written."""
 
 
 CopyDecision = CopyRepair | CopyLost | CopyUnknown | NothingToRepair
 
 
 def decide_whole(copies: Sequence[CopyCheck], *, writable: Container[int]) -> CopyDecision:
-    """What to do about an object that one digest is for; ``copies`` has one entry a store, in their
-    order."""
+    """What to do about a whole object. ``copies`` has one entry for each store, in their order."""
     targets = _targets(copies, writable)
-    source = next(
-        (store for store, copy in enumerate(copies) if copy.status is CopyStatus.OK), None
-    )
+    source = _first_ok(copies)
     if source is not None:
         return CopyRepair(source, targets) if targets else NothingToRepair()
-    return CopyUnknown() if _silent(copies) else CopyLost()
+    return CopyUnknown() if _any_unreadable(copies) else CopyLost()
 
 
 def decide_pack(
     pack: Pack, copies: Sequence[CopyCheck], *, writable: Container[int]
 ) -> CopyDecision:
-    """What to do about a pack: copied from a copy that is whole, or put together from several that
-    are whole together.
+    """What to do about a pack: copy a right one, or assemble one from several damaged copies.
 
-    A pack of which one chunk is right nowhere is copied nowhere: what is written is right, or it
-    isn't written.
+    If one chunk is right in no store, the pack is written nowhere. A partly right pack would look
+    new and spread damage; it would save redundancy only when two copies are damaged at once.
     """
-    whole = next((store for store, copy in enumerate(copies) if copy.status is CopyStatus.OK), None)
+    whole = _first_ok(copies)
     targets = _targets(copies, writable)
     if whole is not None:
         return CopyRepair(whole, targets) if targets else NothingToRepair()
-    known = [store for store, copy in enumerate(copies) if copy.status is not CopyStatus.UNREADABLE]
-    if not known:
+    readable = [
+        store for store, copy in enumerate(copies) if copy.status is not CopyStatus.UNREADABLE
+    ]
+    if not readable:
         return CopyUnknown(pack.chunks)
-    base = min(known, key=lambda store: _badness(pack, copies[store]))
+    # The copy with the least damage is the base, so that the fewest chunks come from elsewhere.
+    base = min(readable, key=lambda store: _badness(pack, copies[store]))
     patches: list[tuple[ChunkRef, int]] = []
-    nowhere: list[ChunkRef] = []
-    for place in pack.chunks:
-        if copies[base].has(place):
+    bad_everywhere: list[ChunkRef] = []
+    for chunk in pack.chunks:
+        if copies[base].has(chunk):
             continue
-        other = next((store for store in known if copies[store].has(place)), None)
-        if other is None:
-            nowhere.append(place)
+        donor = next((store for store in readable if copies[store].has(chunk)), None)
+        if donor is None:
+            bad_everywhere.append(chunk)
         else:
-            patches.append((place, other))
-    if nowhere:
-        return CopyUnknown(tuple(nowhere)) if _silent(copies) else CopyLost(tuple(nowhere))
+            patches.append((chunk, donor))
+    if bad_everywhere:
+        chunks = tuple(bad_everywhere)
+        return CopyUnknown(chunks) if _any_unreadable(copies) else CopyLost(chunks)
     return CopyRepair(base, targets, tuple(patches)) if targets else NothingToRepair()
 
 
-def sorted_chunks(places: Iterable[ChunkRef]) -> tuple[ChunkRef, ...]:
-    """``places`` in order of their offset, equal ones in one order everywhere."""
+def sorted_chunks(chunks: Iterable[ChunkRef]) -> tuple[ChunkRef, ...]:
+    """``chunks`` by offset; ties are broken by length and digest, the same in every process."""
     return tuple(
-        sorted(places, key=lambda place: (place[1].offset_bytes, place[1].stored_bytes, place[0]))
+        sorted(chunks, key=lambda chunk: (chunk[1].offset_bytes, chunk[1].stored_bytes, chunk[0]))
     )
+
+
+def _first_ok(copies: Sequence[CopyCheck]) -> int | None:
+    return next((store for store, copy in enumerate(copies) if copy.status is CopyStatus.OK), None)
 
 
 def _targets(copies: Sequence[CopyCheck], writable: Container[int]) -> tuple[int, ...]:
+    wrong = (CopyStatus.MISSING, CopyStatus.DAMAGED)
     return tuple(
-        store
-        for store, copy in enumerate(copies)
-        if copy.status in (CopyStatus.MISSING, CopyStatus.DAMAGED) and store in writable
+        store for store, copy in enumerate(copies) if copy.status in wrong and store in writable
     )
 
 
-def _silent(copies: Sequence[CopyCheck]) -> bool:
+def _any_unreadable(copies: Sequence[CopyCheck]) -> bool:
     return any(copy.status is CopyStatus.UNREADABLE for copy in copies)
 
 
@@ -177,24 +180,22 @@ def _badness(pack: Pack, copy: CopyCheck) -> int:
     return len(pack.chunks) + 1 if copy.all_bad else len(copy.bad_chunks)
 
 
-# Which chunks of which packs existing snapshots refer to, gathered from their parts in bounded
-# memory. Pure.
+# ---- PackReferences: the chunks that snapshots refer to, in bounded memory
 #
-# A store of petabytes has more chunks than memory has room for. So what is gathered is cut by
-# key: when there are too many, the packs with the greatest keys are forgotten, and the parts are
-# gone through once more for them when the others are done.
+# A store of petabytes has more chunks than fit into memory. So the references are gathered in
+# rounds by key: at the limit the packs with the greatest keys are forgotten, and after the smaller
+# keys are done, the parts are read again for the forgotten ones.
 
 CHUNK_REF_BYTES = 480
-"""Memory that one gathered chunk takes: measured, digest, location and dictionary entry
-together."""
+"""Memory of one gathered chunk, measured: digest, location and dictionary entry together."""
 
 
 @dataclass(slots=True)
 class PackReferences:
-    """The chunks of the packs whose keys lie between ``after`` and ``before`` (None: no end), both
-    exclusive.
+    """The referenced chunks of packs whose keys are between ``after`` and ``before``, exclusive.
 
-    ``places_max`` bounds how many are held, but for those of one pack, which always fit.
+    ``before`` None means no upper end. ``chunks_max`` bounds how many chunks are kept; the chunks
+    of a single pack are always kept.
     """
 
     chunks_max: int
@@ -206,22 +207,22 @@ class PackReferences:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing was forgotten: no further round is needed."""
+        """Whether no pack was forgotten, so that no further round is needed."""
         return self.before is None
 
     def add(self, part: Part, user: int) -> None:
-        """Take in what ``part`` refers to; ``user`` numbers its snapshot. O(chunks of the part)."""
+        """Add what ``part`` refers to; ``user`` is its snapshot's number. O(chunks of the part)."""
         for shard in part.shards:
-            for place in zip(shard.digests, shard.locations, strict=True):
-                self._add(place, user)
+            for chunk in zip(shard.digests, shard.locations, strict=True):
+                self._add(chunk, user)
         self._forget()
 
     def packs(self) -> list[str]:
-        """The keys, ascending."""
+        """The keys of the gathered packs, ascending."""
         return sorted(self._packs)
 
     def pack(self, key: str) -> Pack:
-        """What is referred to in one pack."""
+        """The pack with its referenced chunks."""
         return Pack(key, sorted_chunks(self._packs[key]))
 
     def users(self, key: str) -> frozenset[int]:
@@ -229,23 +230,23 @@ class PackReferences:
         return frozenset(self._users[key])
 
     def next_round(self) -> PackReferences:
-        """Empty, for the packs that were forgotten; its ``after`` is exclusive too."""
+        """An empty instance for the packs that were forgotten."""
         return PackReferences(self.chunks_max, after=max(self._packs, default=self.after))
 
-    def _add(self, place: ChunkRef, user: int) -> None:
-        key = place[1].pack
+    def _add(self, chunk: ChunkRef, user: int) -> None:
+        key = chunk[1].pack
         if key <= self.after or (self.before is not None and key >= self.before):
             return
-        places = self._packs.setdefault(key, {})
-        if place not in places:
-            places[place] = None
+        chunks = self._packs.setdefault(key, {})
+        if chunk not in chunks:
+            chunks[chunk] = None
             self._count += 1
         self._users.setdefault(key, set()).add(user)
 
     def _forget(self) -> None:
         if self._count <= self.chunks_max:
             return
-        # Down to half, or the next part would make it sort again.
+        # Down to half of the limit: otherwise each further part would sort and forget again.
         for key in sorted(self._packs, reverse=True):
             if self._count <= self.chunks_max // 2 or len(self._packs) == 1:
                 return

@@ -1,5 +1,7 @@
-"""Reading one store's copy of an object, and all of it that is known compared with its digest.
-Nothing is written here."""
+"""Read access to single copies of objects: verified reads, listings, workers and a rate limit.
+
+Nothing here writes to a store.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +31,18 @@ from ckpt.restore.plan import ChunkRead, PackRead, join_reads
 from ckpt.save.chunks import PACK_BYTES_MAX
 from ckpt.values import CHUNK_BYTES, Codec
 
-# How fast upkeep may read and write, and that it can be told to stop: a token bucket that
-# everything passes through.
-
 BURST_S = 0.25
-"""What was not used may be made up for this long; more would be felt by whoever shares the link."""
+"""How long unused rate may be caught up. A longer burst would disturb others on the same link."""
 
 
-class Stopped(Exception):  # noqa: N818  a word to the caller, not a fault
-    """Upkeep was told to stop. Never leaves the room."""
+class Stopped(Exception):  # noqa: N818  a signal to the caller, not an error
+    """The stop event was set. Callers within this package catch it; it never leaves the package."""
 
 
 class MaintenancePace:
-    """Lets ``bytes_per_s`` through in the long run (None: all), and raises Stopped once ``stop`` is
-    set. Thread-safe.
+    """A token bucket of ``bytes_per_s`` (None: no limit) that raises Stopped once ``stop`` is set.
 
-    ``wait`` is given seconds and returns early, True, where ``stop`` is set meanwhile.
+    Thread-safe. ``wait`` sleeps for the seconds given, and returns True early if ``stop`` is set.
     """
 
     def __init__(
@@ -61,38 +59,43 @@ class MaintenancePace:
         self._wait = wait or self._stop.wait
         self._lock = threading.Lock()
         self._free_s = clock()
-        """When all that was let through so far has been paid for."""
+        """When the rate limit has room for the next byte."""
         self.moved_bytes = 0
 
     def take(self, size_bytes: int) -> None:
-        """Wait until ``size_bytes`` may move. Raises Stopped."""
+        """Wait until ``size_bytes`` may be moved. Raises Stopped."""
         self.check()
         with self._lock:
             self.moved_bytes += size_bytes
             if self._bytes_per_s is None:
                 return
             now = self._clock()
+            # Time that was not used is caught up for BURST_S at most.
             start = max(self._free_s, now - BURST_S)
             self._free_s = start + size_bytes / self._bytes_per_s
+        # Outside the lock: other threads book their share meanwhile.
         if start > now and self._wait(start - now):
             raise Stopped
 
     def check(self) -> None:
-        """Raises Stopped where ``stop`` is set."""
+        """Raises Stopped if ``stop`` is set."""
         if self._stop.is_set():
             raise Stopped
 
 
+# ---- verified reads of one copy
+
 PIECE_BYTES = 8 << 20
-"""Largest request: what a slow link can be asked for at once, and the scratch memory of one
-reader."""
+"""Largest request: a slow link still answers in time, and it bounds a reader's scratch memory."""
 
 
 def check_whole(
     store: Backend, want: WholeObject, *, bytes_max: int, pace: MaintenancePace
 ) -> tuple[CopyCheck, bytes]:
-    """What ``store`` has of an object that one digest is for, and its bytes where they are right.
-    Raises Stopped only."""
+    """Check ``store``'s copy of a whole object; its bytes, empty unless they are right.
+
+    Errors of the store become a status; raises only Stopped.
+    """
     try:
         pace.take(want.size_bytes or 0)
         data = read_alone(store, want.key, bytes_max=bytes_max)
@@ -103,59 +106,59 @@ def check_whole(
     except UnavailableError as error:
         return CopyCheck(CopyStatus.UNREADABLE, str(error)), b""
     if want.size_bytes is not None and len(data) != want.size_bytes:
-        return CopyCheck(
-            CopyStatus.DAMAGED, f"another length. size_bytes={len(data)} expected={want.size_bytes}"
-        ), b""
+        message = f"another length. size_bytes={len(data)} expected={want.size_bytes}"
+        return CopyCheck(CopyStatus.DAMAGED, message), b""
     if digest_hex(data) != want.digest:
         return CopyCheck(CopyStatus.DAMAGED, "its bytes differ from their digest"), b""
     return OK, data
 
 
 def check_pack(store: Backend, pack: Pack, *, pace: MaintenancePace) -> CopyCheck:
-    """Read every chunk of ``pack`` that is referred to, and compare. Memory: one piece and one
-    chunk. Raises Stopped only."""
-    reads = list(
-        join_reads((ChunkRead(*place, "", None, ()) for place in pack.chunks), PIECE_BYTES)
-    )
+    """Read every referenced chunk of ``pack`` and compare it with its digest.
+
+    Memory: one request and one chunk. Errors of the store become a status; raises only Stopped.
+    """
+    chunk_reads = (ChunkRead(*chunk, "", None, ()) for chunk in pack.chunks)
+    reads = list(join_reads(chunk_reads, PIECE_BYTES))
     memory = memoryview(bytearray(max((read.size_bytes for read in reads), default=0)))
     bad: set[ChunkRef] = set()
-    why = ""
+    first_problem = ""
     for read in reads:
         try:
-            told = _look(store, read, memory[: read.size_bytes], bad, pace)
+            problem = _check_range(store, read, memory[: read.size_bytes], bad, pace)
         except NotFoundError:
             return CopyCheck(CopyStatus.MISSING, "it is not there", all_bad=True)
         except UnavailableError as error:
             return CopyCheck(CopyStatus.UNREADABLE, str(error), all_bad=True)
-        why = why or told
+        first_problem = first_problem or problem
     if bad:
-        return CopyCheck(
-            CopyStatus.DAMAGED, f"{why} chunks={len(bad)} of={len(pack.chunks)}", frozenset(bad)
-        )
+        message = f"{first_problem} chunks={len(bad)} of={len(pack.chunks)}"
+        return CopyCheck(CopyStatus.DAMAGED, message, frozenset(bad))
     return OK
 
 
 def assemble_pack(
-    stores: Sequence[Backend], pack: Pack, mend: CopyRepair, *, pace: MaintenancePace
+    stores: Sequence[Backend], pack: Pack, repair: CopyRepair, *, pace: MaintenancePace
 ) -> memoryview | None:
-    """The whole pack as ``mend`` says, every chunk of it verified in the memory that is returned;
-    None where it isn't right.
+    """Read the whole pack as ``repair`` says; None unless every chunk is right in the result.
 
-    What lies between chunks is the source's. Takes memory of the pack's size. Raises what the
-    stores raise, and Stopped.
+    Chunks are verified in the memory that is returned, not in an earlier read: that memory is what
+    will be written. Bytes between chunks are the source's. Takes memory of the pack's size. Raises
+    what the stores raise, and Stopped.
     """
-    stat = stores[mend.source].stat(pack.key)
+    stat = stores[repair.source].stat(pack.key)
     if stat is None:
         return None
-    # Garbage behind a pack's end isn't copied, nor may it ask for any amount of memory.
+    # A length above what any pack has is damage: bytes behind the last chunk are then not copied,
+    # or a broken store could demand any amount of memory.
     size_bytes = max(pack.end_bytes, stat.size_bytes if stat.size_bytes <= PACK_BYTES_MAX else 0)
     memory = memoryview(mmap.mmap(-1, max(size_bytes, 1)))[:size_bytes]
-    there = min(stat.size_bytes, size_bytes)
-    for start in range(0, there, PIECE_BYTES):
-        piece = memory[start : min(start + PIECE_BYTES, there)]
+    stored_bytes = min(stat.size_bytes, size_bytes)
+    for start in range(0, stored_bytes, PIECE_BYTES):
+        piece = memory[start : min(start + PIECE_BYTES, stored_bytes)]
         pace.take(len(piece))
-        stores[mend.source].read_into(pack.key, piece, offset_bytes=start)
-    for (_, at), store in mend.patches:
+        stores[repair.source].read_into(pack.key, piece, offset_bytes=start)
+    for (_, at), store in repair.patches:
         piece = memory[at.offset_bytes : at.offset_bytes + at.stored_bytes]
         pace.take(len(piece))
         stores[store].read_into(pack.key, piece, offset_bytes=at.offset_bytes)
@@ -163,21 +166,18 @@ def assemble_pack(
 
 
 def first_wrong_chunk(memory: memoryview, pack: Pack) -> ChunkRef | None:
-    """The first chunk of ``pack`` that ``memory``, which holds the pack from its start, does not
-    hold rightly."""
-    for place in pack.chunks:
-        at = place[1]
-        if (
-            chunk_problem(memory[at.offset_bytes : at.offset_bytes + at.stored_bytes], place)
-            is not None
-        ):
-            return place
+    """The first chunk of ``pack`` that is wrong in ``memory``, which holds the whole pack."""
+    for chunk in pack.chunks:
+        at = chunk[1]
+        stored = memory[at.offset_bytes : at.offset_bytes + at.stored_bytes]
+        if chunk_problem(stored, chunk) is not None:
+            return chunk
     return None
 
 
-def chunk_problem(stored: memoryview, place: ChunkRef) -> str | None:
+def chunk_problem(stored: memoryview, chunk: ChunkRef) -> str | None:
     """What is wrong with the stored bytes of a chunk, or None."""
-    wanted, at = place
+    expected, at = chunk
     raw = stored
     if at.codec is not Codec.RAW:
         raw = memoryview(bytearray(min(at.raw_bytes, CHUNK_BYTES)))
@@ -185,48 +185,52 @@ def chunk_problem(stored: memoryview, place: ChunkRef) -> str | None:
             decode_chunk(stored, at, raw)
         except IntegrityError as error:
             return f"a chunk does not decode: {error}"
-    if len(raw) != at.raw_bytes or digest(raw) != wanted:
+    if len(raw) != at.raw_bytes or digest(raw) != expected:
         return "a chunk's bytes differ from their digest."
     return None
 
 
-def _look(
+def _check_range(
     store: Backend, read: PackRead, memory: memoryview, bad: set[ChunkRef], pace: MaintenancePace
 ) -> str:
-    """Adds what is wrong in one request's range to ``bad``; returns a word about the first of it,
-    or nothing."""
+    """Add the wrong chunks of one request's range to ``bad``; the first problem, or ""."""
     pace.take(read.size_bytes)
     try:
         store.read_into(read.pack, memory, offset_bytes=read.offset_bytes)
     except IntegrityError:
         if len(read.chunks) > 1:
-            # It ends too early somewhere: the chunks before that may be right.
-            alone = [
+            # The copy is too short somewhere in this range; chunks before that may be right.
+            singles = [
                 PackRead(read.pack, c.location.offset_bytes, c.location.stored_bytes, (c,))
                 for c in read.chunks
             ]
-            words = [_look(store, one, memory[: one.size_bytes], bad, pace) for one in alone]
-            return next((word for word in words if word), "")
+            problems = [
+                _check_range(store, single, memory[: single.size_bytes], bad, pace)
+                for single in singles
+            ]
+            return next((problem for problem in problems if problem), "")
         bad.add((read.chunks[0].digest, read.chunks[0].location))
         return "it ends too early."
-    why = ""
-    for chunk in read.chunks:
-        place = (chunk.digest, chunk.location)
-        start = chunk.location.offset_bytes - read.offset_bytes
-        told = chunk_problem(memory[start : start + chunk.location.stored_bytes], place)
-        if told is not None:
-            bad.add(place)
-            why = why or told
-    return why
+    first_problem = ""
+    for read_chunk in read.chunks:
+        chunk = (read_chunk.digest, read_chunk.location)
+        start = read_chunk.location.offset_bytes - read.offset_bytes
+        problem = chunk_problem(memory[start : start + read_chunk.location.stored_bytes], chunk)
+        if problem is not None:
+            bad.add(chunk)
+            first_problem = first_problem or problem
+    return first_problem
 
 
-# A store's listing met with what ought to be there, both in key order: what is there too, and
-# what is only there.
+# ---- ListingWalk: a listing merged with expected keys, both ascending
 
 
 class ListingWalk:
-    """The objects below ``prefix`` from after ``after`` on. Ask in ascending order; those passed
-    over are counted as strays."""
+    """The objects below ``prefix`` with keys above ``after``.
+
+    Ask for keys in ascending order. Objects between them are counted as orphans: nothing refers to
+    them.
+    """
 
     def __init__(self, store: Backend, prefix: str, *, after: str = "") -> None:
         self._entries: Iterator[Stat] = iter(store.list(prefix, after=after))
@@ -236,16 +240,15 @@ class ListingWalk:
         self.orphan_bytes = 0
 
     def take(self, key: str) -> Stat | None:
-        """The entry of ``key``, or None where the listing has none."""
+        """The entry of ``key``, or None if the listing has none."""
         self.skip(key)
         if self._next is None or self._next.key != key:
             return None
-        found, self._next = self._next, None
-        return found
+        entry, self._next = self._next, None
+        return entry
 
     def skip(self, key: str | None, *, count: bool = True) -> None:
-        """Pass over everything before ``key`` (None: all that is left), and ``count`` it as
-        strays."""
+        """Skip everything before ``key`` (None: the rest); ``count`` it as orphans."""
         while (entry := self._peek()) is not None and (key is None or entry.key < key):
             self.orphans += count
             self.orphan_bytes += entry.size_bytes if count else 0
@@ -258,7 +261,7 @@ class ListingWalk:
         return self._next
 
 
-# Work on many objects at once, answers in order, never more in flight than was asked for.
+# ---- map_in_order: bounded parallel work with ordered results
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -269,11 +272,10 @@ THREADS_MAX = 32
 def map_in_order(
     items: Iterable[K], work: Callable[[K], V], *, threads: int
 ) -> Generator[tuple[K, V], None, None]:
-    """Each item and ``work`` of it, in order, up to ``threads`` at once; no thread is started for
-    one at a time.
+    """Yield each item and ``work(item)`` in order, with up to ``threads`` items in flight.
 
-    The first error in order is raised when its turn comes. Whoever stops early waits for what is in
-    flight.
+    With one thread the work runs in the caller. The first error in item order is raised at its
+    turn. Closing the generator early waits for the items in flight.
     """
     if threads <= 1:
         for item in items:

@@ -1,4 +1,4 @@
-"""Making a place a replica of a log: its own ``ckpt.json``, created once."""
+"""A replica of a log: how a place becomes one, what a sync may use, and what it reports."""
 
 from __future__ import annotations
 
@@ -26,52 +26,50 @@ from ckpt.log.state import Hole
 from ckpt.save.chunks import PACK_BYTES_MAX
 
 CLAIM_TRIES_MAX = 5
-"""How often a claim whose reply was lost is looked at or made again; backends wait and retry
-beneath this."""
+"""How often a claim without a reply is read back or repeated; backends retry below this too."""
 
 
 def claim_replica(store: Backend, source: JobRecord) -> JobRecord:
-    """The record of ``store`` as a replica of the log of ``source``: the one it has, or a new one
-    with an id of its own.
+    """Make ``store`` a replica of the log of ``source``; its record, existing or new.
 
-    An id that no ``stores`` record names counts for nothing, so a replica that is being filled
-    can't be taken for a full one. Two that claim at once get the same record where the store
-    creates a key only once; where it doesn't, the later one may win, and both see it. Raises
-    UsageError where the store is another job's, ConflictError where it holds another log of the
-    job, IntegrityError where it has a log without ``ckpt.json``, UnavailableError.
+    A new record has a fresh store id. An id that no ``stores`` record names does not count, so a
+    replica that is still being filled cannot be taken for a full one. Two concurrent claims get the
+    same record if the store supports create-if-absent; otherwise the later one may win, and both
+    see it.
+
+    Raises UsageError if the store is another job's, ConflictError if it holds another log of the
+    job, IntegrityError if it has a log without ``ckpt.json``, and UnavailableError.
     """
-    why = "no answer"
-    once = store.capabilities().create_only
+    reason = "no answer"
+    create_only = store.capabilities().create_only
     for _ in range(CLAIM_TRIES_MAX):
-        found = _read(store)
-        if found is not None:
-            _require_same_log(store, found, source)
-            return found
+        # Read first, also after a put: its reply may have been lost although the record landed.
+        record = _read(store)
+        if record is not None:
+            _require_same_log(store, record, source)
+            return record
         first = next(iter(store.list(keys.LOG)), None)
         if first is not None:
             raise IntegrityError(
                 f"the store holds a log but no {keys.JOB_KEY}. store={store.url} found={first.key} "
-                f"bring {keys.JOB_KEY} back with ckpt scrub, or name an empty place"
+                f"restore {keys.JOB_KEY} with ckpt scrub, or name an empty place"
             )
+        new_record = replace(source, store_id=secrets.token_hex(16))
         try:
-            store.put(
-                keys.JOB_KEY,
-                [replace(source, store_id=secrets.token_hex(16)).encode()],
-                create_only=once,
-            )
+            store.put(keys.JOB_KEY, [new_record.encode()], create_only=create_only)
         except KeyExistsError:
             continue
         except (StoreFullError, StoreDeniedError):
             raise
         except UnavailableError as error:
-            why = str(error)
-    found = _read(store)
-    if found is None:
+            reason = str(error)
+    record = _read(store)
+    if record is None:
         raise UnavailableError(
-            f"the store did not answer while it was made a replica. store={store.url} why={why}"
+            f"the store did not answer while it was made a replica. store={store.url} why={reason}"
         )
-    _require_same_log(store, found, source)
-    return found
+    _require_same_log(store, record, source)
+    return record
 
 
 def _read(store: Backend) -> JobRecord | None:
@@ -81,35 +79,37 @@ def _read(store: Backend) -> JobRecord | None:
         return None
 
 
-def _require_same_log(store: Backend, found: JobRecord, source: JobRecord) -> None:
-    if found.job != source.job:
+def _require_same_log(store: Backend, record: JobRecord, source: JobRecord) -> None:
+    if record.job != source.job:
         raise UsageError(
-            f"the store belongs to another job. store={store.url} its_job={found.job!r} "
-            f"wanted={source.job!r} "
-            f"use another prefix"
+            f"the store belongs to another job. store={store.url} its_job={record.job!r} "
+            f"wanted={source.job!r} use another prefix"
         )
-    if found.log_id != source.log_id:
+    if record.log_id != source.log_id:
         raise ConflictError(
-            "the store holds another log of the same job: its records and those of the source "
-            "never were one. "
-            f"store={store.url} its_log={found.log_id} wanted={source.log_id} use another prefix"
+            f"the store holds another log of the same job: it does not share its records with the "
+            f"source. store={store.url} its_log={record.log_id} wanted={source.log_id} use another "
+            f"prefix"
         )
 
 
-# How much a sync may take, and what it did.
+# ---- limits and report of a sync
 
 BUDGET_BYTES = 2 * PACK_BYTES_MAX
-"""Memory for copies in flight, when the caller names no limit: two of the largest packs."""
+"""Default memory for copies in flight: two of the largest packs."""
 
 ProgressCallback = Callable[[int], None]
-"""Told how many bytes were just copied; called by one thread."""
+"""Receives the number of bytes just copied; called by one thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncLimits:
-    """What a sync may take. ``threads`` objects are copied at once, as far as they fit into
-    ``budget_bytes`` together; ``rate_bytes_per_s`` bounds what is read and written (None: not at
-    all); setting ``stop`` ends it early."""
+    """What a sync may use.
+
+    Up to ``threads`` objects are copied at once, as far as they fit into ``budget_bytes`` together.
+    ``rate_bytes_per_s`` bounds the bytes read and written (None: no limit). Setting ``stop`` ends
+    the sync early.
+    """
 
     threads: int = 4
     budget_bytes: int = BUDGET_BYTES
@@ -118,14 +118,16 @@ class SyncLimits:
 
 
 DEFAULT_LIMITS = SyncLimits()
-"""What a sync takes that nobody waits for, and nothing is in the way of."""
+"""Limits of a sync that runs alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """What was copied. ``next_seq``: the replica holds the log below it. ``damaged``: objects, with
-    the reason, that the source has nowhere rightly, so that the replica lacks them too; ``hole``:
-    where the source's log can't be read on."""
+    """What a sync copied. The replica holds the log below ``next_seq``.
+
+    ``damaged``: objects, with the reason, that the source has no right copy of, so that the replica
+    lacks them too. ``hole``: the position from which the source's log cannot be read.
+    """
 
     complete: bool
     store_id: str
@@ -141,16 +143,12 @@ class SyncReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the replica holds everything that the source's log named when it was last
-        read."""
+        """Whether the replica holds everything that the source's log named when last read."""
         return self.complete and not self.damaged and self.hole is None
 
 
-# How much memory copies in flight may take together.
-
-
 class MemoryBudget:
-    """Lets in what fits below ``limit_bytes``, and what is larger alone. Thread-safe."""
+    """Admits reservations that fit into ``limit_bytes``, and a larger one alone. Thread-safe."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -159,8 +157,10 @@ class MemoryBudget:
 
     @contextmanager
     def reserve(self, size_bytes: int) -> Iterator[None]:
-        """Wait until ``size_bytes`` fit, and hold them. Never hold two at once: both would wait for
-        each other."""
+        """Wait until ``size_bytes`` fit, and reserve them.
+
+        A thread must not hold two reservations: two such threads would wait for each other.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: not self._used_bytes or self._used_bytes + size_bytes <= self._limit_bytes

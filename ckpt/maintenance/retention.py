@@ -1,8 +1,8 @@
-"""Which snapshots to keep: small rules that compose. Pure.
+"""Retention policies: small rules that say which snapshots to keep, and their text form. Pure.
 
 ``keep_last(5) | keep_every(1000) | keep_best("loss", 3)`` keeps what any of them keeps. The newest
-snapshot and tagged ones are kept whatever a policy says (``gc_plan``). ``retain_text`` reads and
-spells policies as text.
+snapshot and tagged ones are kept whatever a policy says (``gc.plan``). A policy travels as its
+text, which reads back as an equal policy.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from ckpt.values import SnapshotId, SnapshotInfo
 
 Mode = Literal["min", "max"]
 SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
-"""Units of a length of time, largest first."""
+"""Units of durations, largest first."""
 DIGITS_MAX = 15
-"""Digits of a rule's number: as many as a step has at most."""
+"""Digits of a rule's number at most; a step has no more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Last:
-    """The ``n`` newest snapshots of the newest line (where it holds none: of all). Damaged ones are
-    not counted."""
+    """The ``n`` newest snapshots of the newest lineage; if it has none, of all.
+
+    Only the newest lineage counts, so that an abandoned branch with greater ids cannot push its
+    snapshots out. Damaged snapshots do not count.
+    """
 
     n: int
 
@@ -38,7 +41,7 @@ class Last:
 
 @dataclass(frozen=True, slots=True)
 class Every:
-    """Snapshots, on the line or off it, whose step ``steps`` divides."""
+    """Snapshots of any lineage whose step is a multiple of ``steps``."""
 
     steps: int
 
@@ -51,7 +54,7 @@ class Every:
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """Snapshots with a tag. They are kept in any case; the rule says so in words."""
+    """Snapshots with a tag. They are kept in any case; the rule only makes it explicit."""
 
     def __str__(self) -> str:
         return "tagged"
@@ -59,12 +62,11 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The ``n`` snapshots, on the line or off it, whose metadata has the least (or greatest)
-    ``metric``.
+    """The ``n`` snapshots of any lineage whose metadata has the least (or greatest) ``metric``.
 
-    One without the metric, or where it is NaN or no number, is never among them. Of equal ones the
-    oldest alone counts: what is logged now and then, after a validation say, goes with every
-    snapshot until the next, and the first is nearest to it.
+    A snapshot counts only if the metric is a number, not NaN. Of equal ones only the oldest counts:
+    a value that is logged after each validation goes with every snapshot until the next one, and
+    the first of these snapshots is nearest to the state that was validated.
     """
 
     metric: str
@@ -90,7 +92,7 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class For:
-    """Snapshots, on the line or off it, that were made at most ``seconds`` ago."""
+    """Snapshots of any lineage that were made at most ``seconds`` ago."""
 
     seconds: int
 
@@ -102,22 +104,26 @@ class For:
 
 
 Rule = Last | Every | Tagged | Best | For
-_ORDER: tuple[type[Rule], ...] = (Last, Every, Tagged, Best, For)
+_RULE_ORDER: tuple[type[Rule], ...] = (Last, Every, Tagged, Best, For)
 
 
 @dataclass(frozen=True, slots=True)
 class KeepPolicy:
-    """Rules of which any keeps a snapshot. Made with the functions below and ``|``; equal whatever
-    the order."""
+    """A set of rules; a snapshot is kept if any of them keeps it.
+
+    Made with the functions below and ``|``. The order of the rules does not matter.
+    """
 
     rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
         if not self.rules:
             raise UsageError(
-                "a policy without rules would keep nothing. use keep_last(1) for the newest alone"
+                "a policy without rules would keep nothing. use keep_last(1) for only the newest"
             )
-        ordered = sorted(set(self.rules), key=lambda rule: (_ORDER.index(type(rule)), str(rule)))
+        ordered = sorted(
+            set(self.rules), key=lambda rule: (_RULE_ORDER.index(type(rule)), str(rule))
+        )
         object.__setattr__(self, "rules", tuple(ordered))
 
     def __or__(self, other: KeepPolicy) -> KeepPolicy:
@@ -129,19 +135,19 @@ class KeepPolicy:
     def reasons(
         self, infos: Sequence[SnapshotInfo], *, line: Sequence[SnapshotId], now_unix_s: float
     ) -> dict[SnapshotId, tuple[str, ...]]:
-        """The rules that keep each snapshot, spelled out; a snapshot that none keeps is not there.
+        """The texts of the rules that keep each snapshot; a snapshot without any has no entry.
 
-        ``line`` is the newest line, newest first. O(rules * snapshots log snapshots).
+        ``line`` is the newest lineage, newest first. O(rules * snapshots log snapshots).
         """
-        found: dict[SnapshotId, tuple[str, ...]] = {}
+        reasons: dict[SnapshotId, tuple[str, ...]] = {}
         for rule in self.rules:
-            for pair in _kept(rule, infos, line, now_unix_s):
-                found[pair] = (*found.get(pair, ()), str(rule))
-        return found
+            for snapshot in _kept(rule, infos, line, now_unix_s):
+                reasons[snapshot] = (*reasons.get(snapshot, ()), str(rule))
+        return reasons
 
 
 def keep_last(n: int) -> KeepPolicy:
-    """Keep the ``n`` newest snapshots of the newest line."""
+    """Keep the ``n`` newest snapshots of the newest lineage."""
     return KeepPolicy((Last(n),))
 
 
@@ -151,46 +157,43 @@ def keep_every(steps: int) -> KeepPolicy:
 
 
 def keep_tagged() -> KeepPolicy:
-    """Keep tagged snapshots, and by itself nothing else but the newest."""
+    """Keep tagged snapshots; alone, it keeps only them and the newest."""
     return KeepPolicy((Tagged(),))
 
 
 def keep_best(metric: str, n: int = 1, mode: Mode = "min") -> KeepPolicy:
-    """Keep the ``n`` snapshots whose metadata has the least (``mode="max"``: greatest) ``metric``;
-    of equal ones the oldest.
+    """Keep the ``n`` snapshots whose metadata has the least ``metric`` (``mode="max"``: greatest).
 
-    Metadata is what ``Run.log`` noted last, or the ``metadata`` of ``Checkpointer.save``.
+    Of equal ones only the oldest counts. Metadata is what ``Run.log`` was given last, or the
+    ``metadata`` of ``Checkpointer.save``.
     """
     return KeepPolicy((Best(metric, n, mode),))
 
 
 def keep_for(length: str | int) -> KeepPolicy:
-    """Keep snapshots that were made within this time: ``"7d"``, ``"36h"`` (units w, d, h, m, s), or
-    seconds."""
+    """Keep snapshots made within this time: ``"7d"``, ``"36h"`` (w, d, h, m, s), or seconds."""
     return KeepPolicy((For(duration_s(length) if isinstance(length, str) else length),))
 
 
 def duration_s(text: str) -> int:
-    """The seconds in ``"90s"``, ``"24h"``, ``"7d"``, or 0 in ``"0"``. Raises UsageError naming the
-    units."""
+    """The seconds in ``"90s"``, ``"24h"``, ``"7d"``, ``"0"``. Raises UsageError for other text."""
     number, unit = text[:-1], text[-1:]
     if text == "0":
         return 0
     if unit not in SECONDS or not is_number(number):
         raise UsageError(
-            f"not a length of time. text={text!r} write a whole number and one of "
-            f"{', '.join(SECONDS)}"
+            f"not a duration. text={text!r} write a whole number and one of {', '.join(SECONDS)}"
         )
     return int(number) * SECONDS[unit]
 
 
 def is_number(text: str) -> bool:
-    """Whether ``text`` is a whole number from 0 on that rules may have."""
+    """Whether ``text`` is a whole number, not negative, of at most DIGITS_MAX digits."""
     return text.isascii() and text.isdecimal() and len(text) <= DIGITS_MAX
 
 
 def duration_text(seconds: int) -> str:
-    """``duration_s`` the other way, in the largest unit that fits."""
+    """The text of a duration in the largest unit that divides it; the inverse of ``duration_s``."""
     unit = next(name for name, size in SECONDS.items() if seconds % size == 0)
     return f"{seconds // SECONDS[unit]}{unit}"
 
@@ -198,19 +201,21 @@ def duration_text(seconds: int) -> str:
 def _kept(
     rule: Rule, infos: Sequence[SnapshotInfo], line: Sequence[SnapshotId], now_unix_s: float
 ) -> Iterable[SnapshotId]:
-    sound = [info for info in infos if info.problem is None]
+    undamaged = [info for info in infos if info.problem is None]
     match rule:
         case Last(n):
-            usable = {info.id for info in sound}
-            return [pair for pair in line or sorted(usable, reverse=True) if pair in usable][:n]
+            usable = {info.id for info in undamaged}
+            # The newest lineage is empty if a job started afresh and has not committed yet.
+            candidates = line or sorted(usable, reverse=True)
+            return [snapshot for snapshot in candidates if snapshot in usable][:n]
         case Every(steps):
             return [info.id for info in infos if info.step % steps == 0]
         case Tagged():
             return [info.id for info in infos if info.tags]
         case Best(metric, n, mode):
-            return _best(sound, n, _value_of(metric, mode))
+            return _best(undamaged, n, _value_of(metric, mode))
         case For(seconds):
-            return [info.id for info in sound if now_unix_s - info.created_unix_s <= seconds]
+            return [info.id for info in undamaged if now_unix_s - info.created_unix_s <= seconds]
 
 
 def _best(
@@ -218,78 +223,74 @@ def _best(
 ) -> list[SnapshotId]:
     first: dict[float, SnapshotId] = {}
     for info in infos:
-        if (found := value(info)) is not None:
-            first[found] = min(first.get(found, info.id), info.id)
-    return [first[found] for found in sorted(first)[:n]]
+        if (score := value(info)) is not None:
+            first[score] = min(first.get(score, info.id), info.id)
+    return [first[score] for score in sorted(first)[:n]]
 
 
 def _value_of(metric: str, mode: Mode) -> Callable[[SnapshotInfo], float | None]:
     def value(info: SnapshotInfo) -> float | None:
-        found = info.metadata.get(metric)
-        if isinstance(found, bool) or not isinstance(found, int | float) or math.isnan(found):
+        entry = info.metadata.get(metric)
+        if isinstance(entry, bool) or not isinstance(entry, int | float) or math.isnan(entry):
             return None
-        return found if mode == "min" else -found
+        return entry if mode == "min" else -entry
 
     return value
 
 
 def _at_least_one(name: str, number: int) -> None:
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise UsageError(f"a rule's number is a whole one from 1 on. rule={name} number={number!r}")
+        raise UsageError(f"a rule needs a whole number from 1 on. rule={name} number={number!r}")
     if number >= 10**DIGITS_MAX:
-        raise UsageError(f"a rule's number has {DIGITS_MAX} digits at most. rule={name}")
+        raise UsageError(f"a rule's number has at most {DIGITS_MAX} digits. rule={name}")
 
 
-# Policies as text: ``last=5,every=1000,tagged,best=loss:3,best=acc:3:max,for=7d``. Pure.
+# ---- policies as text: ``last=5,every=1000,tagged,best=loss:3,best=acc:3:max,for=7d``
 
 KNOWN = "last=N, every=STEPS, tagged, best=METRIC:N or best=METRIC:N:max, for=7d"
-"""Every rule that can be written."""
+"""The syntax of all rules."""
 
 
 def parse_policy(text: str) -> KeepPolicy:
-    """The policy that ``text`` spells, rules separated by commas; ``str(policy)`` gives such a text
-    back.
+    """The policy in ``text``, rules separated by commas; the inverse of ``str(policy)``.
 
-    Raises UsageError for a rule that is unknown or says nothing, naming those that there are.
+    Raises UsageError for an unknown or incomplete rule, and names all rules.
     """
-    return KeepPolicy(tuple(_rule(word.strip(), text) for word in text.split(",")))
+    return KeepPolicy(tuple(_rule(rule.strip(), text) for rule in text.split(",")))
 
 
-def _rule(word: str, text: str) -> Rule:
-    name, equals, value = word.partition("=")
+def _rule(rule: str, text: str) -> Rule:
+    name, equals, value = rule.partition("=")
     match name, bool(equals):
         case "last", True:
-            return Last(_number(value, word))
+            return Last(_number(value, rule))
         case "every", True:
-            return Every(_number(value, word))
+            return Every(_number(value, rule))
         case "tagged", False:
             return Tagged()
         case "best", True:
-            return _best_of_text(value, word)
+            return _best_of_text(value, rule)
         case "for", True:
             return For(duration_s(value))
         case _:
-            raise UsageError(
-                f"not a rule for what to keep. rule={word!r} policy={text!r} known: {KNOWN}"
-            )
+            raise UsageError(f"not a keep rule. rule={rule!r} policy={text!r} known: {KNOWN}")
 
 
-def _best_of_text(value: str, word: str) -> Best:
+def _best_of_text(value: str, rule: str) -> Best:
     match value.split(":"):
         case [metric]:
             return Best(metric)
         case [metric, n]:
-            return Best(metric, _number(n, word))
+            return Best(metric, _number(n, rule))
         case [metric, n, ("min" | "max") as mode]:
-            return Best(metric, _number(n, word), "max" if mode == "max" else "min")
+            return Best(metric, _number(n, rule), "max" if mode == "max" else "min")
         case _:
             raise UsageError(
-                f"not a rule for what to keep. rule={word!r} write best=METRIC:N or "
-                "best=METRIC:N:max"
+                f"not a keep rule. rule={rule!r} write best=METRIC:N or best=METRIC:N:max"
             )
 
 
-def _number(text: str, word: str) -> int:
+def _number(text: str, rule: str) -> int:
     if not is_number(text):
-        raise UsageError(f"not a whole number. rule={word!r} known: {KNOWN}")
+        raise UsageError(f"not a whole number. rule={rule!r} known: {KNOWN}")
     return int(text)

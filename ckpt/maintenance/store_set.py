@@ -1,8 +1,9 @@
-"""Changing the set of stores that hold a log, and on how many of them a record must be: filled
-first, then logged.
+"""The set of stores that hold a log, and its write quorum: adding, replacing and removing stores.
 
-The record is written under the set that is in force, and brought to the new one before another
-follows. Whoever has the log open goes by it from its next read on.
+A change is one ``stores`` record. A new store is filled before the record, so that it counts only
+once it has everything. The record is written under the old set and its quorum, and completed on the
+new one before another record follows. Processes that have the log open use the new set from their
+next read of the log.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ MAJORITY = 0
 
 @dataclass(frozen=True, slots=True)
 class StoreMembership:
-    """One store as the log sees it: its id (empty where it did not answer or has none), and whether
-    it counts."""
+    """One store as the log sees it. ``store_id`` is empty if it did not answer or has none."""
 
     url: str
     store_id: str
@@ -44,15 +44,14 @@ class StoreMembership:
 def store_memberships(
     journal: Journal, backend: Backend
 ) -> tuple[StoreSet | None, tuple[StoreMembership, ...]]:
-    """The set that the log fixes (None: it is in one store), and how each of these stores stands to
-    it."""
+    """The log's set of stores (None: it is in one store), and each given store's membership."""
     state = journal.refresh()
     urls = [store.url for store in stores_of(backend)]
-    ids = _ids(journal, backend)
+    ids = _ids(journal)
     members = state.stores.ids if state.stores is not None else ids
     return state.stores, tuple(
-        StoreMembership(url, one, bool(one) and one in members)
-        for url, one in zip(urls, ids, strict=True)
+        StoreMembership(url, store_id, bool(store_id) and store_id in members)
+        for url, store_id in zip(urls, ids, strict=True)
     )
 
 
@@ -65,19 +64,20 @@ def add(
     limits: SyncLimits = DEFAULT_LIMITS,
     emit: Emit,
 ) -> StoreSet:
-    """Make ``new`` one more store of the log behind ``backend``, and return the set that is in
-    force then.
+    """Add ``new`` to the stores of the log behind ``backend``; the set now in force.
 
-    Raises UsageError where it is one already or belongs to another log, UnavailableError where it
-    could not be filled.
+    Raises UsageError if it is a member already or belongs to another log, and UnavailableError if
+    it could not be filled.
     """
+    # Filled first: from the ``stores`` record on it counts, and must have everything.
     new_id = _filled(journal, backend, new, limits, emit)
     before = _members(journal, backend)
     if new_id in before.ids:
         raise UsageError(f"the store counts already. store={new.url}")
     ids = (*before.ids, new_id)
     quorum = write_quorum or len(ids) // 2 + 1
-    after = StoreSet(ids, quorum, _giver(journal, [*stores_of(backend), new], before, quorum))
+    sequencer = _sequencer(journal, [*stores_of(backend), new], before, quorum)
+    after = StoreSet(ids, quorum, sequencer)
     return _change(journal, backend, before, after, [new], limits, emit)
 
 
@@ -90,24 +90,24 @@ def replace(
     limits: SyncLimits = DEFAULT_LIMITS,
     emit: Emit,
 ) -> StoreSet:
-    """Put ``new`` in the place of the store with ``lost_id``, which is declared lost: should it
-    come back it counts no more.
+    """Put ``new`` in the place of the store ``lost_id``, which no longer counts if it returns.
 
-    ``new`` may be where the lost one was. Raises as ``add``, and UsageError where the log knows no
-    such store.
+    ``new`` may have the address of the lost store. Raises as ``add``, and UsageError if ``lost_id``
+    is not in the set.
     """
-    if _headless(new):
-        # A writer's records that were on their way when it was emptied: they are this log's, or
-        # filling it finds out.
+    if _lacks_job_record(new):
+        # Records of a writer that were in flight when the store was emptied. They belong to this
+        # log; if they do not, filling the store finds out.
         record = dataclasses.replace(_record_beside(backend, new), store_id=secrets.token_hex(16))
-        new.put(keys.JOB_KEY, [record.encode()], create_only=new.capabilities().create_only)
+        create_only = new.capabilities().create_only
+        new.put(keys.JOB_KEY, [record.encode()], create_only=create_only)
     new_id = _filled(journal, backend, new, limits, emit)
     before = _members(journal, backend)
     if lost_id not in before.ids:
         raise UsageError(f"the log has no such store. store_id={lost_id} ids={list(before.ids)}")
     if new_id in before.ids:
         raise UsageError(f"the store counts already. store={new.url}")
-    ids = tuple(new_id if one == lost_id else one for one in before.ids)
+    ids = tuple(new_id if store_id == lost_id else store_id for store_id in before.ids)
     after = StoreSet(ids, before.write_quorum, before.sequencer)
     return _change(journal, backend, before, after, [new], limits, emit)
 
@@ -121,61 +121,64 @@ def remove(
     limits: SyncLimits = DEFAULT_LIMITS,
     emit: Emit,
 ) -> StoreSet:
-    """Take a store out of the log's set, after the others have all that it may be one of few to
-    have.
+    """Remove a store from the log's set, after the others were given everything that it has.
 
-    Nothing is deleted. Raises UsageError where the log knows no such store or it is the last one.
+    Deletes nothing. Raises UsageError if the set has no such store or only this one.
     """
     before = _members(journal, backend)
     if removed_id not in before.ids or len(before.ids) == 1:
         raise UsageError(
             f"the log has no such store beside others. store_id={removed_id} ids={list(before.ids)}"
         )
-    seats = zip(stores_of(backend), _ids(journal, backend), strict=True)
-    kept = [store for store, one in seats if one in before.ids and one != removed_id]
+    stores = zip(stores_of(backend), _ids(journal), strict=True)
+    kept = [
+        store for store, store_id in stores if store_id in before.ids and store_id != removed_id
+    ]
+    # The removed store may be one of only W that have an object: fill the others first.
     for store in kept:
         _filled(journal, backend, store, limits, emit)
-    ids = tuple(one for one in before.ids if one != removed_id)
+    ids = tuple(store_id for store_id in before.ids if store_id != removed_id)
     after = StoreSet(ids, write_quorum or len(ids) // 2 + 1, before.sequencer)
     return _change(journal, backend, before, after, kept, limits, emit)
 
 
 def take_over(journal: Journal, backend: Backend) -> StoreSet:
-    """Let the stores together give out the log's places, or where too few create only once etcd or
-    a new file of this machine.
+    """Move the sequencer: to the stores together, or to etcd or a new file of this machine.
 
-    In the second case nothing but the caller's word keeps who did so before from writing in the
-    meantime. Raises UsageError where the log is in one store.
+    The second case applies if too few stores support create-if-absent. Only the caller's word then
+    keeps users of the old sequencer from writing at the same time. Raises UsageError if the log is
+    in one store.
     """
     access = journal.access
     state = journal.refresh()
     if not isinstance(access, ReplicatedLog) or state.stores is None:
         raise UsageError(
-            "the log is in one store, which gives out its places itself. name all of its stores"
+            "the log is in one store, which is its own sequencer. name all of its stores"
         )
-    _require_sure(state, backend)
+    _require_certain(state, backend)
     name = BY_STORES
-    if (
-        len(access.replicas.create_only_stores(access.full(state.stores)))
-        < state.stores.write_quorum
-    ):
+    creators = access.replicas.create_only_stores(access.full(state.stores))
+    if len(creators) < state.stores.write_quorum:
         name = external_sequencer(journal.log_id, renew=True)
     after = StoreSet(state.stores.ids, state.stores.write_quorum, name)
+    # The record that names the new sequencer gets its own seq from the new one.
     with access.using_sequencer(name):
         journal.append(_body(after), epoch=state.epoch)
     return after
 
 
 def returned_empty(journal: Journal, backend: Backend) -> tuple[tuple[Backend, str], ...]:
-    """Stores that answer and don't count while ids of the set are missing: each with the id that it
-    stands in for."""
+    """Stores that answer and do not count while members are missing, each with the id it replaces.
+
+    Empty if the log is in one store, or its newest record is not known for certain.
+    """
     access = journal.access
     state = journal.refresh()
     if not isinstance(access, ReplicatedLog) or state.stores is None or state.stale_reason:
         return ()
     members = state.stores
-    missing = [one for one in members.ids if one not in access.ids]
-    found = []
+    missing = [store_id for store_id in members.ids if store_id not in access.ids]
+    returned = []
     for number, (store, store_id) in enumerate(zip(stores_of(backend), access.ids, strict=True)):
         if (
             store_id in members.ids
@@ -184,81 +187,76 @@ def returned_empty(journal: Journal, backend: Backend) -> tuple[tuple[Backend, s
             or len(access.ids) != len(members.ids)
         ):
             continue
-        # Ids stand in the order in which the stores were named: most likely it is the one that had
-        # this place.
-        mine = members.ids[number] if members.ids[number] in missing else missing[0]
-        missing.remove(mine)
-        found.append((store, mine))
-    return tuple(found)
+        # Ids are in the order in which the stores were named, so the store with the same number
+        # most likely had this id.
+        at_number = members.ids[number]
+        replaced_id = at_number if at_number in missing else missing[0]
+        missing.remove(replaced_id)
+        returned.append((store, replaced_id))
+    return tuple(returned)
 
 
 def reachable_members(journal: Journal, backend: Backend) -> tuple[tuple[Backend, str], ...]:
-    """The stores that answer and count, with their ids, as the log was last read; none where it is
-    in one store."""
+    """The stores that answer and count, with their ids; none if the log is in one store."""
     access, state = journal.access, journal.refresh()
     if not isinstance(access, ReplicatedLog) or state.stores is None or state.stale_reason:
         return ()
-    ids = enumerate(zip(stores_of(backend), access.ids, strict=True))
+    numbered = enumerate(zip(stores_of(backend), access.ids, strict=True))
     return tuple(
-        (store, one)
-        for n, (store, one) in ids
-        if one in state.stores.ids and n not in access.silent
+        (store, store_id)
+        for number, (store, store_id) in numbered
+        if store_id in state.stores.ids and number not in access.silent
     )
 
 
 def catch_up(
     journal: Journal, backend: Backend, store: Backend, *, limits: SyncLimits, emit: Emit
 ) -> None:
-    """Bring a store that counts what it missed while it was away. Raises UnavailableError where
-    that can't be done now."""
+    """Copy to a member store what it missed. Raises UnavailableError if that is impossible now."""
     _filled(journal, backend, store, limits, emit)
 
 
 def _filled(
-    journal: Journal, backend: Backend, store: Backend, effort: SyncLimits, tell: Emit
+    journal: Journal, backend: Backend, store: Backend, limits: SyncLimits, emit: Emit
 ) -> str:
-    """Bring ``store`` all that the log names; its id."""
+    """Copy to ``store`` all that the log names; its id."""
     record = _record_beside(backend, store)
-    done = fill(
-        backend, store, journal.refresh, record=record, deep=False, limits=effort, emit=tell
+    report = fill(
+        backend, store, journal.refresh, record=record, deep=False, limits=limits, emit=emit
     )
-    if not done.complete:
+    if not report.complete:
         raise UnavailableError(
-            f"the store could not be filled as quickly as the job writes. store={store.url} repeat "
-            "later"
+            f"the job writes faster than the store can be filled. store={store.url} repeat later"
         )
-    if done.damaged:
-        # It is as full as a store can be; keeping it out would only cost the redundancy of
-        # everything else.
-        key, why = done.damaged[0]
+    if report.damaged:
+        # It is as full as a store can be. Excluding it would only cost all other objects a copy.
+        key, reason = report.damaged[0]
         text = (
-            f"objects are right in no store, so this one lacks them too. store={store.url} "
-            f"objects={len(done.damaged)} "
-            f"first={key} why={why}; see `ckpt scrub`"
+            f"some objects are right in no store, so this store lacks them too. store={store.url} "
+            f"objects={len(report.damaged)} first={key} why={reason}; see `ckpt scrub`"
         )
-        tell(Event("fill-damaged", text, {"objects": len(done.damaged)}, alarm=True))
-    return done.store_id
+        emit(Event("fill-damaged", text, {"objects": len(report.damaged)}, alarm=True))
+    return report.store_id
 
 
-def _headless(store: Backend) -> bool:
-    """Whether it holds records and nothing that says whose they are."""
+def _lacks_job_record(store: Backend) -> bool:
+    """Whether the store holds log records but no ``ckpt.json``."""
     return store.stat(keys.JOB_KEY) is None and next(iter(store.list(keys.LOG)), None) is not None
 
 
 def _record_beside(backend: Backend, store: Backend) -> JobRecord:
-    """The ``ckpt.json`` of another of the log's stores. Raises UnavailableError where none can be
-    read."""
-    why = "no other store was named"
+    """Another store's ``ckpt.json``. Raises UnavailableError if none is readable."""
+    reason = "no other store was named"
     for other in stores_of(backend):
         if other.url == store.url:
             continue
         try:
             return source_record(other)
         except UnavailableError as error:
-            why = str(error)
+            reason = str(error)
     raise UnavailableError(
-        f"no other store of the log can be read, so this one can't be filled. store={store.url} "
-        f"why={why}"
+        f"no other store of the log can be read, so this one cannot be filled. store={store.url} "
+        f"why={reason}"
     )
 
 
@@ -267,22 +265,19 @@ def _change(
     backend: Backend,
     before: StoreSet,
     after: StoreSet,
-    fresh: Sequence[Backend],
-    effort: SyncLimits,
-    tell: Emit,
+    refill: Sequence[Backend],
+    limits: SyncLimits,
+    emit: Emit,
 ) -> StoreSet:
+    """Record the new set, then give the stores ``refill`` what was written before the record."""
     state = journal.refresh()
-    _require_sure(state, backend)
+    _require_certain(state, backend)
     journal.change_stores(_body(after), before=before if state.stores is not None else None)
-    tell(
-        Event(
-            "stores",
-            f"the log lies on {len(after.ids)} stores now, with a write quorum of "
-            f"{after.write_quorum}",
-        )
-    )
-    for store in fresh:  # what was written between its filling and the record
-        _filled(journal, backend, store, effort, tell)
+    text = f"the log is now on {len(after.ids)} stores, with a write quorum of {after.write_quorum}"
+    emit(Event("stores", text))
+    # A writer that had not read the record yet wrote to the old set only.
+    for store in refill:
+        _filled(journal, backend, store, limits, emit)
     return after
 
 
@@ -290,16 +285,16 @@ def _members(journal: Journal, backend: Backend) -> StoreSet:
     state = journal.refresh()
     if state.stores is not None:
         return state.stores
-    ids = [one for one in _ids(journal, backend) if one]
+    ids = [store_id for store_id in _ids(journal) if store_id]
     if len(ids) != 1:
         raise UsageError(
-            "the log is in one store; name that one. "
+            f"the log is in one store; name that one. "
             f"stores={[store.url for store in stores_of(backend)]}"
         )
     return StoreSet((ids[0],), 1)
 
 
-def _ids(journal: Journal, backend: Backend) -> tuple[str, ...]:
+def _ids(journal: Journal) -> tuple[str, ...]:
     access = journal.access
     if isinstance(access, ReplicatedLog):
         return access.ids
@@ -307,9 +302,8 @@ def _ids(journal: Journal, backend: Backend) -> tuple[str, ...]:
     return (access.store_id,)
 
 
-def _giver(journal: Journal, stores: Sequence[Backend], before: StoreSet, quorum: int) -> str:
-    """Who gives out places once ``stores`` hold the log: as before, or what serves best where it
-    was in one store."""
+def _sequencer(journal: Journal, stores: Sequence[Backend], before: StoreSet, quorum: int) -> str:
+    """The sequencer once ``stores`` hold the log: unchanged, or the best one for a single store."""
     if len(before.ids) > 1:
         return before.sequencer
     if sum(store.capabilities().create_only for store in stores) >= quorum:
@@ -321,42 +315,39 @@ def _body(members: StoreSet) -> Stores:
     return Stores(members.ids, members.write_quorum, members.sequencer)
 
 
-def _require_sure(state: LogState, backend: Backend) -> None:
+def _require_certain(state: LogState, backend: Backend) -> None:
     if state.stale_reason:
         raise ConflictError(
-            "the set of stores is changed only where the log is known for sure. "
-            f"why={state.stale_reason} "
-            f"stores={[store.url for store in stores_of(backend)]}"
+            f"the set of stores changes only if the newest record is known for certain. "
+            f"why={state.stale_reason} stores={[store.url for store in stores_of(backend)]}"
         )
 
 
-# How far each store of a log is known to list every place: a store that was away lacks what was
-# written meanwhile.
-
-
 class LogCoverage:
-    """What each store was seen to list, by its id. For one thread; what is known once isn't listed
-    again."""
+    """Up to which position each store is known to list every log record, by store id.
+
+    A store that was away lacks the records that were written meanwhile. Not thread-safe. Positions
+    that were seen are not listed again.
+    """
 
     def __init__(self) -> None:
-        self._whole: dict[str, int] = {}
+        self._complete: dict[str, int] = {}
 
     def first_gap(self, store: Backend, store_id: str, *, upto_seq: int) -> int | None:
-        """The first place below ``upto_seq`` at which ``store`` lists no record; None where it
-        lists all.
+        """The first position below ``upto_seq`` with no record in ``store``; None if all are there.
 
-        Cost: a list of the places from the first that was not seen yet. Raises UnavailableError.
+        Cost: one list from the first position not seen yet. Raises UnavailableError.
         """
-        whole = self._whole.get(store_id, 0)
-        if whole >= upto_seq:
+        complete = self._complete.get(store_id, 0)
+        if complete >= upto_seq:
             return None
         seqs: set[int] = set()
-        for stat in store.list(keys.LOG, after=keys.log_key(whole - 1) if whole else ""):
+        for stat in store.list(keys.LOG, after=keys.log_key(complete - 1) if complete else ""):
             seq = keys.parse_log_key(stat.key)
             seq = keys.parse_settled_key(stat.key) if seq is None else seq
             if seq is not None:
                 seqs.add(seq)
-        while whole in seqs:
-            whole += 1
-        self._whole[store_id] = whole
-        return whole if whole < upto_seq else None
+        while complete in seqs:
+            complete += 1
+        self._complete[store_id] = complete
+        return complete if complete < upto_seq else None

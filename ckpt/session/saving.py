@@ -191,7 +191,7 @@ class Saving:
         self._end_rounds()
         if self._options.keep is not None and place.journal is not None:
             keep = RetentionSettings(policy=self._options.keep, grace_s=self._options.grace_s)
-            self._rounds = GcRounds(place.backend, keep, epoch=place.epoch, tell=self._tell)
+            self._rounds = GcRounds(place.backend, keep, epoch=place.epoch, emit=self._tell)
 
     def write_through_keeper(
         self, persister: KeeperPersister, *, origin: str, after: int | None = None

@@ -193,6 +193,6 @@ def test_doctor_of_folders_says_what_will_do(ckpt: Command, trio: list[FileBacke
     assert [one["holds"]["snapshots"] for one in done.json["stores"]] == [3, 3, 3]
     text = ckpt("doctor", tmp_path / "new", "--size", "1")
     assert text.code == 0
-    assert "can give out log places: yes" in text.out
+    assert "can be the sequencer: yes" in text.out
     assert ckpt("doctor", trio[0].url, trio[0].url, "--size", "1").code == 2
     assert ckpt("doctor", trio[0].url, "--encryption-key", "env:X").code == 2

@@ -1,1 +1,1 @@
-"""One file a command, named as the command."""
+"""The commands: one module each, with the name of its command."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from ckpt.cli.echo import COMPLETE_VARIABLE, emit_json
+from ckpt.cli.echo import COMPLETE_VARIABLE, emit_json, wants_json
 from ckpt.errors import InternalError
 
 _EPILOG = """\b
@@ -31,7 +31,7 @@ def command(ctx: click.Context, shell: str, as_json: bool) -> None:
         raise InternalError(f"click knows no such shell. shell={shell}")
     root = ctx.find_root().command
     script = maker(root, {}, "ckpt", COMPLETE_VARIABLE).source()
-    if as_json or ctx.find_root().params.get("as_json"):
+    if wants_json(ctx, as_json):
         emit_json({"shell": shell, "script": script})
     else:
         click.echo(script)

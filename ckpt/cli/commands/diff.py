@@ -17,7 +17,7 @@ from ckpt.restore.reader import LeafValues, SnapshotReader, numpy_dtype, size_by
 from ckpt.values import Leaf, LeafKind
 
 WINDOW_BYTES = 32 << 20
-"""How much of each side is held while values are compared."""
+"""Memory for each side while values are compared."""
 
 _EPILOG = """\b
 Examples:
@@ -37,8 +37,7 @@ for objects, and where a difference is not a number.
 
 @dataclass(frozen=True, slots=True)
 class LeafChange:
-    """How one leaf differs. ``changed_bytes`` counts chunks whose digests differ, or the whole
-    leaf."""
+    """How one leaf differs. ``changed_bytes``: chunks with other digests, or the whole leaf."""
 
     leaf: Leaf
     kind: str
@@ -64,7 +63,9 @@ def command(choice: StoreChoice, *, a: str, b: str, by_values: bool) -> None:
     """
     with open_store(choice) as store:
         first, second = (parse_reference(store.state, text) for text in (a, b))
-        old, new = (load_index(store.backend, store.state, one) for one in (first, second))
+        old, new = (
+            load_index(store.backend, store.state, snapshot) for snapshot in (first, second)
+        )
         changes, unchanged = compare(old, new)
         if by_values:
             with (
@@ -93,7 +94,7 @@ def command(choice: StoreChoice, *, a: str, b: str, by_values: bool) -> None:
 
 
 def compare(old: SnapshotIndex, new: SnapshotIndex) -> tuple[list[LeafChange], int]:
-    """The leaves that differ, by name, and how many do not. Pure; looks at records only."""
+    """The leaves that differ, by name, and the number of equal ones. Reads records only."""
     before = {(leaf.name, leaf.rank): leaf for leaf in old.leaves()}
     after = {(leaf.name, leaf.rank): leaf for leaf in new.leaves()}
     changes: list[LeafChange] = []
@@ -116,19 +117,19 @@ def compare(old: SnapshotIndex, new: SnapshotIndex) -> tuple[list[LeafChange], i
 
 def _change(old: SnapshotIndex, new: SnapshotIndex, was: Leaf, now: Leaf) -> LeafChange | None:
     if (was.kind, was.dtype, was.shape) != (now.kind, now.dtype, now.shape):
-        what = "changed" if was.kind is now.kind is LeafKind.OBJECT else "retyped"
-        return LeafChange(now, what, size_bytes(now))
+        kind = "changed" if was.kind is now.kind is LeafKind.OBJECT else "retyped"
+        return LeafChange(now, kind, size_bytes(now))
     before = {shard.box: shard for shard in old.shards(was.name, was.rank)}
     after = {shard.box: shard for shard in new.shards(now.name, now.rank)}
     if before.keys() != after.keys():
         return LeafChange(now, "relaid", size_bytes(now))
     changed_bytes = sum(
-        place.raw_bytes
+        at.raw_bytes
         for box, shard in after.items()
-        for mine, digest, place in zip(
+        for old_digest, new_digest, at in zip(
             before[box].digests, shard.digests, shard.locations, strict=True
         )
-        if mine != digest
+        if old_digest != new_digest
     )
     return LeafChange(now, "changed", changed_bytes) if changed_bytes else None
 
@@ -151,17 +152,19 @@ def _with_values(change: LeafChange, left: SnapshotReader, right: SnapshotReader
         right.stream([after], window_bytes=WINDOW_BYTES),
         strict=True,
     )
-    for mine, theirs in pieces:
-        one, other = (
+    for left_piece, right_piece in pieces:
+        left_values, right_values = (
             readable(LeafValues(np.frombuffer(piece.data, carrier), leaf.dtype))
-            for piece in (mine, theirs)
+            for piece in (left_piece, right_piece)
         )
-        # Equal bits first: infinities in the same place differ by nothing.
+        # Equal values first: infinities in the same position differ by 0.
         with np.errstate(invalid="ignore"):
             gap = np.where(
-                one == other, 0.0, np.abs(one.astype(np.float64) - other.astype(np.float64))
+                left_values == right_values,
+                0.0,
+                np.abs(left_values.astype(np.float64) - right_values.astype(np.float64)),
             )
-        both_nan = (one != one) & (other != other)  # noqa: PLR0124
+        both_nan = (left_values != left_values) & (right_values != right_values)  # noqa: PLR0124
         greatest = float(np.maximum(greatest, np.max(np.where(both_nan, 0.0, gap), initial=0.0)))
     return LeafChange(leaf, change.kind, change.changed_bytes, greatest)
 

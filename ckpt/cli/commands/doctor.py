@@ -63,111 +63,115 @@ def command(choice: StoreList, *, size_mib: int) -> int:
             "an examination needs no key: what it writes is noise, and the log is not encrypted. "
             "leave it out"
         )
-    patients: list[ExaminedStore] = []
+    stores: list[ExaminedStore] = []
     with ExitStack() as stack:
         for url, options in zip(choice.urls, choice.options, strict=True):
-            again = partial(open_backend, url, options)
-            patients.append(ExaminedStore(stack.enter_context(closing(again())), again))
-        findings = examine(patients, large_bytes=size_mib << 20)
-    judged = assess(findings, choice.write_quorum)
+            reopen = partial(open_backend, url, options)
+            stores.append(ExaminedStore(stack.enter_context(closing(reopen())), reopen))
+        findings = examine(stores, large_bytes=size_mib << 20)
+    assessment = assess(findings, choice.write_quorum)
     if choice.as_json:
-        emit_json(_json(findings, judged))
+        emit_json(_json(findings, assessment))
     else:
-        _print(findings, judged)
-    return judged.exit_code
+        _print(findings, assessment)
+    return assessment.exit_code
 
 
-def _print(findings: list[StoreFindings], judged: Assessment) -> None:
+def _print(findings: list[StoreFindings], assessment: Assessment) -> None:
     columns = ("", "STORE", "HOLDS", "CREATES ONCE", "PUT", "READ", "LIST", "UP", "DOWN", "FREE")
     rows = [
         (
             str(number + 1),
-            found.url,
-            found.holds.job if found.holds.kind == "store" else found.holds.kind,
-            _yes(found.create_only),
-            _time(found, "put"),
-            _time(found, "read"),
-            _time(found, "list"),
-            _speed(found.up_bytes_per_s),
-            _speed(found.down_bytes_per_s),
-            "-" if found.free_bytes is None else human_bytes(found.free_bytes),
+            store.url,
+            store.content.job if store.content.kind == "store" else store.content.kind,
+            _yes(store.create_only),
+            _time(store, "put"),
+            _time(store, "read"),
+            _time(store, "list"),
+            _speed(store.up_bytes_per_s),
+            _speed(store.down_bytes_per_s),
+            "-" if store.free_bytes is None else human_bytes(store.free_bytes),
         )
-        for number, found in enumerate(findings)
+        for number, store in enumerate(findings)
     ]
     table(columns, rows, right=frozenset(columns[4:]))
-    for one in judged.advice:
-        click.echo(_line(one))
-    word = "ok" if judged.ok else "NOT WELL"
-    click.echo(f"{word}: {len(findings)} stores, write quorum {judged.write_quorum}")
+    for advice in assessment.advice:
+        click.echo(_line(advice))
+    word = "ok" if assessment.ok else "NOT WELL"
+    click.echo(f"{word}: {len(findings)} stores, write quorum {assessment.write_quorum}")
 
 
 def _line(advice: Advice) -> str:
-    whose = "all" if advice.store is None else f"store {advice.store + 1}"
+    owner = "all" if advice.store is None else f"store {advice.store + 1}"
     word = advice.level.upper() if advice.level in ("bad", "warning") else advice.level
     remedy = f"\n    {advice.remedy}" if advice.remedy else ""
-    return f"{word:8} {whose}: {advice.text}{remedy}"
+    return f"{word:8} {owner}: {advice.text}{remedy}"
 
 
-def _yes(known: bool | None) -> str:
-    return "-" if known is None else "yes" if known else "no"
+def _yes(value: bool | None) -> str:
+    return "-" if value is None else "yes" if value else "no"
 
 
-def _time(found: StoreFindings, operation: str) -> str:
-    took = found.latency.get(operation)
-    return "-" if took is None else f"{took.median_s * 1000:.1f} ms (p95 {took.p95_s * 1000:.1f})"
+def _time(store: StoreFindings, operation: str) -> str:
+    latency = store.latency.get(operation)
+    return (
+        "-"
+        if latency is None
+        else f"{latency.median_s * 1000:.1f} ms (p95 {latency.p95_s * 1000:.1f})"
+    )
 
 
 def _speed(bytes_per_s: float | None) -> str:
     return "-" if bytes_per_s is None else f"{human_bytes(round(bytes_per_s))}/s"
 
 
-def _json(findings: list[StoreFindings], judged: Assessment) -> JsonValue:
+def _json(findings: list[StoreFindings], assessment: Assessment) -> JsonValue:
     return {
-        "ok": judged.ok,
-        "write_quorum": judged.write_quorum,
-        "answers_min": judged.answers_min,
-        "stores": [_store_json(found) for found in findings],
+        "ok": assessment.ok,
+        "write_quorum": assessment.write_quorum,
+        "answers_min": assessment.answers_min,
+        "stores": [_store_json(store) for store in findings],
         "advice": [
             {
-                "level": one.level,
-                "code": one.code,
-                "store": one.store,
-                "text": one.text,
-                "remedy": one.remedy,
+                "level": advice.level,
+                "code": advice.code,
+                "store": advice.store,
+                "text": advice.text,
+                "remedy": advice.remedy,
             }
-            for one in judged.advice
+            for advice in assessment.advice
         ],
     }
 
 
-def _store_json(found: StoreFindings) -> JsonValue:
-    holds = found.holds
+def _store_json(store: StoreFindings) -> JsonValue:
+    content = store.content
     return {
-        "url": found.url,
-        "failures": dict(found.failures),
-        "create_only": found.create_only,
+        "url": store.url,
+        "failures": dict(store.failures),
+        "create_only": store.create_only,
         "latency": {
-            name: {"median_s": took.median_s, "p95_s": took.p95_s, "count": took.count}
-            for name, took in found.latency.items()
+            name: {"median_s": latency.median_s, "p95_s": latency.p95_s, "count": latency.count}
+            for name, latency in store.latency.items()
         },
-        "up_bytes_per_s": found.up_bytes_per_s,
-        "down_bytes_per_s": found.down_bytes_per_s,
-        "read_back_right": found.read_back_right,
-        "list_after_put": found.list_after_put,
-        "list_after_delete": found.list_after_delete,
-        "other_client": found.other_client,
-        "skew_s": found.skew_s,
-        "free_bytes": found.free_bytes,
+        "up_bytes_per_s": store.up_bytes_per_s,
+        "down_bytes_per_s": store.down_bytes_per_s,
+        "read_back_right": store.read_back_right,
+        "list_after_put": store.list_after_put,
+        "list_after_delete": store.list_after_delete,
+        "other_client": store.other_client,
+        "skew_s": store.skew_s,
+        "free_bytes": store.free_bytes,
         "holds": {
-            "kind": holds.kind,
-            "job": holds.job,
-            "store_id": holds.store_id,
-            "snapshots": holds.snapshots,
-            "newest": holds.newest,
-            "next_seq": holds.next_seq,
-            "hole": holds.hole,
-            "problem": holds.problem,
+            "kind": content.kind,
+            "job": content.job,
+            "store_id": content.store_id,
+            "snapshots": content.snapshots,
+            "newest": content.newest,
+            "next_seq": content.next_seq,
+            "hole": content.hole,
+            "problem": content.problem,
         },
-        "same_as": list(found.same_as),
-        "leftovers": list(found.leftovers),
+        "same_as": list(store.same_as),
+        "leftovers": list(store.leftovers),
     }

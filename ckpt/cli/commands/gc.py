@@ -1,5 +1,4 @@
-"""``ckpt gc``: drop what a policy does not keep, and delete the bytes that nothing needs any
-more."""
+"""``ckpt gc``: drop what a policy does not keep, and delete unreferenced bytes."""
 
 from __future__ import annotations
 
@@ -83,7 +82,8 @@ class _GcRequest:
     "--grace",
     default=duration_text(int(GRACE_S)),
     show_default=True,
-    help="How long the bytes of dropped snapshots stay, by the stores' clocks, for restores in progress.",
+    help="How long the bytes of dropped snapshots stay, by the stores' clocks, for restores in "
+    "progress.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def command(urls: StoreList, *, keep: str | None, dry_run: bool, grace: str, yes: bool) -> int:
@@ -94,7 +94,9 @@ def command(urls: StoreList, *, keep: str | None, dry_run: bool, grace: str, yes
     over, in a later run. Safe beside a job that trains. Name every store of the job, or those left
     out keep their bytes.
     """
-    wish = _GcRequest(None if keep is None else parse_policy(keep), duration_s(grace), dry_run, yes)
+    request = _GcRequest(
+        None if keep is None else parse_policy(keep), duration_s(grace), dry_run, yes
+    )
     choice = StoreChoice(
         urls.urls[0],
         urls.storage_options,
@@ -105,31 +107,31 @@ def command(urls: StoreList, *, keep: str | None, dry_run: bool, grace: str, yes
     )
     with open_store(choice) as store:
         now_unix_s = time.time()
-        plan = preview(store.backend, store.state, wish.policy, now_unix_s=now_unix_s)
+        plan = preview(store.backend, store.state, request.policy, now_unix_s=now_unix_s)
         if not choice.as_json:
             _print_plan(plan)
         if dry_run:
-            report = _rehearse(store, plan, wish)
+            report = _rehearse(store, plan, request)
         else:
-            _ask(choice, store, plan, wish)
+            _ask(choice, store, plan, request)
             plan, state = drop(
-                store.backend, store.journal, wish.policy, now_unix_s=now_unix_s, approved=plan
+                store.backend, store.journal, request.policy, now_unix_s=now_unix_s, approved=plan
             )
-            report = sweep(store.backend, state, grace_s=wish.grace_s)
+            report = sweep(store.backend, state, grace_s=request.grace_s)
         if choice.as_json:
-            emit_json(_json(store, plan, report, wish))
+            emit_json(_json(store, plan, report, request))
         else:
-            _print_report(plan, report, wish)
+            _print_report(plan, report, request)
         if report.held:
             return IntegrityError.exit_code
         return 0 if report.ok else UnavailableError.exit_code
 
 
-def _ask(choice: StoreChoice, store: OpenStore, plan: GcPlan, wish: _GcRequest) -> None:
-    if not plan.drops or wish.yes:
+def _ask(choice: StoreChoice, store: OpenStore, plan: GcPlan, request: _GcRequest) -> None:
+    if not plan.drops or request.yes:
         return
     if choice.as_json:
-        raise UsageError("with --json nobody can be asked. pass --yes or --dry-run")
+        raise UsageError("--json cannot ask for confirmation. pass --yes or --dry-run")
     many = f"{len(plan.drops)} snapshot{'s' if len(plan.drops) > 1 else ''}"
     click.confirm(
         f"Drop {many} of {store.backend.url}? They cannot be restored afterwards.",
@@ -138,122 +140,124 @@ def _ask(choice: StoreChoice, store: OpenStore, plan: GcPlan, wish: _GcRequest) 
     )
 
 
-def _rehearse(store: OpenStore, plan: GcPlan, wish: _GcRequest) -> SweepReport:
-    """What a sweep would find after the drop. The clock is this machine's: asking the stores' would
-    write to them."""
-    going = frozenset(plan.drops)
+def _rehearse(store: OpenStore, plan: GcPlan, request: _GcRequest) -> SweepReport:
+    """What a sweep would find after the drop.
+
+    It uses this machine's clock: reading a store's clock would write to the store.
+    """
+    drops = frozenset(plan.drops)
     before = store.state
-    after = _without(before, going, plan)
-    gone = replace(
-        before, snapshots=tuple(entry for entry in before.snapshots if entry.snapshot in going)
+    after = _without(before, drops, plan)
+    dropped = replace(
+        before, snapshots=tuple(entry for entry in before.snapshots if entry.snapshot in drops)
     )
     return sweep(
         store.backend,
         after,
-        grace_s=wish.grace_s,
-        about_to_drop=snapshot_references(store.backend, gone),
+        grace_s=request.grace_s,
+        about_to_drop=snapshot_references(store.backend, dropped),
         dry_run=True,
         clock=lambda _: time.time(),
     )
 
 
-def _without(state: LogState, going: Collection[SnapshotId], plan: GcPlan) -> LogState:
-    left = tuple(entry for entry in state.snapshots if entry.snapshot not in going)
+def _without(state: LogState, drops: Collection[SnapshotId], plan: GcPlan) -> LogState:
+    left = tuple(entry for entry in state.snapshots if entry.snapshot not in drops)
     return replace(state, snapshots=left, floor=plan.floor or state.floor)
 
 
 def _print_plan(plan: GcPlan) -> None:
-    if not plan.judged:
+    if not plan.decisions:
         click.echo("no snapshots")
         return
     table(
         ("", "EPOCH", "STEP", "SIZE", "NEW", "CREATED", "KEPT BY"),
         [
             (
-                ("" if one.on_line else "-") if one.kept else "drop",
-                str(one.info.epoch),
-                str(one.info.step),
-                human_bytes(one.info.size_bytes),
-                human_bytes(one.info.new_bytes),
-                human_time(one.info.created_unix_s),
-                "; ".join(one.why)
-                + (f"  (damaged: {one.info.problem})" if one.info.problem else ""),
+                ("" if entry.on_line else "-") if entry.kept else "drop",
+                str(entry.info.epoch),
+                str(entry.info.step),
+                human_bytes(entry.info.size_bytes),
+                human_bytes(entry.info.new_bytes),
+                human_time(entry.info.created_unix_s),
+                "; ".join(entry.reasons)
+                + (f"  (damaged: {entry.info.problem})" if entry.info.problem else ""),
             )
-            for one in reversed(plan.judged)
+            for entry in reversed(plan.decisions)
         ],
         right=frozenset(("EPOCH", "STEP", "SIZE", "NEW")),
     )
 
 
-def _print_report(plan: GcPlan, report: SweepReport, wish: _GcRequest) -> None:
+def _print_report(plan: GcPlan, report: SweepReport, request: _GcRequest) -> None:
     if plan.drops:
         click.echo(
-            f"{'would drop' if wish.dry_run else 'dropped'} {len(plan.drops)} of "
-            f"{len(plan.judged)} snapshots"
+            f"{'would drop' if request.dry_run else 'dropped'} {len(plan.drops)} of "
+            f"{len(plan.decisions)} snapshots"
         )
-    for one in report.stores:
-        if one.problem:
-            warn(f"not swept to the end, and for the next time: {one.url}: {one.problem}")
-        click.echo(f"{one.url}: {_done(one, wish)}")
+    for store in report.stores:
+        if store.problem:
+            warn(f"not swept to the end, and for the next time: {store.url}: {store.problem}")
+        click.echo(f"{store.url}: {_done(store, request)}")
     for held in report.held:
-        warn(
-            f"no pack is deleted, for nobody knows which ones {held.snapshot} needs: {held.problem}"
-        )
+        warn(f"no pack is deleted: it is unknown which ones {held.snapshot} needs: {held.problem}")
 
 
-def _done(one: StoreSweep, wish: _GcRequest) -> str:
-    going = (one.objects[ObjectStatus.GARBAGE], one.size_bytes[ObjectStatus.GARBAGE])
-    count, size = going if wish.dry_run else (one.deleted, one.deleted_bytes)
+def _done(store: StoreSweep, request: _GcRequest) -> str:
+    garbage = (store.objects[ObjectStatus.GARBAGE], store.size_bytes[ObjectStatus.GARBAGE])
+    count, size = garbage if request.dry_run else (store.deleted, store.deleted_bytes)
     words = [
-        f"{'would delete' if wish.dry_run else 'deleted'} {count} objects, {human_bytes(size)}"
+        f"{'would delete' if request.dry_run else 'deleted'} {count} objects, {human_bytes(size)}"
     ]
-    waiting = one.size_bytes[ObjectStatus.GRACE] + one.size_bytes[ObjectStatus.YOUNG]
+    waiting = store.size_bytes[ObjectStatus.GRACE] + store.size_bytes[ObjectStatus.YOUNG]
     if waiting:
         words.append(
-            f"{human_bytes(waiting)} go when the grace of {duration_text(wish.grace_s)} is over"
+            f"{human_bytes(waiting)} go when the grace of {duration_text(request.grace_s)} is over"
         )
-    if one.size_bytes[ObjectStatus.OPEN]:
+    if store.size_bytes[ObjectStatus.OPEN]:
         words.append(
-            f"{human_bytes(one.size_bytes[ObjectStatus.OPEN])} of snapshots that may still be "
+            f"{human_bytes(store.size_bytes[ObjectStatus.OPEN])} of snapshots that may still be "
             "committed"
         )
-    if one.size_bytes[ObjectStatus.HELD]:
-        words.append(f"{human_bytes(one.size_bytes[ObjectStatus.HELD])} held back")
-    words.append(f"{human_bytes(one.size_bytes[ObjectStatus.LIVE])} needed")
+    if store.size_bytes[ObjectStatus.HELD]:
+        words.append(f"{human_bytes(store.size_bytes[ObjectStatus.HELD])} held back")
+    words.append(f"{human_bytes(store.size_bytes[ObjectStatus.LIVE])} needed")
     return "; ".join(words)
 
 
-def _json(store: OpenStore, plan: GcPlan, report: SweepReport, wish: _GcRequest) -> JsonValue:
+def _json(store: OpenStore, plan: GcPlan, report: SweepReport, request: _GcRequest) -> JsonValue:
     return {
         "url": store.backend.url,
-        "dry_run": wish.dry_run,
-        "policy": None if wish.policy is None else str(wish.policy),
-        "grace_s": wish.grace_s,
+        "dry_run": request.dry_run,
+        "policy": None if request.policy is None else str(request.policy),
+        "grace_s": request.grace_s,
         "snapshots": [
             {
-                **id_json(one.info.id),
-                "on_line": one.on_line,
-                "size_bytes": one.info.size_bytes,
-                "new_bytes": one.info.new_bytes,
-                "created_unix_s": one.info.created_unix_s,
-                "tags": list(one.info.tags),
-                "problem": one.info.problem,
-                "kept_by": list(one.why),
+                **id_json(entry.info.id),
+                "on_line": entry.on_line,
+                "size_bytes": entry.info.size_bytes,
+                "new_bytes": entry.info.new_bytes,
+                "created_unix_s": entry.info.created_unix_s,
+                "tags": list(entry.info.tags),
+                "problem": entry.info.problem,
+                "kept_by": list(entry.reasons),
             }
-            for one in reversed(plan.judged)
+            for entry in reversed(plan.decisions)
         ],
-        "dropped": [id_json(pair) for pair in plan.drops],
+        "dropped": [id_json(snapshot) for snapshot in plan.drops],
         "floor": None if plan.floor is None else id_json(plan.floor),
         "stores": [
             {
-                "url": one.url,
-                "deleted": one.deleted,
-                "deleted_bytes": one.deleted_bytes,
-                "objects": {verdict.value: one.objects[verdict] for verdict in ObjectStatus},
-                "size_bytes": {verdict.value: one.size_bytes[verdict] for verdict in ObjectStatus},
-                "problem": one.problem or None,
+                "url": entry.url,
+                "deleted": entry.deleted,
+                "deleted_bytes": entry.deleted_bytes,
+                "objects": {verdict.value: entry.objects[verdict] for verdict in ObjectStatus},
+                "size_bytes": {
+                    verdict.value: entry.size_bytes[verdict] for verdict in ObjectStatus
+                },
+                "problem": entry.problem or None,
             }
-            for one in report.stores
+            for entry in report.stores
         ],
-        "held": [{**id_json(one.snapshot), "problem": one.problem} for one in report.held],
+        "held": [{**id_json(entry.snapshot), "problem": entry.problem} for entry in report.held],
     }

@@ -6,7 +6,7 @@ import click
 
 from ckpt.backends.encrypted.keys import load_keys, write_new_key
 from ckpt.backends.replicated.open import KEY_VARIABLE
-from ckpt.cli.echo import emit_json
+from ckpt.cli.echo import emit_json, wants_json
 
 _EPILOG = f"""\b
 Examples:
@@ -14,8 +14,10 @@ Examples:
   ckpt key id file:job.key         the id of the key that a store is asked for
 
 \b
-Keep a copy of the key elsewhere: without it what was encrypted with it is lost. Programs and commands get it as
---encryption-key file:job.key, encryption_key="file:job.key" or {KEY_VARIABLE}=file:job.key. To change keys give the new one
+Keep a copy of the key elsewhere: without it what was encrypted with it is lost. Programs and \
+commands get it as
+--encryption-key file:job.key, encryption_key="file:job.key" or {KEY_VARIABLE}=file:job.key. To \
+change keys give the new one
 first: file:new.key,file:old.key.
 
 \b
@@ -33,7 +35,7 @@ def command(ctx: click.Context, *, action: str, where: str, as_json: bool) -> No
     """Make a key in the new file WHERE, or tell the id of the key that WHERE leads to; never the
     key itself."""
     ids = [write_new_key(where).id.hex()] if action == "new" else load_keys(where).ids.split(",")
-    if as_json or bool(ctx.find_root().params.get("as_json")):
+    if wants_json(ctx, as_json):
         emit_json({"ids": list(ids)})
     else:
         click.echo("\n".join(ids))

@@ -28,8 +28,6 @@ from ckpt.log.fold import empty, fold
 from ckpt.log.reader import read_all
 from ckpt.log.state import RECENT_MAX, LogState, Void
 
-# Every readable record of a log, each with why it counts for nothing, where it does.
-
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
@@ -40,20 +38,18 @@ class LogEntry:
 
 
 def history(backend: Backend, state: LogState) -> list[LogEntry]:
-    """All records that ``state`` folded, oldest first. Reads each of them; a stored fold is no help
-    here.
+    """All records that ``state`` folded, oldest first. Reads each of them.
 
-    Raises NotFoundError or IntegrityError where a record that lies under a stored fold is gone or
-    damaged.
+    Raises NotFoundError or IntegrityError if a record below a stored fold is missing or damaged.
     """
     entries: list[LogEntry] = []
-    at = empty(state.job)
-    # A fold remembers as many voids as one batch can have.
+    state_so_far = empty(state.job)
+    # A state remembers the last RECENT_MAX void records: a batch has no more than that.
     for start in range(0, state.next_seq, RECENT_MAX):
         seqs = range(start, min(state.next_seq, start + RECENT_MAX))
         records = read_all(seqs, lambda seq: _record(backend, seq))
-        at = fold(at, records)
-        entries += [LogEntry(record, at.void_at(record.seq)) for record in records]
+        state_so_far = fold(state_so_far, records)
+        entries += [LogEntry(record, state_so_far.void_at(record.seq)) for record in records]
     return entries
 
 
@@ -159,7 +155,7 @@ def _body_json(body: Body) -> dict[str, JsonValue]:
             }
         case Drop(snapshots, floor):
             return {
-                "snapshots": [id_json(one) for one in snapshots],
+                "snapshots": [id_json(dropped) for dropped in snapshots],
                 "floor": None if floor is None else id_json(floor),
             }
         case Tag(name, snapshot):

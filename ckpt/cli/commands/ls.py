@@ -32,23 +32,24 @@ def command(choice: StoreChoice) -> None:
     asked for.
     """
     with open_store(choice) as store:
-        line = store.state.lineage
+        lineage = store.state.lineage
         newest = store.state.newest()
-        found = tuple(reversed(snapshots(store.backend, store.state)))
+        infos = tuple(reversed(snapshots(store.backend, store.state)))
         if choice.as_json:
             rows = [
-                info_json(info, newest=info.id == newest, on_line=info.id in line) for info in found
+                info_json(info, newest=info.id == newest, on_line=info.id in lineage)
+                for info in infos
             ]
             emit_json({"url": store.backend.url, "job": store.state.job, "snapshots": list(rows)})
             return
-        if not found:
+        if not infos:
             click.echo("no snapshots")
             return
         table(
             ("", "EPOCH", "STEP", "RANKS", "SIZE", "NEW", "CREATED", "TAGS", "PROBLEM"),
             [
                 (
-                    "*" if info.id == newest else "" if info.id in line else "-",
+                    "*" if info.id == newest else "" if info.id in lineage else "-",
                     str(info.epoch),
                     str(info.step),
                     str(info.world_size),
@@ -58,7 +59,7 @@ def command(choice: StoreChoice) -> None:
                     ", ".join(info.tags),
                     info.problem or "",
                 )
-                for info in found
+                for info in infos
             ],
             right=frozenset(("EPOCH", "STEP", "RANKS", "SIZE", "NEW")),
         )

@@ -61,16 +61,18 @@ def command(*, as_json: bool) -> int:
 
     Starts no keeper and removes nothing.
     """
-    found = query_all()
-    alive = [one for one in found if isinstance(one, LiveKeeper)]
-    silent = [one for one in found if isinstance(one, SilentKeeper)]
-    dead = [one for one in found if isinstance(one, DeadKeeper)]
+    answers = query_all()
+    alive = [answer for answer in answers if isinstance(answer, LiveKeeper)]
+    silent = [answer for answer in answers if isinstance(answer, SilentKeeper)]
+    dead = [answer for answer in answers if isinstance(answer, DeadKeeper)]
     if as_json:
         emit_json(
             {
-                "jobs": [report_json(one.report) for one in alive],
-                "silent": [{**_home_json(one.keeper), "problem": one.problem} for one in silent],
-                "dead": [_home_json(one.keeper) for one in dead],
+                "jobs": [report_json(answer.report) for answer in alive],
+                "silent": [
+                    {**_home_json(answer.keeper), "problem": answer.problem} for answer in silent
+                ],
+                "dead": [_home_json(answer.keeper) for answer in dead],
             }
         )
     else:
@@ -84,39 +86,43 @@ def _print(
     if not (alive or silent or dead):
         click.echo("no jobs")
         return
-    for at, one in enumerate(alive):
-        if at:
+    for number, answer in enumerate(alive):
+        if number:
             click.echo()
-        for label, text in summary(one.report):
+        for label, text in summary(answer.report):
             click.echo(f"{label:<10}{text}")
-        if one.report.ranks:
+        if answer.report.ranks:
             click.echo()
-            table(RANK_COLUMNS, rank_rows(one.report), right=NUMERIC_COLUMNS)
+            table(RANK_COLUMNS, rank_rows(answer.report), right=NUMERIC_COLUMNS)
     _print_homes(
-        "keepers that do not answer", [(one.keeper, one.problem) for one in silent], first=not alive
+        "keepers that do not answer",
+        [(answer.keeper, answer.problem) for answer in silent],
+        first=not alive,
     )
     _print_homes(
-        "folders of dead keepers", [(one.keeper, "") for one in dead], first=not (alive or silent)
+        "folders of dead keepers",
+        [(answer.keeper, "") for answer in dead],
+        first=not (alive or silent),
     )
 
 
-def _print_homes(title: str, homes: Sequence[tuple[KeeperIdentity, str]], *, first: bool) -> None:
-    if not homes:
+def _print_homes(title: str, keepers: Sequence[tuple[KeeperIdentity, str]], *, first: bool) -> None:
+    if not keepers:
         return
     if not first:
         click.echo()
     click.echo(f"{title}:")
     rows = [
-        (home.job, home.store, str(home.pid or "-"), str(home.folder), problem)
-        for home, problem in homes
+        (keeper.job, keeper.store, str(keeper.pid or "-"), str(keeper.folder), problem)
+        for keeper, problem in keepers
     ]
     table(("JOB", "STORE", "PID", "FOLDER", "PROBLEM"), rows, right=NUMERIC_COLUMNS)
 
 
-def _home_json(home: KeeperIdentity) -> dict[str, JsonValue]:
+def _home_json(keeper: KeeperIdentity) -> dict[str, JsonValue]:
     return {
-        "job": home.job,
-        "store": home.store,
-        "pid": home.pid or None,
-        "folder": str(home.folder),
+        "job": keeper.job,
+        "store": keeper.store,
+        "pid": keeper.pid or None,
+        "folder": str(keeper.folder),
     }

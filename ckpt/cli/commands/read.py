@@ -28,14 +28,12 @@ from ckpt.restore.export.items import json_tree
 from ckpt.restore.reader import SnapshotReader
 from ckpt.values import Leaf, LeafKind
 
-# One output file, whole or not at all.
-
 
 def write_file(path: Path, write: Callable[[BinaryIO], object], *, force: bool) -> None:
-    """Let ``write`` fill a temporary file, sync it, and only then give it its name.
+    """Write a file whole or not at all: a temporary file is synced, then renamed.
 
-    Raises UsageError where ``path`` exists and ``force`` is off, UnavailableError where the folder
-    cannot take the file.
+    Raises UsageError if ``path`` exists and ``force`` is off, UnavailableError if the folder cannot
+    take the file.
     """
     if not force and os.path.lexists(path):
         raise UsageError(f"a file is in the way. path={path}; name another or pass --force")
@@ -56,7 +54,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, force: bool) 
 
 
 VALUES_MAX = 100_000
-"""How many numbers JSON may hold; more belong into a file."""
+"""Numbers that JSON output may have; more need a file."""
 
 _ROWS = re.compile(r"(-?\d*):(-?\d*)")
 
@@ -107,19 +105,19 @@ def command(
     bfloat16 and 8-bit floats are printed as numbers; in a .npy file they are raw bits, for numpy
     has no such types.
     """
-    span = None if rows is None else _span(rows)
+    row_range = None if rows is None else _span(rows)
     with open_store(choice) as store:
         chosen = store.select(selector)
         index = load_index(store.backend, store.state, chosen)
         with SnapshotReader(store.backend, index) as reader:
-            found = reader.leaf(leaf, rank=rank)
+            entry = reader.leaf(leaf, rank=rank)
             head: dict[str, JsonValue] = {"epoch": chosen.epoch, "step": chosen.step}
-            if found.kind is LeafKind.OBJECT:
-                if span is not None:
+            if entry.kind is LeafKind.OBJECT:
+                if row_range is not None:
                     raise UsageError(f"an object has no rows. leaf={leaf}; leave out --rows")
-                _show_object(choice, reader, found, head, output, force)
+                _show_object(choice, reader, entry, head, output, force)
             else:
-                _show_tensor(choice, reader, found, head, span, output, force)
+                _show_tensor(choice, reader, entry, head, row_range, output, force)
 
 
 def _show_tensor(
@@ -196,8 +194,8 @@ def _listed(array: Array) -> JsonValue:
 
 
 def _span(text: str) -> slice:
-    found = _ROWS.fullmatch(text)
-    if found is None:
+    match = _ROWS.fullmatch(text)
+    if match is None:
         raise UsageError(f"rows are A:B, either may be left out. rows={text}")
-    low, high = (int(part) if part not in ("", "-") else None for part in found.groups())
+    low, high = (int(part) if part not in ("", "-") else None for part in match.groups())
     return slice(low, high)

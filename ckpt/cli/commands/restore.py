@@ -30,10 +30,10 @@ WRITERS = {
     "torch": ("ckpt.restore.export.torch_files", "TorchWriter"),
     "safetensors": ("ckpt.restore.export.safetensors_files", "SafetensorsWriter"),
 }
-"""Each format and its writer, imported when it is asked for: only one of them needs torch."""
+"""Each format and its writer, imported on use: only one of them needs torch."""
 
 MEMORY_BYTES_MIN = 16 << 20
-"""The least that streaming works with: a window and one worker's scratch."""
+"""The least memory for streaming: a window and one worker's scratch memory."""
 
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)i?B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -124,17 +124,17 @@ def command(  # noqa: PLR0913
         )
         if not wanted:
             wanted = [store.select(selector)]
-        fallen: list[SnapshotId] = []
-        for place, snapshot in enumerate(wanted):
+        skipped: list[SnapshotId] = []
+        for index, snapshot in enumerate(wanted):
             try:
                 files = _restore(store, snapshot, folder, writer, options)
             except IntegrityError as error:
-                if place + 1 == len(wanted):
+                if index + 1 == len(wanted):
                     raise
                 warn(f"{snapshot} is damaged, so the next older one is restored: {error}")
-                fallen.append(snapshot)
+                skipped.append(snapshot)
                 continue
-            _print(choice, snapshot, form, fallen, files)
+            _print(choice, snapshot, form, skipped, files)
             return
 
 
@@ -160,32 +160,32 @@ def _print(
     if choice.as_json:
         listed: list[JsonValue] = [
             {
-                "path": str(one.path),
-                "item": one.item,
-                "rank": one.rank,
-                "size_bytes": one.size_bytes,
+                "path": str(file.path),
+                "item": file.item,
+                "rank": file.rank,
+                "size_bytes": file.size_bytes,
             }
-            for one in files
+            for file in files
         ]
         emit_json(
             {
                 "snapshot": id_json(snapshot),
                 "format": form,
-                "fell_back_from": [id_json(one) for one in fallen],
+                "fell_back_from": [id_json(file) for file in fallen],
                 "files": listed,
             }
         )
         return
     click.echo(f"restored {snapshot}")
-    for one in files:
-        click.echo(f"  {one.path}  {human_bytes(one.size_bytes)}")
+    for file in files:
+        click.echo(f"  {file.path}  {human_bytes(file.size_bytes)}")
 
 
 def _bytes(text: str) -> int:
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
         raise UsageError(f"not a size. memory={text}; write 256MiB or 1GiB")
-    size_bytes = int(found[1]) * _UNITS[found[2].upper()]
+    size_bytes = int(match[1]) * _UNITS[match[2].upper()]
     if size_bytes < MEMORY_BYTES_MIN:
         raise UsageError(
             f"too little memory to stream with. memory={text} least={MEMORY_BYTES_MIN >> 20}MiB"

@@ -44,7 +44,7 @@ def command(choice: StoreChoice, *, step: int, epoch: int | None, yes: bool) -> 
             )
         if not yes:
             if choice.as_json:
-                raise UsageError("with --json nobody can be asked. pass --yes")
+                raise UsageError("--json cannot ask for confirmation. pass --yes")
             click.confirm(
                 f"Drop {chosen} of {store.backend.url}? It cannot be restored afterwards.",
                 abort=True,

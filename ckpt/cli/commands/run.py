@@ -10,18 +10,23 @@ _EPILOG = """\b
 Examples:
   ckpt run --nproc-per-node=8 train.py
   ckpt run --rdzv-endpoint=h1:2379,h2:2379,h3:2379 --rdzv-id=JOB --nnodes=2 --nproc-per-node=8 \\
-           --secret=job.secret --tls-cert=node.pem --tls-key=node.key --tls-ca=ca.pem train.py --lr=0.1
+           --secret=job.secret --tls-cert=node.pem --tls-key=node.key --tls-ca=ca.pem train.py \
+--lr=0.1
   ckpt key new job.secret          make the secret, once; copy it to every node
 
 \b
-Options of ckpt and of torchrun may be mixed before the script; `ckpt run --nnodes=1 --help` lists torchrun's too. Start the
-same command on each node, and on one more than --nnodes says for a standby. Without --rdzv-endpoint all are on this machine.
-Further settings go into --rdzv-conf: ca_file, cert_file, key_file, user, password_file (of etcd), mirror_bytes, grow,
+Options of ckpt and of torchrun may be mixed before the script; `ckpt run --nnodes=1 --help` \
+lists torchrun's too. Start the
+same command on each node, and on one more than --nnodes says for a standby. Without \
+--rdzv-endpoint all are on this machine.
+Further settings go into --rdzv-conf: ca_file, cert_file, key_file, user, password_file (of \
+etcd), mirror_bytes, grow,
 grow_timeout, last_call_timeout, shrink_timeout, join_timeout, close_timeout.
 Nodes on different machines need --tls-cert, --tls-key and --tls-ca, or --plaintext.
 
 \b
-Exit codes: 0 all ended well · 1 the program failed on this node for good · 2 the options cannot work · 11 no round of nodes
+Exit codes: 0 all ended well · 1 the program failed on this node for good · 2 the options cannot \
+work · 11 no round of nodes
 came in time, or etcd does not answer · 12 the job was over already · 128 + n ended by signal n
 """
 
@@ -61,7 +66,8 @@ came in time, or etcd does not answer · 12 the job was over already · 128 + n 
 @click.option(
     "--standby",
     metavar="warm|wait",
-    help="warm: extra nodes start the program at once and hold mirrored state (default; for decorated programs only). "
+    help="warm: extra nodes start the program at once and hold mirrored state (default; for "
+    "decorated programs only). "
     "wait: they wait, for any program.",
 )
 @click.option(
@@ -78,7 +84,8 @@ came in time, or etcd does not answer · 12 the job was over already · 128 + n 
 @click.option(
     "--plaintext",
     is_flag=True,
-    help="Lend memory to other machines without TLS. Nobody can forge anything, but weights and optimizer state can then be "
+    help="Lend memory to other machines without TLS. Nobody can forge anything, but weights and "
+    "optimizer state can then be "
     "read by whoever sees the packets on their path.",
 )
 @click.argument(
@@ -90,6 +97,6 @@ def command(arguments: tuple[str, ...], *, plaintext: bool, **own: str | None) -
         f"--{name.replace('_', '-')}={value}" for name, value in own.items() if value is not None
     ]
     given += ["--plaintext"] if plaintext else []
-    # Loaded here only: no other command needs torch.
+    # Imported here: no other command needs torch.
     status: int = importlib.import_module("ckpt.elastic.rendezvous.run").run([*given, *arguments])
     return status

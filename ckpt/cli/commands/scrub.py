@@ -65,13 +65,13 @@ def command(
         scrub = Scrub(
             stores,
             write_quorum_of(backend),
-            mend=not look_only,
+            repair=not look_only,
             fill_empty=fill_empty,
             rate_bytes_per_s=rate_bytes_per_s,
         )
         report = scrub.run(threads=threads_for(stores))
     if report is None:
-        raise InternalError("a scrub that nobody stopped did not end")
+        raise InternalError("a scrub without a stop event was stopped")
     if choice.as_json:
         emit_json(report_json(report))
     else:
@@ -81,5 +81,5 @@ def command(
 
 
 def threads_for(stores: tuple[object, ...]) -> int:
-    """How many objects to look at at once, each on all stores."""
+    """How many objects to check at once, each on all stores."""
     return max(2, min(8, 2 * len(stores)))

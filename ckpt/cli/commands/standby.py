@@ -1,5 +1,4 @@
-"""``ckpt standby``: which nodes wait to take a lost one's place, and what they have of its
-state."""
+"""``ckpt standby``: the nodes of a job, its standbys, and the state that each one has."""
 
 from __future__ import annotations
 
@@ -50,17 +49,17 @@ folder cannot be trusted; 11 a keeper lives and does not answer.
 def command(*, as_json: bool) -> int:
     """Show the nodes of this machine's jobs: who holds which ranks, who waits, and how far behind
     its copy is."""
-    found = query_all()
-    reports = [one.report for one in found if isinstance(one, LiveKeeper)]
-    silent = [one for one in found if isinstance(one, SilentKeeper)]
+    answers = query_all()
+    reports = [answer.report for answer in answers if isinstance(answer, LiveKeeper)]
+    silent = [answer for answer in answers if isinstance(answer, SilentKeeper)]
     if as_json:
         emit_json({"jobs": [_json(report) for report in reports]})
     else:
         _print([report for report in reports if report.nodes])
-    for one in silent:
+    for answer in silent:
         warn(
-            f"a keeper does not answer. job={one.keeper.job!r} pid={one.keeper.pid} "
-            f"why={one.problem}"
+            f"a keeper does not answer. job={answer.keeper.job!r} pid={answer.keeper.pid} "
+            f"why={answer.problem}"
         )
     return UnavailableError.exit_code if silent else 0
 
@@ -68,49 +67,48 @@ def command(*, as_json: bool) -> int:
 def _print(reports: Sequence[KeeperReport]) -> None:
     if not reports:
         click.echo("no jobs of several nodes")
-    for at, report in enumerate(reports):
-        if at:
+    for number, report in enumerate(reports):
+        if number:
             click.echo()
         click.echo(f"{report.job} ({report.store}), attempt {report.attempt}")
         rows = [
             (
-                one.node + (" (here)" if one.here else ""),
-                _ranks_text(one),
-                snapshot_text(one.mirrored),
-                _behind_text(report, one),
+                node.node + (" (here)" if node.here else ""),
+                _ranks_text(node),
+                snapshot_text(node.mirrored),
+                _behind_text(report, node),
             )
-            for one in report.nodes
+            for node in report.nodes
         ]
         table(("NODE", "RANKS", "HAS", "BEHIND"), rows, right=frozenset(("BEHIND",)))
 
 
-def _ranks_text(one: NodeReport) -> str:
-    if not one.ranks:
+def _ranks_text(node: NodeReport) -> str:
+    if not node.ranks:
         return "standby"
     return (
-        str(one.first_rank)
-        if one.ranks == 1
-        else f"{one.first_rank}-{one.first_rank + one.ranks - 1}"
+        str(node.first_rank)
+        if node.ranks == 1
+        else f"{node.first_rank}-{node.first_rank + node.ranks - 1}"
     )
 
 
-def _behind_text(report: KeeperReport, one: NodeReport) -> str:
-    behind = _behind(report, one)
+def _behind_text(report: KeeperReport, node: NodeReport) -> str:
+    behind = _behind(report, node)
     return NOTHING if behind is None else str(behind)
 
 
 def _completed(report: KeeperReport) -> int | None:
-    """How many steps all ranks of that keeper's node completed; None: it has none, or they have not
-    begun."""
+    """Steps completed by all ranks of the keeper's node; None if it has no ranks or no step."""
     done = [rank.completed for rank in report.ranks if rank.completed >= 0]
     return min(done) if done else None
 
 
-def _behind(report: KeeperReport, one: NodeReport) -> int | None:
+def _behind(report: KeeperReport, node: NodeReport) -> int | None:
     completed = _completed(report)
-    if completed is None or one.mirrored is None:
+    if completed is None or node.mirrored is None:
         return None
-    return max(0, completed - one.mirrored.step)
+    return max(0, completed - node.mirrored.step)
 
 
 def _json(report: KeeperReport) -> dict[str, JsonValue]:
@@ -121,14 +119,14 @@ def _json(report: KeeperReport) -> dict[str, JsonValue]:
         "completed": _completed(report),
         "nodes": [
             {
-                "node": one.node,
-                "here": one.here,
-                "standby": not one.ranks,
-                "first_rank": one.first_rank,
-                "ranks": one.ranks,
-                "has": snapshot_json(one.mirrored),
-                "behind": _behind(report, one),
+                "node": node.node,
+                "here": node.here,
+                "standby": not node.ranks,
+                "first_rank": node.first_rank,
+                "ranks": node.ranks,
+                "has": snapshot_json(node.mirrored),
+                "behind": _behind(report, node),
             }
-            for one in report.nodes
+            for node in report.nodes
         ],
     }

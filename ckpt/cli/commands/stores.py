@@ -1,16 +1,23 @@
-"""``ckpt stores``: on which stores a log lies, and changing that."""
+"""``ckpt stores``: show or change the stores of a log."""
 
 from __future__ import annotations
+
+from contextlib import closing
 
 import click
 
 from ckpt.backends.base import Backend
 from ckpt.backends.replicated.open import open_job_stores
-from ckpt.cli.echo import emit_json, warn
+from ckpt.cli.echo import emit_json
 from ckpt.cli.output import table
-from ckpt.cli.store_options import StoreChoice, open_store, options_of, store_command
+from ckpt.cli.store_options import (
+    StoreChoice,
+    open_store,
+    options_of,
+    store_command,
+    warn_on_alarm,
+)
 from ckpt.errors import UsageError
-from ckpt.events import Event
 from ckpt.log.state import StoreSet
 from ckpt.maintenance import store_set as sets
 from ckpt.maintenance.replica import SyncLimits
@@ -26,13 +33,17 @@ Examples:
   ckpt stores takeover URL --replica URL...
 
 \b
-URL and --replica name the stores as they are now. `add`, `replace` and `remove` first bring every store what it will be counted
-on to hold, then write one record to the log; running jobs go by it from their next commit on, and are started with the new
+URL and --replica name the stores as they are now. `add`, `replace` and `remove` first bring \
+every store what it will be counted
+on to hold, then write one record to the log; running jobs go by it from their next commit on, \
+and are started with the new
 list from then on. A store that is replaced counts no more, should it come back.
 
 \b
-`takeover` is for a log whose places a file of another machine gave out, or another etcd (stores that do not create a key only
-once). Nothing but your word keeps those who used it from writing in the meantime: make sure that they are gone. The places come
+`takeover` is for a log whose places a file of another machine gave out, or another etcd (stores \
+that do not create a key only
+once). Nothing but your word keeps those who used it from writing in the meantime: make sure that \
+they are gone. The places come
 from the etcd that CKPT_SEQUENCER names from then on, or else from a file of this machine.
 
 \b
@@ -81,31 +92,33 @@ def command(
     """Show or change on which stores the log of the job at URL lies. ACTION: show, add, replace,
     remove or takeover."""
     _require(action, new_url=new_url, store_id=store_id, quorum=quorum)
-    effort = SyncLimits(rate_bytes_per_s=rate * 1e6 if rate is not None else None)
+    limits = SyncLimits(rate_bytes_per_s=rate * 1e6 if rate is not None else None)
     with open_store(choice) as store:
         journal, backend = store.journal, store.backend
         match action:
             case "add":
-                with _NewStore(new_url, new_options, choice) as new:
+                with _open_new(new_url, new_options, choice) as new:
                     sets.add(
                         journal,
                         backend,
                         new,
                         write_quorum=quorum or sets.MAJORITY,
-                        limits=effort,
-                        emit=_tell,
+                        limits=limits,
+                        emit=warn_on_alarm,
                     )
             case "replace":
-                with _NewStore(new_url, new_options, choice) as new:
-                    sets.replace(journal, backend, new, store_id or "", limits=effort, emit=_tell)
+                with _open_new(new_url, new_options, choice) as new:
+                    sets.replace(
+                        journal, backend, new, store_id or "", limits=limits, emit=warn_on_alarm
+                    )
             case "remove":
                 sets.remove(
                     journal,
                     backend,
                     store_id or "",
                     write_quorum=quorum or sets.MAJORITY,
-                    limits=effort,
-                    emit=_tell,
+                    limits=limits,
+                    emit=warn_on_alarm,
                 )
             case "takeover":
                 sets.take_over(journal, backend)
@@ -121,58 +134,48 @@ def _require(action: str, *, new_url: str | None, store_id: str | None, quorum: 
     ):
         if given != (action in where):
             raise UsageError(
-                f"{option} goes with {' and '.join(where)}{', and has to' if action in where else ' only'}. action={action}"
+                f"{option} goes with {' and '.join(where)}"
+                f"{', and is required' if action in where else ' only'}. action={action}"
             )
     if quorum is not None and action not in ("add", "remove"):
         raise UsageError(f"--quorum goes with add and remove only. action={action}")
 
 
-class _NewStore:
-    """The store that comes in, closed afterwards."""
-
-    def __init__(self, url: str | None, options: tuple[str, ...], choice: StoreChoice) -> None:
-        self._store = open_job_stores(
+def _open_new(url: str | None, options: tuple[str, ...], choice: StoreChoice) -> closing[Backend]:
+    """The store to add, closed afterwards."""
+    return closing(
+        open_job_stores(
             [url or ""],
             options_of(options, stores=1),
             encryption_key=choice.encryption_key,
-            emit=_tell,
+            emit=warn_on_alarm,
         )
-
-    def __enter__(self) -> Backend:
-        return self._store
-
-    def __exit__(self, *error: object) -> None:
-        self._store.close()
-
-
-def _tell(event: Event) -> None:
-    if event.alarm:
-        warn(event.text)
+    )
 
 
 def _print(
-    choice: StoreChoice, members: StoreSet | None, found: tuple[sets.StoreMembership, ...]
+    choice: StoreChoice, members: StoreSet | None, stores: tuple[sets.StoreMembership, ...]
 ) -> None:
     if choice.as_json:
         emit_json(
             {
                 "write_quorum": members.write_quorum if members else 1,
                 "sequencer": members.sequencer if members else "store",
-                "ids": list(members.ids) if members else [one.store_id for one in found],
+                "ids": list(members.ids) if members else [store.store_id for store in stores],
                 "stores": [
-                    {"url": one.url, "store_id": one.store_id, "counts": one.counts}
-                    for one in found
+                    {"url": store.url, "store_id": store.store_id, "counts": store.counts}
+                    for store in stores
                 ],
             }
         )
         return
     lost = (
-        [one for one in members.ids if one not in {here.store_id for here in found}]
+        [store for store in members.ids if store not in {store.store_id for store in stores}]
         if members
         else []
     )
-    rows = [[one.url, one.store_id or "-", "yes" if one.counts else "no"] for one in found]
-    rows += [["(not named, or silent)", one, "no"] for one in lost]
+    rows = [[store.url, store.store_id or "-", "yes" if store.counts else "no"] for store in stores]
+    rows += [["(not named, or silent)", store, "no"] for store in lost]
     table(["STORE", "ID", "COUNTS"], rows)
     if members is not None:
         click.echo(

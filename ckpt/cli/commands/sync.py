@@ -69,10 +69,10 @@ def command(
     """Make the store at DST a full replica of the one at SRC: all that snapshots need, and then the
     log.
 
-    DST is an empty place, or a replica that is behind or was interrupted. Each byte that has a digest is verified
-    before it is written. Damage of SRC is reported, and never copied. Nothing is deleted anywhere. With
-    --replica, what SRC has wrong is read from the other store. A replica counts for a running job only once that job knows
-    of it.
+    DST is an empty place, or a replica that is behind or was interrupted. Each byte that has a
+    digest is verified before it is written. Damage of SRC is reported, and never copied. Nothing is
+    deleted anywhere. With --replica, what SRC has wrong is read from the other store. A replica
+    counts for a running job only once that job knows of it.
     """
     sources = (src, *replicas)
     each = options_of(options.storage_options, stores=len(sources) + 1)
@@ -98,13 +98,13 @@ def command(
 
 
 def _packs_bytes(source: Backend) -> int:
-    """How much a first sync moves at most; only a progress bar wants to know."""
+    """The total for the progress bar: what a first sync copies at most."""
     return sum(stat.size_bytes for stat in source.list(keys.PACKS)) if sys.stderr.isatty() else 0
 
 
 def _print(report: SyncReport, dst: str) -> None:
-    for key, why in report.damaged:
-        click.echo(f"DAMAGED  {key}: not copied\n    {why}")
+    for key, reason in report.damaged:
+        click.echo(f"DAMAGED  {key}: not copied\n    {reason}")
     if report.hole is not None:
         click.echo(
             f"LOST     the log of the source: record {report.hole.seq} and all after it\n    "
@@ -130,7 +130,7 @@ def _json(report: SyncReport) -> JsonValue:
         "present_objects": report.present_objects,
         "records": report.records,
         "folds": report.folds,
-        "damaged": [{"key": key, "message": why} for key, why in report.damaged],
+        "damaged": [{"key": key, "message": reason} for key, reason in report.damaged],
         "hole": None
         if report.hole is None
         else {"seq": report.hole.seq, "reason": report.hole.reason},

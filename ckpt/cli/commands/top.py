@@ -32,14 +32,13 @@ from ckpt.errors import NotFoundError, UnavailableError
 from ckpt.ipc.runtime_dir import JobFolder, list_jobs
 
 SAMPLES_MAX = 20
-"""Over how many samples a rank's pace is taken: short enough to see it change, long enough for slow
-steps."""
+"""Samples that a rank's rate is averaged over: few enough to show a change."""
 
 LOST_S_MAX = 15.0
-"""How long to wait for a keeper that is gone: supervisors start another one well within this."""
+"""Wait for a keeper that is gone: supervisors start another one well within this."""
 
 RETRY_S = 0.1
-"""How often a keeper that is gone is looked for."""
+"""Poll interval for a keeper that is gone."""
 
 RECOVERIES_SHOWN = 5
 
@@ -83,7 +82,7 @@ def command(*, job: str | None, interval_s: float, once: bool, as_json: bool) ->
     """Watch one job of this machine: each rank's step, pace, phase and slots, and the last
     recoveries."""
     folders = [folder for folder in list_jobs() if folder.has_keeper()]
-    folder = folders[choose_keeper([keeper_identity(one) for one in folders], job)]
+    folder = folders[choose_keeper([keeper_identity(folder) for folder in folders], job)]
     watch = JobWatch(folder)
     try:
         samples = [watch.sample()]
@@ -104,15 +103,14 @@ def command(*, job: str | None, interval_s: float, once: bool, as_json: bool) ->
 
 
 class JobWatch:
-    """Samples of one job; goes on with the next keeper where one is replaced by another."""
+    """Samples of one job; continues with the next keeper if one is replaced."""
 
     def __init__(self, folder: JobFolder) -> None:
         self._folder = folder
         self._asker: KeeperQuery | None = None
 
     def sample(self) -> ReportSample:
-        """What the keeper says now. Raises UnavailableError where it does not, NotFoundError where
-        it has no job yet."""
+        """The keeper's report. Raises UnavailableError, or NotFoundError if it has no ranks yet."""
         try:
             self._asker = self._asker or KeeperQuery(self._folder)
             report = self._asker.report()
@@ -124,8 +122,7 @@ class JobWatch:
         return ReportSample(time.monotonic(), report)
 
     def next_sample(self) -> ReportSample | None:
-        """As ``sample``, but waits LOST_S_MAX for another keeper; None where the job is over and
-        its folder gone."""
+        """The next sample, waiting LOST_S_MAX for another keeper; None if the job has ended."""
         until_s = time.monotonic() + LOST_S_MAX
         while True:
             try:
@@ -138,7 +135,7 @@ class JobWatch:
             time.sleep(RETRY_S)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         if self._asker is not None:
             self._asker.close()
             self._asker = None
@@ -149,8 +146,7 @@ ShowSamples = Callable[[Sequence[ReportSample]], None]
 
 @contextmanager
 def _shown(*, as_json: bool) -> Iterator[ShowSamples]:
-    """How a view is put out: a document, text one below the other, or in place of the last one on a
-    terminal."""
+    """The way to show samples: as JSON, as text in a pipe, or in place on a terminal."""
     if as_json:
         yield lambda samples: emit_json(live_json(samples))
         return
@@ -163,7 +159,7 @@ def _shown(*, as_json: bool) -> Iterator[ShowSamples]:
 
 
 def render(samples: Sequence[ReportSample]) -> RenderableType:
-    """What people see of the last sample."""
+    """The last sample as text and tables."""
     report = samples[-1].report
     parts: list[RenderableType] = [Text(f"{label:<10}{text}") for label, text in summary(report)]
     parts += [

@@ -95,28 +95,30 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_s
                 _print(outcomes[-1])
         if choice.as_json:
             ok = hole is None and not any(outcome.damaged for outcome in outcomes)
-            told: JsonValue = None if hole is None else {"seq": hole.seq, "reason": hole.reason}
+            hole_json: JsonValue = (
+                None if hole is None else {"seq": hole.seq, "reason": hole.reason}
+            )
             emit_json(
-                {"ok": ok, "snapshots": [_json(outcome) for outcome in outcomes], "hole": told}
+                {"ok": ok, "snapshots": [_json(outcome) for outcome in outcomes], "hole": hole_json}
             )
         elif hole is not None:
             click.echo(
                 f"DAMAGED  the log: record {hole.seq} and all after it are lost to readers\n    "
                 f"{hole.reason}"
             )
-        whats = {one.what for outcome in outcomes for one in outcome.damaged}
-        if hole is not None or whats - {"unreadable"}:
+        kinds = {damaged.what for outcome in outcomes for damaged in outcome.damaged}
+        if hole is not None or kinds - {"unreadable"}:
             return IntegrityError.exit_code
-        return UnavailableError.exit_code if whats else 0
+        return UnavailableError.exit_code if kinds else 0
 
 
 def _each_store(choice: StoreChoice, store: OpenStore, only: frozenset[SnapshotId] | None) -> int:
-    """Compare all stores, of the log everything, of the objects what ``only`` needs (None: all)."""
+    """Compare the whole log on all stores, and the objects of snapshots ``only`` (None: all)."""
     stores = stores_of(store.backend)
-    comparison = Scrub(stores, write_quorum_of(store.backend), mend=False, only=only)
+    comparison = Scrub(stores, write_quorum_of(store.backend), repair=False, only=only)
     report = comparison.run(threads=READ_THREADS)
     if report is None:
-        raise InternalError("a comparison that nobody stopped did not end")
+        raise InternalError("a comparison without a stop event was stopped")
     if choice.as_json:
         emit_json(report_json(report))
     else:
@@ -128,7 +130,7 @@ def _verify(store: OpenStore, snapshot: SnapshotId, memo: VerifyMemo) -> _Outcom
     try:
         index = load_index(store.backend, store.state, snapshot)
     except IntegrityError as error:
-        # Without its records a snapshot's bytes cannot even be found.
+        # Without its manifest and parts it is unknown which bytes the snapshot has.
         return _Outcome(snapshot, None, (DamagedObject("", 0, (), "record", str(error)),))
     with progress(f"verifying {snapshot}", index.manifest.size_bytes) as on_progress:
         report = verify(index, store.backend, on_progress=on_progress, memo=memo)
@@ -148,10 +150,10 @@ def _print(outcome: _Outcome) -> None:
     click.echo(
         f"DAMAGED  {outcome.snapshot}: {len(outcome.damaged)} found; read {read or 'nothing'}"
     )
-    for one in outcome.damaged:
-        where = f"{one.key} at {one.offset_bytes}" if one.key else ""
-        needed = f" needed by {', '.join(one.leaves)}" if one.leaves else ""
-        click.echo(f"  {one.what}: {where}{needed}\n    {one.message}")
+    for damaged in outcome.damaged:
+        where = f"{damaged.key} at {damaged.offset_bytes}" if damaged.key else ""
+        needed = f" needed by {', '.join(damaged.leaves)}" if damaged.leaves else ""
+        click.echo(f"  {damaged.what}: {where}{needed}\n    {damaged.message}")
 
 
 def _json(outcome: _Outcome) -> JsonValue:
@@ -165,12 +167,12 @@ def _json(outcome: _Outcome) -> JsonValue:
         "objects": 0 if report is None else report.objects,
         "damaged": [
             {
-                "key": one.key,
-                "offset_bytes": one.offset_bytes,
-                "leaves": list(one.leaves),
-                "what": one.what,
-                "message": one.message,
+                "key": damaged.key,
+                "offset_bytes": damaged.offset_bytes,
+                "leaves": list(damaged.leaves),
+                "what": damaged.what,
+                "message": damaged.message,
             }
-            for one in outcome.damaged
+            for damaged in outcome.damaged
         ],
     }

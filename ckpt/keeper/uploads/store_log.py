@@ -317,7 +317,7 @@ class StoreLog:
                 policy=parse_policy(self._retention.keep), grace_s=self._retention.grace_s
             )
             self._rounds = GcRounds(
-                self.backend, keep, epoch=lambda: self._recorded, tell=self._emit
+                self.backend, keep, epoch=lambda: self._recorded, emit=self._emit
             )
             self._rounds.pause()  # trainers that open an epoch restore next
 

@@ -1,1 +1,1 @@
-"""Trying a store out, and saying what is wrong with it."""
+"""Examinations of stores: probes, and findings with advice."""

@@ -1,4 +1,4 @@
-"""What findings about stores mean for whoever wants to keep a job's state in them. Pure."""
+"""The doctor's findings about stores, and the advice that follows from them. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Literal
 
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
 
-# What an examination of stores found, and what is to be thought of it. Only facts.
-
 Level = Literal["ok", "note", "warning", "bad"]
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long one kind of small operation took, over ``count`` of them."""
+    """The duration of one kind of small operation, over ``count`` of them."""
 
     median_s: float
     p95_s: float
@@ -24,7 +22,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreContent:
-    """What lies in a store already.
+    """What a store holds already.
 
     ``kind``: ``empty``; ``store``: a ckpt store; ``headless``: a log without a readable
     ``ckpt.json``; ``foreign``: objects that are not ours; ``unknown``: it could not be read, see
@@ -39,7 +37,7 @@ class StoreContent:
     newest: str = ""
     next_seq: int = 0
     members: tuple[str, ...] = ()
-    """The ids of the stores that its log names; none where it names none."""
+    """The ids of the stores that its log names; empty for a log in one store."""
     write_quorum: int = 0
     hole: str = ""
     problem: str = ""
@@ -47,14 +45,13 @@ class StoreContent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFindings:
-    """What was found out about one store by using it. Times are None where the operation was not
-    tried or failed.
+    """What using one store showed. Times are None if the operation was not tried or failed.
 
-    ``failures``: operation to why it failed. ``list_after_put``, ``list_after_delete``: whether a
-    list that was begun after the operation's return told of it; ``other_client``: whether another
-    connection's did. ``skew_s``: by how much the store's clock is ahead of ours, ``skew_unsure_s``
-    how far that can be off. ``same_as``: other stores of the examination, by number, that turned
-    out to be this very place. ``leftovers``: probe objects that could not be removed.
+    ``failures``: the reason of each operation that failed. ``list_after_put``,
+    ``list_after_delete``: whether a list showed the operation once it had returned;
+    ``other_client``: whether another connection's list did. ``skew_s``: how far the store's clock
+    is ahead of ours, give or take ``skew_unsure_s``. ``same_as``: other examined stores, by number,
+    that are the same place. ``leftovers``: probe objects that could not be deleted.
     """
 
     url: str
@@ -71,20 +68,19 @@ class StoreFindings:
     skew_s: float | None = None
     skew_unsure_s: float = 0.0
     free_bytes: int | None = None
-    holds: StoreContent = StoreContent(kind="unknown")
+    content: StoreContent = StoreContent(kind="unknown")
     same_as: tuple[int, ...] = ()
     leftovers: tuple[str, ...] = ()
 
     @property
     def reached(self) -> bool:
-        """Whether anything worked at all."""
+        """Whether the store answered at all."""
         return "reach" not in self.failures
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One thing to know: how grave, a stable word for programs, which store (None: all together),
-    what is, what to do."""
+    """One finding for the user: severity, a stable code, the store (None: all), text and remedy."""
 
     level: Level
     code: str
@@ -95,8 +91,11 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """All advice, gravest first. ``exit_code``: 0 well (notes and warnings included), 2 these
-    stores can't be used so, 11 some do not answer or deny, 20 damage."""
+    """All advice, most severe first.
+
+    ``exit_code``: 0 nothing is bad, 2 these stores cannot be used in this way, 11 some do not
+    answer or deny access, 20 damage. ``answers_min``: stores needed to know what is newest.
+    """
 
     advice: tuple[Advice, ...]
     write_quorum: int
@@ -110,10 +109,10 @@ class Assessment:
 
 
 SKEW_S_MAX = 3600.0
-"""Sweeps go by the store's clock alone; a clock that is hours off confuses people, and expiring
-credentials."""
+"""Sweeps use only the store's clock. A clock that is hours off still confuses people and breaks
+expiring credentials."""
 FREE_BYTES_MIN = 10 << 30
-"""Less free space than this is told: one snapshot of a small model needs about as much."""
+"""One snapshot of a small model needs about as much free space."""
 SLOW_OPERATION_S = 2.0
 """A commit costs some three operations in a row on each store; at this median they take longer than
 many steps do."""
@@ -126,126 +125,127 @@ _AWAY = frozenset({"unreachable", "denied"})
 
 
 def assess(findings: Sequence[StoreFindings], write_quorum: int | None = None) -> Assessment:
-    """What the stores will and won't do for ckpt, together and each. ``write_quorum`` None: the
-    majority."""
+    """What the stores can do for ckpt, each and together. ``write_quorum`` None: the majority."""
     count = len(findings)
     quorum = count // 2 + 1 if write_quorum is None else write_quorum
-    advice = [one for number, found in enumerate(findings) for one in _of_store(number, found)]
+    advice = [entry for number, store in enumerate(findings) for entry in _of_store(number, store)]
     advice += _of_identity(findings)
     advice += _of_quorum(findings, quorum)
-    advice.sort(key=lambda one: (_ORDER[one.level], -1 if one.store is None else one.store))
+    advice.sort(key=lambda entry: (_ORDER[entry.level], -1 if entry.store is None else entry.store))
     return Assessment(tuple(advice), quorum, count - quorum + 1, _exit_code(advice))
 
 
-def writable(found: StoreFindings) -> bool:
-    """Whether objects can be put into the store and read back rightly."""
+def writable(store: StoreFindings) -> bool:
+    """Whether objects can be put into the store and are read back with the same bytes."""
     return (
-        found.reached
-        and not ({"put", "read"} & found.failures.keys())
-        and found.read_back_right is not False
+        store.reached
+        and not ({"put", "read"} & store.failures.keys())
+        and store.read_back_right is not False
     )
 
 
-def _of_store(number: int, found: StoreFindings) -> Iterator[Advice]:
-    if not found.reached:
+def _of_store(number: int, store: StoreFindings) -> Iterator[Advice]:
+    if not store.reached:
         yield Advice(
             "bad",
             "unreachable",
             number,
-            f"it does not answer: {found.failures['reach']}",
+            f"it does not answer: {store.failures['reach']}",
             "check the address, the network and the credentials",
         )
         return
-    yield from _of_permissions(number, found)
-    if found.read_back_right is False:
+    yield from _of_permissions(number, store)
+    if store.read_back_right is False:
         yield Advice(
             "bad",
             "read-back-wrong",
             number,
-            "what was put came back with other bytes",
-            "do not use this store: its disk, memory or a proxy in between changes data",
+            "an object was read back with other bytes than were put",
+            "do not use this store: its disk, its memory or a proxy changes data",
         )
-    yield from _of_creation(number, found)
-    yield from _of_consistency(number, found)
-    yield from _of_speed(number, found)
-    yield from _of_holdings(number, found.holds)
-    if found.leftovers:
+    yield from _of_creation(number, store)
+    yield from _of_consistency(number, store)
+    yield from _of_speed(number, store)
+    yield from _of_content(number, store.content)
+    if store.leftovers:
         yield Advice(
             "note",
             "leftovers",
             number,
-            f"probe objects could not be removed: {', '.join(found.leftovers)}",
-            "delete what lies below probe/ there",
+            f"probe objects could not be deleted: {', '.join(store.leftovers)}",
+            "delete the objects below probe/ there",
         )
 
 
-def _of_permissions(number: int, found: StoreFindings) -> Iterator[Advice]:
+def _of_permissions(number: int, store: StoreFindings) -> Iterator[Advice]:
     needed = {
         "put": ("it can't be written to", "grant permission to put objects, or make room"),
         "read": ("objects can't be read", "grant permission to get objects"),
         "list": ("it can't be listed", "grant permission to list the prefix"),
     }
     for operation, (text, remedy) in needed.items():
-        if operation in found.failures:
-            yield Advice("bad", "denied", number, f"{text}: {found.failures[operation]}", remedy)
-    if "delete" in found.failures:
+        if operation in store.failures:
+            yield Advice("bad", "denied", number, f"{text}: {store.failures[operation]}", remedy)
+    if "delete" in store.failures:
         yield Advice(
             "warning",
             "no-delete",
             number,
-            f"objects can't be deleted, so nothing is ever swept: {found.failures['delete']}",
+            f"objects can't be deleted, so nothing is ever swept: {store.failures['delete']}",
             "grant permission to delete objects, or clean up with the store's own means",
         )
 
 
-def _of_creation(number: int, found: StoreFindings) -> Iterator[Advice]:
-    if found.create_only:
+def _of_creation(number: int, store: StoreFindings) -> Iterator[Advice]:
+    if store.create_only:
         yield Advice(
-            "ok", "creates-once", number, "can give out log places: yes, it creates a key only once"
+            "ok", "creates-once", number, "can be the sequencer: yes, it supports create-if-absent"
         )
-    elif found.create_only is False and "put" not in found.failures:
+    elif store.create_only is False and "put" not in store.failures:
         yield Advice(
             "warning",
             "replica-only",
             number,
-            "can give out log places: no, it overwrites keys; so it can be a replica, not a lone "
-            "or the deciding store",
+            "can be the sequencer: no, it overwrites keys; so it can be a replica, not the only "
+            "store",
             "use a store with conditional puts beside it, or a sequencer of its own",
         )
 
 
-def _of_consistency(number: int, found: StoreFindings) -> Iterator[Advice]:
+def _of_consistency(number: int, store: StoreFindings) -> Iterator[Advice]:
     stale = [
-        what
-        for what, seen in (
-            ("right after a put", found.list_after_put),
-            ("right after a delete", found.list_after_delete),
-            ("over a second connection", found.other_client),
+        moment
+        for moment, is_listed in (
+            ("right after a put", store.list_after_put),
+            ("right after a delete", store.list_after_delete),
+            ("over a second connection", store.other_client),
         )
-        if seen is False
+        if is_listed is False
     ]
     if stale:
         yield Advice(
             "bad",
             "stale-lists",
             number,
-            f"its listings are old {' and '.join(stale)}, so a reader may miss the newest records",
+            f"its lists are stale {' and '.join(stale)}, so a reader may miss the newest records",
             "turn off caching between here and the store (attribute caches of mounts, proxies), or "
             "use another store",
         )
-    if found.skew_s is not None and abs(found.skew_s) - found.skew_unsure_s > SKEW_S_MAX:
+    if store.skew_s is not None and abs(store.skew_s) - store.skew_unsure_s > SKEW_S_MAX:
         yield Advice(
             "warning",
             "clock-skew",
             number,
-            f"its clock and this machine's differ by {found.skew_s:.0f} s",
+            f"its clock and this machine's differ by {store.skew_s:.0f} s",
             "set the clocks; sweeps count by the store's, and signatures of requests may be "
             "refused",
         )
 
 
-def _of_speed(number: int, found: StoreFindings) -> Iterator[Advice]:
-    slow = sorted(name for name, took in found.latency.items() if took.median_s > SLOW_OPERATION_S)
+def _of_speed(number: int, store: StoreFindings) -> Iterator[Advice]:
+    slow = sorted(
+        name for name, latency in store.latency.items() if latency.median_s > SLOW_OPERATION_S
+    )
     if slow:
         yield Advice(
             "warning",
@@ -254,48 +254,48 @@ def _of_speed(number: int, found: StoreFindings) -> Iterator[Advice]:
             f"small operations take longer than {SLOW_OPERATION_S:g} s: {', '.join(slow)}",
             "use a store that is nearer; snapshots become durable later, training does not wait",
         )
-    for way, speed in (("up", found.up_bytes_per_s), ("down", found.down_bytes_per_s)):
+    for direction, speed in (("up", store.up_bytes_per_s), ("down", store.down_bytes_per_s)):
         if speed is not None and speed < SLOW_BYTES_PER_S:
             yield Advice(
                 "note",
-                f"slow-{way}",
+                f"slow-{direction}",
                 number,
-                f"one stream {way} moves {speed / 1e6:.1f} MB/s",
+                f"one stream {direction} moves {speed / 1e6:.1f} MB/s",
                 "ckpt uses several at once; expect snapshots to become durable slowly all the same",
             )
-    if found.free_bytes is not None and found.free_bytes < FREE_BYTES_MIN:
+    if store.free_bytes is not None and store.free_bytes < FREE_BYTES_MIN:
         yield Advice(
             "warning",
             "little-space",
             number,
-            f"{found.free_bytes / 2**30:.1f} GiB are free",
+            f"{store.free_bytes / 2**30:.1f} GiB are free",
             "free space, drop snapshots and sweep with ckpt gc, or use another place",
         )
 
 
-def _of_holdings(number: int, holds: StoreContent) -> Iterator[Advice]:
-    match holds.kind:
-        case "store" if holds.hole:
-            text = f"the log of job {holds.job!r} has a hole: {holds.hole}"
+def _of_content(number: int, content: StoreContent) -> Iterator[Advice]:
+    match content.kind:
+        case "store" if content.hole:
+            text = f"the log of job {content.job!r} has a hole: {content.hole}"
             yield Advice(
-                "bad", "log-hole", number, text, "mend it from the other stores with ckpt scrub"
+                "bad", "log-hole", number, text, "repair it from the other stores with ckpt scrub"
             )
         case "store":
-            what = f"newest {holds.newest}" if holds.newest else "no snapshot"
+            newest = f"newest {content.newest}" if content.newest else "no snapshot"
             yield Advice(
                 "ok",
                 "store",
                 number,
-                f"holds job {holds.job!r}: {holds.snapshots} snapshots, {what}",
+                f"holds job {content.job!r}: {content.snapshots} snapshots, {newest}",
             )
         case "headless":
-            text = f"holds a log, but its ckpt.json can't be read: {holds.problem}"
+            text = f"holds a log, but its ckpt.json cannot be read: {content.problem}"
             yield Advice(
                 "bad",
                 "headless",
                 number,
                 text,
-                "mend it with ckpt scrub, together with the log's other stores",
+                "repair it with ckpt scrub, together with the log's other stores",
             )
         case "foreign":
             text = "holds objects that are not ckpt's"
@@ -304,12 +304,10 @@ def _of_holdings(number: int, holds: StoreContent) -> Iterator[Advice]:
                 "foreign",
                 number,
                 text,
-                "a prefix of its own keeps others' clean-up away from snapshots",
+                "use a prefix of its own, so that no other clean-up deletes snapshots",
             )
         case "unknown":
-            text = (
-                f"what is there could not be found out: {holds.problem or 'it was not looked at'}"
-            )
+            text = f"what is there could not be determined: {content.problem or 'it was not read'}"
             yield Advice(
                 "warning",
                 "unknown-content",
@@ -322,8 +320,8 @@ def _of_holdings(number: int, holds: StoreContent) -> Iterator[Advice]:
 
 
 def _of_identity(findings: Sequence[StoreFindings]) -> Iterator[Advice]:
-    for number, found in enumerate(findings):
-        for other in found.same_as:
+    for number, store in enumerate(findings):
+        for other in store.same_as:
             if other > number:
                 yield Advice(
                     "bad",
@@ -333,19 +331,15 @@ def _of_identity(findings: Sequence[StoreFindings]) -> Iterator[Advice]:
                     "copy, not two",
                     "name each place once",
                 )
-    stores = [
-        (number, found.holds)
-        for number, found in enumerate(findings)
-        if found.holds.kind in ("store", "headless")
-    ]
-    known = [(number, holds) for number, holds in stores if holds.kind == "store"]
-    for number, holds in known[1:]:
-        first = known[0][1]
-        if holds.job != first.job:
-            text = f"holds job {holds.job!r}, store {known[0][0] + 1} holds {first.job!r}"
+    contents = [(number, store.content) for number, store in enumerate(findings)]
+    with_record = [(number, content) for number, content in contents if content.kind == "store"]
+    for number, content in with_record[1:]:
+        first = with_record[0][1]
+        if content.job != first.job:
+            text = f"holds job {content.job!r}, store {with_record[0][0] + 1} holds {first.job!r}"
             yield Advice("bad", "other-job", number, text, "name stores of one job")
-        elif holds.log_id != first.log_id:
-            text = f"holds another log of job {holds.job!r} than store {known[0][0] + 1}"
+        elif content.log_id != first.log_id:
+            text = f"holds another log of job {content.job!r} than store {with_record[0][0] + 1}"
             yield Advice(
                 "bad",
                 "other-log",
@@ -353,35 +347,40 @@ def _of_identity(findings: Sequence[StoreFindings]) -> Iterator[Advice]:
                 text,
                 "keep one of them, and fill the other place anew with ckpt sync",
             )
-        elif holds.store_id == first.store_id and number not in findings[known[0][0]].same_as:
-            text = f"is a plain copy of store {known[0][0] + 1}: both have one id"
+        elif (
+            content.store_id == first.store_id and number not in findings[with_record[0][0]].same_as
+        ):
+            text = f"is a plain copy of store {with_record[0][0] + 1}: both have one id"
             yield Advice(
                 "bad", "copied-store", number, text, "empty it, and fill it with ckpt sync"
             )
-    yield from _of_members(findings, known)
+    yield from _of_members(findings, with_record)
 
 
 def _of_members(
-    findings: Sequence[StoreFindings], known: Sequence[tuple[int, StoreContent]]
+    findings: Sequence[StoreFindings], with_record: Sequence[tuple[int, StoreContent]]
 ) -> Iterator[Advice]:
-    furthest = max((holds for _, holds in known), key=lambda holds: holds.next_seq, default=None)
+    furthest = max(
+        (content for _, content in with_record), key=lambda content: content.next_seq, default=None
+    )
     if furthest is None:
         return
     behind = [
         n
-        for n, holds in known
-        if holds.log_id == furthest.log_id and holds.next_seq < furthest.next_seq
+        for n, content in with_record
+        if content.log_id == furthest.log_id and content.next_seq < furthest.next_seq
     ]
     for number in behind:
-        text = f"its log ends {furthest.next_seq - findings[number].holds.next_seq} records before another store's"
+        missing_records = furthest.next_seq - findings[number].content.next_seq
+        text = f"its log ends {missing_records} records before another store's"
         yield Advice(
             "warning", "behind", number, text, "bring it up to date with ckpt scrub or ckpt sync"
         )
     if not furthest.members:
         return
-    given = {holds.store_id for _, holds in known}
-    for number, holds in known:
-        if holds.store_id not in furthest.members and holds.log_id == furthest.log_id:
+    given = {content.store_id for _, content in with_record}
+    for number, content in with_record:
+        if content.store_id not in furthest.members and content.log_id == furthest.log_id:
             text = "the log does not count it among its stores"
             yield Advice(
                 "note",
@@ -392,7 +391,10 @@ def _of_members(
             )
     missing = set(furthest.members) - given
     if missing:
-        text = f"the log is on {len(furthest.members)} stores, of which {len(missing)} are not named here"
+        text = (
+            f"the log is on {len(furthest.members)} stores, of which {len(missing)} are not named "
+            "here"
+        )
         yield Advice(
             "note",
             "members-missing",
@@ -410,23 +412,29 @@ def _of_quorum(findings: Sequence[StoreFindings], quorum: int) -> Iterator[Advic
         return
     places = _places(findings)
     good = sum(any(writable(findings[number]) for number in place) for place in places)
-    creators = sum(writable(found) and found.create_only is True for found in findings)
+    creators = sum(writable(store) and store.create_only is True for store in findings)
     if count == 1:
         yield from _of_one(good, creators)
         return
     if good < quorum:
-        text = f"{good} of {count} stores can be written to, {quorum} are needed: nothing would become durable"
-        yield Advice("bad", "no-quorum", None, text, "mend what is said of each store above")
+        text = (
+            f"{good} of {count} stores can be written to, {quorum} are needed: nothing would "
+            "become durable"
+        )
+        yield Advice("bad", "no-quorum", None, text, "fix the problems of each store above")
     else:
         spare = good - quorum
-        text = f"{quorum} of {count} stores are needed for a snapshot, {count - quorum + 1} to know the newest; {good} are well"
-        remedy = "" if spare else "one more failing stops commits: mend or add a store"
+        text = (
+            f"{quorum} of {count} stores are needed for a snapshot, {count - quorum + 1} to know "
+            f"the newest; {good} are well"
+        )
+        remedy = "" if spare else "one more failure stops commits: repair or add a store"
         yield Advice("ok" if spare else "warning", "quorum", None, text, remedy)
     if good >= quorum > creators:
         text = (
-            f"{creators} of {count} stores create a key only once, {quorum} are needed to give out "
-            "the log's places together; "
-            "so a file of one machine will, and only that machine can write"
+            f"{creators} of {count} stores support create-if-absent, {quorum} are needed to be the "
+            "log's sequencer together; so a file of one machine is the sequencer, and only that "
+            "machine can write"
         )
         yield Advice(
             "warning",
@@ -442,25 +450,29 @@ def _of_one(good: int, creators: int) -> Iterator[Advice]:
         remedy = "name two more for a replica each"
         yield Advice("note", "one-store", None, "one store: what it loses is lost", remedy)
     if good and not creators:
-        text = "it does not create a key only once, so two writers could overwrite each other's records"
+        text = (
+            "it does not support create-if-absent, so two writers could overwrite each other's "
+            "records"
+        )
         remedy = "use a store that does (a folder, S3, GCS, Azure), or three stores together"
         yield Advice("bad", "no-sequencer", None, text, remedy)
 
 
 def _places(findings: Sequence[StoreFindings]) -> list[set[int]]:
-    """The stores' numbers by the place that they turned out to be."""
+    """The stores' numbers, grouped by the place that they turned out to be."""
     places: list[set[int]] = []
-    for number, found in enumerate(findings):
-        mine = next((place for place in places if place & set(found.same_as)), None)
-        if mine is None:
+    for number, store in enumerate(findings):
+        place = next((place for place in places if place & set(store.same_as)), None)
+        if place is None:
             places.append({number})
         else:
-            mine.add(number)
+            place.add(number)
     return places
 
 
 def _exit_code(advice: Sequence[Advice]) -> int:
-    bad = {one.code for one in advice if one.level == "bad"}
+    bad = {entry.code for entry in advice if entry.level == "bad"}
+    # Damage first: it needs a repair even if other stores are away.
     if bad & _DAMAGE:
         return IntegrityError.exit_code
     if bad - _DAMAGE - _AWAY - {"no-quorum"}:

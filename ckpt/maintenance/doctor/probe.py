@@ -1,5 +1,8 @@
-"""Finding out what a store does by doing it, with short-lived objects below a name that nobody else
-uses."""
+"""Examining stores by using them: permissions, consistency, speed, and what they already hold.
+
+An examination writes short-lived objects below ``probe/<random>/`` and deletes them, also after
+failures.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,17 @@ from ckpt.format.store import JOB_BYTES_MAX, JobRecord
 from ckpt.log.reader import read_new, read_start
 from ckpt.maintenance.doctor.findings import Latency, StoreContent, StoreFindings
 
-# What lies in a store already. Reads little: a list of its first keys, ``ckpt.json`` and the log.
-
 PROBE_FOLDER = "probe/"
-"""Below this, examinations put their short-lived objects."""
+"""Prefix of the short-lived objects of examinations."""
 LISTED_MAX = 100
-"""How many keys of a place without a store are looked at."""
+"""Keys that are listed in a place without a ckpt store."""
 
 
 def read_content(store: Backend) -> StoreContent:
-    """What ``store`` holds. Raises UnavailableError and its kinds where it does not answer or
-    denies."""
+    """What ``store`` holds, from ``ckpt.json``, the log, or a list of its first keys.
+
+    Raises UnavailableError, or a subclass, if it does not answer or denies access.
+    """
     try:
         record = JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
     except NotFoundError:
@@ -65,7 +68,7 @@ def read_content(store: Backend) -> StoreContent:
 def _without_record(store: Backend) -> StoreContent:
     if next(iter(store.list(keys.LOG)), None) is not None:
         return StoreContent(kind="headless", problem=f"{keys.JOB_KEY} is gone")
-    # What an earlier examination could not remove says nothing about whose place it is.
+    # Probe objects that an earlier examination could not delete do not make the place foreign.
     first = [
         stat.key
         for stat in islice(store.list(""), LISTED_MAX)
@@ -79,7 +82,7 @@ T = TypeVar("T")
 SMALL_OPERATIONS = 20
 SMALL_BYTES = 512
 LARGE_BYTES = 16 << 20
-"""Size of the object that the throughput is measured with, when the caller names none."""
+"""Default size of the object that throughput is measured with."""
 
 
 @dataclass(slots=True)
@@ -89,7 +92,7 @@ class StoreProbe:
 
     store: Backend
     reopen: Callable[[], Backend] | None = None
-    """Opens the same store once more, for a second client."""
+    """Opens the same store again, for a second client."""
     clock: Callable[[], float] = time.perf_counter
     wall_clock: Callable[[], float] = time.time
     _prefix: str = field(default_factory=lambda: f"{PROBE_FOLDER}{secrets.token_hex(8)}/")
@@ -97,12 +100,12 @@ class StoreProbe:
     _failures: dict[str, str] = field(default_factory=dict)
     _times: dict[str, list[float]] = field(default_factory=dict)
     _wrong: bool = False
-    """Other bytes came back than were put."""
+    """Other bytes were read than were put."""
 
     def run(self, *, large_bytes: int = LARGE_BYTES) -> StoreFindings:
-        """Everything that one store alone can be asked. Raises nothing of the store."""
-        holds = self._try("reach", lambda: read_content(self.store))
-        if holds is None:
+        """Examine the store by itself. Errors of the store become findings."""
+        content = self._try("reach", lambda: read_content(self.store))
+        if content is None:
             return StoreFindings(url=self.store.url, failures=dict(self._failures))
         creates = self._try("create", lambda: self.store.capabilities().create_only)
         self._small()
@@ -125,16 +128,16 @@ class StoreProbe:
             skew_s=skew,
             skew_unsure_s=unsure,
             free_bytes=_free_bytes(self.store.url) if folder else None,
-            holds=holds,
+            content=content,
         )
 
     def put_mark(self) -> str | None:
-        """Put an object that only this store has; its key, or None where that fails."""
+        """Put an object that only this place has; its key, or None if that failed."""
         key = f"{self._prefix}mark"
         return key if self._put(key, b"mark") else None
 
     def close(self) -> tuple[str, ...]:
-        """Remove every probe object that may be there; the keys of those that could not be."""
+        """Delete every probe object that may exist; the keys of those that could not be deleted."""
         for key in list(self._left):
             self._delete(key)
         return tuple(self._left)
@@ -144,9 +147,9 @@ class StoreProbe:
             key, body = f"{self._prefix}small-{number}", secrets.token_bytes(SMALL_BYTES)
             if not self._put(key, body, timed=True):
                 break
-            found = self._timed("read", partial(read_alone, self.store, key, bytes_max=SMALL_BYTES))
+            data = self._timed("read", partial(read_alone, self.store, key, bytes_max=SMALL_BYTES))
             self._timed("stat", partial(self.store.stat, key))
-            self._wrong = self._wrong or found not in (None, body)
+            self._wrong = self._wrong or data not in (None, body)
             self._delete(key, timed=True)
             if self._failures:
                 break
@@ -155,7 +158,7 @@ class StoreProbe:
                 break
 
     def _lists(self) -> tuple[bool | None, bool | None, bool | None]:
-        """Whether lists tell of a put, of a delete, and of a put over another connection."""
+        """Whether lists show a put, a delete, and a put over another connection."""
         key = f"{self._prefix}listed"
         if "put" in self._failures or "list" in self._failures or not self._put(key, b"listed"):
             return None, None, None
@@ -173,7 +176,7 @@ class StoreProbe:
         return seen, gone, other
 
     def _large(self, size_bytes: int) -> tuple[float | None, float | None, bool | None]:
-        """Bytes a second up and down, and whether they came back the same."""
+        """Bytes per second up and down, and whether the same bytes were read."""
         key = f"{self._prefix}large"
         if self._failures.keys() & {"put", "read"}:
             return None, None, None
@@ -197,8 +200,10 @@ class StoreProbe:
         return up, down, digest(out) == digest(body)
 
     def _skew(self) -> tuple[float | None, float]:
-        """How far the store's clock is ahead of ours, and how unsure that is: half of the time that
-        the put took."""
+        """How far the store's clock is ahead of ours, and how uncertain that is.
+
+        The uncertainty is half of the put's duration, plus a second.
+        """
         key = f"{self._prefix}clock"
         if "put" in self._failures:
             return None, 0.0
@@ -208,22 +213,22 @@ class StoreProbe:
         after = self.wall_clock()
         stat = self._try("read", lambda: self.store.stat(key))
         self._delete(key)
-        # Stores tell whole seconds, most of them.
+        # Most stores give times in whole seconds.
         unsure = (after - before) / 2 + 1.0
         return (
             (None, 0.0) if stat is None else (stat.modified_unix_s - (before + after) / 2, unsure)
         )
 
     def _lists_it(self, store: Backend, key: str) -> bool | None:
-        found = self._try("list", lambda: [stat.key for stat in store.list(self._prefix)])
-        return None if found is None else key in found
+        listed = self._try("list", lambda: [stat.key for stat in store.list(self._prefix)])
+        return None if listed is None else key in listed
 
     def _put(self, key: str, body: bytes, *, timed: bool = False) -> bool:
         def act() -> bool:
             self.store.put(key, [body])
             return True
 
-        self._left[key] = None  # before it is tried: a put whose reply is lost may have landed
+        self._left[key] = None  # before the put: one whose reply is lost may have landed
         return bool(self._timed("put", act) if timed else self._try("put", act))
 
     def _delete(self, key: str, *, timed: bool = False) -> bool:
@@ -238,10 +243,10 @@ class StoreProbe:
 
     def _timed(self, name: str, act: Callable[[], T]) -> T | None:
         start = self.clock()
-        found = self._try(name, act)
+        result = self._try(name, act)
         if name not in self._failures:
             self._times.setdefault(name, []).append(self.clock() - start)
-        return found
+        return result
 
     def _try(self, name: str, act: Callable[[], T]) -> T | None:
         try:
@@ -268,54 +273,47 @@ def _free_bytes(folder: str) -> int | None:
     return facts.f_bavail * facts.f_frsize
 
 
-# Examining stores before they are trusted, or when something is wrong: what each does, and what
-# they do together.
-
-
 @dataclass(frozen=True, slots=True)
 class ExaminedStore:
-    """A store to be examined, and how to open it once more (None: a second client is not tried)."""
+    """A store to examine, and a way to open it again (None: no second client is tried)."""
 
     store: Backend
     reopen: Callable[[], Backend] | None = None
 
 
 def examine(
-    patients: Sequence[ExaminedStore], *, large_bytes: int = LARGE_BYTES
+    stores: Sequence[ExaminedStore], *, large_bytes: int = LARGE_BYTES
 ) -> list[StoreFindings]:
-    """Use each store with short-lived objects below ``probe/``, one after the other so that they
-    don't share the link.
+    """Examine each store, one after the other so that they do not share the link.
 
-    Cost: some hundred small operations and one object of ``large_bytes`` each way a store. What
-    could not be removed afterwards is named. Raises nothing of the stores; see ``judge`` for what
-    the findings mean.
+    Cost for each store: some hundred small operations, and one object of ``large_bytes`` written
+    and read. Objects that could not be deleted afterwards are named. Errors of the stores become
+    findings; ``assess`` says what they mean.
     """
-    probings = [StoreProbe(patient.store, patient.reopen) for patient in patients]
+    probes = [StoreProbe(store.store, store.reopen) for store in stores]
     findings: list[StoreFindings] = []
     try:
-        findings = [probing.run(large_bytes=large_bytes) for probing in probings]
-        same = _same_places(probings, findings)
+        findings = [probe.run(large_bytes=large_bytes) for probe in probes]
+        same = _same_places(probes, findings)
     finally:
-        left = [probing.close() for probing in probings]
+        left = [probe.close() for probe in probes]
     return [
-        replace(found, same_as=tuple(sorted(same[number])), leftovers=left[number])
-        for number, found in enumerate(findings)
+        replace(store, same_as=tuple(sorted(same[number])), leftovers=left[number])
+        for number, store in enumerate(findings)
     ]
 
 
-def _same_places(
-    probings: Sequence[StoreProbe], findings: Sequence[StoreFindings]
-) -> list[set[int]]:
-    """Which stores see what was put into which: two addresses may lead to one place."""
-    same: list[set[int]] = [set() for _ in probings]
-    for number, probing in enumerate(probings):
-        if len(probings) < 2 or not findings[number].reached or "put" in findings[number].failures:
+def _same_places(probes: Sequence[StoreProbe], findings: Sequence[StoreFindings]) -> list[set[int]]:
+    """For each store the others that show its mark: two addresses may lead to one place."""
+    same: list[set[int]] = [set() for _ in probes]
+    for number, probe in enumerate(probes):
+        if len(probes) < 2 or not findings[number].reached or "put" in findings[number].failures:
             continue
-        key = probing.put_mark()
-        for other, beside in enumerate(probings):
+        key = probe.put_mark()
+        for other, other_probe in enumerate(probes):
             if key is None or other == number or not findings[other].reached:
                 continue
-            if _sees(beside.store, key):
+            if _sees(other_probe.store, key):
                 same[number].add(other)
                 same[other].add(number)
     return same

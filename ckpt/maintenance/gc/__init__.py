@@ -1,1 +1,1 @@
-"""Dropping snapshots and deleting bytes that no snapshot refers to."""
+"""Garbage collection: dropping snapshots, and deleting bytes that no snapshot refers to."""

@@ -1,4 +1,4 @@
-"""Looks at a store's snapshots, decides which go, and records it. The bytes are for ``sweep``."""
+"""Drops: deciding which snapshots a policy drops, and recording it. Bytes are left to ``sweep``."""
 
 from __future__ import annotations
 
@@ -25,24 +25,22 @@ from ckpt.maintenance.retention import KeepPolicy
 from ckpt.values import SnapshotId
 
 RACES_MAX = 8
-"""How often a plan is made anew because the log changed under it, before the conflict is raised."""
+"""How often a plan is remade because the log changed, before the conflict is raised."""
 
 
 def preview(
     backend: Backend, state: LogState, policy: KeepPolicy | None, *, now_unix_s: float
 ) -> GcPlan:
-    """What ``policy`` (None: keep all) makes of the snapshots of ``state`` at ``now_unix_s``.
-    Changes nothing.
+    """The plan for the snapshots of ``state`` under ``policy`` (None: keep all). Changes nothing.
 
-    Raises IntegrityError or UnavailableError where the log can't be known. Cost: every manifest is
-    read; of the newest snapshot (and older ones, until one is whole) the parts too, and one request
-    a pack.
+    Raises IntegrityError or UnavailableError if the newest snapshot cannot be known. Cost: reads
+    every manifest; for the newest snapshot (and older ones, until one is complete) also the parts,
+    and one request for each pack.
     """
     require_known(state)
     infos = snapshots(backend, state)
-    return plan_gc(
-        state, infos, policy, now_unix_s=now_unix_s, intact=newest_intact(backend, state)
-    )
+    intact = newest_intact(backend, state)
+    return plan_gc(state, infos, policy, now_unix_s=now_unix_s, intact=intact)
 
 
 def drop(
@@ -53,15 +51,16 @@ def drop(
     now_unix_s: float,
     approved: GcPlan | None = None,
 ) -> tuple[GcPlan, LogState]:
-    """Record what ``look`` decides; the plan that was recorded, and the state after it.
+    """Record the drops of a new plan; the recorded plan and the state after it.
 
-    ``agreed``: a plan that somebody said yes to; nothing is dropped that it does not drop. A
-    snapshot that was tagged or became the newest meanwhile stays. What is decided rests on records
-    that count for good: a commit that comes to nothing replaces no other. Raises as ``look`` and
-    ``Journal.append`` do.
+    ``approved``: a plan that the user confirmed; nothing is dropped that it does not drop. A
+    snapshot that was tagged or became the newest meanwhile stays. Raises as ``preview`` and
+    ``Journal.append``.
     """
     for races in range(RACES_MAX + 1):
         require_known(journal.refresh())
+        # The plan rests on confirmed records only. Otherwise a commit that is later overruled could
+        # take one of the places of "last 2", and the snapshot it pushed out would be lost.
         state = journal.refresh_confirmed()
         plan = preview(backend, state, policy, now_unix_s=now_unix_s)
         plan = plan if approved is None else plan.restricted_to(approved.drops)
@@ -76,65 +75,66 @@ def drop(
 
 
 def newest_intact(backend: Backend, state: LogState) -> SnapshotId | None:
-    """The best snapshot for a restore whose records can be read and whose packs are all there, long
-    enough; or None.
+    """The first snapshot in restore order whose records are readable and packs complete; or None.
 
-    Bytes are not compared with their digests: that is ``verify``'s work. Raises UnavailableError.
+    Packs are checked for existence and length. Comparing bytes with digests is left to ``verify``
+    and ``scrub``, because it reads everything. Raises UnavailableError.
     """
-    return next((pair for pair in restore_order(state) if _whole(backend, state, pair)), None)
+    return next(
+        (snapshot for snapshot in restore_order(state) if _intact(backend, state, snapshot)), None
+    )
 
 
 def _record(
     journal: Journal, state: LogState, drops: tuple[SnapshotId, ...], floor: SnapshotId | None
 ) -> LogState:
+    # One record holds at most DROPS_MAX drops; the last one carries the floor.
     for start in range(0, len(drops), DROPS_MAX):
         last = start + DROPS_MAX >= len(drops)
         state = journal.drop(drops[start : start + DROPS_MAX], floor=floor if last else None)
     return journal.drop((), floor=floor) if not drops and floor is not None else state
 
 
-def _whole(backend: Backend, state: LogState, pair: SnapshotId) -> bool:
+def _intact(backend: Backend, state: LogState, snapshot: SnapshotId) -> bool:
     try:
-        index = load_index(backend, state, pair)
+        index = load_index(backend, state, snapshot)
     except (IntegrityError, FormatVersionError, NotFoundError):
         return False
     ends: dict[str, int] = {}
     for part in index.parts:
         for shard in part.shards:
-            for place in shard.locations:
-                ends[place.pack] = max(
-                    ends.get(place.pack, 0), place.offset_bytes + place.stored_bytes
-                )
-    return all(read_all(sorted(ends.items()), _is_there(backend)))
+            for at in shard.locations:
+                ends[at.pack] = max(ends.get(at.pack, 0), at.offset_bytes + at.stored_bytes)
+    return all(read_all(sorted(ends.items()), _pack_complete(backend)))
 
 
-def _is_there(backend: Backend) -> Callable[[tuple[str, int]], bool]:
-    def there(end: tuple[str, int]) -> bool:
+def _pack_complete(backend: Backend) -> Callable[[tuple[str, int]], bool]:
+    def is_complete(pack_end: tuple[str, int]) -> bool:
+        key, end_bytes = pack_end
         try:
-            stat = backend.stat(end[0])
-        except IntegrityError:  # of an impossible length, where stores are encrypted
+            stat = backend.stat(key)
+        except IntegrityError:  # an encrypted object of an impossible length
             return False
-        return stat is not None and stat.size_bytes >= end[1]
+        return stat is not None and stat.size_bytes >= end_bytes
 
-    return there
-
-
-# A log that is written only while one's own epoch is the newest: whoever was overtaken drops
-# nothing any more.
+    return is_complete
 
 
 def fenced_journal(backend: Backend, epoch: Callable[[], int]) -> Journal:
-    """The log of the stores behind ``backend``, for a writer whose epoch is ``epoch()``.
+    """The log behind ``backend`` for a writer whose epoch is ``epoch()``.
 
-    Each append raises FencedError where a newer epoch is open. It is looked at in the very state
-    that the record follows, and a place in the log is given once, so no epoch can be opened between
-    the look and the record. Raises as ``Journal.open``.
+    Each append raises FencedError if a newer epoch is open, so a job that was replaced drops
+    nothing. Raises as ``Journal.open``.
     """
     return Journal(FencedLogAccess(Journal.open(backend).access, epoch), backend.url)
 
 
 class FencedLogAccess:
-    """A ``LogAccess`` that gives no place to a writer who was overtaken."""
+    """A ``LogAccess`` that refuses to append for a writer whose epoch is not the newest.
+
+    The epoch is checked in the very state that the record follows, and each seq is given out once.
+    So no epoch can be opened between the check and the record: its ``open`` would take that seq.
+    """
 
     __slots__ = ("_epoch", "_inner")
 
@@ -143,53 +143,45 @@ class FencedLogAccess:
         self._epoch = epoch
 
     def append(self, state: LogState, record: Record) -> Appended | KeyTaken | WriteUnknown:
-        """See LogAccess. Raises FencedError where ``state`` has a newer epoch than the writer's."""
         require_newest_epoch(state, self._epoch())
         return self._inner.append(state, record)
 
+    # The rest is passed on unchanged.
+
     @property
     def job(self) -> str:
-        """See LogAccess."""
         return self._inner.job
 
     @property
     def log_id(self) -> str:
-        """See LogAccess."""
         return self._inner.log_id
 
     def read_start(self) -> tuple[LogState, tuple[LogNote, ...]]:
-        """See LogAccess."""
         return self._inner.read_start()
 
     def read_new(self, state: LogState) -> LogState:
-        """See LogAccess."""
         return self._inner.read_new(state)
 
     def record_at(self, seq: int) -> bytes:
-        """See LogAccess."""
         return self._inner.record_at(seq)
 
     def require_sequencer(self, state: LogState) -> None:
-        """See LogAccess."""
         self._inner.require_sequencer(state)
 
     def confirm_last(self, state: LogState) -> KeyTaken | WriteUnknown | None:
-        """See LogAccess."""
         return self._inner.confirm_last(state)
 
     def put_fold(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        """See LogAccess."""
         return self._inner.put_fold(key, data)
 
     def put_manifest(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        """See LogAccess."""
         return self._inner.put_manifest(key, data)
 
 
 def require_newest_epoch(state: LogState, epoch: int) -> None:
-    """Raises FencedError where ``state`` has a newer epoch than ``epoch``."""
+    """Raises FencedError if ``state`` has a newer epoch than ``epoch``."""
     if state.epoch > epoch:
         raise FencedError(
-            f"a newer epoch is open. writer={epoch} newest={state.epoch} what to keep is its "
-            "writer's choice"
+            f"a newer epoch is open. writer={epoch} newest={state.epoch} its writer decides what "
+            "to keep"
         )

@@ -1,9 +1,10 @@
-"""Which objects of a store are garbage for good. Pure; the proof is in
-docs/dev/design/011-retention-and-sweep.md.
+"""Garbage collection decisions: what to drop, when to run, which objects are garbage. Pure.
 
-Packs, parts and manifests name the pair that they were written for. An object is garbage once no
-commit of that pair can count any more and no snapshot that exists refers to it. Both stay true in
-every later state of the log.
+A *drop* is a log record: the snapshots it names no longer exist. A *sweep* deletes the bytes that
+no snapshot needs. Packs, parts and manifests name the snapshot that they were written for. An
+object is garbage once no commit of that snapshot can count any more and no existing snapshot refers
+to it. Both stay true in every later state of the log, so a sweep may act on an old state; the proof
+is in docs/dev/design/011-retention-and-sweep.md.
 """
 
 from __future__ import annotations
@@ -18,49 +19,51 @@ from ckpt.log.state import LogState
 from ckpt.maintenance.retention import KeepPolicy, Tagged
 from ckpt.values import SnapshotId, SnapshotInfo
 
-# Which snapshots to drop, why each other one stays, and the floor to set. Pure.
-
 NEWEST = "newest"
 NEWEST_INTACT = "newest found whole"
 NO_POLICY = "nothing is to be dropped"
 NONE_INTACT = "no snapshot was found whole"
-NOT_APPROVED = "only now to be dropped: nobody has agreed to it"
+NOT_APPROVED = "to be dropped only since the plan was approved"
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotDecision:
-    """One snapshot and what keeps it; ``why`` is empty where it is to be dropped."""
+    """One snapshot and the reasons to keep it; with no reason it is to be dropped."""
 
     info: SnapshotInfo
     on_line: bool
-    why: tuple[str, ...]
+    reasons: tuple[str, ...]
 
     @property
     def kept(self) -> bool:
         """Whether the snapshot stays."""
-        return bool(self.why)
+        return bool(self.reasons)
 
 
 @dataclass(frozen=True, slots=True)
 class GcPlan:
-    """Every snapshot in log order, judged; and the ``floor`` to set, below which no commit counts
-    any more (None: as it is)."""
+    """A decision for each snapshot, in log order, and the new ``floor`` (None: unchanged).
 
-    judged: tuple[SnapshotDecision, ...]
+    Below the floor no commit counts any more.
+    """
+
+    decisions: tuple[SnapshotDecision, ...]
     floor: SnapshotId | None
 
     @property
     def drops(self) -> tuple[SnapshotId, ...]:
-        """What to drop, ascending."""
-        return tuple(sorted(one.info.id for one in self.judged if not one.kept))
+        """The snapshots to drop, ascending."""
+        return tuple(sorted(entry.info.id for entry in self.decisions if not entry.kept))
 
     def restricted_to(self, approved: Collection[SnapshotId]) -> GcPlan:
-        """The same plan, without the drops that are not among ``agreed``."""
-        judged = tuple(
-            one if one.kept or one.info.id in approved else replace(one, why=(NOT_APPROVED,))
-            for one in self.judged
+        """The same plan with only those drops that are in ``approved``."""
+        decisions = tuple(
+            entry
+            if entry.kept or entry.info.id in approved
+            else replace(entry, reasons=(NOT_APPROVED,))
+            for entry in self.decisions
         )
-        return replace(self, judged=judged)
+        return replace(self, decisions=decisions)
 
     @property
     def empty(self) -> bool:
@@ -69,8 +72,10 @@ class GcPlan:
 
 
 def restore_order(state: LogState) -> tuple[SnapshotId, ...]:
-    """What a restore would want, best first: the newest line; where it holds nothing, all there
-    is."""
+    """The snapshots in the order in which a restore prefers them.
+
+    That is the newest lineage; if it has no snapshot, all that exist, newest first.
+    """
     return state.lineage or tuple(
         sorted((entry.snapshot for entry in state.snapshots), reverse=True)
     )
@@ -84,134 +89,137 @@ def plan_gc(
     now_unix_s: float,
     intact: SnapshotId | None,
 ) -> GcPlan:
-    """Judge every snapshot of ``infos`` (those of ``state``, in log order) by ``policy``; None
-    keeps all.
+    """Decide for each snapshot of ``infos`` (those of ``state``, in log order).
 
-    ``whole`` is the first of ``by_worth(state)`` whose bytes were found to be there. It stays
-    beside the newest, or a job whose newest snapshot is damaged would lose the one that it falls
-    back to; where there is none, nothing is dropped. It is also the floor: what is older than it
-    and was never committed is wanted no more.
+    ``policy`` None keeps all. ``intact`` is the first of ``restore_order(state)`` whose bytes were
+    found complete. It is kept beside the newest: a job whose newest snapshot is damaged falls back
+    to it. If there is none, nothing is dropped. It also becomes the floor: nothing older that was
+    never committed is needed.
     """
-    best = restore_order(state)
-    line = frozenset(state.lineage)
-    reasons = (
+    preferred = restore_order(state)
+    lineage = frozenset(state.lineage)
+    by_rule = (
         {} if policy is None else policy.reasons(infos, line=state.lineage, now_unix_s=now_unix_s)
     )
-    judged: list[SnapshotDecision] = []
+    decisions: list[SnapshotDecision] = []
     for info in infos:
-        why = [NEWEST] if best[:1] == (info.id,) else []
-        why += [NEWEST_INTACT] if info.id == intact and not why else []
-        why += [f"tagged {', '.join(info.tags)}"] if info.tags else []
-        why += [rule for rule in reasons.get(info.id, ()) if rule != str(Tagged())]
-        why += [NO_POLICY] if policy is None else []
-        why += [NONE_INTACT] if intact is None and not why else []
-        judged.append(SnapshotDecision(info, info.id in line, tuple(why)))
+        reasons = [NEWEST] if preferred[:1] == (info.id,) else []
+        reasons += [NEWEST_INTACT] if info.id == intact and not reasons else []
+        reasons += [f"tagged {', '.join(info.tags)}"] if info.tags else []
+        reasons += [rule for rule in by_rule.get(info.id, ()) if rule != str(Tagged())]
+        reasons += [NO_POLICY] if policy is None else []
+        reasons += [NONE_INTACT] if intact is None and not reasons else []
+        decisions.append(SnapshotDecision(info, info.id in lineage, tuple(reasons)))
     rises = intact is not None and (state.floor is None or intact > state.floor)
-    return GcPlan(tuple(judged), intact if rises else None)
+    return GcPlan(tuple(decisions), intact if rises else None)
 
 
-# When snapshots are looked through beside a job that trains, and when bytes are deleted. Pure.
+# ---- when a round beside a training job is due, and when it also sweeps
 
 ROUND_S = 10.0
 """The least time from the end of one round to the next, however often snapshots are committed."""
 
 REST_FACTOR = 9.0
-"""A round is followed by a rest of so many times its own length, so that stores are asked a tenth
-of the time at most."""
+"""Rest after a round, in multiples of its duration: stores are busy a tenth of the time at most."""
 
 SWEEPS_PER_GRACE = 24
-"""Bytes are deleted so many times in one grace: they stay longer than they must by that part of it
-at most."""
+"""Sweeps within one grace period: bytes stay at most this fraction of the grace too long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GcHistory:
     """What was done so far. Times are monotonic seconds; None: never.
 
-    ``commits``: how many commits the last round that went well has seen. ``began_s``, ``ended_s``:
-    the last round, however it went. ``swept_s``: when the last sweep that came to its end was
-    begun.
+    ``commits``: the commits that the last successful round has seen. ``round_started_s``,
+    ``round_ended_s``: the last round, successful or not. ``sweep_started_s``: the start of the last
+    completed sweep.
     """
 
     commits: int = 0
-    began_s: float = 0.0
-    ended_s: float | None = None
-    swept_s: float | None = None
+    round_started_s: float = 0.0
+    round_ended_s: float | None = None
+    sweep_started_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GcRound:
-    """Look through the snapshots now, and drop. ``sweep``: delete bytes too."""
+    """Run a round now. ``sweep``: also delete bytes."""
 
     sweep: bool
 
 
 @dataclass(frozen=True, slots=True)
 class GcIdle:
-    """Nothing to do for so many seconds, unless something is committed; None: until something
-    is."""
+    """Do nothing for ``seconds`` (None: for ever), or until a snapshot is committed."""
 
     seconds: float | None
 
 
 def next_round(
-    past: GcHistory, now_s: float, *, commits: int, grace_s: float, hurry: bool = False
+    history: GcHistory, now_s: float, *, commits: int, grace_s: float, hurry: bool = False
 ) -> GcRound | GcIdle:
-    """What to do at ``now_s``, where ``commits`` snapshots were committed so far.
+    """What to do at ``now_s`` after ``commits`` snapshots were committed.
 
-    ``hurry``: the job is over, so that nothing is gained by resting. Nothing is done before the
-    first commit: only then it is certain that the job goes on from where it began.
+    ``hurry``: the job is over, so resting gains nothing. Nothing is done before the first commit:
+    only then it is certain that the job continues from where it resumed.
     """
     if commits == 0:
         return GcIdle(None)
-    owed = commits > past.commits
-    sweep_s = past.swept_s + sweep_every_s(grace_s) if past.swept_s is not None else now_s
-    if hurry:
-        # Without a grace what is dropped now can go now; with one it can't, and is for the next
-        # run.
-        sweep = sweep_s <= now_s or (owed and grace_s <= 0)
-        return GcRound(sweep) if owed or sweep else GcIdle(None)
-    rested_s = (
-        now_s
-        if past.ended_s is None
-        else past.ended_s + max(ROUND_S, REST_FACTOR * (past.ended_s - past.began_s))
+    has_new_commits = commits > history.commits
+    sweep_due_s = (
+        history.sweep_started_s + sweep_every_s(grace_s)
+        if history.sweep_started_s is not None
+        else now_s
     )
-    due_s = max(rested_s, now_s if owed else sweep_s)
-    return GcIdle(due_s - now_s) if due_s > now_s else GcRound(sweep_s <= now_s)
+    if hurry:
+        # Without a grace, what this round drops can be deleted now. With one it is left to the next
+        # run's sweep.
+        sweep = sweep_due_s <= now_s or (has_new_commits and grace_s <= 0)
+        return GcRound(sweep) if has_new_commits or sweep else GcIdle(None)
+    if history.round_ended_s is None:
+        rested_s = now_s
+    else:
+        round_s = history.round_ended_s - history.round_started_s
+        rested_s = history.round_ended_s + max(ROUND_S, REST_FACTOR * round_s)
+    due_s = max(rested_s, now_s if has_new_commits else sweep_due_s)
+    return GcIdle(due_s - now_s) if due_s > now_s else GcRound(sweep_due_s <= now_s)
 
 
 def sweep_every_s(grace_s: float) -> float:
-    """How long after a sweep was begun the next one is due."""
+    """The time from the start of one sweep to the next."""
     return max(ROUND_S, grace_s / SWEEPS_PER_GRACE)
 
 
+# ---- which objects are garbage
+
 PREFIXES = (keys.MANIFESTS, keys.PARTS, keys.PACKS)
-"""What a sweep looks at, in the order in which it deletes: what names others goes first."""
+"""What a sweep lists, in deletion order: an object goes before the objects that it names."""
 
 
 class ObjectStatus(enum.Enum):
-    """What a sweep makes of one object."""
+    """A sweep's classification of one object."""
 
     LIVE = "live"
-    """A snapshot that exists refers to it."""
+    """An existing snapshot refers to it."""
     GRACE = "grace"
-    """A snapshot that was dropped a short while ago refers to it, which a restore may still be
-    reading."""
+    """A snapshot dropped within the grace refers to it; a restore may still be reading it."""
     OPEN = "open"
     """It was written for a snapshot that may yet be committed."""
     YOUNG = "young"
     """Garbage that is younger than the grace."""
     HELD = "held"
-    """The records of a snapshot can't be read, so that nobody knows what it refers to."""
+    """A snapshot's records are unreadable, so it is unknown what that snapshot refers to."""
     FOREIGN = "foreign"
-    """Not a key of ours."""
+    """Its key is not one of ours."""
     GARBAGE = "garbage"
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotReferences:
-    """A snapshot and the keys that it needs: its manifest, its parts, their packs. ``problem``: why
-    they can't be known."""
+    """A snapshot and the keys it needs: its manifest, its parts and their packs.
+
+    ``problem``: why they are not all known; empty if they are.
+    """
 
     snapshot: SnapshotId
     keys: frozenset[str] = frozenset()
@@ -219,10 +227,10 @@ class SnapshotReferences:
 
 
 class GarbageClassifier:
-    """Gives the verdict on one object after another. Immutable; each verdict O(1).
+    """Classifies objects one by one. Immutable; each takes O(1).
 
-    ``exist`` has what each snapshot of ``state`` refers to, ``dropped`` what those refer to that
-    were dropped within the grace.
+    ``existing`` has the references of each snapshot of ``state``, ``dropped`` those of snapshots
+    dropped within the grace.
     """
 
     __slots__ = ("_dropped", "_grace", "_grace_s", "_last_step", "_live", "_opaque", "_state")
@@ -235,54 +243,58 @@ class GarbageClassifier:
         dropped: Iterable[SnapshotReferences],
         grace_s: float,
     ) -> None:
-        known, recent = tuple(existing), tuple(dropped)
-        assert {one.snapshot for one in known} == {entry.snapshot for entry in state.snapshots}
+        live, recent = tuple(existing), tuple(dropped)
+        # A snapshot that is missing here would have its live bytes deleted.
+        assert {entry.snapshot for entry in live} == {entry.snapshot for entry in state.snapshots}
         self._state = state
         self._grace_s = grace_s
         self._last_step = {opened.epoch: opened.last_step for opened in state.opens}
-        self._live = _union(known)
+        self._live = _union(live)
         self._grace = _union(recent)
-        self._dropped = frozenset(one.snapshot for one in recent)
-        self._opaque = frozenset(one.snapshot for one in (*known, *recent) if one.problem)
+        self._dropped = frozenset(entry.snapshot for entry in recent)
+        self._opaque = frozenset(entry.snapshot for entry in (*live, *recent) if entry.problem)
 
     def classify(self, stat: Stat, *, now_unix_s: float) -> ObjectStatus:
-        """What to make of the object; ``now_unix_s`` is by the clock of its own store."""
-        pair = snapshot_of(stat.key)
-        if pair is None:
+        """The object's status; ``now_unix_s`` is by the clock of the store that holds it."""
+        snapshot = snapshot_of(stat.key)
+        if snapshot is None:
             return ObjectStatus.FOREIGN
         if stat.key in self._live:
             return ObjectStatus.LIVE
         if stat.key in self._grace:
             return ObjectStatus.GRACE
-        if self._opaque and (pair in self._opaque or stat.key.startswith(keys.PACKS)):
+        # An unreadable snapshot may refer to any pack, and to records of its own only.
+        if self._opaque and (snapshot in self._opaque or stat.key.startswith(keys.PACKS)):
             return ObjectStatus.HELD
-        if not self.commit_impossible(pair):
+        if not self.commit_impossible(snapshot):
             return ObjectStatus.OPEN
-        if pair in self._dropped:
+        # Everything of a snapshot that was dropped within the grace stays, referred to or not.
+        if snapshot in self._dropped:
             return ObjectStatus.GRACE
+        # An object stamped after the store's clock was read has a negative age: it counts as 0.
         if max(0.0, now_unix_s - stat.modified_unix_s) < self._grace_s:
             return ObjectStatus.YOUNG
         return ObjectStatus.GARBAGE
 
-    def commit_impossible(self, pair: SnapshotId) -> bool:
-        """Whether no commit of ``pair`` can count any more, in this state or any later one.
+    def commit_impossible(self, snapshot: SnapshotId) -> bool:
+        """Whether no commit of ``snapshot`` can count, in this state or any later one.
 
-        Each case is a rule of ``commit.judge``: a step not above all that were committed of its
-        epoch (what exists or was dropped among them), a pair below the floor, an epoch that was
-        never opened and can't be any more.
+        Each case is a rule of the log's fold. The step is not above all steps committed of its
+        epoch, the snapshot is below the floor, or its epoch was never opened and no longer can be.
+        The last step of an epoch, the floor and the newest epoch only grow, so the answer never
+        turns back to False.
         """
-        if pair.epoch in self._last_step:
-            last = self._last_step[pair.epoch]
-            if last is not None and pair.step <= last:
+        if snapshot.epoch in self._last_step:
+            last_step = self._last_step[snapshot.epoch]
+            if last_step is not None and snapshot.step <= last_step:
                 return True
-        elif pair.epoch <= self._state.epoch:
+        elif snapshot.epoch <= self._state.epoch:
             return True
-        return self._state.floor is not None and pair < self._state.floor
+        return self._state.floor is not None and snapshot < self._state.floor
 
 
 def snapshot_of(key: str) -> SnapshotId | None:
-    """The pair that a pack, part or manifest was written for; None for any other key, whoever's it
-    is."""
+    """The snapshot that a pack, part or manifest was written for; None for any other key."""
     for parsed in (
         keys.parse_pack_key(key),
         keys.parse_part_key(key),
@@ -293,5 +305,5 @@ def snapshot_of(key: str) -> SnapshotId | None:
     return None
 
 
-def _union(some: Iterable[SnapshotReferences]) -> frozenset[str]:
-    return frozenset(key for one in some for key in one.keys)
+def _union(references: Iterable[SnapshotReferences]) -> frozenset[str]:
+    return frozenset(key for entry in references for key in entry.keys)

@@ -1,8 +1,7 @@
-"""Dropping and sweeping beside a job that trains: after commits, in a thread of its own, at a low
-rate.
+"""Garbage collection beside a training job: a thread that drops and sweeps after commits.
 
-Nobody waits for it and nothing is raised: what fails is told as an alarm and tried again in the
-next round.
+Nothing waits for it and it raises nothing: an error becomes an alarm, and the next round tries
+again.
 """
 
 from __future__ import annotations
@@ -33,19 +32,20 @@ class RetentionSettings:
 
 @dataclass(frozen=True, slots=True)
 class _DueRound:
-    """A round: whether it sweeps, how many commits there were when it began, and whether it is the
-    hurried one."""
+    """A round to run. ``commits``: the count when it began. ``is_last``: the job is over."""
 
     sweep: bool
     commits: int
-    hurried: bool
+    is_last: bool
 
 
 class GcRounds:
-    """Keeps to a policy until ``stop``. ``epoch``: the writer's, as whom it drops. All calls are
-    quick; from any thread.
+    """Applies a policy to a store until ``stop``.
 
-    ``clock`` is monotonic, ``wall`` the time that ages of snapshots are counted from.
+    ``epoch`` returns the epoch of the writer on whose behalf it drops. ``clock`` is monotonic;
+    ``wall`` is the time by which the age of snapshots counts. Thread-safe; apart from
+    ``await_idle`` and ``stop``, all calls return at once. Its flags are one state machine under
+    one lock, so they are not split.
     """
 
     def __init__(
@@ -54,22 +54,22 @@ class GcRounds:
         settings: RetentionSettings,
         *,
         epoch: Callable[[], int],
-        tell: Emit,
+        emit: Emit,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._backend = backend
-        self._keep = settings
+        self._settings = settings
         self._epoch = epoch
-        self._tell = tell
+        self._emit = emit
         self._clock = clock
         self._wall = wall
         self._changed = threading.Condition()
-        self._past = GcHistory()
+        self._history = GcHistory()
         self._commits = 0
-        self._held = self._hurry = self._running = self._stopped = self._ended = False
+        self._paused = self._hurry = self._running = self._stopped = self._ended = False
         self._journal: Journal | None = None
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         start_thread(self._run, name="ckpt-gc")
 
     def on_commit(self) -> None:
@@ -79,39 +79,45 @@ class GcRounds:
             self._changed.notify_all()
 
     def pause(self) -> None:
-        """Somebody restores: begin nothing until ``let_go``, whatever the grace is."""
+        """Start no round until ``resume``: a restore is running.
+
+        With a grace of 0 s a round could delete the snapshot that is being restored.
+        """
         with self._changed:
-            self._held = True
+            self._paused = True
 
     def resume(self) -> None:
-        """What was to be restored is."""
+        """The restore is complete."""
         with self._changed:
-            if self._held:
-                self._held = False
+            if self._paused:
+                self._paused = False
                 self._changed.notify_all()
 
     def start_last_round(self) -> None:
-        """The job is over: do what is owed now, once, without rest."""
+        """The job is over: do what is due now, once, without rest."""
         with self._changed:
+            # Hurry only if that makes a round due: otherwise a later commit would be hurried too.
             self._hurry = True
             self._hurry = isinstance(self._next(), GcRound)
             self._changed.notify_all()
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is being done, nor left to be done at once."""
+        """Whether no round is running or due now."""
         with self._changed:
             return self._ended or not (self._running or isinstance(self._next(), GcRound))
 
     def await_idle(self, timeout_s: float) -> bool:
-        """Wait until it is idle, ``timeout_s`` seconds at most; whether it is."""
+        """Wait up to ``timeout_s`` seconds until it is idle; whether it is."""
         until_s = time.monotonic() + timeout_s
         with self._changed:
             return self._changed.wait_for(lambda: self.idle, max(0.0, until_s - time.monotonic()))
 
     def stop(self, timeout_s: float) -> None:
-        """Begin nothing any more, and wait for what is being done, ``timeout_s`` seconds at most:
-        dying in it is no harm."""
+        """Start no further round, and wait up to ``timeout_s`` seconds for the running one.
+
+        A process may also die during a round: a drop is one record, and a sweep can be repeated.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -119,109 +125,116 @@ class GcRounds:
 
     def _run(self) -> None:
         try:
-            while (found := self._await_round()) is not None:
-                event = self._round(found)
+            while (due := self._await_round()) is not None:
+                event = self._round(due)
                 with self._changed:
                     self._running = False
-                    self._hurry = self._hurry and not found.hurried
+                    self._hurry = self._hurry and not due.is_last
                     self._changed.notify_all()
                 if event is not None and not self._stopped:
-                    self._tell(event)
+                    self._emit(event)
         finally:
             with self._changed:
                 self._running, self._ended = False, True
                 self._changed.notify_all()
 
     def _next(self) -> GcRound | GcIdle:
-        if self._held and not self._hurry:
+        if self._paused and not self._hurry:
             return GcIdle(None)
         return next_round(
-            self._past,
+            self._history,
             self._clock(),
             commits=self._commits,
-            grace_s=self._keep.grace_s,
+            grace_s=self._settings.grace_s,
             hurry=self._hurry,
         )
 
     def _await_round(self) -> _DueRound | None:
-        """The next round, when it is time; None where there is none any more."""
+        """Wait for the next round; None after ``stop``."""
         with self._changed:
             while not self._stopped:
-                found = self._next()
-                if isinstance(found, GcRound):
+                step = self._next()
+                if isinstance(step, GcRound):
                     self._running = True
-                    return _DueRound(found.sweep, self._commits, self._hurry)
-                self._changed.wait(found.seconds)
+                    return _DueRound(step.sweep, self._commits, self._hurry)
+                self._changed.wait(step.seconds)
             return None
 
-    def _round(self, begun: _DueRound) -> Event | None:
-        """Do it; what to tell."""
-        began_s = self._clock()
-        past, commits = self._past, begun.commits
+    def _round(self, due: _DueRound) -> Event | None:
+        """Run a round; the event to emit."""
+        started_s = self._clock()
+        history = self._history
         try:
-            plan, report = self._drop_and_sweep(sweeps=begun.sweep)
-            went_well = report is None or not any(one.problem for one in report.stores)
-            past = replace(past, commits=commits if went_well else past.commits)
-            if report is not None and went_well:
-                past = replace(past, swept_s=began_s)
-            return self._dropped(plan, report)
+            plan, report = self._drop_and_sweep(sweeps=due.sweep)
+            complete = report is None or not any(store.problem for store in report.stores)
+            # A round that failed counts as not run: its commits stay due.
+            history = replace(history, commits=due.commits if complete else history.commits)
+            if report is not None and complete:
+                history = replace(history, sweep_started_s=started_s)
+            return self._done_event(plan, report)
         except FencedError as error:
-            # Whoever overtook this writer keeps to what it was told; the next commit here, if there
-            # is one, asks again.
-            past = replace(past, commits=commits, swept_s=began_s)
-            return Event("gc-fenced", f"nothing is dropped any more: {error}")
+            # The newer epoch's writer applies its own policy. This one asks again only after a
+            # further commit of its own.
+            history = replace(history, commits=due.commits, sweep_started_s=started_s)
+            return Event("gc-fenced", f"nothing more is dropped: {error}")
         except CkptError as error:
             return self._failed(error)
-        except Exception as error:  # noqa: BLE001  a thread's border
-            wrapped = InternalError(
-                f"dropping old snapshots failed in an unforeseen way. cause={error!r}"
-            )
+        except Exception as error:  # noqa: BLE001  the outermost frame of a thread
+            wrapped = InternalError(f"unexpected error while dropping snapshots. cause={error!r}")
             return self._failed(wrapped)
         finally:
             with self._changed:
-                self._past = replace(past, began_s=began_s, ended_s=self._clock())
+                self._history = replace(
+                    history, round_started_s=started_s, round_ended_s=self._clock()
+                )
 
     def _drop_and_sweep(self, *, sweeps: bool) -> tuple[GcPlan, SweepReport | None]:
+        # A journal of its own: no upload waits for a round. The fence checks the epoch again at the
+        # very seq that a drop gets.
         self._journal = self._journal or fenced_journal(self._backend, self._writer)
         require_newest_epoch(self._journal.refresh(), self._writer())
-        plan, state = drop(self._backend, self._journal, self._keep.policy, now_unix_s=self._wall())
-        report = (
-            sweep(self._backend, state, grace_s=self._keep.grace_s, emit=self._tell_alarm)
-            if sweeps
-            else None
+        plan, state = drop(
+            self._backend, self._journal, self._settings.policy, now_unix_s=self._wall()
         )
-        return plan, report
+        if not sweeps:
+            return plan, None
+        grace_s = self._settings.grace_s
+        return plan, sweep(self._backend, state, grace_s=grace_s, emit=self._emit_alarm)
 
     def _writer(self) -> int:
-        """As whom to drop. A round that was stopped in the middle must not record what nobody wants
-        any more."""
+        """The epoch to drop for. After ``stop`` no epoch, so a round in progress records nothing.
+
+        Its policy may be out of date by then.
+        """
         return -1 if self._stopped else self._epoch()
 
-    def _dropped(self, plan: GcPlan, report: SweepReport | None) -> Event | None:
+    def _done_event(self, plan: GcPlan, report: SweepReport | None) -> Event | None:
         if report is None or report.ok:
-            self._told.clear()
-        deleted = sum(one.deleted_bytes for one in report.stores) if report is not None else 0
-        if not plan.drops and not deleted:
+            self._reported.clear()
+        deleted_bytes = (
+            sum(store.deleted_bytes for store in report.stores) if report is not None else 0
+        )
+        if not plan.drops and not deleted_bytes:
             return None
-        left = len(plan.judged) - len(plan.drops)
+        kept = len(plan.decisions) - len(plan.drops)
         facts: dict[str, Fact] = {
             "dropped": len(plan.drops),
-            "kept": left,
-            "deleted_bytes": deleted,
+            "kept": kept,
+            "deleted_bytes": deleted_bytes,
         }
-        return Event("gc", f"{len(plan.drops)} snapshots were dropped, {left} are kept", facts)
+        return Event("gc", f"{len(plan.drops)} snapshots were dropped, {kept} are kept", facts)
 
     def _failed(self, error: CkptError) -> Event | None:
-        text = f"old snapshots could not be dropped or deleted, tried again: {error}"
-        return self._new(Event("gc-failed", text, {"code": error.code}, alarm=True))
+        text = f"dropping or deleting old snapshots failed; trying again: {error}"
+        return self._once(Event("gc-failed", text, {"code": error.code}, alarm=True))
 
-    def _tell_alarm(self, event: Event) -> None:
-        if event.alarm and not self._stopped and self._new(event) is not None:
-            self._tell(event)
+    def _emit_alarm(self, event: Event) -> None:
+        if event.alarm and not self._stopped and self._once(event) is not None:
+            self._emit(event)
 
-    def _new(self, event: Event) -> Event | None:
-        """Each alarm once, until a round went well."""
-        if event.text in self._told:
+    def _once(self, event: Event) -> Event | None:
+        """``event``, or None if its text was emitted since the last successful round."""
+        if event.text in self._reported:
             return None
-        self._told.add(event.text)
+        self._reported.add(event.text)
         return event

@@ -1,5 +1,8 @@
-"""What a sweep has to know first: what each snapshot refers to, and which were dropped a short
-while ago."""
+"""Sweeps: deleting, store by store, the objects that no snapshot needs.
+
+A sweep may die at any moment, run twice, run late or beside another one: it deletes only what is
+garbage in the log's state, and garbage stays garbage.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +35,28 @@ from ckpt.maintenance.gc.plan import PREFIXES, GarbageClassifier, ObjectStatus, 
 from ckpt.values import SnapshotId
 
 WINDOW = 1024
-"""How many records are listed and read at once while the log is walked back through the grace."""
+"""Records listed and read at once while the log is walked back through the grace."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReachableStore:
-    """One store that answers: alone, and what its own clock says now."""
+    """A store that answers, and the time by its own clock."""
 
     store: Backend
     now_unix_s: float
 
 
-def snapshot_references(backend: Backend, state: LogState) -> list[SnapshotReferences]:
-    """What each snapshot of ``state`` refers to, in log order. Reads every manifest and part,
-    several at once.
+# ---- what snapshots refer to
 
-    Records that can't be read from any copy are told in ``problem``. Raises UnavailableError where
-    a store that may have one does not answer.
+
+def snapshot_references(backend: Backend, state: LogState) -> list[SnapshotReferences]:
+    """What each snapshot of ``state`` refers to, in log order.
+
+    Reads every manifest and part, several at once. A record that no copy has right is named in
+    ``problem``. Raises UnavailableError if a store that may have the record does not answer.
     """
     wanted = [(entry.snapshot, entry.manifest_digest) for entry in state.snapshots]
-    return read_all(wanted, lambda one: _referred(backend, state.job, *one))
+    return read_all(wanted, lambda snapshot: _references(backend, state.job, *snapshot))
 
 
 def dropped_within(
@@ -62,12 +67,11 @@ def dropped_within(
     grace_s: float,
     write_quorum: int,
 ) -> list[SnapshotReferences]:
-    """What snapshots refer to that were dropped less than ``grace_s`` ago by the stores' clocks, as
-    far as it is still there.
+    """The remaining references of snapshots that were dropped less than ``grace_s`` ago.
 
-    Walks the log back from its head, along the digests, to the first record that is old enough: one
-    list and one read a record. The age of a record is that by which a write quorum had it, so that
-    a copy made late does not make it young.
+    Walks the log back from its head along the digests, to the first record that is old enough: one
+    list, and one read for each record. Ages are by the stores' clocks. A record is as old as the
+    moment when a write quorum had it, so a copy that was made late does not make it young.
     """
     drops: set[SnapshotId] = set()
     digests: dict[SnapshotId, str] = {}
@@ -87,19 +91,25 @@ def dropped_within(
         if len(young) < top - low + 1:
             break
         top = low - 1
-    exist = {entry.snapshot for entry in state.snapshots}  # a drop that did not count took nothing
-    gone = sorted(drops - exist)
-    return [_dropped(backend, state.job, answering, pair, digests.get(pair)) for pair in gone]
+    # A void drop dropped nothing: the snapshots that it names still exist.
+    existing = {entry.snapshot for entry in state.snapshots}
+    dropped = sorted(drops - existing)
+    return [
+        _dropped_references(backend, state.job, answering, snapshot, digests.get(snapshot))
+        for snapshot in dropped
+    ]
 
 
-def _referred(
+def _references(
     backend: Backend, job: str, snapshot: SnapshotId, digest: str, *, exists: bool = True
 ) -> SnapshotReferences:
-    """What one snapshot refers to. Of one that does not exist any more, what is missing was swept,
-    with a shorter grace."""
+    """What one snapshot refers to.
+
+    If it was dropped, missing records are no problem: a sweep with a shorter grace deleted them.
+    """
     key = keys.manifest_key(snapshot, digest)
     try:
-        data = read_object(backend, key, _is(digest), bytes_max=MANIFEST_BYTES_MAX)
+        data = read_object(backend, key, _matches(digest), bytes_max=MANIFEST_BYTES_MAX)
         manifest = Manifest.decode(data)
         if (manifest.job, manifest.snapshot) != (job, snapshot):
             raise IntegrityError(f"manifest of another job or snapshot. key={key}")
@@ -107,128 +117,136 @@ def _referred(
         return SnapshotReferences(snapshot, frozenset((key,)), str(error) if exists else "")
     except (IntegrityError, FormatVersionError) as error:
         return SnapshotReferences(snapshot, frozenset((key,)), str(error))
-    found = {key, *(ref.key for ref in manifest.parts)}
+    needed = {key, *(ref.key for ref in manifest.parts)}
     for ref in manifest.parts:
         try:
-            found |= _packs(backend, ref)
+            needed |= _packs(backend, ref)
         except NotFoundError as error:
             if exists:
-                return SnapshotReferences(snapshot, frozenset(found), str(error))
+                return SnapshotReferences(snapshot, frozenset(needed), str(error))
         except (IntegrityError, FormatVersionError) as error:
-            return SnapshotReferences(snapshot, frozenset(found), str(error))
-    return SnapshotReferences(snapshot, frozenset(found))
+            return SnapshotReferences(snapshot, frozenset(needed), str(error))
+    return SnapshotReferences(snapshot, frozenset(needed))
 
 
 def _packs(backend: Backend, ref: PartRef) -> set[str]:
-    part = decode_part(
-        read_object(backend, ref.key, _is(ref.digest), bytes_max=PART_STORED_BYTES_MAX)
-    )
-    return {place.pack for shard in part.shards for place in shard.locations}
+    data = read_object(backend, ref.key, _matches(ref.digest), bytes_max=PART_STORED_BYTES_MAX)
+    return {at.pack for shard in decode_part(data).shards for at in shard.locations}
 
 
-def _is(digest: str) -> Check:
+def _matches(digest: str) -> Check:
     return lambda data: None if digest_hex(data) == digest else "the bytes differ from their digest"
 
 
-def _dropped(
+def _dropped_references(
     backend: Backend,
     job: str,
     answering: Sequence[ReachableStore],
     snapshot: SnapshotId,
     digest: str | None,
 ) -> SnapshotReferences:
-    """What a dropped snapshot refers to. Where its commit is older than what was read, every
-    manifest of the pair counts."""
-    digests = {digest} if digest is not None else _manifests(answering, snapshot)
-    found = [_referred(backend, job, snapshot, one, exists=False) for one in sorted(digests)]
-    problems = [one.problem for one in found if one.problem]
+    """What a dropped snapshot refers to.
+
+    If its commit is older than the records that were read, its digest is unknown: then every
+    manifest stored for the snapshot counts.
+    """
+    digests = {digest} if digest is not None else _manifest_digests(answering, snapshot)
+    references = [
+        _references(backend, job, snapshot, candidate, exists=False)
+        for candidate in sorted(digests)
+    ]
+    problems = [entry.problem for entry in references if entry.problem]
     return SnapshotReferences(
         snapshot,
-        frozenset(key for one in found for key in one.keys),
+        frozenset(key for entry in references for key in entry.keys),
         problems[0] if problems else "",
     )
 
 
-def _manifests(answering: Sequence[ReachableStore], snapshot: SnapshotId) -> set[str]:
+def _manifest_digests(answering: Sequence[ReachableStore], snapshot: SnapshotId) -> set[str]:
     prefix = f"{keys.MANIFESTS}{snapshot.key}-"
-    listed = [
-        keys.parse_manifest_key(stat.key) for one in answering for stat in one.store.list(prefix)
+    parsed = [
+        keys.parse_manifest_key(stat.key)
+        for reachable in answering
+        for stat in reachable.store.list(prefix)
     ]
-    return {parsed[1] for parsed in listed if parsed is not None}
+    return {entry[1] for entry in parsed if entry is not None}
+
+
+# ---- which records are within the grace
 
 
 def _young(
     answering: Sequence[ReachableStore], low: int, top: int, *, grace_s: float, write_quorum: int
 ) -> list[int]:
-    """The seqs from ``top`` down that are younger than the grace, up to the first that is not,
-    ``low`` at most."""
+    """The seqs from ``top`` down to the first record that is as old as the grace, or to ``low``."""
     ages = _ages(answering, low, top)
+    quorum = min(write_quorum, len(answering))
     young: list[int] = []
     for seq in range(top, low - 1, -1):
-        found = sorted(ages.get(seq, ()), reverse=True)
-        age = (
-            found[min(write_quorum, len(answering)) - 1]
-            if len(found) >= min(write_quorum, len(answering))
-            else 0.0
-        )
-        if age >= grace_s:
+        # The W-th greatest age is when a quorum had the record. On fewer stores it counts as new.
+        oldest_first = sorted(ages.get(seq, ()), reverse=True)
+        age_s = oldest_first[quorum - 1] if len(oldest_first) >= quorum else 0.0
+        if age_s >= grace_s:
             break
         young.append(seq)
     return young
 
 
 def _ages(answering: Sequence[ReachableStore], low: int, top: int) -> Mapping[int, list[float]]:
-    """How old the copies of each record are. Where writers had split the stores, the record is as
-    old as its settling."""
-    plain: dict[int, list[float]] = {}
+    """The ages of each record's copies.
+
+    If writers had split the stores at a position, the ages at its second, settled key count.
+    """
+    first: dict[int, list[float]] = {}
     settled: dict[int, list[float]] = {}
-    for one in answering:
-        for stat in one.store.list(keys.LOG, after=keys.log_key(low - 1) if low else ""):
-            age = max(0.0, one.now_unix_s - stat.modified_unix_s)
+    for reachable in answering:
+        for stat in reachable.store.list(keys.LOG, after=keys.log_key(low - 1) if low else ""):
+            age_s = max(0.0, reachable.now_unix_s - stat.modified_unix_s)
             if (seq := keys.parse_log_key(stat.key)) is not None:
                 if seq > top:
                     break
-                plain.setdefault(seq, []).append(age)
+                first.setdefault(seq, []).append(age_s)
             elif (seq := keys.parse_settled_key(stat.key)) is not None:
-                settled.setdefault(seq, []).append(age)
-    return plain | settled
+                settled.setdefault(seq, []).append(age_s)
+    return first | settled
 
 
 def _chain(answering: Sequence[ReachableStore], seqs: Sequence[int], expected: str) -> list[Record]:
-    """The records at ``seqs``, descending, each the one that the next names; ``expected`` is the
-    digest of the first."""
-    found: list[Record] = []
-    for guess, seq in zip(
-        read_all(seqs, lambda seq: next(_copies(answering, seq), None)), seqs, strict=True
-    ):
+    """The records at ``seqs``, descending; ``expected`` is the first one's digest.
+
+    Each record names the digest of the one below it, so a record that lost a race is not taken.
+    """
+    chain: list[Record] = []
+    guesses = read_all(seqs, lambda seq: next(_copies(answering, seq), None))
+    for guess, seq in zip(guesses, seqs, strict=True):
         record = guess if guess is not None and guess.digest == expected else None
         record = record or next(
-            (one for one in _copies(answering, seq) if one.digest == expected), None
+            (copy for copy in _copies(answering, seq) if copy.digest == expected), None
         )
         if record is None:
             raise IntegrityError(
-                f"a record of the log can't be found again. key={keys.log_key(seq)} "
-                f"digest={expected}; run this again, and "
-                "look at the stores with ckpt doctor"
+                f"a log record is no longer found. key={keys.log_key(seq)} digest={expected}; run "
+                "this again, and examine the stores with ckpt doctor"
             )
-        found.append(record)
+        chain.append(record)
         expected = record.prev
-    return found
+    return chain
 
 
 def _copies(answering: Sequence[ReachableStore], seq: int) -> Iterator[Record]:
-    for one in answering:
+    for reachable in answering:
         for key in (keys.log_key(seq), keys.settled_key(seq)):
             try:
-                record = decode_record(read_alone(one.store, key, bytes_max=RECORD_BYTES_MAX))
+                data = read_alone(reachable.store, key, bytes_max=RECORD_BYTES_MAX)
+                record = decode_record(data)
             except (IntegrityError, NotFoundError):
                 continue
             if record.seq == seq:
                 yield record
 
 
-# What a store's own clock says: the age of an object is counted by the clock that stamped it, and
-# by no other.
+# ---- a store's own clock: it stamped the objects, so only it can tell their age
 
 CLOCK_PROBES = "probes/"
 ABANDONED_PROBE_S = 3600.0
@@ -238,10 +256,9 @@ _PROBE_RE = re.compile(r"probes/[0-9a-f]{32}", re.ASCII)
 
 
 def store_clock(store: Backend) -> float:
-    """The store's time, in seconds since 1970: that of an object written just now, which is deleted
-    again.
+    """The store's time in seconds since 1970: the stamp of an object written and deleted now.
 
-    Also removes what dead processes left of such. Raises UnavailableError, StoreDeniedError.
+    Also deletes probes that dead processes left. Raises UnavailableError, StoreDeniedError.
     """
     key = f"{CLOCK_PROBES}{secrets.token_hex(16)}"
     store.put(key, [b"ckpt"])
@@ -251,7 +268,7 @@ def store_clock(store: Backend) -> float:
         store.delete(key)
     if stat is None:
         raise UnavailableError(
-            f"an object written just now isn't there. key={key} store={store.url} run this again"
+            f"an object written just now is not there. key={key} store={store.url} run this again"
         )
     for left in list(store.list(CLOCK_PROBES)):
         if is_probe(left.key) and stat.modified_unix_s - left.modified_unix_s > ABANDONED_PROBE_S:
@@ -264,25 +281,21 @@ def is_probe(key: str) -> bool:
     return _PROBE_RE.fullmatch(key) is not None
 
 
-# Deletes what no snapshot needs any more, store by store. A death at any moment harms nothing; a
-# repeat finishes.
+# ---- the sweep
 
 GRACE_S = 86400.0
-"""How long dropped snapshots stay readable, by the clock of each store: longer than any restore
-takes."""
+"""How long dropped snapshots stay readable, by each store's clock: longer than a restore takes."""
 DELETES_AT_ONCE = 16
 BATCH = 1000
-"""Objects given to the store's threads at once; the same as one request of the S3 protocol may
-name."""
+"""Objects given to a store's threads at once; one request of the S3 protocol names as many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSweep:
-    """What was found and done in one store. ``problem`` says why the rest was left for the next
-    time; empty: it is all done.
+    """What a sweep found and did in one store.
 
-    ``objects`` and ``size_bytes`` are by verdict, as the store was listed; ``deleted`` and
-    ``deleted_bytes`` what went.
+    ``objects`` and ``size_bytes`` are by status, as the store was listed. ``problem``: why the rest
+    was left to the next sweep; empty if the store is done.
     """
 
     url: str
@@ -295,16 +308,15 @@ class StoreSweep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepReport:
-    """What a sweep came to. ``held`` names snapshots whose records can't be read, so that no pack
-    was deleted, and why."""
+    """The result. ``held``: snapshots with unreadable records, because of which no pack goes."""
 
     stores: tuple[StoreSweep, ...]
     held: tuple[SnapshotReferences, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether every store is as clean as it can be now."""
-        return not self.held and not any(one.problem for one in self.stores)
+        """Whether every store was swept completely."""
+        return not self.held and not any(store.problem for store in self.stores)
 
 
 def sweep(
@@ -317,49 +329,51 @@ def sweep(
     clock: Callable[[Backend], float] = store_clock,
     emit: Emit = lambda _: None,
 ) -> SweepReport:
-    """Delete the packs, parts and manifests that are garbage in ``state``, the log as it is now or
-    was before.
+    """Delete the packs, parts and manifests that are garbage in ``state``, a state of the log.
 
-    ``going`` are snapshots that count as just dropped, for a dry run, which deletes nothing. A
-    store that does not answer, or is another log's, is left out and told. Raises IntegrityError or
-    UnavailableError where the log can't be known (a hole, too few stores), or a manifest or part
-    can't be asked for. Cost: all manifests and parts of existing snapshots are read, the log's
-    records within the grace, and manifests, parts and packs of each store listed.
+    ``about_to_drop``: for a dry run, which deletes nothing, snapshots that count as just dropped. A
+    store that does not answer or belongs to another log is skipped and reported.
+
+    Raises IntegrityError or UnavailableError if the newest snapshot cannot be known (a hole, too
+    few stores), or a store that may have a manifest or part does not answer. Cost: reads all
+    manifests and parts of existing snapshots and the log's records within the grace; lists the
+    manifests, parts and packs of each store.
     """
     require_known(state)
-    stores = [_meet(store, state, clock) for store in stores_of(backend)]
-    answering = [one for one in stores if isinstance(one, ReachableStore)]
-    quorum = write_quorum_of(backend)
-    exist = snapshot_references(backend, state)
-    dropped = (
-        dropped_within(backend, state, answering, grace_s=grace_s, write_quorum=quorum)
-        if grace_s > 0
-        else []
+    stores = [_identify(store, state, clock) for store in stores_of(backend)]
+    answering = [store for store in stores if isinstance(store, ReachableStore)]
+    # Before anything is deleted: raises if a store that may have a record does not answer.
+    existing = snapshot_references(backend, state)
+    dropped: list[SnapshotReferences] = []
+    if grace_s > 0:
+        quorum = write_quorum_of(backend)
+        dropped = dropped_within(backend, state, answering, grace_s=grace_s, write_quorum=quorum)
+    recent = [*dropped, *(about_to_drop if grace_s > 0 else ())]
+    classifier = GarbageClassifier(state, existing=existing, dropped=recent, grace_s=grace_s)
+    report = SweepReport(
+        stores=tuple(
+            store
+            if isinstance(store, StoreSweep)
+            else _sweep_store(store, classifier, dry_run=dry_run)
+            for store in stores
+        ),
+        held=tuple(entry for entry in (*existing, *dropped) if entry.problem),
     )
-    judge = GarbageClassifier(
-        state,
-        existing=exist,
-        dropped=[*dropped, *(about_to_drop if grace_s > 0 else ())],
-        grace_s=grace_s,
-    )
-    done = tuple(
-        one if isinstance(one, StoreSweep) else _sweep_store(one, judge, dry_run=dry_run)
-        for one in stores
-    )
-    report = SweepReport(stores=done, held=tuple(one for one in (*exist, *dropped) if one.problem))
     for event in _events(report):
         emit(event)
     return report
 
 
 def require_known(state: LogState) -> None:
-    """Raises IntegrityError or UnavailableError where what is newest can't be known: then nothing
-    may be deleted."""
+    """Raises IntegrityError or UnavailableError if the newest snapshot cannot be known.
+
+    Then nothing may be deleted: a record that did not reach a quorum may be replaced by another,
+    and a drop that never counted would delete live bytes.
+    """
     if state.hole is not None:
         raise IntegrityError(
             f"the log has a hole, so nothing is deleted. seq={state.hole.seq} "
-            f"why={state.hole.reason} bring that record back "
-            "from a copy of the store"
+            f"why={state.hole.reason} restore that record from a copy of the store"
         )
     if state.short:
         raise UnavailableError(
@@ -367,49 +381,51 @@ def require_known(state: LogState) -> None:
         )
 
 
-def _meet(
+def _identify(
     store: Backend, state: LogState, clock: Callable[[Backend], float]
 ) -> ReachableStore | StoreSweep:
-    """Look whether the store is one of this log's and what time it has."""
+    """Check that the store belongs to this log, and read its clock."""
     try:
         record = JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
-        listed = state.stores is None or record.store_id in state.stores.ids
-        if record.job != state.job or not listed:
-            return StoreSweep(
-                url=store.url,
-                problem=f"not a store of this log. its_job={record.job!r} store_id={record.store_id}",
-            )
+        is_member = state.stores is None or record.store_id in state.stores.ids
+        # Never delete in a store of another log, even if its address was given.
+        if record.job != state.job or not is_member:
+            problem = f"not a store of this log. its_job={record.job!r} store_id={record.store_id}"
+            return StoreSweep(url=store.url, problem=problem)
         return ReachableStore(store, clock(store))
     except NotFoundError:
-        return StoreSweep(
-            url=store.url, problem=f"not a store of this log: it has no {keys.JOB_KEY}"
-        )
+        problem = f"not a store of this log: it has no {keys.JOB_KEY}"
+        return StoreSweep(url=store.url, problem=problem)
     except (UnavailableError, IntegrityError) as error:
         return StoreSweep(url=store.url, problem=str(error))
 
 
-def _sweep_store(one: ReachableStore, judge: GarbageClassifier, *, dry_run: bool) -> StoreSweep:
+def _sweep_store(
+    reachable: ReachableStore, classifier: GarbageClassifier, *, dry_run: bool
+) -> StoreSweep:
     objects: Counter[ObjectStatus] = Counter()
     sizes: Counter[ObjectStatus] = Counter()
     deleted = deleted_bytes = 0
     problem = ""
     try:
         for prefix in PREFIXES:
+            # The prefix is listed to its end before anything below it is deleted.
             garbage: list[Stat] = []
-            for stat in one.store.list(prefix):
-                verdict = judge.classify(stat, now_unix_s=one.now_unix_s)
-                objects[verdict] += 1
-                sizes[verdict] += stat.size_bytes
-                if verdict is ObjectStatus.GARBAGE:
+            for stat in reachable.store.list(prefix):
+                status = classifier.classify(stat, now_unix_s=reachable.now_unix_s)
+                objects[status] += 1
+                sizes[status] += stat.size_bytes
+                if status is ObjectStatus.GARBAGE:
                     garbage.append(stat)
             if not dry_run:
-                for stat in _delete(one.store, garbage):
+                for stat in _delete(reachable.store, garbage):
                     deleted += 1
                     deleted_bytes += stat.size_bytes
     except CkptError as error:
+        # This store is left to the next sweep; the other stores are swept all the same.
         problem = str(error)
     return StoreSweep(
-        url=one.store.url,
+        url=reachable.store.url,
         objects=objects,
         size_bytes=sizes,
         deleted=deleted,
@@ -419,8 +435,7 @@ def _sweep_store(one: ReachableStore, judge: GarbageClassifier, *, dry_run: bool
 
 
 def _delete(store: Backend, garbage: Sequence[Stat]) -> Iterator[Stat]:
-    """Delete the objects, several at once, and give each when it is gone. The first error ends
-    it."""
+    """Delete the objects, several at once, and yield each deleted one. Stops at the first error."""
     width = min(DELETES_AT_ONCE, store.capabilities().concurrency_best) if garbage else 1
     if width <= 1:
         for stat in garbage:
@@ -431,31 +446,28 @@ def _delete(store: Backend, garbage: Sequence[Stat]) -> Iterator[Stat]:
     try:
         for start in range(0, len(garbage), BATCH):
             batch = garbage[start : start + BATCH]
-            for stat, _ in zip(
-                batch, pool.map(store.delete, [stat.key for stat in batch]), strict=True
-            ):
+            deletes = pool.map(store.delete, [stat.key for stat in batch])
+            for stat, _ in zip(batch, deletes, strict=True):
                 yield stat
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _events(report: SweepReport) -> Iterator[Event]:
-    for one in report.stores:
+    for store in report.stores:
         facts: dict[str, Fact] = {
-            "store": one.url,
-            "deleted": one.deleted,
-            "deleted_bytes": one.deleted_bytes,
+            "store": store.url,
+            "deleted": store.deleted,
+            "deleted_bytes": store.deleted_bytes,
         }
-        if one.problem:
-            yield Event(
-                "sweep-stopped",
-                f"a store was not swept to the end: {one.problem}",
-                facts,
-                alarm=True,
-            )
+        if store.problem:
+            text = f"a store was not swept to the end: {store.problem}"
+            yield Event("sweep-stopped", text, facts, alarm=True)
         else:
-            yield Event("swept", f"swept {one.url}", facts)
+            yield Event("swept", f"swept {store.url}", facts)
     for held in report.held:
         where: dict[str, Fact] = {"epoch": held.snapshot.epoch, "step": held.snapshot.step}
-        text = f"no pack was deleted, for nobody knows which ones {held.snapshot} needs: {held.problem}"
+        text = (
+            f"no pack was deleted: it is unknown which ones {held.snapshot} needs: {held.problem}"
+        )
         yield Event("sweep-held", text, where, alarm=True)

@@ -1,1 +1,1 @@
-"""Comparing all copies of a job on its stores, and repairing them."""
+"""Scrubs: comparing all copies of a job on its stores, and repairing them."""

@@ -1,8 +1,8 @@
-"""The log as every store holds it, place by place: which record belongs there, who has it, who has
-something else.
+"""The comparison of a log's copies: for each position, which record counts and what each store has.
 
-What counts is decided where all readers decide it (``commit.gather``); here each store's copy is
-held against that.
+Which record counts is decided by ``quorum.merge_stores``, as for all readers. Here each store's
+copy is compared with that record. A position is a seq; a store keeps its record at the first key,
+or, if the first key holds a record that lost a race, at the second, settled key.
 """
 
 from __future__ import annotations
@@ -32,20 +32,27 @@ from ckpt.maintenance.copy_io import MaintenancePace
 from ckpt.values import DIGEST_BYTES
 
 WINDOW = 1024
-"""How many places are held in memory at once."""
+"""Positions that are compared at a time."""
 FOLD_KEPT_BYTES_MAX = 16 << 20
-"""A fold that no store has rightly is kept in memory until it is written, up to this size; larger
-ones are left to writers."""
+"""Largest fold that is kept in memory until it is written, if no store has it right. Larger ones
+are left to the log's writers."""
+
+INVALID = "it is no valid record of this position"
 
 CountedRecord = Callable[[int], "bytes | None"]
-"""The bytes of the record that counts at a place, where the caller can tell; else None."""
+"""Returns the bytes of the record that counts at a seq, or None if the caller does not know."""
+
+CopyObserver = Callable[[int, str, CopyStatus, str], None]
+"""Receives each copy: the store's number, the key, the status and a message."""
 
 
 @dataclass(slots=True)
 class RecordFaults:
-    """What one store has wrong in the log. ``first``: places whose record is to be written at the
-    first key; ``second``: at the second, because a sound record that lost a race lies at the first.
-    Both ascend."""
+    """The positions at which one store lacks the right record, ascending.
+
+    ``first``: write the record at the first key. ``second``: write it at the second key, because a
+    valid record that lost a race is at the first one.
+    """
 
     first: array[int] = field(default_factory=lambda: array("Q"))
     second: array[int] = field(default_factory=lambda: array("Q"))
@@ -53,8 +60,10 @@ class RecordFaults:
 
 @dataclass(frozen=True, slots=True)
 class FoldFaults:
-    """One fold that not all stores have: who has it, and where it is to be written. ``data``: it,
-    where nobody has it."""
+    """One fold that some stores lack: the stores with a right copy, and those with a wrong one.
+
+    ``data``: the fold itself, if no store has it.
+    """
 
     seq: int
     right: tuple[int, ...]
@@ -64,11 +73,11 @@ class FoldFaults:
 
 @dataclass(slots=True)
 class LogFindings:
-    """The log in which all stores were compared. ``digests`` holds 16 bytes for each place of
-    ``state``, from 0.
+    """The log that the stores were compared with, and the faults of each store by number.
 
-    ``open_tail``: the last record is on too few stores to be sure that it counts, so that it may
-    not be copied yet.
+    ``digests`` has 16 bytes for each position of ``state``. ``open_tail``: the last record is on
+    too few stores to be final, so it must not be copied. ``silent``: stores that could not be
+    listed, and why.
     """
 
     state: LogState
@@ -78,21 +87,15 @@ class LogFindings:
     open_tail: bool = False
     hole: Hole | None = None
     silent: dict[int, str] = field(default_factory=dict)
-    """Stores that could not even be listed, and why."""
 
     def digest(self, seq: int) -> str:
-        """The digest of the record at ``seq``, which must be below ``state.next_seq``."""
+        """The digest of the record at ``seq``, which is below ``state.next_seq``."""
         return self.digests[seq * DIGEST_BYTES : (seq + 1) * DIGEST_BYTES].hex()
-
-
-CopyObserver = Callable[[int, str, CopyStatus, str], None]
-"""Told of each copy: the store's number, key, what it is, and a message."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """What one store lists: places with a record, places with a settled one, and folds. None where
-    it did not answer."""
+    """The seqs that one store lists: records at the first key, at the second key, and folds."""
 
     first: frozenset[int]
     second: frozenset[int]
@@ -108,64 +111,73 @@ def compare_logs(
     pace: MaintenancePace,
     counted_record: CountedRecord | None = None,
 ) -> LogFindings:
-    """Read every record and fold of ``stores`` (by number; ``ids`` has theirs, "" where unknown),
-    and compare.
+    """Read every record and fold of ``stores`` and compare them.
 
-    Stops at a hole that ``truth`` can't fill. Raises FormatVersionError and Stopped. Cost: two
-    lists and every small object a store; memory for 1,024 places and 16 bytes for each.
+    ``stores`` and ``ids`` are by store number; an unknown id is "". Stops at a hole that
+    ``counted_record`` cannot fill. Raises FormatVersionError and Stopped. Cost: for each store two
+    lists and every small object; memory for WINDOW positions and 16 bytes for each record.
     """
     size = 1 + max(stores, default=-1)
     log = LogFindings(empty(job), bytearray(), [RecordFaults() for _ in range(size)], [])
-    names: dict[int, _Listing] = {}
+    listings: dict[int, _Listing] = {}
     newer: dict[int, FormatVersionError] = {}
     for number, store in stores.items():
         try:
-            names[number] = _names(store)
+            listings[number] = _listing(store)
         except UnavailableError as error:
             log.silent[number] = str(error)
-    away = [NoAnswer(why) for why in log.silent.values()]
-    urls = [stores[number].url for number in (*names, *log.silent)]
-    stores = {number: stores[number] for number in names}
-    end = 1 + max((seq for one in names.values() for seq in one.first | one.second), default=-1)
+    away = [NoAnswer(reason) for reason in log.silent.values()]
+    urls = [stores[number].url for number in (*listings, *log.silent)]
+    stores = {number: stores[number] for number in listings}
+    end = 1 + max(
+        (seq for listing in listings.values() for seq in listing.first | listing.second),
+        default=-1,
+    )
     while log.state.next_seq < end:
         low = log.state.next_seq
+        # One position more than the window: the record after the last one may prove it.
         seqs = range(low, min(end, low + WINDOW + 1))
-        held = {
-            number: _held(stores[number], ids.get(number, ""), names[number], seqs, newer, pace)
+        copies = {
+            number: _read_records(
+                stores[number], ids.get(number, ""), listings[number], seqs, newer, pace
+            )
             for number in stores
         }
-        found, hole = _taken(log.state, [*held.values(), *away], urls, seqs.stop, counted_record)
-        records = found.chain
+        counted, hole = _counted_records(
+            log.state, [*copies.values(), *away], urls, seqs.stop, counted_record
+        )
+        records = counted.chain
         if not records and hole is None:
             break
-        log.open_tail = seqs[-1] + 1 >= end and _open(found.gathered.tail, records, counted_record)
+        at_end = seqs[-1] + 1 >= end
+        log.open_tail = at_end and _is_open(counted.merged.tail, records, counted_record)
         for record in records:
             log.digests += bytes.fromhex(record.digest)
-            unproven = log.open_tail and record is records[-1]
-            for number, one in held.items():
-                _note_record(log.faults[number], number, one, record, None if unproven else observe)
+            if log.open_tail and record is records[-1]:
+                # It may not count: its writer has to finish it, and a copy would be a vote.
+                continue
+            for number, copy in copies.items():
+                _compare_record(log.faults[number], number, copy, record, observe)
         for seq in (record.seq for record in records):
-            if fold_due(seq) and any(seq in one.folds for one in names.values()):
+            if fold_due(seq) and any(seq in listing.folds for listing in listings.values()):
                 state = fold(log.state, [record for record in records if record.seq <= seq])
                 _compare_fold(log, stores, state, observe, pace)
         before, log.state = log.state.next_seq, fold(log.state, records)
         if hole is not None and not (
             hole.seq > before and hole.seq == seqs[-1] and hole.seq + 1 < end
         ):
-            # At a window's end the next record, which may tell, was not seen: there it is looked at
-            # once more.
             log.hole = hole
             break
+        # A hole at a window's last position is read again as the first one of the next window:
+        # there the record after it is seen too, and may decide it.
     if log.hole is not None and log.hole.seq in newer:
-        # Nobody has a record there that this release can read, and somebody's says that a newer one
-        # wrote it.
+        # No store has a readable record there, and at least one holds a newer release's record.
         raise newer[log.hole.seq]
     return log
 
 
 def right_record(store: Backend, seq: int, digest: str) -> bytes | None:
-    """The bytes of the record with this digest, from either of its keys; None where the store has
-    it at neither."""
+    """The bytes of the record with this digest, from either of its keys; None if it has neither."""
     for key in (keys.log_key(seq), keys.settled_key(seq)):
         try:
             data = read_alone(store, key, bytes_max=RECORD_BYTES_MAX)
@@ -186,85 +198,86 @@ def is_record(data: bytes, digest: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _CountedRecords:
-    gathered: MergedLog
+    merged: MergedLog
     chain: list[Record]
 
 
-def _taken(
+def _counted_records(
     state: LogState,
-    held: Sequence[StoreRecords | NoAnswer],
+    copies: Sequence[StoreRecords | NoAnswer],
     urls: Sequence[str],
     stop: int,
-    truth: CountedRecord | None,
+    counted_record: CountedRecord | None,
 ) -> tuple[_CountedRecords, Hole | None]:
-    """The records below ``stop`` that count, in order, and the hole that ends them, if one does."""
-    found = merge_stores(state, _without_doubt(state, held), urls)
-    chain = _chain(state, found.state, held)
-    hole, at = found.state.hole, found.state.next_seq
+    """The records below ``stop`` that count, in order, and the hole that ends them, if any."""
+    merged = merge_stores(state, _without_doubt(state, copies), urls)
+    chain = _chain(state, merged.state, copies)
+    hole, next_seq = merged.state.hole, merged.state.next_seq
     if (
         hole is None
-        and at < stop
-        and any(isinstance(one, StoreRecords) and at in one.damaged for one in held)
+        and next_seq < stop
+        and any(isinstance(copy, StoreRecords) and next_seq in copy.damaged for copy in copies)
     ):
-        hole = Hole(at, "no store has a readable record there.")
-    if truth is not None and found.state.next_seq < stop:
-        told = _told(found.state.without_hole(), truth)
-        if told is not None:
-            return _CountedRecords(found, [*chain, told]), None
-    return _CountedRecords(found, chain), hole
+        hole = Hole(next_seq, "no store has a readable record there.")
+    if counted_record is not None and next_seq < stop:
+        record = _record_of_caller(merged.state.without_hole(), counted_record)
+        if record is not None:
+            return _CountedRecords(merged, [*chain, record]), None
+    return _CountedRecords(merged, chain), hole
 
 
 def _without_doubt(
-    state: LogState, held: Sequence[StoreRecords | NoAnswer]
+    state: LogState, copies: Sequence[StoreRecords | NoAnswer]
 ) -> list[StoreRecords | NoAnswer]:
-    """``held``, in which damage hides no vote as long as the log is in one store.
+    """``copies`` without the damaged positions that cannot hide a vote.
 
-    Replicas of such a log hold only what counted already, so one sound record at a place is the
-    one, whatever became of the others. From the first record on that names several stores, a
-    damaged copy may have been another record's.
+    While the log is in one store, its replicas hold only what counted there. So any valid record at
+    a position is the right one, whatever became of the other copies. From the first record that
+    names several stores on, a damaged copy may have been another record's vote.
     """
     if state.stores is not None:
-        return list(held)
-    naming = [
+        return list(copies)
+    stores_seqs = [
         seq
-        for one in held
-        if isinstance(one, StoreRecords)
-        for seq, record in (*one.records.items(), *one.settled.items())
+        for copy in copies
+        if isinstance(copy, StoreRecords)
+        for seq, record in (*copy.records.items(), *copy.settled.items())
         if isinstance(record.body, Stores)
     ]
-    first = min(naming, default=None)
+    first = min(stores_seqs, default=None)
     return [
         replace(
-            one, damaged=frozenset(seq for seq in one.damaged if first is not None and seq >= first)
+            copy,
+            damaged=frozenset(seq for seq in copy.damaged if first is not None and seq >= first),
         )
-        if isinstance(one, StoreRecords)
-        else one
-        for one in held
+        if isinstance(copy, StoreRecords)
+        else copy
+        for copy in copies
     ]
 
 
 def _chain(
-    before: LogState, after: LogState, held: Sequence[StoreRecords | NoAnswer]
+    before: LogState, after: LogState, copies: Sequence[StoreRecords | NoAnswer]
 ) -> list[Record]:
-    """The records from ``before`` to ``after``: each names the digest of the one before it."""
+    """The records from ``before`` to ``after``, found backwards along their ``prev`` digests."""
     expected = after.head_digest
     chain: list[Record] = []
     for seq in range(after.next_seq - 1, before.next_seq - 1, -1):
-        found = next(
+        record = next(
             record
-            for one in held
-            if isinstance(one, StoreRecords)
-            for record in (one.records.get(seq), one.settled.get(seq))
+            for copy in copies
+            if isinstance(copy, StoreRecords)
+            for record in (copy.records.get(seq), copy.settled.get(seq))
             if record is not None and record.digest == expected
         )
-        chain.append(found)
-        expected = found.prev
+        chain.append(record)
+        expected = record.prev
     chain.reverse()
     return chain
 
 
-def _told(state: LogState, truth: CountedRecord) -> Record | None:
-    data = truth(state.next_seq)
+def _record_of_caller(state: LogState, counted_record: CountedRecord) -> Record | None:
+    data = counted_record(state.next_seq)
     if data is None:
         return None
     try:
@@ -274,8 +287,10 @@ def _told(state: LogState, truth: CountedRecord) -> Record | None:
     return record if fold(state, [record]).hole is None else None
 
 
-def _open(tail: LastRecord | None, records: Sequence[Record], truth: CountedRecord | None) -> bool:
-    """Whether the last record is on too few stores to be sure of it, and nobody else is."""
+def _is_open(
+    tail: LastRecord | None, records: Sequence[Record], counted_record: CountedRecord | None
+) -> bool:
+    """Whether the last record is on too few stores to be final, and the caller does not know it."""
     if (
         tail is None
         or not records
@@ -283,92 +298,81 @@ def _open(tail: LastRecord | None, records: Sequence[Record], truth: CountedReco
         or tail.copies >= tail.members.write_quorum
     ):
         return False
-    return truth is None or truth(tail.record.seq) != tail.record.encode()
+    return counted_record is None or counted_record(tail.record.seq) != tail.record.encode()
 
 
-def _note_record(
+def _compare_record(
     faults: RecordFaults,
     number: int,
-    held: StoreRecords | NoAnswer,
+    copy: StoreRecords | NoAnswer,
     record: Record,
-    note: CopyObserver | None,
+    observe: CopyObserver,
 ) -> None:
-    """Tell what a store has of a record; nothing where ``note`` is None, for a record that may not
-    count."""
-    if note is None:
-        return
+    """Compare one store's copies with the record that counts, and add what is to be written."""
     seq, key = record.seq, keys.log_key(record.seq)
-    if isinstance(held, NoAnswer):
-        note(number, key, CopyStatus.UNREADABLE, held.reason)
+    settled_key = keys.settled_key(seq)
+    if isinstance(copy, NoAnswer):
+        observe(number, key, CopyStatus.UNREADABLE, copy.reason)
         return
-    first, second = held.records.get(seq), held.settled.get(seq)
+    first, second = copy.records.get(seq), copy.settled.get(seq)
     if record.digest in (first and first.digest, second and second.digest):
-        if seq not in held.damaged:
-            note(number, key, CopyStatus.OK, "")
+        if seq not in copy.damaged:
+            observe(number, key, CopyStatus.OK, "")
         elif first is None:
             faults.first.append(seq)
-            note(number, key, CopyStatus.DAMAGED, "it is no valid record of this place")
+            observe(number, key, CopyStatus.DAMAGED, INVALID)
         else:
             faults.second.append(seq)
-            note(
-                number,
-                keys.settled_key(seq),
-                CopyStatus.DAMAGED,
-                "it is no valid record of this place",
-            )
+            observe(number, settled_key, CopyStatus.DAMAGED, INVALID)
     elif first is not None:
-        # It was created once and lost: it stays, and what counts goes to the second key.
+        # The first key is created once, and its record may be the store's vote: it stays.
         faults.second.append(seq)
-        note(
-            number,
-            keys.settled_key(seq),
-            CopyStatus.MISSING,
-            f"another record lies at the first key. seq={seq}",
-        )
-    elif seq in held.damaged:
+        message = f"another record is at the first key. seq={seq}"
+        observe(number, settled_key, CopyStatus.MISSING, message)
+    elif seq in copy.damaged:
         faults.first.append(seq)
-        note(number, key, CopyStatus.DAMAGED, "it is no valid record of this place")
+        observe(number, key, CopyStatus.DAMAGED, INVALID)
     else:
         faults.first.append(seq)
-        note(number, key, CopyStatus.MISSING, "it is not there")
+        observe(number, key, CopyStatus.MISSING, "it is not there")
 
 
 def _compare_fold(
     log: LogFindings,
     stores: Mapping[int, Backend],
     state: LogState,
-    note: CopyObserver,
+    observe: CopyObserver,
     pace: MaintenancePace,
 ) -> None:
     expected = encode_fold(state)
     key = keys.fold_key(state.next_seq - 1)
     right: list[int] = []
     wrong: list[int] = []
-    found: dict[int, tuple[CopyStatus, str, bool]] = {}
+    checks: dict[int, tuple[CopyStatus, str, bool]] = {}
     for number, store in stores.items():
         pace.take(len(expected))
-        found[number] = _look_fold(store, key, expected, state)
-    known = any(what is CopyStatus.OK for what, _, _ in found.values())
-    for number, (what, why, newer) in found.items():
-        if newer and not known:
-            continue  # a newer release may have written it: it is not ours to judge
-        note(number, key, what, why)
-        if what is CopyStatus.OK:
+        checks[number] = _check_fold(store, key, expected, state)
+    any_right = any(status is CopyStatus.OK for status, _, _ in checks.values())
+    for number, (status, message, newer) in checks.items():
+        if newer and not any_right:
+            continue  # a newer release may have written it, so it may be right
+        observe(number, key, status, message)
+        if status is CopyStatus.OK:
             right.append(number)
-        elif what is not CopyStatus.UNREADABLE:
+        elif status is not CopyStatus.UNREADABLE:
             wrong.append(number)
     if wrong:
         kept = None if right or len(expected) > FOLD_KEPT_BYTES_MAX else expected
         log.folds.append(FoldFaults(state.next_seq - 1, tuple(right), tuple(wrong), kept))
 
 
-def _look_fold(
+def _check_fold(
     store: Backend, key: str, expected: bytes, state: LogState
 ) -> tuple[CopyStatus, str, bool]:
-    """What the fold is there, why, and whether it says that another release wrote it."""
+    """The status of the store's fold, a message, and whether it names a newer format."""
     try:
         data = read_alone(store, key, bytes_max=FOLD_BYTES_MAX)
-        # Another release may spell the same state otherwise: that is right too.
+        # Another release may encode the same state in other bytes: that is right too.
         same = data == expected or decode_fold(data) == state
     except NotFoundError:
         return CopyStatus.MISSING, "it is not there", False
@@ -378,14 +382,12 @@ def _look_fold(
         return CopyStatus.DAMAGED, str(error), True
     except IntegrityError as error:
         return CopyStatus.DAMAGED, str(error), False
-    return (
-        (CopyStatus.OK, "", False)
-        if same
-        else (CopyStatus.DAMAGED, "it is not the fold of the records before it", False)
-    )
+    if same:
+        return CopyStatus.OK, "", False
+    return CopyStatus.DAMAGED, "it is not the fold of the records before it", False
 
 
-def _names(store: Backend) -> _Listing:
+def _listing(store: Backend) -> _Listing:
     first: set[int] = set()
     second: set[int] = set()
     for stat in store.list(keys.LOG):
@@ -399,35 +401,39 @@ def _names(store: Backend) -> _Listing:
     return _Listing(frozenset(first), frozenset(second), frozenset(folds))
 
 
-def _held(
+def _read_records(
     store: Backend,
     store_id: str,
-    names: _Listing,
+    listing: _Listing,
     seqs: range,
     newer: dict[int, FormatVersionError],
     pace: MaintenancePace,
 ) -> StoreRecords | NoAnswer:
-    """What ``store`` has at ``seqs``. A record of another format version is damage as long as
-    another store has a sound one; it is noted in ``newer``."""
-    places = [(keys.log_key(seq), seq, False) for seq in seqs if seq in names.first]
-    places += [(keys.settled_key(seq), seq, True) for seq in seqs if seq in names.second]
+    """The records of ``store`` at ``seqs``.
 
-    def read(place: tuple[str, int, bool]) -> Record | CkptError:
+    A record of a newer format counts as damaged, in case another store has a readable one; its
+    error is kept in ``newer``.
+    """
+    record_keys = [(keys.log_key(seq), seq, False) for seq in seqs if seq in listing.first]
+    record_keys += [(keys.settled_key(seq), seq, True) for seq in seqs if seq in listing.second]
+
+    def read(record_key: tuple[str, int, bool]) -> Record | CkptError:
         pace.check()
-        return _read(store, place[0], place[1])
+        return _read(store, record_key[0], record_key[1])
 
     records: dict[int, Record] = {}
     settled: dict[int, Record] = {}
     damaged: set[int] = set()
-    for (_, seq, second), found in zip(places, read_all(places, read), strict=True):
-        if isinstance(found, Record):
-            (settled if second else records)[seq] = found
-        elif isinstance(found, UnavailableError):
-            return NoAnswer(str(found))
-        elif isinstance(found, IntegrityError | FormatVersionError):
+    results = read_all(record_keys, read)
+    for (_, seq, second), result in zip(record_keys, results, strict=True):
+        if isinstance(result, Record):
+            (settled if second else records)[seq] = result
+        elif isinstance(result, UnavailableError):
+            return NoAnswer(str(result))
+        elif isinstance(result, IntegrityError | FormatVersionError):
             damaged.add(seq)
-            if isinstance(found, FormatVersionError):
-                newer[seq] = found
+            if isinstance(result, FormatVersionError):
+                newer[seq] = result
     return StoreRecords(store_id, records, settled, frozenset(damaged))
 
 
@@ -436,8 +442,6 @@ def _read(store: Backend, key: str, seq: int) -> Record | CkptError:
         record = decode_record(read_alone(store, key, bytes_max=RECORD_BYTES_MAX))
     except (IntegrityError, FormatVersionError, NotFoundError, UnavailableError) as error:
         return error
-    return (
-        record
-        if record.seq == seq
-        else IntegrityError(f"record of another place. key={key} seq={record.seq}")
-    )
+    if record.seq != seq:
+        return IntegrityError(f"record of another position. key={key} seq={record.seq}")
+    return record

@@ -1,5 +1,4 @@
-"""The manifests, parts and packs of existing snapshots: every copy looked at, and bad ones written
-anew from good."""
+"""The scrub of objects: manifests, parts and packs of existing snapshots, checked and repaired."""
 
 from __future__ import annotations
 
@@ -33,242 +32,248 @@ from ckpt.maintenance.copy_io import (
 )
 from ckpt.maintenance.scrub.report import DropCheck, ScrubContext
 
-# Objects that a store lists and nothing refers to: counted beside the scrub's way through the
-# keys, never touched.
-
 
 class OrphanWalk:
-    """A walk through each store's keys below ``prefix``, behind ``after``. Closing it adds what was
-    met to the tallies."""
+    """A walk through each store's keys below ``prefix``, counting objects that nothing refers to.
+
+    It runs beside the scrub's own walk through the referenced keys, and deletes nothing. ``close``
+    adds the counts to the statistics of the stores.
+    """
 
     def __init__(
-        self, bench: ScrubContext, prefix: str, *, after: str, numbers: Sequence[int]
+        self, context: ScrubContext, prefix: str, *, after: str, numbers: Sequence[int]
     ) -> None:
-        self._bench = bench
+        self._context = context
         self._walks = {
-            number: ListingWalk(bench.stores[number], prefix, after=after) for number in numbers
+            number: ListingWalk(context.stores[number], prefix, after=after) for number in numbers
         }
 
     def reach(self, key: str) -> None:
-        """``key`` is referred to; what lies before it and was not passed yet is not."""
+        """Advance to ``key``, which is referred to; everything skipped on the way is an orphan."""
         self._each(lambda walk: walk.take(key))
 
     def skip_folder(self, folder: str) -> None:
-        """Pass over what lies in ``folder`` without counting it: whether it is referred to can't be
-        known."""
+        """Skip ``folder`` without counting: it is unknown whether its objects are referred to."""
         self._each(lambda walk: walk.skip(folder))
         self._each(lambda walk: walk.skip(f"{folder}~", count=False))
 
     def finish(self) -> None:
-        """Everything that is left is referred to by nothing."""
+        """Count the rest as orphans."""
         self._each(lambda walk: walk.skip(None))
 
     def close(self) -> None:
-        """Add what was met to the stores' tallies."""
+        """Add the counts to the stores' statistics."""
         for number, walk in self._walks.items():
-            tally = self._bench.findings.stores[number]
-            tally.orphans += walk.orphans
-            tally.orphan_bytes += walk.orphan_bytes
+            store = self._context.findings.stores[number]
+            store.orphans += walk.orphans
+            store.orphan_bytes += walk.orphan_bytes
         self._walks = {}
 
     def _each(self, act: Callable[[ListingWalk], object]) -> None:
-        active = set(self._bench.active)
+        active = set(self._context.active)
         for number, walk in self._walks.items():
             if number not in active:
                 continue
             try:
                 act(walk)
             except UnavailableError as error:
-                self._bench.mark_away(number, str(error))
+                self._context.mark_away(number, str(error))
                 active.discard(number)
 
 
 WholeCopies = dict[int, tuple[CopyCheck, bytes]]
-"""What each store has of a small object, and the bytes where they are right."""
+"""Each store's copy of a small object, and its bytes, empty unless they are right."""
 
 
 class ObjectScrub:
-    """Goes through ``snapshots``: first their manifests and parts, then the packs. Each can be left
-    and taken up again."""
+    """The scrub of the objects of ``snapshots``: first manifests and parts, then packs.
+
+    Each of the two steps can be stopped, and continues where it was when called again.
+    ``everything``: these are all snapshots of the log, so that orphans can be counted.
+    """
 
     def __init__(
         self,
-        bench: ScrubContext,
+        context: ScrubContext,
         snapshots: Sequence[Committed],
         *,
         everything: bool,
-        dropped: DropCheck,
+        drop_check: DropCheck,
         budget_bytes: int,
     ) -> None:
-        self._bench = bench
+        self._context = context
         self._snapshots = sorted(snapshots, key=lambda entry: entry.snapshot)
         self._everything = everything
-        self._gone = dropped
-        self._at = 0
-        self._gathered = PackReferences(max(1, budget_bytes // 2 // CHUNK_REF_BYTES))
-        self._cursor = ""
+        self._drop_check = drop_check
+        self._next = 0
+        self._references = PackReferences(max(1, budget_bytes // 2 // CHUNK_REF_BYTES))
+        self._last_pack = ""
         self.untraced: list[Committed] = []
-        """Snapshots whose manifest or a part can't be had."""
+        """Snapshots whose manifest or a part has no right copy."""
 
     def records(self, *, threads: int) -> None:
-        """Manifests and parts. Raises Stopped between two objects, and goes on there when called
-        again."""
-        last = self._snapshots[self._at - 1] if self._at else None
-        # No writer's name holds a tilde, and all that they hold are smaller.
+        """Check manifests and parts. Raises Stopped; a repeated call continues."""
+        last = self._snapshots[self._next - 1] if self._next else None
+        # No writer's name has a tilde, so this key is above all parts of the last snapshot.
         after = "" if last is None else f"{keys.PARTS}{last.snapshot.key}/~"
+        after_manifest = "" if last is None else manifest_key(last)
         with (
-            closing(
-                self._strays(keys.MANIFESTS, "" if last is None else manifest_key(last))
-            ) as manifests,
-            closing(self._strays(keys.PARTS, after)) as parts,
+            closing(self._orphans(keys.MANIFESTS, after_manifest)) as manifests,
+            closing(self._orphans(keys.PARTS, after)) as parts,
         ):
-            while self._at < len(self._snapshots):
-                entry = self._snapshots[self._at]
+            while self._next < len(self._snapshots):
+                entry = self._snapshots[self._next]
                 manifests.reach(manifest_key(entry))
-                found = self._snapshot(entry, parts, threads=threads)
-                for part in found:
-                    self._gathered.add(part, self._at)
-                self._at += 1
+                # Only a snapshot that was checked completely is added: after a stop it comes again.
+                for part in self._snapshot(entry, parts, threads=threads):
+                    self._references.add(part, self._next)
+                self._next += 1
             manifests.finish()
             parts.finish()
 
     def packs(self, *, threads: int) -> None:
-        """Every chunk that is referred to. As ``records``; memory stays within the budget, however
-        many chunks there are."""
-        with closing(self._strays(keys.PACKS, self._cursor)) as strays:
+        """Check every referenced chunk. Raises Stopped; a repeated call continues."""
+        with closing(self._orphans(keys.PACKS, self._last_pack)) as orphans:
             while True:
-                todo = [key for key in self._gathered.packs() if key > self._cursor]
-                with closing(map_in_order(todo, self._look_pack, threads=threads)) as looked:
-                    for key, copies in looked:
-                        strays.reach(key)
-                        self._settle_pack(
-                            self._gathered.pack(key), self._gathered.users(key), copies
-                        )
-                        self._cursor = key
-                if self._gathered.complete:
+                todo = [key for key in self._references.packs() if key > self._last_pack]
+                with closing(map_in_order(todo, self._check_pack, threads=threads)) as checked:
+                    for key, copies in checked:
+                        orphans.reach(key)
+                        pack, users = self._references.pack(key), self._references.users(key)
+                        self._repair_pack(pack, users, copies)
+                        self._last_pack = key
+                if self._references.complete:
                     break
-                following = self._gathered.next_round()
+                # The packs that did not fit into memory are next, gathered anew from the parts.
+                references = self._references.next_round()
                 for number, entry in enumerate(self._snapshots):
                     for part in self._load(entry):
-                        following.add(part, number)
-                self._gathered = following
-            # What only a snapshot that can't be traced refers to is no stray.
+                        references.add(part, number)
+                self._references = references
+            # An untraced snapshot may refer to any of the rest, so none of it counts as an orphan.
             if not self.untraced:
-                strays.finish()
+                orphans.finish()
 
     def _snapshot(self, entry: Committed, parts: OrphanWalk, *, threads: int) -> list[Part]:
-        """The parts of one snapshot that can be had."""
+        """Check the manifest and parts of one snapshot; the readable parts."""
         want = WholeObject(manifest_key(entry), entry.manifest_digest)
-        data = self._settle_whole(want, self._look_whole(want, MANIFEST_BYTES_MAX), entry)
-        manifest = _manifest(data)
+        copies = self._check_whole(want, MANIFEST_BYTES_MAX)
+        manifest = _manifest(self._repair_whole(want, copies, entry))
         if manifest is None:
             self.untraced.append(entry)
             parts.skip_folder(f"{keys.PARTS}{entry.snapshot.key}/")
             return []
         wants = [WholeObject(ref.key, ref.digest, ref.size_bytes) for ref in manifest.parts]
         wants.sort(key=lambda want: want.key)
-        found: list[Part] = []
-        with closing(map_in_order(wants, self._look_part, threads=threads)) as looked:
-            for want, looks in looked:
+        readable: list[Part] = []
+        with closing(map_in_order(wants, self._check_part, threads=threads)) as checked:
+            for want, copies in checked:
                 parts.reach(want.key)
-                part = _part(self._settle_whole(want, looks, entry))
+                part = _part(self._repair_whole(want, copies, entry))
                 if part is not None:
-                    found.append(part)
-        if len(found) < len(wants):
+                    readable.append(part)
+        if len(readable) < len(wants):
             self.untraced.append(entry)
-        return found
+        return readable
 
-    def _look_part(self, want: WholeObject) -> WholeCopies:
-        return self._look_whole(want, PART_STORED_BYTES_MAX)
+    def _check_part(self, want: WholeObject) -> WholeCopies:
+        return self._check_whole(want, PART_STORED_BYTES_MAX)
 
-    def _look_whole(self, want: WholeObject, bytes_max: int) -> WholeCopies:
-        bench = self._bench
+    def _check_whole(self, want: WholeObject, bytes_max: int) -> WholeCopies:
+        context = self._context
         return {
-            n: check_whole(bench.stores[n], want, bytes_max=bytes_max, pace=bench.pace)
-            for n in bench.active
+            n: check_whole(context.stores[n], want, bytes_max=bytes_max, pace=context.pace)
+            for n in context.active
         }
 
-    def _settle_whole(
-        self, want: WholeObject, looks: WholeCopies, entry: Committed
+    def _repair_whole(
+        self, want: WholeObject, whole_copies: WholeCopies, entry: Committed
     ) -> bytes | None:
-        bench = self._bench
-        copies = {number: copy for number, (copy, _) in looks.items()}
-        bench.count_silence(copies)
-        if _any_wrong(copies) and self._gone.all_dropped([entry]):
+        """Write the right bytes where they are missing; the bytes, or None if no copy is right."""
+        context = self._context
+        copies = {number: copy for number, (copy, _) in whole_copies.items()}
+        context.count_silence(copies)
+        # A snapshot that was dropped meanwhile may have been swept: that is no damage. The log is
+        # asked only if something is wrong, because reading it costs requests.
+        if _any_wrong(copies) and self._drop_check.all_dropped([entry]):
             return None
-        decision = decide_whole(bench.copy_of_each(copies), writable=bench.writable)
-        mended: list[int] = []
+        decision = decide_whole(context.copy_of_each(copies), writable=context.writable)
+        repaired: list[int] = []
         if isinstance(decision, CopyRepair):
-            data = looks[decision.source][1]
-            mended = [number for number in decision.targets if bench.put(number, want.key, data)]
-        bench.count_object(want.key, copies, repaired=mended, lost=isinstance(decision, CopyLost))
-        return next((data for copy, data in looks.values() if copy.status is CopyStatus.OK), None)
-
-    def _look_pack(self, key: str) -> dict[int, CopyCheck]:
-        pack, bench = self._gathered.pack(key), self._bench
-        return {
-            number: check_pack(bench.stores[number], pack, pace=bench.pace)
-            for number in bench.active
-        }
-
-    def _settle_pack(
-        self, pack: Pack, users: frozenset[int], copies: Mapping[int, CopyCheck]
-    ) -> None:
-        bench = self._bench
-        bench.count_silence(copies)
-        if _any_wrong(copies) and self._gone.all_dropped([self._snapshots[user] for user in users]):
-            return
-        decision = decide_pack(pack, bench.copy_of_each(copies), writable=bench.writable)
-        mended = self._mend_pack(pack, decision) if isinstance(decision, CopyRepair) else []
-        nowhere = decision.chunks if isinstance(decision, CopyLost | CopyUnknown) else pack.chunks
-        bench.count_object(
-            pack.key,
-            copies,
-            repaired=mended,
-            lost=isinstance(decision, CopyLost),
-            bad_everywhere=nowhere,
+            data = whole_copies[decision.source][1]
+            repaired = [
+                number for number in decision.targets if context.put(number, want.key, data)
+            ]
+        lost = isinstance(decision, CopyLost)
+        context.count_object(want.key, copies, repaired=repaired, lost=lost)
+        return next(
+            (data for copy, data in whole_copies.values() if copy.status is CopyStatus.OK), None
         )
 
-    def _mend_pack(self, pack: Pack, mend: CopyRepair) -> list[int]:
-        bench = self._bench
+    def _check_pack(self, key: str) -> dict[int, CopyCheck]:
+        pack, context = self._references.pack(key), self._context
+        return {
+            number: check_pack(context.stores[number], pack, pace=context.pace)
+            for number in context.active
+        }
+
+    def _repair_pack(
+        self, pack: Pack, users: frozenset[int], copies: Mapping[int, CopyCheck]
+    ) -> None:
+        context = self._context
+        context.count_silence(copies)
+        entries = [self._snapshots[user] for user in users]
+        if _any_wrong(copies) and self._drop_check.all_dropped(entries):
+            return
+        decision = decide_pack(pack, context.copy_of_each(copies), writable=context.writable)
+        repaired = self._write_pack(pack, decision) if isinstance(decision, CopyRepair) else []
+        bad_everywhere = (
+            decision.chunks if isinstance(decision, CopyLost | CopyUnknown) else pack.chunks
+        )
+        context.count_object(
+            pack.key,
+            copies,
+            repaired=repaired,
+            lost=isinstance(decision, CopyLost),
+            bad_everywhere=bad_everywhere,
+        )
+
+    def _write_pack(self, pack: Pack, repair: CopyRepair) -> list[int]:
+        """Write the pack to the targets of ``repair``; the stores that took it."""
+        context = self._context
         try:
-            memory = assemble_pack(bench.stores, pack, mend, pace=bench.pace)
+            memory = assemble_pack(context.stores, pack, repair, pace=context.pace)
         except CkptError as error:
-            # It was right a moment ago: the store went away, or what is beneath it is failing.
-            bench.findings.stores[mend.source].problem = str(error)
+            # The copy was right a moment ago: the store stopped answering, or its disk is failing.
+            context.findings.stores[repair.source].problem = str(error)
             return []
         if memory is None:
             return []
-        return [number for number in mend.targets if bench.put(number, pack.key, memory)]
+        return [number for number in repair.targets if context.put(number, pack.key, memory)]
 
     def _load(self, entry: Committed) -> Iterator[Part]:
-        """The parts of a snapshot once more, from whichever store has them; what can't be had was
-        told before."""
-        manifest = _manifest(
-            self._any(WholeObject(manifest_key(entry), entry.manifest_digest), MANIFEST_BYTES_MAX)
-        )
+        """The readable parts of a snapshot, from any store. ``records`` counted their problems."""
+        want = WholeObject(manifest_key(entry), entry.manifest_digest)
+        manifest = _manifest(self._read_any(want, MANIFEST_BYTES_MAX))
         for ref in () if manifest is None else manifest.parts:
-            part = _part(
-                self._any(WholeObject(ref.key, ref.digest, ref.size_bytes), PART_STORED_BYTES_MAX)
-            )
+            want = WholeObject(ref.key, ref.digest, ref.size_bytes)
+            part = _part(self._read_any(want, PART_STORED_BYTES_MAX))
             if part is not None:
                 yield part
 
-    def _any(self, want: WholeObject, bytes_max: int) -> bytes | None:
-        bench = self._bench
-        for number in bench.active:
-            copy, data = check_whole(
-                bench.stores[number], want, bytes_max=bytes_max, pace=bench.pace
-            )
+    def _read_any(self, want: WholeObject, bytes_max: int) -> bytes | None:
+        context = self._context
+        for number in context.active:
+            store = context.stores[number]
+            copy, data = check_whole(store, want, bytes_max=bytes_max, pace=context.pace)
             if copy.status is CopyStatus.OK:
                 return data
         return None
 
-    def _strays(self, prefix: str, after: str) -> OrphanWalk:
-        # Only where all snapshots are looked at is it known what nothing refers to.
-        return OrphanWalk(
-            self._bench, prefix, after=after, numbers=self._bench.active if self._everything else []
-        )
+    def _orphans(self, prefix: str, after: str) -> OrphanWalk:
+        # With some snapshots left out, it is unknown what nothing refers to: walk no store.
+        numbers = self._context.active if self._everything else []
+        return OrphanWalk(self._context, prefix, after=after, numbers=numbers)
 
 
 def manifest_key(entry: Committed) -> str:
@@ -281,8 +286,7 @@ def _any_wrong(copies: Mapping[int, CopyCheck]) -> bool:
 
 
 def _manifest(data: bytes | None) -> Manifest | None:
-    """None too where bytes that have the committed digest are no manifest: then nothing can be
-    found through it."""
+    """The manifest in ``data``; None also if bytes with the committed digest do not decode."""
     if data is None:
         return None
     try:

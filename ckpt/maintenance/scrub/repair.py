@@ -1,7 +1,7 @@
-"""What is written last: log records in their order, folds, and a store's own ``ckpt.json``.
+"""The last writes of a scrub: log records in order, then folds, then a store's ``ckpt.json``.
 
-A store that gets a record has by then every object that the record may lead to, and every record
-before it.
+By then a store has every object that a record may lead to, and every record before it. So at no
+moment does a store's log name something that the store lacks.
 """
 
 from __future__ import annotations
@@ -26,119 +26,122 @@ from ckpt.maintenance.scrub.log import (
 from ckpt.maintenance.scrub.report import HEADLESS, ScrubContext, StoreRole, lost_id
 
 
-def repair_log(bench: ScrubContext, log: LogFindings, truth: CountedRecord | None) -> None:
-    """Write the records that stores lack, each store's in ascending order; what can't be written
-    stays in ``log.faults``.
+def repair_log(
+    context: ScrubContext, log: LogFindings, counted_record: CountedRecord | None
+) -> None:
+    """Write the records that stores lack; what cannot be written stays in ``log.faults``.
 
-    A store at which one can't be written gets none behind it, and neither does one that lacks
-    objects (``bench.tainted``). Raises Stopped; calling it again goes on, for what is written is
-    taken off the list.
+    Each store gets them in ascending order, and none behind one that could not be written. A store
+    that lacks objects (``context.tainted``) gets none. Raises Stopped; a repeated call continues.
     """
     for number, faults in enumerate(log.faults):
-        if number in bench.writable and number not in bench.tainted:
-            _repair_store(bench, log, number, faults, truth)
+        # A tainted store lacks an object that another store has; a record could name it.
+        if number in context.writable and number not in context.tainted:
+            _repair_store(context, log, number, faults, counted_record)
 
 
-def repair_folds(bench: ScrubContext, log: LogFindings) -> None:
-    """Write folds that stores lack, from a store that has them; what can't be written stays listed.
-    Raises Stopped."""
-    for place, fault in enumerate(log.folds):
-        data = fault.data if fault.data is not None else _right_fold(bench, log, fault)
+def repair_folds(context: ScrubContext, log: LogFindings) -> None:
+    """Write the folds that stores lack; what cannot be written stays in ``log.folds``.
+
+    Raises Stopped.
+    """
+    for index, fold in enumerate(log.folds):
+        data = fold.data if fold.data is not None else _right_fold(context, log, fold)
         if data is None:
             continue
         wrong = tuple(
             number
-            for number in fault.wrong
-            if number not in bench.writable
-            or number in bench.tainted
-            or _behind(log, number, fault.seq)
-            or not bench.put(number, keys.fold_key(fault.seq), data)
+            for number in fold.wrong
+            if number not in context.writable
+            or number in context.tainted
+            or _lacks_records(log, number, fold.seq)
+            or not context.put(number, keys.fold_key(fold.seq), data)
         )
-        log.folds[place] = replace(fault, wrong=wrong)
+        log.folds[index] = replace(fold, wrong=wrong)
 
 
 def repair_job(
-    bench: ScrubContext,
+    context: ScrubContext,
     log: LogFindings,
-    seats: Sequence[StoreRole],
+    roles: Sequence[StoreRole],
     number: int,
     common: JobRecord | None,
 ) -> str | None:
-    """Give a store that lost its ``ckpt.json`` the same one again; None where that was done, else
-    why not.
+    """Write the lost ``ckpt.json`` of the headless store ``number``; None, or why it was not done.
 
-    Its log must be whole, for a store that counts has everything. One that didn't count gets a new
-    id. See ``lost_id``.
+    A store that counts must hold everything, so its objects and log have to be complete before. A
+    store that did not count gets a new id; see ``lost_id``.
     """
-    seat = seats[number]
-    assert seat.role == HEADLESS
+    role = roles[number]
+    assert role.role == HEADLESS
     members = log.state.stores
-    lost = lost_id(None if members is None else members.ids, seats, number)
-    if common is None or lost is None:
-        return f"{seat.problem}; its id can't be known. bring {keys.JOB_KEY} back from a backup, or make the store anew"
-    if number not in bench.writable:
-        return f"{seat.problem}; it was only looked at"
+    store_id = lost_id(None if members is None else members.ids, roles, number)
+    if common is None or store_id is None:
+        return (
+            f"{role.problem}; its id is unknown. restore {keys.JOB_KEY} from a backup, or replace "
+            "the store"
+        )
+    if number not in context.writable:
+        return f"{role.problem}; it was only compared"
     faults = log.faults[number]
-    if number in bench.tainted or faults.first or faults.second or log.hole is not None:
-        return f"{seat.problem}; it lacks objects or records, so it isn't given its id back"
-    if not bench.put(
-        number, keys.JOB_KEY, replace(common, store_id=lost or secrets.token_hex(16)).encode()
-    ):
-        return bench.findings.stores[number].problem
+    if number in context.tainted or faults.first or faults.second or log.hole is not None:
+        return f"{role.problem}; it lacks objects or records, so its id is not restored"
+    record = replace(common, store_id=store_id or secrets.token_hex(16))
+    if not context.put(number, keys.JOB_KEY, record.encode()):
+        return context.findings.stores[number].problem
     return None
 
 
 def _repair_store(
-    bench: ScrubContext,
+    context: ScrubContext,
     log: LogFindings,
     number: int,
     faults: RecordFaults,
-    truth: CountedRecord | None,
+    counted_record: CountedRecord | None,
 ) -> None:
     todo = [(seq, keys.log_key(seq), False) for seq in faults.first]
     todo += [(seq, keys.settled_key(seq), True) for seq in faults.second]
-    done = {False: 0, True: 0}
+    written = {False: 0, True: 0}
     try:
         for seq, key, second in sorted(todo):
-            data = _right_data(bench, seq, log.digest(seq), truth)
-            if data is None or not bench.put(number, key, data):
-                break
-            done[second] += 1
+            data = _right_data(context, seq, log.digest(seq), counted_record)
+            if data is None or not context.put(number, key, data):
+                break  # a record behind a missing one would be a gap in the store's log
+            written[second] += 1
     finally:
-        # Both are ascending, so what was done is what stands first.
-        del faults.first[: done[False]]
-        del faults.second[: done[True]]
+        # Also after Stopped. Both lists ascend, so what was written is at their beginning.
+        del faults.first[: written[False]]
+        del faults.second[: written[True]]
 
 
 def _right_data(
-    bench: ScrubContext, seq: int, digest: str, truth: CountedRecord | None
+    context: ScrubContext, seq: int, digest: str, counted_record: CountedRecord | None
 ) -> bytes | None:
-    for number in bench.active:
+    for number in context.active:
         try:
-            data = right_record(bench.stores[number], seq, digest)
+            data = right_record(context.stores[number], seq, digest)
         except UnavailableError:
             continue
         if data is not None:
             return data
-    told = None if truth is None else truth(seq)
-    return told if told is not None and is_record(told, digest) else None
+    data = None if counted_record is None else counted_record(seq)
+    return data if data is not None and is_record(data, digest) else None
 
 
-def _right_fold(bench: ScrubContext, log: LogFindings, fault: FoldFaults) -> bytes | None:
-    for number in fault.right:
+def _right_fold(context: ScrubContext, log: LogFindings, fold: FoldFaults) -> bytes | None:
+    key = keys.fold_key(fold.seq)
+    for number in fold.right:
         try:
-            data = read_alone(
-                bench.stores[number], keys.fold_key(fault.seq), bytes_max=FOLD_BYTES_MAX
-            )
+            data = read_alone(context.stores[number], key, bytes_max=FOLD_BYTES_MAX)
             state = decode_fold(data)
         except (NotFoundError, IntegrityError, FormatVersionError, UnavailableError):
             continue
-        if (state.next_seq - 1, state.head_digest) == (fault.seq, log.digest(fault.seq)):
+        if (state.next_seq - 1, state.head_digest) == (fold.seq, log.digest(fold.seq)):
             return data
     return None
 
 
-def _behind(log: LogFindings, number: int, seq: int) -> bool:
-    """Whether the store lacks a record that the fold up to ``seq`` is of."""
+def _lacks_records(log: LogFindings, number: int, seq: int) -> bool:
+    """Whether the store still lacks a record that the fold up to ``seq`` covers."""
     faults = log.faults[number]
-    return any(place <= seq for place in (*faults.first, *faults.second))
+    return any(missing <= seq for missing in (*faults.first, *faults.second))

@@ -1,5 +1,7 @@
-"""What all of a scrub's work shares: the stores, what was found, how fast, whom to tell, and the
-only ``put``."""
+"""The shared context of a scrub: its stores and their roles, its findings and its report.
+
+``ScrubContext.put`` is the only place where a scrub writes objects.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +31,17 @@ from ckpt.maintenance.copy_io import MaintenancePace
 from ckpt.maintenance.scrub.log import LogFindings
 from ckpt.values import SnapshotId
 
-# What a scrub found and did, as it is told to people and programs.
-
 PROBLEMS_MAX = 10_000
-"""How many troubles a report names; all are counted."""
+"""Problems that a report names at most; all are counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScrubProblem:
-    """One object that is not as it should be at one store.
+    """One wrong copy of an object at one store.
 
-    ``offsets`` are those of a pack's chunks that are not right there, none for other objects and
-    for a copy that is gone. ``lost``: no store has the object (or one of its chunks) rightly.
-    ``mended``: a right copy was written since.
+    ``offsets``: those of a pack's wrong chunks; none for other objects and for a missing copy.
+    ``lost``: no store has a right copy of the object, or of one of its chunks. ``repaired``: a
+    right copy was written since.
     """
 
     key: str
@@ -55,12 +55,11 @@ class ScrubProblem:
 
 @dataclass(slots=True)
 class StoreStatistics:
-    """One store in numbers. ``strays`` are objects that nothing refers to: uploads under way, or
-    what a sweep will delete.
+    """One store's counts. ``orphans``: objects that nothing refers to, such as uploads in progress.
 
-    ``role``: ``ready``; ``headless``: its ``ckpt.json`` is gone or damaged; ``empty``: nothing is
-    there; ``away``: it did not answer, then or too often later. ``away`` and ``empty`` ones are not
-    compared, unless an empty one is to be filled.
+    ``role``: ``ready``; ``headless``: its ``ckpt.json`` is missing or damaged; ``empty``: it holds
+    nothing; ``away``: it did not answer, at the start or SILENCES_MAX times in a row. Stores that
+    are ``away`` or ``empty`` are not compared, unless an empty one is to be filled.
     """
 
     url: str
@@ -76,10 +75,10 @@ class StoreStatistics:
     orphans: int = 0
     orphan_bytes: int = 0
 
-    def count(self, what: CopyStatus, copies: int = 1) -> None:
-        """So many copies were looked at, and are ``what``."""
+    def count(self, status: CopyStatus, copies: int = 1) -> None:
+        """Count copies that were checked."""
         self.objects += copies
-        match what:
+        match status:
             case CopyStatus.OK:
                 self.ok += copies
             case CopyStatus.MISSING:
@@ -92,12 +91,13 @@ class StoreStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScrubReport:
-    """Everything that was found. ``complete`` is False where the scrub was stopped: the same scrub
-    goes on from there.
+    """The result of a scrub. ``complete`` False: it was stopped, and the same scrub can continue.
 
-    ``thin``: objects on fewer stores than the write quorum when they were looked at. ``lost``:
-    objects that no store has rightly. ``unmended``: copies that still are not right, of objects
-    that some store has. ``hole``: the log can't be read on.
+    ``under_replicated``: objects on fewer stores than the write quorum when they were checked.
+    ``lost``: objects that no store has a right copy of. ``unrepaired``: wrong copies that remain,
+    of objects that some store has. ``hole``: the position from which the log cannot be read.
+    ``untraced``: snapshots with a lost manifest or part, so that their references are not all
+    known.
     """
 
     complete: bool
@@ -113,12 +113,10 @@ class ScrubReport:
     unrepaired: int
     hole: Hole | None
     untraced: tuple[SnapshotId, ...]
-    """Snapshots of which a manifest or part is lost, so that what they refer to can't all be
-    found."""
 
     @property
     def ok(self) -> bool:
-        """Whether every store that is to hold everything now does, as far as it was compared."""
+        """Whether every store holds everything now, as far as it was compared."""
         return (
             self.complete and self.hole is None and not (self.lost or self.unrepaired or self.away)
         )
@@ -130,13 +128,13 @@ class ScrubReport:
 
     @property
     def has_findings(self) -> bool:
-        """Whether anything was not as it should be, mended since or not."""
+        """Whether anything was wrong, repaired since or not."""
         return bool(self.problems_total or self.hole or self.away)
 
 
 @dataclass(slots=True)
 class ScrubFindings:
-    """What is being gathered while a scrub runs. Only its own thread changes it."""
+    """The findings of a scrub in progress. Only the scrub's own thread changes it."""
 
     stores: list[StoreStatistics]
     write_quorum: int
@@ -146,14 +144,14 @@ class ScrubFindings:
     lost: int = 0
     unrepaired: int = 0
 
-    def add(self, trouble: ScrubProblem) -> None:
-        """Note a trouble; the counts of lost and unmended objects are the caller's."""
+    def add(self, problem: ScrubProblem) -> None:
+        """Add a problem. The caller counts lost and unrepaired objects."""
         self.total += 1
         if len(self.problems) < PROBLEMS_MAX:
-            self.problems.append(trouble)
+            self.problems.append(problem)
 
 
-# Which of the given stores take part in a scrub, by what their ``ckpt.json`` says.
+# ---- StoreRole: which stores take part in a scrub, by their ``ckpt.json``
 
 READY = "ready"
 HEADLESS = "headless"
@@ -163,82 +161,79 @@ AWAY = "away"
 
 @dataclass(frozen=True, slots=True)
 class StoreRole:
-    """One store's part in a scrub: its role (see ``StoreStatistics``), its record where there is
-    one, and what is wrong."""
+    """One store's role in a scrub (see ``StoreStatistics``), its job record, and its problem."""
 
     role: str
     record: JobRecord | None = None
     problem: str = ""
     damaged: bool = False
-    """Its ``ckpt.json`` is there and can't be read, rather than gone."""
+    """Its ``ckpt.json`` exists and cannot be read; False if it is missing."""
     newer: FormatVersionError | None = None
-    """It says that a newer release wrote it: believed only where no other store's can be read."""
+    """Its ``ckpt.json`` names a newer format. Believed only if no other store's can be read."""
 
 
 def store_roles(stores: Sequence[Backend]) -> list[StoreRole]:
-    """Ask each store what it is. Raises FormatVersionError where they are of a newer release."""
-    seats = read_all(list(stores), _seat)
-    newer = next((seat.newer for seat in seats if seat.newer is not None), None)
-    if newer is not None and not any(seat.role == READY for seat in seats):
+    """Read each store's role. Raises FormatVersionError if all are of a newer release."""
+    roles = read_all(list(stores), _role)
+    newer = next((role.newer for role in roles if role.newer is not None), None)
+    if newer is not None and not any(role.role == READY for role in roles):
         raise newer
-    return seats
+    return roles
 
 
-def common_record(stores: Sequence[Backend], seats: Sequence[StoreRole]) -> JobRecord | None:
-    """The job record that the stores agree in but for their own ids; None where none can be read.
+def common_record(stores: Sequence[Backend], roles: Sequence[StoreRole]) -> JobRecord | None:
+    """The job record that the stores share, apart from their own ids; None if none is readable.
 
-    Raises UsageError where they are of different jobs or hold different logs, and where one store
-    is named twice.
+    Raises UsageError if they belong to different jobs or hold different logs, or if one store is
+    named twice.
     """
-    found: dict[str, int] = {}
+    number_of_id: dict[str, int] = {}
     first: tuple[int, JobRecord] | None = None
-    for number, seat in enumerate(seats):
-        if seat.record is None:
+    for number, role in enumerate(roles):
+        if role.record is None:
             continue
-        if seat.record.store_id in found:
-            other = stores[found[seat.record.store_id]].url
+        if role.record.store_id in number_of_id:
+            other = stores[number_of_id[role.record.store_id]].url
             raise UsageError(
                 f"two of the stores are one and the same, or one is a plain copy of the other. "
-                f"one={other} other={stores[number].url} store_id={seat.record.store_id} name each "
-                "store once; "
-                "make replicas with ckpt sync, not by copying files"
+                f"one={other} other={stores[number].url} store_id={role.record.store_id} name each "
+                "store once; make replicas with ckpt sync, not by copying files"
             )
-        found[seat.record.store_id] = number
+        number_of_id[role.record.store_id] = number
         if first is None:
-            first = (number, seat.record)
-        elif (first[1].job, first[1].log_id) != (seat.record.job, seat.record.log_id):
+            first = (number, role.record)
+        elif (first[1].job, first[1].log_id) != (role.record.job, role.record.log_id):
             raise UsageError(
                 f"the stores do not hold one log. one={stores[first[0]].url} "
-                f"its_job={first[1].job!r} "
-                f"other={stores[number].url} its_job={seat.record.job!r} "
-                f"same_job_other_log={first[1].job == seat.record.job} leave one out"
+                f"its_job={first[1].job!r} other={stores[number].url} "
+                f"its_job={role.record.job!r} "
+                f"same_job_other_log={first[1].job == role.record.job} leave one out"
             )
     return None if first is None else first[1]
 
 
-def lost_id(members: Sequence[str] | None, seats: Sequence[StoreRole], number: int) -> str | None:
-    """The id that the headless store ``number`` must have had: the only one of ``members`` that no
-    other store has.
+def lost_id(members: Sequence[str] | None, roles: Sequence[StoreRole], number: int) -> str | None:
+    """The id that the headless store ``number`` had: the only member id that no other store has.
 
-    Empty where it had none that counts: ``members`` is None (a log in one store names no ids), or
-    all of them are others. None where that can't be known. Pure.
+    Empty if it had none that counts: ``members`` is None (a log in one store names no ids), or
+    other stores have all of them. None if the id cannot be known: with two candidates a guess could
+    give a store an id that another one still has.
     """
     if members is None:
         return ""
-    others = [seat for at, seat in enumerate(seats) if at != number]
-    if any(seat.record is None for seat in others):
+    others = [role for other, role in enumerate(roles) if other != number]
+    if any(role.record is None for role in others):
         return None
     left = {member for member in members if not is_placeholder(member)} - {
-        seat.record.store_id for seat in others if seat.record is not None
+        role.record.store_id for role in others if role.record is not None
     }
     return None if len(left) > 1 else left.pop() if left else ""
 
 
-def _seat(store: Backend) -> StoreRole:
+def _role(store: Backend) -> StoreRole:
     try:
-        return StoreRole(
-            READY, JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
-        )
+        data = read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX)
+        return StoreRole(READY, JobRecord.decode(data))
     except UnavailableError as error:
         return StoreRole(AWAY, problem=str(error))
     except IntegrityError as error:
@@ -252,42 +247,42 @@ def _seat(store: Backend) -> StoreRole:
     except UnavailableError as error:
         return StoreRole(AWAY, problem=str(error))
     if first is None:
-        return StoreRole(
-            EMPTY,
-            problem=f"nothing is there. store={store.url} mount it, or fill it with ckpt sync",
-        )
+        problem = f"nothing is there. store={store.url} mount it, or fill it with ckpt sync"
+        return StoreRole(EMPTY, problem=problem)
     return StoreRole(HEADLESS, problem=f"it holds a log but no {keys.JOB_KEY}")
 
 
+# ---- ScrubContext
+
 SILENCES_MAX = 5
-"""A store that does not answer for so many objects in a row is left alone for the rest of the
-scrub."""
+"""A store that does not answer for so many objects in a row is skipped from then on."""
 ALARMS_MAX = 20
-"""How many objects one scrub raises an alarm for, each by itself; its last word counts all."""
+"""Objects with an alarm of their own in one scrub; the event at its end counts all."""
 
 
 @dataclass(slots=True)
 class ScrubContext:
-    """One scrub's stores and findings. Only the scrub's own thread changes it; others read through
-    ``stores`` and ``pace``."""
+    """One scrub's stores, findings and rate limit.
+
+    Only the scrub's own thread changes it; worker threads use ``stores`` and ``pace``.
+    """
 
     stores: tuple[Backend, ...]
     findings: ScrubFindings
     writable: set[int]
-    """The stores that copies are written to; none where a scrub only looks."""
+    """The stores that copies are written to; none if the scrub only reads."""
     emit: Emit
     pace: MaintenancePace = field(default_factory=MaintenancePace)
     tainted: set[int] = field(default_factory=set)
-    """Stores that still lack what another has: no log record goes there, or it would name what
-    isn't there."""
+    """Stores that still lack an object. No log record is written to them: it could name that
+    object."""
     _silences: dict[int, int] = field(default_factory=dict)
     _alarms: int = 0
 
     @property
     def active(self) -> list[int]:
-        """The stores that are looked at: those that answer, and an empty one where it is to be
-        filled."""
-        roles = enumerate(tally.role for tally in self.findings.stores)
+        """The stores that are compared: those that answer, and an empty one that is filled."""
+        roles = enumerate(store.role for store in self.findings.stores)
         return [
             number
             for number, role in roles
@@ -295,37 +290,35 @@ class ScrubContext:
         ]
 
     def copy_of_each(self, copies: Mapping[int, CopyCheck]) -> list[CopyCheck]:
-        """One entry for each store: one that is not looked at may have anything, or is known to
-        have nothing."""
-        unknown, nothing = (
-            CopyCheck(CopyStatus.UNREADABLE, all_bad=True),
-            CopyCheck(CopyStatus.MISSING, all_bad=True),
-        )
-        roles = [tally.role for tally in self.findings.stores]
+        """``copies`` with an entry for each store.
+
+        A store that is not compared may hold anything, an empty one holds nothing.
+        """
+        unknown = CopyCheck(CopyStatus.UNREADABLE, all_bad=True)
+        missing = CopyCheck(CopyStatus.MISSING, all_bad=True)
+        roles = [store.role for store in self.findings.stores]
         return [
-            copies.get(n) or (nothing if role == EMPTY else unknown) for n, role in enumerate(roles)
+            copies.get(n) or (missing if role == EMPTY else unknown) for n, role in enumerate(roles)
         ]
 
     def count_silence(self, copies: Mapping[int, CopyCheck]) -> None:
-        """Count each store's silence; at the limit it is away."""
+        """Count the objects in a row that a store did not answer for; at the limit it is away."""
         for number, copy in copies.items():
-            silences = (
-                self._silences.get(number, 0) + 1 if copy.status is CopyStatus.UNREADABLE else 0
-            )
+            unreadable = copy.status is CopyStatus.UNREADABLE
+            silences = self._silences.get(number, 0) + 1 if unreadable else 0
             self._silences[number] = silences
             if silences >= SILENCES_MAX:
                 self.mark_away(number, copy.message)
 
-    def mark_away(self, number: int, why: str) -> None:
-        """From now on the store is away."""
-        tally = self.findings.stores[number]
-        tally.role, tally.problem = AWAY, why
+    def mark_away(self, number: int, reason: str) -> None:
+        """Skip the store for the rest of the scrub."""
+        store = self.findings.stores[number]
+        store.role, store.problem = AWAY, reason
         self.writable.discard(number)
         self.tainted.add(number)
 
     def put(self, number: int, key: str, data: bytes | memoryview) -> bool:
-        """Write a copy that was verified. False where the store refused or did not answer: its
-        tally then says why."""
+        """Write a verified copy; False if the store refused or did not answer, with its problem."""
         self.pace.take(len(data))
         try:
             self.stores[number].put(key, [data])
@@ -340,7 +333,7 @@ class ScrubContext:
             "store": self.stores[number].url,
             "size_bytes": len(data),
         }
-        self.emit(Event("scrub-mended", f"a copy was written anew: {key}", facts))
+        self.emit(Event("scrub-mended", f"a copy was repaired: {key}", facts))
         return True
 
     def count_object(
@@ -352,30 +345,29 @@ class ScrubContext:
         lost: bool = False,
         bad_everywhere: Collection[ChunkRef] = (),
     ) -> None:
-        """Count one object: its copies as they were found, who has a right one by now, and whether
-        nobody has one.
+        """Count one object, with its copies as they were before the repair.
 
-        ``nowhere``: the chunks to name for a copy of which all are bad.
+        ``repaired``: stores that have a right copy since. ``lost``: no store has one.
+        ``bad_everywhere``: the chunks to name for a copy of which all are bad.
         """
         wrong = {
             number: copy for number, copy in copies.items() if copy.status is not CopyStatus.OK
         }
         for number, copy in copies.items():
             self.findings.stores[number].count(copy.status)
-        self.findings.under_replicated += len(copies) - len(wrong) < min(
-            self.findings.write_quorum, len(self.stores)
-        )
+        quorum = min(self.findings.write_quorum, len(self.stores))
+        self.findings.under_replicated += len(copies) - len(wrong) < quorum
         self.findings.lost += lost
         for number, copy in wrong.items():
-            done = number in repaired
-            if not (done or lost):
+            is_repaired = number in repaired
+            if not (is_repaired or lost):
                 self.findings.unrepaired += 1
                 self.tainted.add(number)
-            places = bad_everywhere if copy.all_bad else copy.bad_chunks
+            chunks = bad_everywhere if copy.all_bad else copy.bad_chunks
             offsets = (
                 ()
                 if copy.status is CopyStatus.MISSING
-                else tuple(sorted({at.offset_bytes for _, at in places}))
+                else tuple(sorted({at.offset_bytes for _, at in chunks}))
             )
             self.findings.add(
                 ScrubProblem(
@@ -385,7 +377,7 @@ class ScrubContext:
                     message=copy.message,
                     offsets=offsets,
                     lost=lost,
-                    repaired=done,
+                    repaired=is_repaired,
                 )
             )
         if wrong:
@@ -398,108 +390,96 @@ class ScrubContext:
         where = ", ".join(
             f"{self.stores[number].url}: {copy.status.value}" for number, copy in wrong.items()
         )
-        text = (
-            f"no store has {key} as it should be"
-            if lost
-            else f"a copy of {key} is not as it should be"
-        )
-        self.emit(
-            Event("scrub-damage", text, {"key": key, "where": where, "lost": lost}, alarm=True)
-        )
-
-
-# What was seen of records and folds while the log was read, kept until it is known what of it was
-# mended.
+        text = f"no store has a right copy of {key}" if lost else f"a copy of {key} is wrong"
+        facts: dict[str, Fact] = {"key": key, "where": where, "lost": lost}
+        self.emit(Event("scrub-damage", text, facts, alarm=True))
 
 
 class PendingNotes:
-    """Counts every copy and names those that are wrong, up to a limit. Call it with each copy as it
-    was found."""
+    """The checked copies of log records and folds, kept until it is known which were repaired.
+
+    Call it with each copy. It counts all of them and keeps the wrong ones, up to a limit.
+    """
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[int, CopyStatus]] = Counter()
         self._wrong: list[tuple[int, str, CopyStatus, str]] = []
 
-    def __call__(self, number: int, key: str, what: CopyStatus, message: str) -> None:
-        """One copy: the store's number, the key, what it is, and why."""
-        self._counts[number, what] += 1
-        if what is not CopyStatus.OK and len(self._wrong) < PROBLEMS_MAX:
-            self._wrong.append((number, key, what, message))
+    def __call__(self, number: int, key: str, status: CopyStatus, message: str) -> None:
+        """Note one copy at the store ``number``."""
+        self._counts[number, status] += 1
+        if status is not CopyStatus.OK and len(self._wrong) < PROBLEMS_MAX:
+            self._wrong.append((number, key, status, message))
 
-    def report_to(self, bench: ScrubContext, log: LogFindings) -> None:
-        """Tell it all. What ``log`` still lists as wanting is unmended."""
-        left = {
+    def report_to(self, context: ScrubContext, log: LogFindings) -> None:
+        """Add the notes to the findings. What ``log`` still lists as faulty is unrepaired."""
+        faulty = {
             (number, keys.log_key(seq))
             for number, faults in enumerate(log.faults)
             for seq in faults.first
         }
-        left |= {
+        faulty |= {
             (number, keys.settled_key(seq))
             for number, faults in enumerate(log.faults)
             for seq in faults.second
         }
-        left |= {
-            (number, keys.fold_key(fault.seq)) for fault in log.folds for number in fault.wrong
-        }
-        findings = bench.findings
+        faulty |= {(number, keys.fold_key(fold.seq)) for fold in log.folds for number in fold.wrong}
+        findings = context.findings
         unreadable = wrong = 0
-        for (number, what), count in self._counts.items():
-            findings.stores[number].count(what, count)
-            unreadable += count if what is CopyStatus.UNREADABLE else 0
-            wrong += 0 if what is CopyStatus.OK else count
-        for number, key, what, message in self._wrong:
-            done = what is not CopyStatus.UNREADABLE and (number, key) not in left
+        for (number, status), count in self._counts.items():
+            findings.stores[number].count(status, count)
+            unreadable += count if status is CopyStatus.UNREADABLE else 0
+            wrong += 0 if status is CopyStatus.OK else count
+        for number, key, status, message in self._wrong:
+            is_repaired = status is not CopyStatus.UNREADABLE and (number, key) not in faulty
             findings.add(
-                ScrubProblem(key=key, store=number, status=what, message=message, repaired=done)
-            )
-        findings.total += wrong - len(self._wrong)
-        findings.unrepaired += len(left) + unreadable
-        if self._wrong:
-            number, key, what, _ = self._wrong[0]
-            facts = {
-                "first": key,
-                "store": bench.stores[number].url,
-                "what": what.value,
-                "copies": wrong,
-            }
-            bench.emit(
-                Event(
-                    "scrub-damage",
-                    "copies of log records are not as they should be",
-                    facts,
-                    alarm=True,
+                ScrubProblem(
+                    key=key, store=number, status=status, message=message, repaired=is_repaired
                 )
             )
+        findings.total += wrong - len(self._wrong)
+        findings.unrepaired += len(faulty) + unreadable
+        if self._wrong:
+            number, key, status, _ = self._wrong[0]
+            facts = {
+                "first": key,
+                "store": context.stores[number].url,
+                "what": status.value,
+                "copies": wrong,
+            }
+            context.emit(
+                Event("scrub-damage", "copies of log records are wrong", facts, alarm=True)
+            )
 
-
-# Whether what is missing was dropped while the scrub went on: then a sweep took it, and nothing
-# is wrong.
 
 FRESH_S = 60.0
-"""A log that was read so long ago is read again before damage is believed: sweeps wait for hours
-between drop and deletion."""
+"""A log that was read longer ago is read again before damage is believed. Sweeps leave hours
+between a drop and the deletion, so a minute is recent enough."""
 
 
 class DropCheck:
-    """The log of a while ago, read on when it is asked. ``read_new`` gives the state after what it
-    is given."""
+    """Tells whether snapshots were dropped while a scrub or sync was running.
+
+    Then a sweep deleted their objects, and a missing object is no damage. ``read_new`` returns the
+    state of the log after the one it is given.
+    """
 
     def __init__(
         self,
         state: LogState,
-        read_on: Callable[[LogState], LogState],
+        read_new: Callable[[LogState], LogState],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
-        self._read_on = read_on
+        self._read_new = read_new
         self._clock = clock
         self._read_at = clock()
 
     def all_dropped(self, entries: Sequence[Committed]) -> bool:
-        """Whether none of these snapshots exists any more."""
+        """Whether none of these snapshots exists any more. Reads the log if it is not fresh."""
         if self._clock() - self._read_at > FRESH_S:
-            self._state = self._read_on(self._state)
+            self._state = self._read_new(self._state)
             self._read_at = self._clock()
-        exist = set(self._state.snapshots)
-        return not any(entry in exist for entry in entries)
+        existing = set(self._state.snapshots)
+        return not any(entry in existing for entry in entries)

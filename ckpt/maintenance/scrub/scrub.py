@@ -1,9 +1,8 @@
-"""Reading everything everywhere, and mending what is not as it should be: on one store, or on all
-that hold one log.
+"""Scrub: reading everything on every store of a log, and repairing what is missing or wrong.
 
-The order is what makes it safe to stop, or to die, anywhere: first the log is only read. Then
-manifests, parts and packs are compared and mended. Only then do stores get log records that they
-lack, in order; then folds; and last a lost ``ckpt.json``.
+The order makes it safe to stop, or to die, at any moment. First the logs are read, and nothing is
+written. Then manifests, parts and packs are compared and repaired. Only then do stores get the log
+records that they lack, in order, then folds, and last a lost ``ckpt.json``.
 """
 
 from __future__ import annotations
@@ -48,18 +47,18 @@ from ckpt.maintenance.scrub.report import (
 )
 from ckpt.values import SnapshotId
 
-# How a scrub begins: who is there, whose log it is, and what every store holds of it.
-
 RECORDS_TRIED_MAX = 100
-"""How many records of a store without ``ckpt.json`` are tried for the job's name."""
+"""Records of a store without ``ckpt.json`` that are tried for the job's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScrubStart:
-    """What a scrub knows once all logs are read. ``common``: what the stores' records agree in;
-    None where none can be read."""
+    """What is known once all logs are read.
 
-    bench: ScrubContext
+    ``common``: the job record that the stores share; None if none is readable.
+    """
+
+    context: ScrubContext
     roles: Sequence[StoreRole]
     common: JobRecord | None
     log: LogFindings
@@ -76,136 +75,137 @@ def start_scrub(
     emit: Emit,
     pace: MaintenancePace,
 ) -> ScrubStart:
-    """Read everything but objects. Writes at most the ``ckpt.json`` of empty stores that are to be
-    filled.
+    """Read the roles and logs of all stores. Writes at most the ``ckpt.json`` of stores to fill.
 
-    Raises UsageError where the stores do not belong together, NotFoundError where none is a store,
-    FormatVersionError, UnavailableError where none answers, and Stopped.
+    Raises UsageError if the stores do not belong together, NotFoundError if none is a store,
+    FormatVersionError, UnavailableError if none answers, and Stopped.
     """
-    seats = store_roles(stores)
-    common = common_record(stores, seats)
-    job = common.job if common is not None else _job_without_head(stores, seats)
-    fresh: list[int] = []
-    for number, seat in enumerate(seats):
-        if seat.role == EMPTY and repair and fill_empty and common is not None:
-            seats[number] = StoreRole(
-                READY, claim_replica(stores[number], common), "it was empty, and is a replica now"
-            )
-            fresh.append(number)
+    roles = store_roles(stores)
+    common = common_record(stores, roles)
+    job = common.job if common is not None else _job_from_records(stores, roles)
+    new_replicas: list[int] = []
+    for number, role in enumerate(roles):
+        # Only if asked for: an empty store may be a disk that is not mounted.
+        if role.role == EMPTY and repair and fill_empty and common is not None:
+            record = claim_replica(stores[number], common)
+            roles[number] = StoreRole(READY, record, "it was empty, and is a replica now")
+            new_replicas.append(number)
     writable = {
-        number for number, seat in enumerate(seats) if repair and seat.role in (READY, HEADLESS)
+        number for number, role in enumerate(roles) if repair and role.role in (READY, HEADLESS)
     }
-    findings = ScrubFindings(
-        [_tally(store, seat) for store, seat in zip(stores, seats, strict=True)], write_quorum
-    )
-    bench = ScrubContext(tuple(stores), findings, writable, emit, pace)
-    # A replica that was made just now holds nothing, so it has no say in what counts.
+    statistics = [_statistics(store, role) for store, role in zip(stores, roles, strict=True)]
+    findings = ScrubFindings(statistics, write_quorum)
+    context = ScrubContext(tuple(stores), findings, writable, emit, pace)
     ids = {
-        n: seat.record.store_id if seat.record else f"headless-{n}" for n, seat in enumerate(seats)
+        number: role.record.store_id if role.record else f"headless-{number}"
+        for number, role in enumerate(roles)
     }
-    ids |= dict.fromkeys(fresh, "")
-    log, noted = _compare(bench, ids, job, counted_record)
-    known = _known_heads(seats, log)
-    if known:
-        # Now it is known which of the log's stores a headless one is, so it counts like any other.
-        log, noted = _compare(bench, ids | known, job, counted_record)
-    for number, why in log.silent.items():
-        bench.mark_away(number, why)
-    if not bench.active:
-        raise UnavailableError(
-            f"no store answers. stores={[store.url for store in stores]} repeat later"
-        )
-    return ScrubStart(bench, seats, common, log, noted)
+    # A replica that was made just now holds nothing, so it has no vote on which record counts.
+    ids |= dict.fromkeys(new_replicas, "")
+    log, notes = _compare_logs(context, ids, job, counted_record)
+    headless_ids = _headless_ids(roles, log)
+    if headless_ids:
+        # The log names its stores, and so the ids of headless ones: read again with their votes.
+        log, notes = _compare_logs(context, ids | headless_ids, job, counted_record)
+    for number, reason in log.silent.items():
+        context.mark_away(number, reason)
+    if not context.active:
+        urls = [store.url for store in stores]
+        raise UnavailableError(f"no store answers. stores={urls} repeat later")
+    return ScrubStart(context, roles, common, log, notes)
 
 
-def _compare(
-    bench: ScrubContext, ids: dict[int, str], job: str, truth: CountedRecord | None
+def _compare_logs(
+    context: ScrubContext, ids: dict[int, str], job: str, counted_record: CountedRecord | None
 ) -> tuple[LogFindings, PendingNotes]:
-    noted = PendingNotes()
-    stores = {number: bench.stores[number] for number in bench.active}
-    return compare_logs(
-        stores, ids, job, observe=noted, pace=bench.pace, counted_record=truth
-    ), noted
+    notes = PendingNotes()
+    stores = {number: context.stores[number] for number in context.active}
+    log = compare_logs(
+        stores, ids, job, observe=notes, pace=context.pace, counted_record=counted_record
+    )
+    return log, notes
 
 
-def _known_heads(seats: Sequence[StoreRole], log: LogFindings) -> dict[int, str]:
+def _headless_ids(roles: Sequence[StoreRole], log: LogFindings) -> dict[int, str]:
     members = log.state.stores
     if members is None:
         return {}
-    found = {
-        n: lost_id(members.ids, seats, n) for n, seat in enumerate(seats) if seat.role == HEADLESS
+    ids = {
+        number: lost_id(members.ids, roles, number)
+        for number, role in enumerate(roles)
+        if role.role == HEADLESS
     }
-    return {number: known for number, known in found.items() if known}
+    return {number: store_id for number, store_id in ids.items() if store_id}
 
 
-def _tally(store: Backend, seat: StoreRole) -> StoreStatistics:
+def _statistics(store: Backend, role: StoreRole) -> StoreStatistics:
     return StoreStatistics(
         url=store.url,
-        role=seat.role,
-        store_id=seat.record.store_id if seat.record else "",
-        problem=seat.problem,
+        role=role.role,
+        store_id=role.record.store_id if role.record else "",
+        problem=role.problem,
     )
 
 
-def _job_without_head(stores: Sequence[Backend], seats: Sequence[StoreRole]) -> str:
-    """The job that the log itself names, where no store has a ``ckpt.json`` that can be read."""
-    for store, seat in zip(stores, seats, strict=True):
-        if seat.role != HEADLESS:
+def _job_from_records(stores: Sequence[Backend], roles: Sequence[StoreRole]) -> str:
+    """The job's name according to log records, if no store has a readable ``ckpt.json``."""
+    for store, role in zip(stores, roles, strict=True):
+        if role.role != HEADLESS:
             continue
         for stat in islice(store.list(keys.LOG), RECORDS_TRIED_MAX):
             try:
-                return decode_record(read_alone(store, stat.key, bytes_max=RECORD_BYTES_MAX)).job
+                data = read_alone(store, stat.key, bytes_max=RECORD_BYTES_MAX)
+                return decode_record(data).job
             except (IntegrityError, FormatVersionError, NotFoundError):
                 continue
-    if all(seat.role == AWAY for seat in seats):
-        raise UnavailableError(
-            f"no store answers. why={[seat.problem for seat in seats]} repeat later"
-        )
-    raise NotFoundError(
-        f"no ckpt store here. why={[seat.problem for seat in seats]} check the addresses"
-    )
+    problems = [role.problem for role in roles]
+    if all(role.role == AWAY for role in roles):
+        raise UnavailableError(f"no store answers. why={problems} repeat later")
+    raise NotFoundError(f"no ckpt store here. why={problems} check the addresses")
 
 
 BUDGET_BYTES = 256 << 20
-"""Memory for what is referred to, when the caller names no limit; a pack that is mended takes its
-own size besides."""
+"""Default memory for references. A pack that is repaired takes its own size besides."""
 
 
 def scrub(  # noqa: PLR0913  all but two are keywords
     stores: Sequence[Backend],
     write_quorum: int,
     *,
-    truth: CountedRecord | None = None,
-    mend: bool = True,
+    counted_record: CountedRecord | None = None,
+    repair: bool = True,
     fill_empty: bool = False,
     rate_bytes_per_s: float | None = None,
     threads: int = 1,
-    tell: Emit | None = None,
+    emit: Emit | None = None,
     stop: threading.Event | None = None,
 ) -> ScrubReport | None:
-    """One scrub from beginning to end, or until ``stop`` is set. See ``Scrub``."""
-    whole = Scrub(
+    """Run one scrub to its end, or until ``stop`` is set. See ``Scrub``."""
+    run = Scrub(
         stores,
         write_quorum,
-        truth=truth,
-        mend=mend,
+        counted_record=counted_record,
+        repair=repair,
         fill_empty=fill_empty,
         rate_bytes_per_s=rate_bytes_per_s,
-        tell=tell,
+        emit=emit,
     )
-    return whole.run(stop, threads=threads)
+    return run.run(stop, threads=threads)
 
 
 class Scrub:
-    """A scrub that can be stopped and gone on with; after its end, the next ``run`` begins another.
+    """A scrub that can be stopped and continued; after its end, ``run`` starts another.
 
-    ``stores`` are plain, each alone. ``write_quorum``: an object on fewer is counted as ``thin``.
-    ``truth`` tells which record counts at a place, where the stores alone can't. ``mend`` False:
-    nothing is written anywhere. A store that holds nothing may be a disk that isn't mounted, so it
-    is left alone unless ``fill_empty``: then it becomes a replica with an id of its own. ``only``:
-    of the objects, those of these snapshots. ``rate_bytes_per_s`` bounds what is read and written
-    together. Uses about ``budget_bytes`` of memory, and a pack's size while one is mended. Not for
-    several threads at once.
+    ``stores`` are plain stores, each by itself. An object on fewer than ``write_quorum`` of them
+    counts as under-replicated. ``counted_record`` returns the record that counts at a seq, if the
+    stores alone cannot tell. ``repair`` False: nothing is written. ``fill_empty``: an empty store
+    becomes a replica with an id of its own; otherwise it is left alone, because it may be a disk
+    that is not mounted. ``only``: check the objects of these snapshots only. ``rate_bytes_per_s``
+    bounds the bytes read and written together. Uses about ``budget_bytes`` of memory, plus a pack's
+    size while one is repaired. Not thread-safe.
+
+    It has many parameters because each is one option of ``ckpt scrub``, ``ckpt verify`` or the
+    caretaker.
     """
 
     def __init__(  # noqa: PLR0913  all but two are keywords
@@ -213,61 +213,59 @@ class Scrub:
         stores: Sequence[Backend],
         write_quorum: int,
         *,
-        truth: CountedRecord | None = None,
-        mend: bool = True,
+        counted_record: CountedRecord | None = None,
+        repair: bool = True,
         fill_empty: bool = False,
         only: frozenset[SnapshotId] | None = None,
         rate_bytes_per_s: float | None = None,
         budget_bytes: int = BUDGET_BYTES,
-        tell: Emit | None = None,
+        emit: Emit | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stores = tuple(stores)
         self._write_quorum = write_quorum
-        self._truth = truth
-        self._mend = mend
+        self._counted_record = counted_record
+        self._repair = repair
         self._fill_empty = fill_empty
         self._only = only
-        self._rate = rate_bytes_per_s
+        self._rate_bytes_per_s = rate_bytes_per_s
         self._budget_bytes = budget_bytes
-        self._tell: Emit = tell or _to_nobody
+        self._emit: Emit = emit or (lambda _: None)
         self._clock = clock
-        self._work: _ScrubRun | None = None
+        self._run: _ScrubRun | None = None
 
     def run(self, stop: threading.Event | None = None, *, threads: int = 1) -> ScrubReport | None:
-        """Go on until the end or until ``stop`` is set, and report what was found since the
-        beginning.
+        """Continue to the end or until ``stop`` is set; the findings since the start.
 
-        None where it was stopped before anything was compared. ``threads`` objects are looked at at
-        once, each on all stores. Raises UsageError where the stores do not belong together,
-        NotFoundError where none is a store, FormatVersionError, and UnavailableError where none
-        answers.
+        None if it was stopped before anything was compared. ``threads`` objects are checked at
+        once, each on all stores. Raises UsageError if the stores do not belong together,
+        NotFoundError if none is a store, FormatVersionError, and UnavailableError if none answers.
         """
-        pace = MaintenancePace(self._rate, stop=stop, clock=self._clock)
+        pace = MaintenancePace(self._rate_bytes_per_s, stop=stop, clock=self._clock)
         try:
-            if self._work is None:
-                self._work = self._begin(pace)
-            self._work.go_on(pace, threads=threads)
+            if self._run is None:
+                self._run = self._start(pace)
+            self._run.resume(pace, threads=threads)
         except Stopped:
-            return None if self._work is None else self._work.report(complete=False)
-        report = self._work.report(complete=True)
-        self._work = None
-        self._tell(_done(report))
+            return None if self._run is None else self._run.report(complete=False)
+        report = self._run.report(complete=True)
+        self._run = None
+        self._emit(_done_event(report))
         return report
 
-    def _begin(self, pace: MaintenancePace) -> _ScrubRun:
-        begun = start_scrub(
+    def _start(self, pace: MaintenancePace) -> _ScrubRun:
+        start = start_scrub(
             self._stores,
             self._write_quorum,
-            repair=self._mend,
+            repair=self._repair,
             fill_empty=self._fill_empty,
-            counted_record=self._truth,
-            emit=self._tell,
+            counted_record=self._counted_record,
+            emit=self._emit,
             pace=pace,
         )
         return _ScrubRun(
-            begun,
-            counted_record=self._truth,
+            start,
+            counted_record=self._counted_record,
             only=self._only,
             budget_bytes=self._budget_bytes,
             clock=self._clock,
@@ -275,62 +273,65 @@ class Scrub:
 
 
 class _ScrubRun:
-    """One scrub under way: what is left of it, and what was found."""
+    """One scrub in progress: the steps that are left, and the findings."""
 
     def __init__(
         self,
-        begun: ScrubStart,
+        start: ScrubStart,
         *,
         counted_record: CountedRecord | None,
         only: frozenset[SnapshotId] | None,
         budget_bytes: int,
         clock: Callable[[], float],
     ) -> None:
-        self._begun = begun
-        self._truth = counted_record
-        state = begun.log.state
+        self._start = start
+        self._counted_record = counted_record
+        state = start.log.state
         entries = [entry for entry in state.snapshots if only is None or entry.snapshot in only]
-        gone = DropCheck(state, self._read_on, clock=clock)
+        drop_check = DropCheck(state, self._read_new, clock=clock)
         self._objects = ObjectScrub(
-            begun.bench, entries, everything=only is None, dropped=gone, budget_bytes=budget_bytes
+            start.context,
+            entries,
+            everything=only is None,
+            drop_check=drop_check,
+            budget_bytes=budget_bytes,
         )
         self._snapshots = len(entries)
         self._moved_bytes = 0
-        headless = [number for number, seat in enumerate(begun.roles) if seat.role == HEADLESS]
-        heads: list[Callable[[int], None]] = [
-            partial(self._repair_head, number) for number in headless
-        ]
-        self._left = [
-            *heads,
-            self._tell_of_log,
+        headless = [number for number, role in enumerate(start.roles) if role.role == HEADLESS]
+        # Done from the end. Objects come before the records that name them, records before their
+        # folds, and a ``ckpt.json`` last: with it a store counts, and must have everything.
+        self._left: list[Callable[[int], None]] = [
+            *(partial(self._repair_job_record, number) for number in headless),
+            self._report_log,
             self._repair_folds,
             self._repair_log,
             self._packs,
             self._records,
         ]
-        """What is still to be done, the next one last; each is called with the number of
-        threads."""
+        """The steps that are left, the next one last; each takes the number of threads."""
 
-    def go_on(self, pace: MaintenancePace, *, threads: int) -> None:
-        """Do what is left. Raises Stopped."""
-        self._begun.bench.pace = pace
+    def resume(self, pace: MaintenancePace, *, threads: int) -> None:
+        """Do the steps that are left. Raises Stopped."""
+        self._start.context.pace = pace
         try:
             while self._left:
                 self._left[-1](threads)
+                # Only after the step: a stopped one is continued by the next call.
                 self._left.pop()
         finally:
             self._moved_bytes += pace.moved_bytes
 
     def report(self, *, complete: bool) -> ScrubReport:
-        """Everything so far."""
-        findings, log = self._begun.bench.findings, self._begun.log
+        """The findings so far."""
+        findings, log = self._start.context.findings, self._start.log
         return ScrubReport(
             complete=complete,
             job=log.state.job,
             snapshots=self._snapshots,
             records=log.state.next_seq,
             moved_bytes=self._moved_bytes,
-            stores=tuple(replace(tally) for tally in findings.stores),
+            stores=tuple(replace(store) for store in findings.stores),
             problems=tuple(findings.problems),
             problems_total=findings.total,
             under_replicated=findings.under_replicated,
@@ -347,40 +348,40 @@ class _ScrubRun:
         self._objects.packs(threads=threads)
 
     def _repair_log(self, threads: int) -> None:
-        repair_log(self._begun.bench, self._begun.log, self._truth)
+        repair_log(self._start.context, self._start.log, self._counted_record)
 
     def _repair_folds(self, threads: int) -> None:
-        repair_folds(self._begun.bench, self._begun.log)
+        repair_folds(self._start.context, self._start.log)
 
-    def _tell_of_log(self, threads: int) -> None:
-        self._begun.notes.report_to(self._begun.bench, self._begun.log)
+    def _report_log(self, threads: int) -> None:
+        self._start.notes.report_to(self._start.context, self._start.log)
 
-    def _repair_head(self, number: int, threads: int) -> None:
-        begun, seat = self._begun, self._begun.roles[number]
-        tally = begun.bench.findings.stores[number]
-        if tally.role != HEADLESS:
+    def _repair_job_record(self, number: int, threads: int) -> None:
+        start, role = self._start, self._start.roles[number]
+        store = start.context.findings.stores[number]
+        if store.role != HEADLESS:
             return  # it stopped answering
-        why = repair_job(begun.bench, begun.log, begun.roles, number, begun.common)
-        copy = CopyCheck(
-            CopyStatus.DAMAGED if seat.damaged else CopyStatus.MISSING, why or seat.problem
-        )
-        begun.bench.count_object(keys.JOB_KEY, {number: copy}, repaired=() if why else (number,))
-        tally.problem = why or ""
-        tally.role = READY if why is None else HEADLESS
+        problem = repair_job(start.context, start.log, start.roles, number, start.common)
+        status = CopyStatus.DAMAGED if role.damaged else CopyStatus.MISSING
+        copy = CopyCheck(status, problem or role.problem)
+        repaired = () if problem else (number,)
+        start.context.count_object(keys.JOB_KEY, {number: copy}, repaired=repaired)
+        store.problem = problem or ""
+        store.role = READY if problem is None else HEADLESS
 
-    def _read_on(self, state: LogState) -> LogState:
-        """The newest that any store tells: enough to know what was dropped meanwhile."""
+    def _read_new(self, state: LogState) -> LogState:
+        """The newest state that any store has: enough to know which snapshots were dropped."""
         newest = state
-        for number in self._begun.bench.active:
+        for number in self._start.context.active:
             try:
-                found = read_new(self._begun.bench.stores[number], state)
+                read = read_new(self._start.context.stores[number], state)
             except (UnavailableError, FormatVersionError):
                 continue
-            newest = max(newest, found, key=lambda one: one.next_seq)
+            newest = max(newest, read, key=lambda state: state.next_seq)
         return newest
 
 
-def _done(report: ScrubReport) -> Event:
+def _done_event(report: ScrubReport) -> Event:
     facts = {
         "snapshots": report.snapshots,
         "records": report.records,
@@ -392,12 +393,8 @@ def _done(report: ScrubReport) -> Event:
         "away": report.away,
     }
     text = (
-        "all copies were read, and all is well"
+        "all copies were read and are right"
         if report.ok
-        else "all copies were read, and not all is well"
+        else "all copies were read, and some are wrong or missing"
     )
     return Event("scrub-done", text, facts, alarm=not report.ok)
-
-
-def _to_nobody(event: Event) -> None:
-    """Nobody listens."""

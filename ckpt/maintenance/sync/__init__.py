@@ -1,1 +1,1 @@
-"""Bringing a store to the state of others."""
+"""Syncs: making a store a full replica of others."""

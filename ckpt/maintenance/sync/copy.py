@@ -1,5 +1,8 @@
-"""Copying a log's records and folds to a replica, in order, each proven by the digest that the
-record after it names."""
+"""Copies to a replica: log records and folds in order, and the objects that snapshots need.
+
+Nothing unverified is written. A record is proven by the digest that the record after it names, a
+manifest, part or chunk by the digest that the log leads to.
+"""
 
 from __future__ import annotations
 
@@ -40,20 +43,22 @@ from ckpt.save.chunks import PACK_BYTES_MAX
 from ckpt.values import DIGEST_BYTES
 
 WINDOW = 256
-"""How many records are read at once."""
+"""Records read at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordChain:
-    """The digests of the records ``low`` to the head of a state, 16 bytes each. ``prev``: of the
-    record before ``low``."""
+    """The digests of the records from ``low`` to the head of a state, 16 bytes each.
+
+    ``prev``: the digest of the record before ``low``.
+    """
 
     low: int
     prev: str
     digests: bytearray
 
     def digest(self, seq: int) -> str:
-        """The digest of the record at ``seq``, which must not lie below ``low - 1``."""
+        """The digest of the record at ``seq``, which is at least ``low - 1``."""
         if seq == self.low - 1:
             return self.prev
         at = (seq - self.low) * DIGEST_BYTES
@@ -62,26 +67,25 @@ class RecordChain:
 
 @dataclass(frozen=True, slots=True)
 class LogPrefix:
-    """What a replica lists of a log: the first ``length`` places without a gap, and whether
-    anything lies behind them."""
+    """What a replica lists of a log: positions 0 to ``length - 1``, and those ``beyond`` a gap."""
 
     length: int
     beyond: frozenset[int]
 
 
 def read_chain(source: Backend, state: LogState, low: int, *, pace: MaintenancePace) -> RecordChain:
-    """Walk back from the head of ``state``, which is known, to ``low``: each record proves the one
-    before it.
+    """The chain from the head of ``state`` back to ``low``; each record proves the one before it.
 
-    Raises IntegrityError where ``source`` has a record nowhere rightly. Reads each record once.
+    Reads each record once. Raises IntegrityError if ``source`` has no right copy of a record.
     """
     digests = bytearray((state.next_seq - low) * DIGEST_BYTES)
     expected = state.head_digest
     for stop in range(state.next_seq, low, -WINDOW):
         seqs = range(max(low, stop - WINDOW), stop)
         pace.check()
-        found = read_all(list(seqs), lambda seq: _any_record(source, seq))
-        for seq, record in zip(reversed(seqs), reversed(found), strict=True):
+        # Read ahead without proof, then walk back: a guess that fails its digest is read again.
+        guesses = read_all(list(seqs), lambda seq: _any_record(source, seq))
+        for seq, record in zip(reversed(seqs), reversed(guesses), strict=True):
             if record is None or record.digest != expected:
                 record = decode_record(read_record(source, seq, expected))
             digests[(seq - low) * DIGEST_BYTES : (seq - low + 1) * DIGEST_BYTES] = bytes.fromhex(
@@ -92,22 +96,22 @@ def read_chain(source: Backend, state: LogState, low: int, *, pace: MaintenanceP
 
 
 def read_record(source: Backend, seq: int, digest: str) -> bytes:
-    """The record's bytes, from whichever store has it at either of its keys. Raises IntegrityError
-    where none that answers has.
+    """The record's bytes, from the first store that has it at either of its keys.
 
-    Each store is asked by itself: reading through several at once would mend the others' copies,
-    and what another store holds at a place of the log may be a record that lost a race, which
-    stays. Raises UnavailableError where one that is silent may have it.
+    Raises IntegrityError if all stores answer and none has it, UnavailableError if one that does
+    not answer may have it.
     """
+    # Each store by itself: a read through the replicated backend would repair the other copies, and
+    # another record at this position may be one that lost a race, which must stay.
     silent: UnavailableError | None = None
     for store in stores_of(source):
         try:
-            found = right_record(store, seq, digest)
+            data = right_record(store, seq, digest)
         except UnavailableError as error:
             silent = error
             continue
-        if found is not None:
-            return found
+        if data is not None:
+            return data
     if silent is not None:
         raise silent
     raise IntegrityError(
@@ -116,7 +120,7 @@ def read_record(source: Backend, seq: int, digest: str) -> bytes:
 
 
 def log_prefix_of(store: Backend) -> LogPrefix:
-    """What ``store`` lists of its log. One list."""
+    """What ``store`` lists of its log. Cost: one list."""
     seqs: set[int] = set()
     for stat in store.list(keys.LOG):
         seq = keys.parse_log_key(stat.key)
@@ -132,14 +136,13 @@ def log_prefix_of(store: Backend) -> LogPrefix:
 def check_history(
     store: Backend, prefix: LogPrefix, state: LogState, chain: RecordChain, *, member: bool
 ) -> None:
-    """Raises ConflictError where ``store`` holds records that the source's log does not. Reads what
-    is above ``chain.low``.
+    """Raises ConflictError if ``store`` holds records that the source's log does not have.
 
-    ``member``: it is one of the log's stores; then it may hold records that lost a race, and one
-    that is not decided yet.
+    Reads the records from ``chain.low`` on. ``member``: ``store`` is one of the log's stores.
     """
-    known = state.next_seq + member
-    ahead = max((seq for seq in (prefix.length - 1, *prefix.beyond) if seq >= known), default=None)
+    # A member may hold one record more, which is not decided yet, and records that lost a race.
+    end = state.next_seq + member
+    ahead = max((seq for seq in (prefix.length - 1, *prefix.beyond) if seq >= end), default=None)
     if ahead is not None:
         raise ConflictError(
             f"the replica's log goes further than the source's. store={store.url} seq={ahead} "
@@ -149,26 +152,25 @@ def check_history(
     if member:
         return
     for seq in (*range(chain.low, prefix.length), *sorted(prefix.beyond)):
-        if seq >= chain.low and _sound_other(store, seq, chain.digest(seq)):
+        if seq >= chain.low and _holds_other_record(store, seq, chain.digest(seq)):
             raise ConflictError(
-                "the replica holds another record than the source at one place, so it has a "
+                "the replica holds another record than the source at one position, so it has a "
                 "history of its own. "
                 f"store={store.url} key={keys.log_key(seq)} use an empty place"
             )
 
 
 def copy_record(source: Backend, store: Backend, seq: int, digest: str, *, listed: bool) -> bool:
-    """Make ``store`` hold the record; whether it had to be written. ``there``: its listing names
-    the place.
+    """Write the record to ``store`` if it lacks it; whether it was written.
 
-    A damaged record is replaced. A sound one that lost a race stays: what counts goes to the
-    place's second key.
+    ``listed``: the store's listing has the position. A damaged record is replaced. A valid one that
+    lost a race stays, because it may be the store's vote: the right record goes to the second key.
     """
     if listed and right_record(store, seq, digest) is not None:
         return False
     data = read_record(source, seq, digest)
     key = keys.log_key(seq)
-    if listed and _sound_other(store, seq, digest):
+    if listed and _holds_other_record(store, seq, digest):
         store.put(keys.settled_key(seq), [data])
         return True
     if listed or not store.capabilities().create_only:
@@ -177,21 +179,23 @@ def copy_record(source: Backend, store: Backend, seq: int, digest: str, *, liste
     match create_once(store, key, data, bytes_max=RECORD_BYTES_MAX):
         case KeyTaken(found) if found != data:
             raise ConflictError(
-                f"somebody else writes into the replica. store={store.url} key={key} end that "
+                f"another writer is writing to the replica. store={store.url} key={key} end that "
                 "writer, then repeat"
             )
-        case WriteUnknown(why):
+        case WriteUnknown(reason):
             raise UnavailableError(
                 f"the replica did not answer. store={store.url} key={key} tries={PUT_TRIES_MAX} "
-                f"why={why} repeat later"
+                f"why={reason} repeat later"
             )
         case _:
             return True
 
 
 def copy_folds(source: Backend, store: Backend, next_seq: int, *, pace: MaintenancePace) -> int:
-    """Copy the folds below ``next_seq`` that ``store`` lacks; how many. One that is not of
-    ``store``'s records is left out."""
+    """Copy the folds below ``next_seq`` that ``store`` lacks; how many were copied.
+
+    A fold of other records than the store's is skipped.
+    """
     have = set(_folds(store))
     written = 0
     for seq in _folds(source):
@@ -202,16 +206,17 @@ def copy_folds(source: Backend, store: Backend, next_seq: int, *, pace: Maintena
         if last is None:
             continue
         data = next(
-            (data for one in stores_of(source) if (data := _fold(one, seq, last)) is not None), None
+            (data for other in stores_of(source) if (data := _fold(other, seq, last)) is not None),
+            None,
         )
-        if data is not None:  # readers do without it
+        if data is not None:  # readers can do without a fold
             store.put(keys.fold_key(seq), [data])
             written += 1
     return written
 
 
 def _fold(store: Backend, seq: int, last: Record) -> bytes | None:
-    """The fold up to ``seq`` where ``store`` has one that ends with ``last``."""
+    """The store's fold up to ``seq``, if it ends with the record ``last``."""
     try:
         data = read_alone(store, keys.fold_key(seq), bytes_max=FOLD_BYTES_MAX)
         state = decode_fold(data)
@@ -228,8 +233,10 @@ def _folds(store: Backend) -> Sequence[int]:
 
 
 def _any_record(source: Backend, seq: int) -> Record | None:
-    """Some sound record at the place's first key, of the first store that has one; not yet known to
-    be the one that counts."""
+    """A valid record at the position's first key, from the first store that has one.
+
+    It may be a record that lost a race: the caller compares its digest.
+    """
     for store in stores_of(source):
         try:
             record = decode_record(read_alone(store, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX))
@@ -240,7 +247,7 @@ def _any_record(source: Backend, seq: int) -> Record | None:
     return None
 
 
-def _sound_other(store: Backend, seq: int, digest: str) -> bool:
+def _holds_other_record(store: Backend, seq: int, digest: str) -> bool:
     if right_record(store, seq, digest) is not None:
         return False
     try:
@@ -250,8 +257,7 @@ def _sound_other(store: Backend, seq: int, digest: str) -> bool:
     return True
 
 
-# Copying manifests, parts and packs to a replica: what isn't there, verified on the way, never
-# damage.
+# ---- manifests, parts and packs: copied if they are missing, verified in memory first
 
 WantedObject = WholeObject | Pack
 
@@ -263,21 +269,20 @@ def missing_objects(
     deep: bool = False,
     pace: MaintenancePace | None = None,
 ) -> list[WantedObject]:
-    """What of ``wanted`` (in order of its keys) ``store`` does not list with the right length, or,
-    ``deep``, not hold rightly.
+    """The objects of ``wanted`` (sorted by key) that ``store`` does not list with the right length.
 
-    Quick: one list for each prefix, and nothing is read. A pack of unknown length counts as there
-    where it is long enough. Deep reads everything that is there. Raises UnavailableError.
+    Cost: one list for each prefix. A pack of unknown length counts as present if it is long enough.
+    ``deep``: present objects are read and compared too. Raises UnavailableError.
     """
     pace = pace or MaintenancePace()
     missing: list[WantedObject] = []
     for prefix, group in groupby(wanted, key=lambda want: want.key.partition("/")[0] + "/"):
-        some = list(group)
-        # The first key without its last sign is just before it, whatever else there is.
+        batch = list(group)
+        # Start the listing at the first key: that key without its last character sorts before it.
         walk = ListingWalk(
-            store, prefix, after=some[0].key[:-1] if len(some[0].key) > len(prefix) + 1 else ""
+            store, prefix, after=batch[0].key[:-1] if len(batch[0].key) > len(prefix) + 1 else ""
         )
-        for want in some:
+        for want in batch:
             stat = walk.take(want.key)
             if stat is None or not fits(want, stat) or (deep and not _right(store, want, pace)):
                 missing.append(want)
@@ -285,7 +290,7 @@ def missing_objects(
 
 
 def fits(want: WantedObject, stat: Stat) -> bool:
-    """Whether an object of that length can be what is wanted. Pure."""
+    """Whether an object of that length can be the wanted one."""
     if want.size_bytes is not None:
         return stat.size_bytes == want.size_bytes
     return stat.size_bytes >= want.end_bytes if isinstance(want, Pack) else stat.size_bytes > 0
@@ -299,17 +304,16 @@ def copy_object(
     budget: MemoryBudget,
     pace: MaintenancePace,
 ) -> int:
-    """Copy one object, all of it that has a digest verified in memory first; its length.
+    """Copy one object and return its length. All bytes with a digest are verified before the write.
 
-    Raises IntegrityError where ``source`` has it nowhere rightly, what either store raises, and
-    Stopped.
+    Raises IntegrityError if ``source`` has no right copy, what either store raises, and Stopped.
     """
     if isinstance(want, WholeObject):
         data = read_object(
             source,
             want.key,
-            lambda found: (
-                None if digest_hex(found) == want.digest else "its bytes differ from their digest"
+            lambda stored: (
+                None if digest_hex(stored) == want.digest else "its bytes differ from their digest"
             ),
             bytes_max=want.size_bytes or PART_STORED_BYTES_MAX,
         )
@@ -320,6 +324,7 @@ def copy_object(
     if stat is None:
         raise NotFoundError(f"no such object. key={want.key} store={source.url}")
     size_bytes = max(want.end_bytes, stat.size_bytes if stat.size_bytes <= PACK_BYTES_MAX else 0)
+    # The whole pack is verified in memory before the put: damage is never copied.
     with budget.reserve(size_bytes):
         memory = memoryview(mmap.mmap(-1, max(size_bytes, 1)))[:size_bytes]
         pace.take(2 * size_bytes)
@@ -328,35 +333,34 @@ def copy_object(
     return size_bytes
 
 
-def _read_pack(source: Backend, pack: Pack, memory: memoryview, there: int) -> None:
-    """Fill ``memory`` with a copy of the pack that is right as a whole, or else with each chunk
-    from wherever it is right."""
+def _read_pack(source: Backend, pack: Pack, memory: memoryview, stored_bytes: int) -> None:
+    """Fill ``memory`` with a right copy of the pack, or each chunk from a store that has it."""
 
-    def check(found: memoryview) -> str | None:
-        if len(found) < pack.end_bytes:
+    def check(stored: memoryview) -> str | None:
+        if len(stored) < pack.end_bytes:
             return "it ends too early"
-        bad = first_wrong_chunk(found, pack)
-        return None if bad is None else f"a chunk is not right. offset_bytes={bad[1].offset_bytes}"
+        wrong = first_wrong_chunk(stored, pack)
+        if wrong is None:
+            return None
+        return f"a chunk is not right. offset_bytes={wrong[1].offset_bytes}"
 
     try:
-        read_checked(source, pack.key, memory[:there], check)
+        read_checked(source, pack.key, memory[:stored_bytes], check)
     except IntegrityError:
-        for place in pack.chunks:
-            at = place[1]
+        # No copy is right as a whole: take each chunk from any store that has it right.
+        for chunk in pack.chunks:
+            at = chunk[1]
             piece = memory[at.offset_bytes : at.offset_bytes + at.stored_bytes]
-            read_checked(source, pack.key, piece, _chunk_check(place), offset_bytes=at.offset_bytes)
+            read_checked(source, pack.key, piece, _chunk_check(chunk), offset_bytes=at.offset_bytes)
 
 
-def _chunk_check(place: ChunkRef) -> Callable[[memoryview], str | None]:
-    return lambda stored: chunk_problem(stored, place)
+def _chunk_check(chunk: ChunkRef) -> Callable[[memoryview], str | None]:
+    return lambda stored: chunk_problem(stored, chunk)
 
 
 def _right(store: Backend, want: WantedObject, pace: MaintenancePace) -> bool:
     if isinstance(want, Pack):
         return check_pack(store, want, pace=pace).status is CopyStatus.OK
-    return (
-        check_whole(store, want, bytes_max=want.size_bytes or PART_STORED_BYTES_MAX, pace=pace)[
-            0
-        ].status
-        is CopyStatus.OK
-    )
+    bytes_max = want.size_bytes or PART_STORED_BYTES_MAX
+    check, _ = check_whole(store, want, bytes_max=bytes_max, pace=pace)
+    return check.status is CopyStatus.OK

@@ -1,4 +1,10 @@
-"""One sync under way: its rounds, and what they found. See ``sync``."""
+"""Sync: making one store a full replica of another one, or of several.
+
+Each round copies the objects that the log names, then the log's records in order. Rounds repeat
+until nothing new was written meanwhile. So at every moment the replica's log names only what the
+replica holds, and a sync may be stopped, killed and repeated anywhere. Two exceptions: snapshots
+that a later record drops, and objects that the source itself has no right copy of.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +48,17 @@ from ckpt.maintenance.sync.copy import (
 from ckpt.save.chunks import PACK_BYTES_MAX
 
 PACKS_AT_ONCE = 1024
-"""How many packs are looked for in the replica's listing at a time."""
+"""Packs that are compared with the replica's listing at a time."""
 DAMAGED_MAX = 10_000
-"""How many objects that the source has nowhere rightly are named."""
+"""Objects without a right copy that a report names at most."""
 
 
 @dataclass(slots=True)
 class SyncRun:
-    """One fill under way. ``pace`` goes with ``effort``; ``deep`` holds for its first round."""
+    """One sync in progress. ``pace`` applies ``limits``; ``deep`` applies to the first round only.
+
+    It has more fields than usual because the counters of its report are kept here.
+    """
 
     source: Backend
     store: Backend
@@ -72,37 +81,34 @@ class SyncRun:
     _done: set[Committed] = field(default_factory=set)
 
     def round(self, upto_seq: int | None) -> bool:
-        """Copy what the log names now; whether nothing is left to do."""
+        """Copy what the log names now; whether the sync is finished."""
         state = self.log()
         self.hole = state.hole
         self.rounds += 1
         if state.next_seq == 0:
             return True
         prefix = log_prefix_of(self.store)
-        chain = read_chain(
-            self.source,
-            state,
-            0 if self.deep else max(0, min(prefix.length, state.next_seq) - 1),
-            pace=self.pace,
-        )
+        # Start at the replica's last record: a replica that catches up then costs only what is new.
+        low = 0 if self.deep else max(0, min(prefix.length, state.next_seq) - 1)
+        chain = read_chain(self.source, state, low, pace=self.pace)
         member = state.stores is not None and self.store_id in state.stores.ids
         check_history(self.store, prefix, state, chain, member=member)
+        # Objects before the records that name them.
         self._objects(state)
-        there = {*range(prefix.length), *prefix.beyond}
+        listed = {*range(prefix.length), *prefix.beyond}
         for seq in range(chain.low, state.next_seq):
             self.pace.check()
-            self.records += copy_record(
-                self.source, self.store, seq, chain.digest(seq), listed=seq in there
-            )
+            digest = chain.digest(seq)
+            self.records += copy_record(self.source, self.store, seq, digest, listed=seq in listed)
         self.folds += copy_folds(self.source, self.store, state.next_seq, pace=self.pace)
         self.next_seq = state.next_seq
-        self.deep = False  # what was compared once isn't compared in the next round again
+        self.deep = False  # everything was compared; later rounds need only what is new
         if upto_seq is not None and state.next_seq > upto_seq:
             return True
         return state.hole is not None or self.log().next_seq == state.next_seq
 
     def report(self, *, complete: bool) -> SyncReport:
-        """Everything so far."""
+        """What was done so far."""
         return SyncReport(
             complete=complete,
             store_id=self.store_id,
@@ -120,38 +126,46 @@ class SyncRun:
     def _objects(self, state: LogState) -> None:
         entries = sorted(
             (entry for entry in state.snapshots if entry not in self._done),
-            key=lambda one: one.snapshot,
+            key=lambda entry: entry.snapshot,
         )
-        gone = DropCheck(state, lambda _: self.log())
-        gathered = PackReferences(max(1, self.limits.budget_bytes // 2 // CHUNK_REF_BYTES))
+        # An object that is missing because its snapshot was dropped meanwhile is no damage.
+        drop_check = DropCheck(state, lambda _: self.log())
+        references = PackReferences(max(1, self.limits.budget_bytes // 2 // CHUNK_REF_BYTES))
         for number, entry in enumerate(entries):
-            wants, parts = self._records_of(entry, gone)
+            wants, parts = self._records_of(entry, drop_check)
             for part in parts:
-                gathered.add(part, number)
-            self._copy(wants, lambda _: gone.all_dropped([entry]))  # noqa: B023  done before the next one
+                references.add(part, number)
+            self._copy(
+                wants,
+                lambda _: drop_check.all_dropped([entry]),  # noqa: B023  called before the next one
+            )
         while True:
-            sizes = ListingWalk(self.source, keys.PACKS, after=gathered.after)
-            for some in _batches(gathered.packs(), PACKS_AT_ONCE):
-                packs = [replace(gathered.pack(key), size_bytes=_size(sizes, key)) for key in some]
-                users = gathered.users
+            sizes = ListingWalk(self.source, keys.PACKS, after=references.after)
+            for batch in _batches(references.packs(), PACKS_AT_ONCE):
+                packs = [
+                    replace(references.pack(key), size_bytes=_size(sizes, key)) for key in batch
+                ]
+                users = references.users
                 self._copy(
                     packs,
-                    lambda want: gone.all_dropped([entries[n] for n in users(want.key)]),  # noqa: B023
+                    lambda want: drop_check.all_dropped(
+                        [entries[n] for n in users(want.key)]  # noqa: B023
+                    ),
                 )
-            if gathered.complete:
+            if references.complete:
                 break
-            gathered = gathered.next_round()
+            references = references.next_round()
             for number, entry in enumerate(entries):
-                for part in self._records_of(entry, gone)[1]:
-                    gathered.add(part, number)
+                for part in self._records_of(entry, drop_check)[1]:
+                    references.add(part, number)
         self._done.update(entries)
 
     def _records_of(
-        self, entry: Committed, gone: DropCheck
+        self, entry: Committed, drop_check: DropCheck
     ) -> tuple[list[WantedObject], list[Part]]:
-        """What one snapshot's manifest and parts are, and the parts that can be had."""
+        """One snapshot's manifest and parts as objects to copy, and the parts that are readable."""
         want = WholeObject(manifest_key(entry), entry.manifest_digest)
-        data = self._have(want, MANIFEST_BYTES_MAX, entry, gone)
+        data = self._read(want, MANIFEST_BYTES_MAX, entry, drop_check)
         if data is None:
             return [], []
         refs = Manifest.decode(data).parts
@@ -159,14 +173,14 @@ class SyncRun:
         parts: list[Part] = []
         for ref in sorted(refs, key=lambda ref: ref.key):
             part = WholeObject(ref.key, ref.digest, ref.size_bytes)
-            found = self._have(part, PART_STORED_BYTES_MAX, entry, gone)
-            if found is not None:
+            data = self._read(part, PART_STORED_BYTES_MAX, entry, drop_check)
+            if data is not None:
                 wants.append(part)
-                parts.append(decode_part(found))
+                parts.append(decode_part(data))
         return wants, parts
 
-    def _have(
-        self, want: WholeObject, bytes_max: int, entry: Committed, gone: DropCheck
+    def _read(
+        self, want: WholeObject, bytes_max: int, entry: Committed, drop_check: DropCheck
     ) -> bytes | None:
         self.pace.take(want.size_bytes or 0)
         try:
@@ -181,10 +195,12 @@ class SyncRun:
                 bytes_max=bytes_max,
             )
         except (IntegrityError, NotFoundError) as error:
-            self._lost(want, str(error), gone.all_dropped([entry]))
+            self._add_damaged(want, str(error), drop_check.all_dropped([entry]))
             return None
 
-    def _copy(self, wants: Sequence[WantedObject], is_gone: Callable[[WantedObject], bool]) -> None:
+    def _copy(
+        self, wants: Sequence[WantedObject], is_dropped: Callable[[WantedObject], bool]
+    ) -> None:
         missing = missing_objects(self.store, wants, deep=self.deep, pace=self.pace)
         self.present_objects += len(wants) - len(missing)
         budget = MemoryBudget(self.limits.budget_bytes)
@@ -196,30 +212,29 @@ class SyncRun:
                 return str(error)
 
         with closing(map_in_order(missing, copy, threads=self.limits.threads)) as copied:
-            for want, size_bytes in copied:
-                if isinstance(size_bytes, str):
-                    self._lost(want, size_bytes, is_gone(want))
+            for want, size_or_problem in copied:
+                if isinstance(size_or_problem, str):
+                    self._add_damaged(want, size_or_problem, is_dropped(want))
                     continue
                 self.copied_objects += 1
-                self.copied_bytes += size_bytes
+                self.copied_bytes += size_or_problem
                 if self.on_progress is not None:
-                    self.on_progress(size_bytes)
+                    self.on_progress(size_or_problem)
 
-    def _lost(self, want: WantedObject, why: str, gone: bool) -> None:
-        if gone or want.key in self.damaged:
+    def _add_damaged(self, want: WantedObject, reason: str, dropped: bool) -> None:
+        if dropped or want.key in self.damaged:
             return
         if len(self.damaged) < DAMAGED_MAX:
-            self.damaged[want.key] = why
+            self.damaged[want.key] = reason
         if self.emit is not None:
             text = f"the source has no right copy of {want.key}, so the replica lacks it too"
-            self.emit(
-                Event("sync-damage", text, {"key": want.key, "store": self.source.url}, alarm=True)
-            )
+            facts = {"key": want.key, "store": self.source.url}
+            self.emit(Event("sync-damage", text, facts, alarm=True))
 
 
 def _size(sizes: ListingWalk, key: str) -> int | None:
     stat = sizes.take(key)
-    # A length that no pack has is damage: it is no measure for the copy.
+    # A length above what any pack has is damage, and says nothing about the copy's length.
     return None if stat is None or stat.size_bytes > PACK_BYTES_MAX else stat.size_bytes
 
 
@@ -234,15 +249,8 @@ def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-# Making a store a full replica of another one, or of several: objects first, then the log in
-# order, then what came meanwhile.
-#
-# At every moment the replica's log names only what the replica holds (but for snapshots that were
-# dropped further on in it, and for what the source itself has nowhere rightly). So it may be
-# stopped, die, and be repeated anywhere.
-
 ROUNDS_MAX = 100
-"""How often what came meanwhile is copied before the caller is told that the source is quicker."""
+"""Rounds before the sync gives up: the source is written to faster than it can be copied."""
 
 
 def sync(
@@ -254,11 +262,11 @@ def sync(
     on_progress: ProgressCallback | None = None,
     emit: Emit | None = None,
 ) -> SyncReport:
-    """Make ``store`` a full replica of ``source`` (one store or several). See ``fill``.
+    """Make ``store`` a full replica of ``source`` (one store or several); see ``fill``.
 
-    Raises NotFoundError where the source is no store, UsageError or ConflictError where ``store``
-    is another job's or has a history of its own, UnavailableError and StoreFullError: repeat it
-    then, it goes on.
+    Raises NotFoundError if the source is no store, UsageError or ConflictError if ``store`` belongs
+    to another job or has a history of its own, UnavailableError and StoreFullError. After the last
+    two a repeated call continues where this one stopped.
     """
     journal = Journal.open(source)
     record = source_record(source)
@@ -275,16 +283,18 @@ def sync(
 
 
 def source_record(source: Backend) -> JobRecord:
-    """The ``ckpt.json`` of the first store of ``source`` that has one. Raises UnavailableError
-    where none can be read."""
-    seats = store_roles(stores_of(source))
-    found = next((seat.record for seat in seats if seat.role == READY), None)
-    if found is None:
+    """The ``ckpt.json`` of the first store of ``source`` that has one.
+
+    Raises UnavailableError if none can be read.
+    """
+    roles = store_roles(stores_of(source))
+    record = next((role.record for role in roles if role.role == READY), None)
+    if record is None:
+        problems = [role.problem for role in roles]
         raise UnavailableError(
-            f"the source's {keys.JOB_KEY} can't be read. why={[seat.problem for seat in seats]} "
-            "repeat later"
+            f"the source's {keys.JOB_KEY} cannot be read. why={problems} repeat later"
         )
-    return found
+    return record
 
 
 def fill(  # noqa: PLR0913  all but three are keywords
@@ -299,28 +309,28 @@ def fill(  # noqa: PLR0913  all but three are keywords
     on_progress: ProgressCallback | None = None,
     emit: Emit | None = None,
 ) -> SyncReport:
-    """Copy to ``store`` what ``log`` names, until it has caught up with it, or, with ``upto_seq``,
-    has all up to that record.
+    """Copy to ``store`` what ``log()`` names, until it has caught up or has all up to ``upto_seq``.
 
-    ``source`` may be several stores: each object is then read from whichever has it rightly.
-    ``record`` is one of theirs: a ``store`` that holds nothing becomes a replica of the same log,
-    with an id of its own. ``deep``: what is there already is read and compared too, not just
-    listed. Stopped, or outrun by the source for a hundred rounds, it returns with ``complete``
-    False. Raises as ``sync`` does.
+    ``source`` may be several stores: each object is then read from any store that has it right.
+    ``record`` is the job record of one of them; an empty ``store`` becomes a replica of that log
+    with an id of its own. ``deep``: objects that are there already are read and compared, instead
+    of only listed. If it is stopped, or the source is written to faster for ROUNDS_MAX rounds, it
+    returns with ``complete`` False. Raises as ``sync``.
     """
     pace = MaintenancePace(limits.rate_bytes_per_s, stop=limits.stop)
+    # The store gets its job record before any other bytes, and a repeated sync finds it there.
     claimed = claim_replica(store, record)
     if claimed.store_id == record.store_id and len(stores_of(source)) == 1:
         raise UsageError(
             f"the store is the source itself, or a plain copy of it. store={store.url} "
-            f"store_id={claimed.store_id} "
-            f"name another place; make replicas with ckpt sync, not by copying files"
+            f"store_id={claimed.store_id} name another place; make replicas with ckpt sync, not by "
+            "copying files"
         )
-    filling = SyncRun(source, store, claimed.store_id, log, deep, limits, pace, on_progress, emit)
+    run = SyncRun(source, store, claimed.store_id, log, deep, limits, pace, on_progress, emit)
     try:
         for _ in range(ROUNDS_MAX):
-            if filling.round(upto_seq):
-                return filling.report(complete=True)
+            if run.round(upto_seq):
+                return run.report(complete=True)
     except Stopped:
         pass
-    return filling.report(complete=False)
+    return run.report(complete=False)

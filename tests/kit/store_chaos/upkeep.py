@@ -37,7 +37,7 @@ def care(backend: Backend) -> str:
 
 def scrub_all(backend: Backend, *, mend: bool = True) -> ScrubReport:
     """Read everything everywhere."""
-    report = Scrub(stores_of(backend), write_quorum_of(backend), mend=mend).run(threads=2)
+    report = Scrub(stores_of(backend), write_quorum_of(backend), repair=mend).run(threads=2)
     assert report is not None
     return report
 

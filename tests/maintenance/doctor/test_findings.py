@@ -29,7 +29,7 @@ WELL = StoreFindings(
     down_bytes_per_s=1e9,
     free_bytes=1 << 40,
     latency={"put": Latency(0.01, 0.02, 20)},
-    holds=EMPTY,
+    content=EMPTY,
 )
 AWAY = StoreFindings(url="s", failures={"reach": "no route"})
 DENIED = replace(WELL, failures={"put": "denied"}, create_only=False)
@@ -40,7 +40,7 @@ def codes(judged: Assessment, level: str | None = None) -> set[str]:
 
 
 def member(number: int, **changes: object) -> StoreFindings:
-    return replace(WELL, holds=replace(A, store_id=str(number) * 32, **changes))  # type: ignore[arg-type]
+    return replace(WELL, content=replace(A, store_id=str(number) * 32, **changes))  # type: ignore[arg-type]
 
 
 def test_a_well_store_is_well_and_one_alone_is_noted() -> None:
@@ -68,11 +68,11 @@ def test_a_well_store_is_well_and_one_alone_is_noted() -> None:
         ({"free_bytes": 1 << 20}, "little-space", "warning", 0),
         ({"leftovers": ("probe/x",)}, "leftovers", "note", 0),
         ({"create_only": False}, "replica-only", "warning", 2),
-        ({"holds": StoreContent(kind="foreign")}, "foreign", "note", 0),
-        ({"holds": StoreContent(kind="unknown", problem="x")}, "unknown-content", "warning", 0),
-        ({"holds": StoreContent(kind="headless", problem="x")}, "headless", "bad", 20),
-        ({"holds": replace(A, hole="seq=3")}, "log-hole", "bad", 20),
-        ({"holds": A}, "store", "ok", 0),
+        ({"content": StoreContent(kind="foreign")}, "foreign", "note", 0),
+        ({"content": StoreContent(kind="unknown", problem="x")}, "unknown-content", "warning", 0),
+        ({"content": StoreContent(kind="headless", problem="x")}, "headless", "bad", 20),
+        ({"content": replace(A, hole="seq=3")}, "log-hole", "bad", 20),
+        ({"content": A}, "store", "ok", 0),
     ],
 )
 def test_one_finding_gives_its_advice_with_a_remedy_and_an_exit_code(
@@ -153,7 +153,7 @@ anything = st.builds(
     list_after_put=st.sampled_from((None, True, False)),
     skew_s=st.one_of(st.none(), st.floats(-1e6, 1e6)),
     free_bytes=st.one_of(st.none(), st.integers(0, 1 << 50)),
-    holds=st.sampled_from((EMPTY, A, replace(A, job="b"), StoreContent(kind="headless"), StoreContent(kind="unknown"))),
+    content=st.sampled_from((EMPTY, A, replace(A, job="b"), StoreContent(kind="headless"), StoreContent(kind="unknown"))),
 )
 
 

@@ -59,17 +59,17 @@ def test_well_store_is_found_well_and_left_as_it_was(kind: str, tmp_path: Path) 
 def test_what_a_store_holds_is_told(lone: Path, members: Path, tmp_path: Path) -> None:
     alone = replicate(lone, tmp_path / "lone", None)
     [found] = examined(alone)
-    assert (found.holds.kind, found.holds.job, found.holds.snapshots) == ("store", "sample", 3)
-    assert (found.holds.newest, found.holds.next_seq, found.holds.members) == ("epoch 1 step 30", 5, ())
+    assert (found.content.kind, found.content.job, found.content.snapshots) == ("store", "sample", 3)
+    assert (found.content.newest, found.content.next_seq, found.content.members) == ("epoch 1 step 30", 5, ())
     several = examined(*(replicate(members / str(n), tmp_path / str(n), None) for n in range(3)))
-    assert [found.holds.store_id for found in several] == list(several[0].holds.members)
+    assert [found.content.store_id for found in several] == list(several[0].content.members)
     assert assess(several).ok
     flip(alone.url, keys.log_key(2), 9)
-    assert "seq=2" in examined(alone)[0].holds.hole
+    assert "seq=2" in examined(alone)[0].content.hole
     (Path(alone.url) / keys.JOB_KEY).unlink()
-    assert examined(alone)[0].holds.kind == "headless"
+    assert examined(alone)[0].content.kind == "headless"
     shutil.rmtree(Path(alone.url) / "log")
-    assert examined(alone)[0].holds.kind == "foreign"
+    assert examined(alone)[0].content.kind == "foreign"
     assert list(alone.list("probe/")) == []
 
 
@@ -87,7 +87,7 @@ def test_read_only_store_is_readable_and_can_not_be_written_to(lone: Path, tmp_p
     inner = replicate(lone, tmp_path / "s", None)
     [found] = examined(FaultyBackend(inner, [Fault(harm=Harm.READ_ONLY, times=None)]))
     assert "put" in found.failures
-    assert found.holds.snapshots == 3
+    assert found.content.snapshots == 3
     judged = assess([found])
     assert judged.exit_code == 11
     assert "denied" in {one.code for one in judged.advice}
@@ -157,7 +157,7 @@ def test_store_that_overwrites_can_be_a_replica_only() -> None:
     [found] = examined(Overwriting("m"))
     assert found.create_only is False
     texts = " ".join(one.text for one in assess([found, *examined(MemoryBackend("o"))]).advice)
-    assert "can give out log places: no" in texts
+    assert "can be the sequencer: no" in texts
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_plan_drops_what_no_rule_keeps_and_says_what_keeps_the_rest() -> None:
     assert log.add(Tag("good", SnapshotId(1, 10)), 1)
     found = plan(log.state, keep_every(20))
     assert found.drops == (SnapshotId(1, 30),)
-    assert [one.why for one in found.judged] == [("tagged good",), ("every=20",), (), (NEWEST, "every=20")]
+    assert [one.reasons for one in found.decisions] == [("tagged good",), ("every=20",), (), (NEWEST, "every=20")]
     assert found.floor == SnapshotId(1, 40)
 
 
@@ -86,20 +86,20 @@ def test_without_a_policy_nothing_is_dropped_but_the_floor_rises() -> None:
     found = plan(straight(10, 20).state, None)
     assert found.drops == ()
     assert found.floor == SnapshotId(1, 20)
-    assert all(one.kept for one in found.judged)
+    assert all(one.kept for one in found.decisions)
 
 
 def test_newest_that_is_not_whole_stays_beside_the_one_that_is() -> None:
     found = plan(straight(10, 20, 30, 40).state, keep_tagged(), whole=SnapshotId(1, 20))
     assert found.drops == (SnapshotId(1, 10), SnapshotId(1, 30))
-    assert [one.why for one in found.judged if one.kept] == [(NEWEST_INTACT,), (NEWEST,)]
+    assert [one.reasons for one in found.decisions if one.kept] == [(NEWEST_INTACT,), (NEWEST,)]
     assert found.floor == SnapshotId(1, 20), "what is newer than the one that can be restored may still be wanted"
 
 
 def test_where_nothing_is_whole_nothing_is_dropped() -> None:
     found = plan(straight(10, 20, 30).state, keep_last(1), whole=None)
     assert found.empty
-    assert [one.why for one in found.judged] == [(NONE_INTACT,), (NONE_INTACT,), (NEWEST, "last=1")]
+    assert [one.reasons for one in found.decisions] == [(NONE_INTACT,), (NONE_INTACT,), (NEWEST, "last=1")]
 
 
 def test_snapshots_off_the_line_are_judged_by_all_rules_but_last() -> None:
@@ -108,7 +108,7 @@ def test_snapshots_off_the_line_are_judged_by_all_rules_but_last() -> None:
     assert log.commit(SnapshotId(2, 25))
     found = plan(log.state, keep_last(2))
     assert found.drops == (SnapshotId(1, 10), SnapshotId(1, 30))
-    assert [one.on_line for one in found.judged] == [True, True, False, True]
+    assert [one.on_line for one in found.decisions] == [True, True, False, True]
     assert plan(log.state, keep_last(1) | keep_every(30)).drops == (SnapshotId(1, 10), SnapshotId(1, 20))
 
 
@@ -176,7 +176,7 @@ def test_log_counts_what_a_plan_records_and_a_second_plan_has_nothing_left(
     assert before.newest() not in found.drops
     assert whole not in found.drops
     assert not set(before.tags.values()) & set(found.drops)
-    assert set(found.drops) == {one.info.id for one in found.judged if not one.why}
+    assert set(found.drops) == {one.info.id for one in found.decisions if not one.reasons}
     if not found.empty:
         assert log.add(Drop(found.drops, found.floor), before.epoch), log.state.voids[-1:]
     assert {entry.snapshot for entry in log.state.snapshots} == held - set(found.drops)
@@ -219,6 +219,6 @@ def test_damaged_snapshots_are_dropped_unless_a_rule_names_them(seed: int) -> No
         return
     damaged = frozenset(best[1:2])
     found = plan_gc(state, infos(state, problem=damaged), keep_last(2), now_unix_s=NOW, intact=best[0])
-    by_pair = {one.info.id: one for one in found.judged}
+    by_pair = {one.info.id: one for one in found.decisions}
     assert by_pair[best[2]].kept, "a damaged one does not take the place of one that can be read"
     assert by_pair[best[1]].kept == bool(by_pair[best[1]].info.tags)

@@ -36,31 +36,31 @@ def test_commits_that_come_every_second_give_one_round_in_ten_seconds() -> None:
         found = next_round(past, now_s, commits=second + 1, grace_s=DAY)
         if isinstance(found, GcRound):
             rounds.append(second)
-            past = GcHistory(commits=second + 1, began_s=now_s, ended_s=now_s, swept_s=past.swept_s or now_s)
+            past = GcHistory(commits=second + 1, round_started_s=now_s, round_ended_s=now_s, sweep_started_s=past.sweep_started_s or now_s)
     assert rounds == list(range(0, 100, int(ROUND_S)))
 
 
 def test_long_round_is_followed_by_a_rest_of_nine_times_its_length() -> None:
-    past = GcHistory(commits=1, began_s=100.0, ended_s=150.0, swept_s=100.0)
+    past = GcHistory(commits=1, round_started_s=100.0, round_ended_s=150.0, sweep_started_s=100.0)
     assert next_round(past, 150.0, commits=2, grace_s=DAY) == GcIdle(50.0 * REST_FACTOR)
     assert next_round(past, 150.0 + 50.0 * REST_FACTOR, commits=2, grace_s=DAY) == GcRound(sweep=False)
 
 
 def test_bytes_go_while_nothing_is_committed() -> None:
-    past = GcHistory(commits=3, began_s=100.0, ended_s=101.0, swept_s=100.0)
+    past = GcHistory(commits=3, round_started_s=100.0, round_ended_s=101.0, sweep_started_s=100.0)
     every_s = DAY / SWEEPS_PER_GRACE
     assert next_round(past, 200.0, commits=3, grace_s=DAY) == GcIdle(every_s - 100.0)
     assert next_round(past, 100.0 + every_s, commits=3, grace_s=DAY) == GcRound(sweep=True)
 
 
 def test_round_that_failed_is_owed_until_one_went_well() -> None:
-    failed = GcHistory(commits=0, began_s=100.0, ended_s=100.5)
+    failed = GcHistory(commits=0, round_started_s=100.0, round_ended_s=100.5)
     assert next_round(failed, 105.0, commits=1, grace_s=DAY) == GcIdle(ROUND_S - 4.5)
     assert next_round(failed, 111.0, commits=1, grace_s=DAY) == GcRound(sweep=True)
 
 
 def test_at_the_end_what_is_owed_is_done_without_rest_and_nothing_else() -> None:
-    past = GcHistory(commits=4, began_s=100.0, ended_s=101.0, swept_s=100.0)
+    past = GcHistory(commits=4, round_started_s=100.0, round_ended_s=101.0, sweep_started_s=100.0)
     assert next_round(past, 101.0, commits=5, grace_s=DAY, hurry=True) == GcRound(sweep=False)
     assert next_round(past, 101.0, commits=5, grace_s=0.0, hurry=True) == GcRound(sweep=True)
     assert next_round(past, 101.0, commits=4, grace_s=0.0, hurry=True) == GcIdle(None)
@@ -73,7 +73,7 @@ def test_at_the_end_what_is_owed_is_done_without_rest_and_nothing_else() -> None
 def test_whoever_rests_as_told_comes_to_a_round(
     done: int, new: int, began_s: float, took_s: float, swept_s: float | None, grace_s: float, hurry: bool
 ) -> None:
-    past = GcHistory(commits=done, began_s=began_s, ended_s=began_s + took_s, swept_s=swept_s)
+    past = GcHistory(commits=done, round_started_s=began_s, round_ended_s=began_s + took_s, sweep_started_s=swept_s)
     now_s = began_s + took_s
     found = next_round(past, now_s, commits=done + new, grace_s=grace_s, hurry=hurry)
     if isinstance(found, GcIdle) and found.seconds is not None:

@@ -45,7 +45,7 @@ class Rounds:
         wall: Callable[[], float] = time.time,
     ) -> GcRounds:  # fmt: skip
         keep = RetentionSettings(policy=policy, grace_s=grace_s)
-        return self.make(store, keep, epoch=epoch, tell=self.events.append, wall=wall)
+        return self.make(store, keep, epoch=epoch, emit=self.events.append, wall=wall)
 
     def told(self, kind: str) -> list[Event]:
         return [event for event in self.events if event.kind == kind]
@@ -107,7 +107,7 @@ def test_commit_is_followed_by_what_gc_would_do(rounds: Rounds) -> None:
     made = rounds.over(store, keep_last(1))
     made.on_commit()
     assert made.await_idle(WAIT_S)
-    assert steps(store) == [20, 40] == [one.info.step for one in planned.judged if one.kept]
+    assert steps(store) == [20, 40] == [one.info.step for one in planned.decisions if one.kept]
     assert objects(store) == needed(store)
     until(lambda: rounds.told("gc"))
     [event] = rounds.told("gc")

@@ -329,7 +329,7 @@ def test_newest_whose_pack_is_gone_or_short_lets_the_one_before_it_stay() -> Non
             store.put(pack, [b"short"])
         plan = preview(store, writer.journal.refresh(), keep_tagged(), now_unix_s=0.0)
         assert plan.drops == (SnapshotId(1, 10), SnapshotId(1, 20))
-        assert [one.why for one in plan.judged if one.info.step == 30] == [(NEWEST_INTACT,)]
+        assert [one.reasons for one in plan.decisions if one.info.step == 30] == [(NEWEST_INTACT,)]
 
 
 def test_nothing_is_dropped_that_nobody_agreed_to() -> None:

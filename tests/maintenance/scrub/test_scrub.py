@@ -247,7 +247,7 @@ def test_truth_told_by_the_caller_fills_a_hole_that_no_store_can(trio: list[File
         flip(store.url, keys.log_key(3), 9)
     report = scrubbed(list(trio))
     assert report.hole is not None
-    report = scrubbed(list(trio), truth=lambda seq: bytes_of(truth, keys.log_key(seq)))
+    report = scrubbed(list(trio), counted_record=lambda seq: bytes_of(truth, keys.log_key(seq)))
     assert report.ok, report
     assert all(faults_of(store, truth) == [] for store in trio)
 
@@ -261,7 +261,7 @@ def test_last_record_on_too_few_stores_is_not_copied_unless_truth_says_so(trio: 
     assert trio[0].stat(keys.log_key(record.seq)) is None
     assert trio[2].stat(keys.log_key(record.seq)) is None
     assert report.unrepaired == report.lost == 0
-    report = scrubbed(list(trio), truth=lambda seq: record.encode() if seq == record.seq else None)
+    report = scrubbed(list(trio), counted_record=lambda seq: record.encode() if seq == record.seq else None)
     assert report.ok
     assert all(bytes_of(store, keys.log_key(record.seq)) == record.encode() for store in trio)
 
@@ -304,7 +304,7 @@ def test_lost_ckpt_json_comes_back_with_the_same_id(trio: list[FileBackend], how
     record = record_of(trio[1])
     path = Path(trio[1].url) / keys.JOB_KEY
     path.unlink() if how == "gone" else path.write_bytes(b"{}")
-    report = scrubbed(list(trio), mend=False)
+    report = scrubbed(list(trio), repair=False)
     assert not report.ok
     assert not path.exists() or path.read_bytes() == b"{}"
     report = scrubbed(list(trio))
@@ -319,7 +319,7 @@ def test_two_lost_ids_are_not_guessed(trio: list[FileBackend]) -> None:
     report = scrubbed(list(trio))
     assert not report.ok
     assert [tally.role for tally in report.stores] == ["headless", "headless", "ready"]
-    assert "can't be known" in report.stores[0].problem
+    assert "id is unknown" in report.stores[0].problem
 
 
 def test_objects_that_nothing_refers_to_are_counted_and_left_alone(trio: list[FileBackend]) -> None:
@@ -441,7 +441,7 @@ def test_looking_only_writes_nothing(trio: list[FileBackend]) -> None:
     for key in objects_of(trio[0]):
         harm(trio[rng.randrange(3)].url, key, rng)
     before = [objects_of(store) for store in trio]
-    report = scrubbed(list(trio), mend=False)
+    report = scrubbed(list(trio), repair=False)
     assert not report.ok
     assert report.lost == 0
     assert report.unrepaired == report.problems_total > 0
@@ -451,7 +451,7 @@ def test_looking_only_writes_nothing(trio: list[FileBackend]) -> None:
 def test_events_tell_of_damage_of_what_was_mended_and_of_the_end(trio: list[FileBackend]) -> None:
     told: list[Event] = []
     flip(trio[0].url, next(iter(objects_of(trio[0], keys.PARTS))), 9)
-    scrubbed(list(trio), tell=told.append)
+    scrubbed(list(trio), emit=told.append)
     assert [(event.kind, event.alarm) for event in told] == [
         ("scrub-mended", False),
         ("scrub-damage", True),
@@ -461,8 +461,8 @@ def test_events_tell_of_damage_of_what_was_mended_and_of_the_end(trio: list[File
 
 def test_only_some_snapshots_are_read_where_only_they_are_asked_for(trio: list[FileBackend]) -> None:
     flip(trio[0].url, next(key for key in objects_of(trio[0], keys.PARTS) if "0010/" in key), 9)
-    newest = Scrub(list(trio), 2, mend=False, only=frozenset((SnapshotId(1, 30),))).run()
-    oldest = Scrub(list(trio), 2, mend=False, only=frozenset((SnapshotId(1, 10),))).run()
+    newest = Scrub(list(trio), 2, repair=False, only=frozenset((SnapshotId(1, 30),))).run()
+    oldest = Scrub(list(trio), 2, repair=False, only=frozenset((SnapshotId(1, 10),))).run()
     assert newest is not None
     assert oldest is not None
     assert newest.ok

@@ -102,7 +102,7 @@ def test_damage_of_a_source_never_reaches_the_replica(source: FileBackend, tmp_p
     objects = objects_of(source, keys.PACKS, keys.PARTS, keys.MANIFESTS)
     for key in rng.sample(sorted(objects), rng.randrange(1, 6)):
         harm(source.url, key, rng)
-    lost = scrub([source], 1, mend=False)
+    lost = scrub([source], 1, repair=False)
     assert lost is not None
     store = FileBackend(tmp_path / "new")
     report = sync(source, store)
@@ -119,7 +119,7 @@ def test_damage_of_a_source_never_reaches_the_replica(source: FileBackend, tmp_p
 
 
 def scrub_of(store: Backend) -> ScrubReport:
-    report = scrub([store], 1, mend=False)
+    report = scrub([store], 1, repair=False)
     assert report is not None
     return report
 
