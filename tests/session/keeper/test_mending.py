@@ -17,6 +17,7 @@ import ckpt
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import FencedError, UnavailableError
 from ckpt.events import Event
+from ckpt.ipc.messages import Choices, GetChoices
 from ckpt.log.journal import Journal
 from ckpt.session.keeper import attachment as keeping
 from ckpt.session.keeper import connection as keeper_link
@@ -100,7 +101,7 @@ def test_line_goes_on_from_the_last_pair_that_only_memory_held(store: Path) -> N
     assert opens(store) == [(1, None), (2, SnapshotId(1, 3))]
     link = session.join().attachment.link
     assert link is not None
-    assert [(one.snapshot, one.tier) for one in link.choices()][:2] == [
+    assert [(one.snapshot, one.tier) for one in link.ask(GetChoices(), Choices).choices][:2] == [
         (SnapshotId(2, 5), "staged"),
         (SnapshotId(2, 4), "staged"),
     ]
