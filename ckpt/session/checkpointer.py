@@ -159,7 +159,7 @@ class Checkpointer:
         these leaves: names or whole leading path components (``["model", "optimizer/state"]``).
         ``missing="keep"`` keeps live values that the snapshot does not have. The world may have
         another size: shared leaves are taken as they are, per-rank ones by rank modulo the old
-        size. Later saves go on from here.
+        size. Later saves continue from here.
 
         Raises NotFoundError if there is no such snapshot, UsageError naming everything that does
         not fit, before anything is changed, and IntegrityError if nothing is readable; the state

@@ -4,7 +4,7 @@ died.
 Keeper failover happens in place only: a supervisor restarts its trainers instead. The ranks notice
 the keeper's death at different snapshots, and must not wait for each other there: a rank that waits
 holds up the step that the others need to reach theirs. So rank 0 alone decides, at its next
-snapshot. It finds or starts a keeper, opens an epoch that goes on from the newest snapshot that all
+snapshot. It finds or starts a keeper, opens an epoch that continues from the newest snapshot that all
 ranks have, and posts from which step on the new epoch counts. The others look for that message at
 each of their snapshots. Until it is there their snapshots fail; the steps that they missed from
 there on they refuse. So all ranks submit the same sequence, and the death of a keeper costs only
@@ -218,7 +218,7 @@ class KeeperFailover:
         """Before the snapshot of ``step``, if ``needed``: the epoch that counts from now on, or
         None if there is none yet.
 
-        ``epoch`` is the one before, which went on from ``base``. Raises FencedError if another
+        ``epoch`` is the one before, which continued from ``base``. Raises FencedError if another
         writer opened a newer one, ConflictError if the next keeper serves another launch,
         UnavailableError if the store does not answer: the next snapshot tries again.
         """
@@ -249,7 +249,7 @@ class KeeperFailover:
         self._bases[change.epoch] = resume
         if self._connected.mailbox.size > 1:
             self._connected.mailbox.post(f"mended/{self._completed}", msgspec.json.encode(change))
-        text = f"the keeper was lost; epoch {change.epoch} goes on from {resume}"
+        text = f"the keeper was lost; epoch {change.epoch} continues from {resume}"
         self._connected.emit(
             Event(
                 "keeper-replaced", text, {"epoch": change.epoch, "alone": change.alone}, alarm=True
@@ -310,7 +310,7 @@ class KeeperFailover:
 
 
 class SessionEpochs:
-    """The epochs that a session opens, and the snapshot that it goes on from. For the training
+    """The epochs that a session opens, and the snapshot that it continues from. For the training
     thread.
 
     Rank 0 opens an epoch and posts its number and origin, or the error; the other ranks wait for
@@ -329,10 +329,10 @@ class SessionEpochs:
         self.epoch = 0
         """The epoch that is open; 0 if none is."""
         self.restored: SnapshotInfo | None = None
-        """The snapshot that the session goes on from."""
+        """The snapshot that the session continues from."""
 
     def open_on_newest(self, choices: Callable[[], Sequence[RestoreCandidate]]) -> None:
-        """Choose the newest snapshot and open an epoch that goes on from it.
+        """Choose the newest snapshot and open an epoch that continues from it.
 
         Chooses again if a newer snapshot is committed in between, CHOICES_MAX times at most.
         """
@@ -392,7 +392,7 @@ class SessionEpochs:
         """Fill a run's items from the chosen snapshot, or all items from an older one if it is
         damaged.
 
-        In that case an open epoch is followed by one that goes on from the older snapshot, so that
+        In that case an open epoch is followed by one that continues from the older snapshot, so that
         later snapshots have a true lineage.
         """
         before = self.restored
@@ -401,7 +401,7 @@ class SessionEpochs:
             self.open()
 
     def go_on_from(self, restored: SnapshotInfo, *, verified: bool) -> None:
-        """The session restored a snapshot: the next save opens an epoch that goes on from it.
+        """The session restored a snapshot: the next save opens an epoch that continues from it.
 
         ``verified``: its chunks were read from the store, so that new snapshots may refer to them.
         """

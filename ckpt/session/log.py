@@ -112,7 +112,7 @@ class SessionLog:
 
 
 class SessionLineage:
-    """The snapshots that a session may go on from, and the epochs that go on from them. For the
+    """The snapshots that a session may continue from, and the epochs that continue from them. For the
     training thread.
 
     The keeper answers and opens if there is one (``link``), else this process does.

@@ -69,7 +69,7 @@ class Pending:
             if self._future.done():  # the save itself failed with a timeout
                 raise
             raise UnavailableError(
-                f"the snapshot is not durable yet, the save goes on. {self._snapshot} "
+                f"the snapshot is not durable yet, the save continues. {self._snapshot} "
                 f"waited_s={timeout_s}"
             ) from error
 
@@ -406,7 +406,7 @@ class Saving:
         """After an exception: what is staged gets a bounded time to become durable. Raises nothing;
         failures were reported.
 
-        With a keeper there is no wait: it goes on by itself.
+        With a keeper there is no wait: it continues by itself.
         """
         if self._persister is not None:
             if isinstance(self._persister, Persister):
@@ -436,7 +436,7 @@ class Saving:
             self._emit(
                 Event(
                     "memory-short",
-                    f"training goes on with fewer slots, snapshots may be skipped: {error}",
+                    f"training continues with fewer slots, snapshots may be skipped: {error}",
                     alarm=True,
                 )
             )

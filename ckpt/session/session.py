@@ -154,7 +154,7 @@ class Session:
 
     @property
     def restored(self) -> SnapshotInfo | None:
-        """The snapshot that the session goes on from."""
+        """The snapshot that the session continues from."""
         return self._epochs.restored if self._epochs is not None else None
 
     @property
@@ -307,7 +307,7 @@ class Session:
         return self._lineage.newest_first()
 
     def open_run(self) -> None:
-        """For a run: choose the newest snapshot and open an epoch that goes on from it. Once."""
+        """For a run: choose the newest snapshot and open an epoch that continues from it. Once."""
         if self.opened:
             return
         self.attach_keeper()

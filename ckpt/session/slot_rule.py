@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from ckpt.ipc.board import newest_common
 from ckpt.values import SnapshotId
 
 SEALED_WITHIN_STEPS = 2
@@ -38,13 +37,16 @@ class BoardView:
     @property
     def complete(self) -> SnapshotId | None:
         """The newest snapshot that every rank holds sealed."""
-        return newest_common(self.sealed)
+        if not self.sealed:
+            return None
+        first, *others = self.sealed
+        return max(frozenset(first).intersection(*others), default=None)
 
 
 def passed(
     pairs: Iterable[SnapshotId | None], *, completed: int | None, epoch: int
 ) -> SnapshotId | None:
-    """How far a rank has come, by what its slots hold and by the steps it has completed in
+    """How far a rank is, by what its slots hold and by the steps it has completed in
     ``epoch``.
     """
     by_steps = None if completed is None else SnapshotId(epoch, completed - SEALED_WITHIN_STEPS)
@@ -62,7 +64,7 @@ def reason_kept(
     """Why a slot that holds ``pair`` (None: nothing) must not be overwritten, or None if it may be.
 
     ``in_use``: an upload or another reader holds it. ``epoch``: the one that this rank captures in.
-    ``resume``: the snapshot that it goes on from. That one needs its own rule: a rank that just
+    ``resume``: the snapshot that it continues from. That one needs its own rule: a rank that just
     came to this node never held it, and so looks as if it had passed it.
     """
     if in_use:
@@ -75,7 +77,7 @@ def reason_kept(
     if pair == complete:
         return "it is the newest that all ranks hold"
     if pair == resume:
-        return "training goes on from it, and nothing newer is complete"
+        return "training continues from it, and nothing newer is complete"
     if pair.epoch < epoch or overtaken(pair, view):
         return None
     return "other ranks may still complete it"

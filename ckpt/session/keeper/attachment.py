@@ -259,7 +259,7 @@ class KeeperAttachment:
 
     def persister(self, epoch: int, *, resume: SnapshotId | None = None) -> KeeperPersister:
         """The persister for snapshots of ``epoch``. ``resume``: the staged snapshot that the epoch
-        goes on from, or None.
+        continues from, or None.
         """
         assert self.link is not None and self.regions is not None, "there is a keeper"
         self.regions.epoch = epoch

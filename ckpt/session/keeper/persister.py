@@ -110,10 +110,10 @@ class KeeperPersister:
         wait(futures)
 
     def abandon(self) -> None:
-        """Stop waiting. The keeper goes on with what was submitted."""
+        """Stop waiting. The keeper continues with what was submitted."""
         self._fail_all(
             UnavailableError(
-                "the session ended before the snapshot was durable; the keeper goes on with it"
+                "the session ended before the snapshot was durable; the keeper continues with it"
             ),
             quiet=True,
         )

@@ -3,7 +3,7 @@
 The keeper and this process map the same memfds, so that staged state outlives the trainer. The
 board shows the other ranks what each slot holds, and carries an in-use mark for each slot. A
 trainer sets the mark before it publishes a slot that is to become durable; the mark is cleared by
-whoever is responsible for the slot then, which is the keeper once the slot was submitted to it.
+the party that is responsible for the slot then: the keeper once the slot was submitted to it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class SharedSlots:
         self._complete: SnapshotId | None = None
         self.epoch = 0
         self.resume: SnapshotId | None = None
-        """The staged snapshot that the epoch goes on from, or None."""
+        """The staged snapshot that the epoch continues from, or None."""
         self._kept: dict[int, Region] = dict(keeper.slots(rank))
         self._correct_board()
 

@@ -106,7 +106,7 @@ def test_lost_keeper_fails_what_is_in_flight_and_what_comes(keeper, link: Keeper
 def test_abandoned_persister_waits_for_nothing(rank) -> None:
     future = rank.persister.submit(rank.stage(), tags=())
     rank.persister.abandon()
-    with pytest.raises(UnavailableError, match="the keeper goes on with it"):
+    with pytest.raises(UnavailableError, match="the keeper continues with it"):
         future.result(0)
     rank.persister.close()
 
