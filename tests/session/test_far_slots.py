@@ -199,7 +199,7 @@ def test_next_place_must_hold_the_very_same_share(world: World) -> None:
 
     with pytest.raises(IntegrityError) as found:
         world.restore(fail)
-    assert "holds something else" in why(found.value)
+    assert "holds another share" in why(found.value)
 
 
 def test_slots_of_two_openings_make_no_pair(world: World) -> None:

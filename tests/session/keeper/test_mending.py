@@ -81,7 +81,7 @@ def test_save_after_the_keepers_death_goes_to_the_next_keeper(store: Path) -> No
         assert c.save(state(2), step=2).id == SnapshotId(2, 2)
         assert keeper_of(c._session) != dead
         assert c.save(state(3), step=3).id == SnapshotId(2, 3)
-        with pytest.raises(ckpt.UsageError, match="steps grow"):
+        with pytest.raises(ckpt.UsageError, match="steps must grow"):
             c.save(state(3), step=3)
     assert opens(store) == [(1, None), (2, SnapshotId(1, 1))]
     found = state(0)
@@ -162,7 +162,7 @@ def test_writer_that_took_over_meanwhile_is_not_fenced(store: Path) -> None:
     session.snapshot(1, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S)
     kill_keeper(session)
     Journal.open(FileBackend(store)).open_epoch(resume=SnapshotId(1, 1))
-    with pytest.raises(FencedError, match="newest=2 mine=1"):
+    with pytest.raises(FencedError, match="newest=2 epoch=1"):
         session.snapshot(2, metadata={}, tags=(), wait_s=1.0)
     assert opens(store) == [(1, None), (2, SnapshotId(1, 1))]
     session.abandon()
