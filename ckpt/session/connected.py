@@ -4,9 +4,9 @@ died.
 Keeper failover happens in place only: a supervisor restarts its trainers instead. The ranks notice
 the keeper's death at different snapshots, and must not wait for each other there: a rank that waits
 holds up the step that the others need to reach theirs. So rank 0 alone decides, at its next
-snapshot. It finds or starts a keeper, opens an epoch that continues from the newest snapshot that all
-ranks have, and posts from which step on the new epoch counts. The others look for that message at
-each of their snapshots. Until it is there their snapshots fail; the steps that they missed from
+snapshot. It finds or starts a keeper, opens an epoch that continues from the newest snapshot that
+all ranks have, and posts from which step on the new epoch counts. The others look for that message
+at each of their snapshots. Until it is there their snapshots fail; the steps that they missed from
 there on they refuse. So all ranks submit the same sequence, and the death of a keeper costs only
 the snapshots around it.
 """
@@ -392,8 +392,8 @@ class SessionEpochs:
         """Fill a run's items from the chosen snapshot, or all items from an older one if it is
         damaged.
 
-        In that case an open epoch is followed by one that continues from the older snapshot, so that
-        later snapshots have a true lineage.
+        In that case an open epoch is followed by one that continues from the older snapshot, so
+        that later snapshots have a true lineage.
         """
         before = self.restored
         self.restored = self._connected.restoring.fill(items, rules)

@@ -112,8 +112,8 @@ class SessionLog:
 
 
 class SessionLineage:
-    """The snapshots that a session may continue from, and the epochs that continue from them. For the
-    training thread.
+    """The snapshots that a session may continue from, and the epochs that continue from them. For
+    the training thread.
 
     The keeper answers and opens if there is one (``link``), else this process does.
     """
