@@ -27,7 +27,7 @@ from ckpt.ipc.cluster_spec import local_rank_count, nodes_from_environment
 from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.ipc.messages import WIRE_VERSION, Hello, Policy
 from ckpt.session.c10d_mailbox import connect_ranks
-from ckpt.session.keeper.connection import KeeperBusyError, KeeperLink, KeeperMailbox
+from ckpt.session.keeper.connection import KeeperBusyError, KeeperLink, LinkMailbox
 from ckpt.session.keeper.persister import KeeperPersister
 from ckpt.session.keeper.slots import SharedSlots, open_staged
 from ckpt.session.options import SessionOptions, StorageOptions, StoreAddress
@@ -215,7 +215,7 @@ class KeeperAttachment:
             start=False,
         )
         return cls(
-            KeeperMailbox(link, f"{_sessions}/"), link, spec=spec, slots=options.slots, emit=emit
+            LinkMailbox(link, f"{_sessions}/"), link, spec=spec, slots=options.slots, emit=emit
         )
 
     def start(self) -> None:

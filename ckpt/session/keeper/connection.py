@@ -387,7 +387,7 @@ class KeeperLink:
         self._events.forget_after_fork()
 
 
-class KeeperMailbox:
+class LinkMailbox:
     """A mailbox of this attempt's ranks, kept by the keeper, under a key prefix. Thread-safe."""
 
     def __init__(self, link: KeeperLink, prefix: str) -> None:

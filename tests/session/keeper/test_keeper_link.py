@@ -14,7 +14,7 @@ from ckpt.format.keys import pack_key, writer_name
 from ckpt.ipc import messages as words
 from ckpt.ipc.mailbox import wait_for_message
 from ckpt.ipc.messages import Retention
-from ckpt.session.keeper.connection import KNOWN_CHUNKS_MAX, KeeperLink, KeeperMailbox, verified_chunks
+from ckpt.session.keeper.connection import KNOWN_CHUNKS_MAX, KeeperLink, LinkMailbox, verified_chunks
 from ckpt.staging.slot import read_slot
 from ckpt.values import ChunkLocation, Codec, SnapshotId
 
@@ -44,7 +44,7 @@ def test_no_keeper_is_unavailable(connect) -> None:
 
 
 def test_mailbox_of_a_rank_is_in_the_keeper(keeper, link: KeeperLink) -> None:
-    mailbox = KeeperMailbox(link, "1/")
+    mailbox = LinkMailbox(link, "1/")
     assert (mailbox.rank, mailbox.size) == (0, 2)
     assert mailbox.peek("a") is None
     assert mailbox.wait("a", 0.01) is None
@@ -156,10 +156,10 @@ def test_forked_child_leaves_the_connection_to_its_parent(keeper, link: KeeperLi
     child = os.fork()
     if child == 0:
         try:
-            KeeperMailbox(link, "").peek("a")
+            LinkMailbox(link, "").peek("a")
         except UnavailableError:
             os._exit(7)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert KeeperMailbox(link, "").peek("a") is None
+    assert LinkMailbox(link, "").peek("a") is None
     assert link.lost is None
