@@ -1,4 +1,6 @@
-"""What a capture is: live tensors and encoded objects, each with the leaf it is recorded as."""
+"""What a capture is: live tensors and encoded objects, each with the leaf that records it, and how
+leaves are named.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,12 @@ class World:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorLeaf:
-    """One tensor as it is now: no copy was made, so the bytes are those of training until training
-    goes on.
+    """One tensor as it is now. No copy was made, so its bytes change as soon as training continues.
 
     ``tensor`` is this rank's local memory, detached (any device, any strides; conjugate and
     negative views are resolved). ``box`` is its region of the global tensor, in elements.
     ``replicas`` are the global ranks that hold exactly this box, ascending, this rank among them.
-    ``leaf.rank`` is None for a tensor that is one for all ranks.
+    ``leaf.rank`` is None for a tensor that all ranks share.
     """
 
     leaf: Leaf
@@ -39,8 +40,9 @@ class TensorLeaf:
 
 @dataclass(frozen=True, slots=True)
 class ObjectLeaf:
-    """One tracked item's structure: what ``encode_object`` made of it, with ``Ref`` nodes where its
-    tensors were."""
+    """One tracked item's structure: its value encoded by ``encode_object``, with ``Ref`` nodes in
+    place of tensors.
+    """
 
     leaf: Leaf
     data: bytes
@@ -50,23 +52,22 @@ class ObjectLeaf:
 class Capture:
     """Everything that was tracked, at one moment.
 
-    ``tensors`` holds aliases too (``leaf.alias_of`` set). Where nothing moved since the last
-    capture of the same plan it is the very same tuple, so a copy plan made for it still fits.
+    ``tensors`` holds aliases too (``leaf.alias_of`` set). If nothing moved since the last capture
+    of the same plan it is the same tuple object, so a copy plan made for it still fits.
     """
 
     tensors: tuple[TensorLeaf, ...]
     objects: tuple[ObjectLeaf, ...]
 
 
-# Names of leaves: paths whose components are joined by ``/``.
-
 CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
-"""What activation checkpointing puts into the names of the modules that it wraps."""
+"""What activation checkpointing adds to the names of the modules that it wraps."""
 
 
 def escape(component: object) -> str:
     """One path component: text in which ``/`` and ``%`` are percent-escaped; a lone surrogate
-    becomes ``%uXXXX``."""
+    becomes ``%uXXXX``.
+    """
     text = str(component).replace("%", "%25").replace("/", "%2F")
     return (
         "".join(f"%u{ord(c):04X}" if "\ud800" <= c <= "\udfff" else c for c in text)
@@ -76,7 +77,7 @@ def escape(component: object) -> str:
 
 
 def join(path: str, component: object) -> str:
-    """``path`` and one more component; an empty path is the root."""
+    """``path`` and one more component, joined by ``/``; an empty path is the root."""
     return f"{path}/{escape(component)}" if path else escape(component)
 
 
@@ -110,6 +111,7 @@ def clean_fqn(root: nn.Module, key: str) -> str:
 
 def _is_compiled(value: object) -> bool:
     """Whether ``torch.compile`` wrapped it. Imports nothing: torch's compiler takes a second to
-    load, and may not be in use."""
+    load and may not be in use.
+    """
     module = sys.modules.get("torch._dynamo.eval_frame")
     return module is not None and isinstance(value, module.OptimizedModule)

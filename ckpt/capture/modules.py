@@ -1,5 +1,4 @@
-"""One tracked module: its state-dict entries by clean name, and whether they still are what they
-were."""
+"""One tracked module: its state-dict entries by clean name, and whether they have changed."""
 
 from __future__ import annotations
 
@@ -29,13 +28,14 @@ from ckpt.errors import UsageError
 from ckpt.format.objects import EncodedValue, Ref, encode_object
 
 EXTRA_STATE = "_extra_state"
-"""What torch calls the entry that ``Module.get_extra_state`` makes."""
+"""torch's name for the entry that ``Module.get_extra_state`` makes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveEntry:
     """A parameter or buffer of the module: clean name, key in the raw state dict, the live object,
-    and who shares it."""
+    and which ranks share it.
+    """
 
     fqn: str
     key: str
@@ -54,8 +54,9 @@ class ComputedEntry:
 
 @dataclass(frozen=True, slots=True)
 class TrackedTensor:
-    """Where a parameter is tracked: the path of its module's item, its clean name, and who shares
-    it."""
+    """Where a parameter is tracked: the path of its module's item, its clean name, and which ranks
+    share it.
+    """
 
     path: str
     fqn: str
@@ -63,8 +64,9 @@ class TrackedTensor:
 
 
 class ModuleSource:
-    """What a plan remembers of one module. Reads its state dict when built; later only what can
-    change is looked at."""
+    """What a plan remembers of one module. Reads its state dict when built, later only what can
+    change. Its attributes are one cache of the module, rebuilt together.
+    """
 
     def __init__(self, module: nn.Module, path: str, world: World) -> None:
         self.module = module
@@ -78,7 +80,7 @@ class ModuleSource:
         self.rebuild()
 
     def refresh(self) -> bool:
-        """Look whether anything moved and read the module anew if so. Returns whether it did."""
+        """Read the module anew if anything moved. Returns whether it did."""
         if not self._watch.moved() and self._structure() == self._seen:
             return self.computes and self._read()
         self.rebuild()
@@ -86,7 +88,8 @@ class ModuleSource:
 
     def rebuild(self) -> None:
         """Read everything anew. Raises UsageError for a tensor that can't be stored, naming its
-        leaf."""
+        leaf.
+        """
         self._modules = list(self.module.modules())
         self._refuse()
         self.computes = any(map(_may_compute, self._modules))
@@ -94,8 +97,9 @@ class ModuleSource:
         self._held, self._seen = self._values(), self._structure()
 
     def tracked_tensors(self) -> Iterator[tuple[torch.Tensor, TrackedTensor]]:
-        """Every live tensor with its home, in state-dict order; a tied one comes once for each
-        name."""
+        """Every live tensor and where it is tracked, in state-dict order; a tied one appears once
+        for each name.
+        """
         return (
             (entry.tensor, TrackedTensor(self.path, entry.fqn, entry.sharing))
             for entry in self.live
@@ -115,24 +119,27 @@ class ModuleSource:
         }
 
     def _read(self) -> bool:
-        """Ask the module for its entries. Returns whether its parameters and buffers are others
-        than before."""
-        # keep_vars gives the live objects. Hooks of the user's own may rely on detached ones (to
-        # call numpy() on them), so there entries are known by their memory. torch's pre-hooks put
-        # sharded parameters in place first.
+        """Ask the module for its entries. Returns whether its parameters and buffers differ from
+        before.
+        """
+        # keep_vars gives the live objects. The user's own hooks may rely on detached ones (to call
+        # numpy() on them), so with such hooks entries are recognised by their memory. torch's own
+        # pre-hooks put sharded parameters in place first.
         with torch.no_grad():
             entries = self.module.state_dict(keep_vars=not self.computes)
-        known = {id(tensor): tensor for tensor in _tensors(self._modules)}
-        places = {_place(tensor): tensor for tensor in known.values()} if self.computes else {}
+        live_tensors = {id(tensor): tensor for tensor in _tensors(self._modules)}
+        by_place = (
+            {_place(tensor): tensor for tensor in live_tensors.values()} if self.computes else {}
+        )
         owners = _shared_by_ddp(self._modules)
         dims = mesh_dims(_tensors(self._modules))
         live: list[LiveEntry] = []
         made: list[ComputedEntry] = []
         for key, value in entries.items():
             fqn = clean_fqn(self.module, key)
-            tensor = known.get(id(value))
+            tensor = live_tensors.get(id(value))
             if tensor is None and self.computes and isinstance(value, torch.Tensor):
-                tensor = places.get(_place(value))
+                tensor = by_place.get(_place(value))
             if tensor is not None:
                 live.append(
                     LiveEntry(fqn, key, tensor, _sharing(tensor, owners.get(id(tensor)), dims))
@@ -144,8 +151,13 @@ class ModuleSource:
             return False
         self.live = tuple(live)
         self.leaves = tuple(
-            describe(join(self.path, one.fqn), one.tensor, world=self._world, sharing=one.sharing)
-            for one in live
+            describe(
+                join(self.path, live_entry.fqn),
+                live_entry.tensor,
+                world=self._world,
+                sharing=live_entry.sharing,
+            )
+            for live_entry in live
         )
         self._encoded = None
         self._watch = MemoryWatch()
@@ -154,35 +166,40 @@ class ModuleSource:
         return True
 
     def _same(self, live: list[LiveEntry]) -> bool:
-        now = [(one.fqn, id(one.tensor)) for one in live]
-        return now == [(one.fqn, id(one.tensor)) for one in self.live] and not self._watch.moved()
+        now = [(entry.fqn, id(entry.tensor)) for entry in live]
+        return (
+            now == [(entry.fqn, id(entry.tensor)) for entry in self.live]
+            and not self._watch.moved()
+        )
 
     def _structure(self) -> tuple[list[object], list[int], list[int]]:
         dicts = [
-            held for one in self._modules for held in (one._parameters, one._buffers, one._modules)
+            attributes
+            for module in self._modules
+            for attributes in (module._parameters, module._buffers, module._modules)
         ]
         hooks = [
-            len(one._state_dict_hooks) + len(one._non_persistent_buffers_set)
-            for one in self._modules
+            len(module._state_dict_hooks) + len(module._non_persistent_buffers_set)
+            for module in self._modules
         ]
         return (
             list(chain.from_iterable(dicts)),
-            list(map(id, chain.from_iterable([held.values() for held in dicts]))),
+            list(map(id, chain.from_iterable([attributes.values() for attributes in dicts]))),
             hooks,
         )
 
     def _values(self) -> list[object]:
-        # Held so that no id can be given out anew while it is compared with.
+        # Kept alive so that no id can be reused while it is compared with.
         return [
             value
-            for one in self._modules
-            for held in (one._parameters, one._buffers)
-            for value in held.values()
+            for module in self._modules
+            for attributes in (module._parameters, module._buffers)
+            for value in attributes.values()
         ]
 
     def _refuse(self) -> None:
-        for one in self._modules:
-            if any(base.__name__ == "FullyShardedDataParallel" for base in type(one).__mro__):
+        for module in self._modules:
+            if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
                 raise UsageError(
                     "FullyShardedDataParallel keeps parameters in one flat tensor, which is not "
                     f"captured. item={self.path!r}; "
@@ -191,13 +208,13 @@ class ModuleSource:
 
 
 def _tensors(modules: list[nn.Module]) -> Iterator[torch.Tensor]:
-    for one in modules:
-        for held in (one._parameters, one._buffers):
-            yield from (value for value in held.values() if value is not None)
+    for module in modules:
+        for attributes in (module._parameters, module._buffers):
+            yield from (value for value in attributes.values() if value is not None)
 
 
 def _place(tensor: torch.Tensor) -> object:
-    """What two tensors have in common if and only if they are the same memory read the same way."""
+    """A key that two tensors share if and only if they are the same memory read in the same way."""
     if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_nested:
         return id(tensor)
     local = local_of(tensor)
@@ -215,15 +232,15 @@ def _place(tensor: torch.Tensor) -> object:
 
 
 def _shared_by_ddp(modules: list[nn.Module]) -> dict[int, tuple[int, ...]]:
-    """The ranks of the data-parallel group of each parameter that has one."""
-    found: dict[int, tuple[int, ...]] = {}
-    for one in modules:
-        if isinstance(one, DistributedDataParallel):
-            ranks = tuple(sorted(dist.get_process_group_ranks(one.process_group)))
-            for name, parameter in one.module.named_parameters(remove_duplicate=False):
-                if name not in one.parameters_to_ignore:
-                    found[id(parameter)] = ranks
-    return found
+    """The ranks of the data-parallel group of each parameter that has one, by ``id``."""
+    ranks_of: dict[int, tuple[int, ...]] = {}
+    for wrapper in modules:
+        if isinstance(wrapper, DistributedDataParallel):
+            ranks = tuple(sorted(dist.get_process_group_ranks(wrapper.process_group)))
+            for name, parameter in wrapper.module.named_parameters(remove_duplicate=False):
+                if name not in wrapper.parameters_to_ignore:
+                    ranks_of[id(parameter)] = ranks
+    return ranks_of
 
 
 def _sharing(tensor: torch.Tensor, ranks: tuple[int, ...] | None, dims: frozenset[str]) -> Sharing:

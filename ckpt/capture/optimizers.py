@@ -1,6 +1,7 @@
 """One tracked optimizer: its state by parameter name and its groups, read from the live fields.
 
-``Optimizer.state_dict`` is not called: it numbers parameters, and it fires the user's hooks.
+``Optimizer.state_dict`` is not called: it numbers parameters instead of naming them, and it fires
+the user's hooks.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from ckpt.format.objects import EncodedValue, encode_object
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OptimizerParameter:
-    """One parameter of an optimizer: its name there, the live tensor, its group, and who shares
-    what belongs to it.
+    """One parameter of an optimizer: its name there, the live tensor, its group, and where it is
+    tracked.
 
-    ``name`` is its clean module name; ``<module item>/<clean name>`` where two tracked modules have
-    the name; ``group<i>/param<j>`` for a parameter of no tracked module. ``home`` is where it is
-    tracked, None for such a one.
+    ``name`` is its clean module name; ``<module item>/<clean name>`` if two tracked modules have
+    the name; ``group<i>/param<j>`` for a parameter of no tracked module. ``tracked`` is None for
+    such a parameter.
     """
 
     name: str
@@ -36,7 +37,7 @@ class OptimizerParameter:
 
     @property
     def sharing(self) -> Sharing:
-        """Who shares this parameter's optimizer state."""
+        """Which ranks share this parameter's optimizer state."""
         if self.tracked is not None:
             return self.tracked.sharing
         if is_dtensor(self.tensor):
@@ -47,30 +48,32 @@ class OptimizerParameter:
 def optimizer_parameters(
     optimizer: Optimizer, tracked: Mapping[int, TrackedTensor]
 ) -> tuple[OptimizerParameter, ...]:
-    """The optimizer's parameters in group order, named. ``homes`` maps ``id(parameter)`` to where
-    it is tracked first."""
+    """The optimizer's parameters in group order, named. ``tracked`` maps ``id(parameter)`` to where
+    it is tracked first.
+    """
     flat = [
         (number, index, parameter)
         for number, group in enumerate(optimizer.param_groups)
         for index, parameter in enumerate(group["params"])
     ]
-    often = Counter(home.fqn for *_, one in flat if (home := tracked.get(id(one))) is not None)
-    found: list[OptimizerParameter] = []
+    uses = Counter(home.fqn for *_, entry in flat if (home := tracked.get(id(entry))) is not None)
+    parameters: list[OptimizerParameter] = []
     for number, index, parameter in flat:
         home = tracked.get(id(parameter))
         if home is None:
             name = f"group{number}/param{index}"
-        elif often[home.fqn] > 1:
+        elif uses[home.fqn] > 1:
             name = f"{home.path}/{escape(home.fqn)}"
         else:
             name = escape(home.fqn)
-        found.append(OptimizerParameter(name, parameter, number, home))
-    return tuple(found)
+        parameters.append(OptimizerParameter(name, parameter, number, home))
+    return tuple(parameters)
 
 
 class OptimizerSource:
     """What a plan remembers of one optimizer: names of its parameters, and the identity of all of
-    its state."""
+    its state.
+    """
 
     def __init__(self, optimizer: Optimizer, path: str) -> None:
         self.optimizer = optimizer
@@ -84,14 +87,17 @@ class OptimizerSource:
         self._held: list[object] = []
 
     def refresh(self, tracked: Mapping[int, TrackedTensor], *, renamed: bool) -> bool:
-        """Look whether state or parameters moved; forget what was encoded and read the names anew
-        if so."""
+        """If state or parameters moved, forget what was encoded and read the names anew. Returns
+        whether they did.
+        """
         if not renamed and self._seen == self._structure() and not self._watch.moved():
             return False
         self.parameters = optimizer_parameters(self.optimizer, tracked)
         self.group_names = tuple(
             EncodedValue(
-                encode_object([one.name for one in self.parameters if one.group == number])
+                encode_object(
+                    [parameter.name for parameter in self.parameters if parameter.group == number]
+                )
             )
             for number in range(len(self.optimizer.param_groups))
         )
@@ -104,8 +110,9 @@ class OptimizerSource:
     def keep_state(
         self, nodes: dict[str, object], live: list[torch.Tensor], leaves: tuple[TensorLeaf, ...]
     ) -> None:
-        """Remember a state that is nothing but tensors until one of them moves; ``live`` and
-        ``leaves`` in step."""
+        """Remember a state of tensors only until one of them moves; ``live`` and ``leaves`` are in
+        the same order.
+        """
         self.encoded_state = EncodedValue(encode_object(nodes))
         self.state_leaves = leaves
         for tensor, leaf in zip(live, leaves, strict=True):
@@ -124,7 +131,7 @@ class OptimizerSource:
         )
 
     def _values(self) -> list[object]:
-        # Held so that no id can be given out anew while it is compared with.
+        # Kept alive so that no id can be reused while it is compared with.
         return [
             *self.optimizer.state,
             *chain.from_iterable(map(dict.values, self.optimizer.state.values())),

@@ -1,11 +1,12 @@
-"""Who stages which part of a leaf that several ranks hold alike. Pure, and the same answer on every
-rank.
+"""Which rank stages which part of a leaf that several ranks hold alike; the same answer on every
+rank. Pure.
 
 The leaves of one replica group are laid end to end and cut into as many equal shares as the group
 has ranks; the lowest rank takes the first share. A cut may only fall between rows: a row is what
-one step along the first dimension longer than 1 holds. Within CUT_SHIFT of a share around the ideal
-cut it falls on a leaf's end, else on the 4 MiB chunk grid of the leaf, so that both sides keep the
-chunks (and digests) that the uncut leaf has; only where neither is near, on the nearest row.
+one step along the first dimension longer than 1 holds. If the end of a leaf is within
+1/CUT_SHIFT_DIVISOR of a share from the ideal cut, the cut falls there, else on the 4 MiB chunk grid
+of the leaf, so that both sides keep the chunks (and digests) that the uncut leaf has. If neither is
+near, it falls on the nearest row.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from ckpt.errors import UsageError
 from ckpt.values import CHUNK_BYTES, Box
 
 CUT_SHIFT_DIVISOR = 200
-"""A cut moves by at most 1/200 of a share for a better place, so two cuts unbalance a share by at
-most 1 %."""
+"""A cut moves by at most 1/200 of a share for a better position, so two cuts unbalance a share by
+at most 1 %.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +45,22 @@ class OwnedBox:
 
 @dataclass(frozen=True, slots=True)
 class _GroupLayout:
-    """The leaves of one group end to end: ``starts[i]`` is where the ``i``-th begins, in bytes; one
-    more than leaves."""
+    """The leaves of one group end to end: ``starts[i]`` is where the ``i``-th begins, in bytes, and
+    one more for the end.
+    """
 
     leaves: tuple[ReplicatedBox, ...]
     starts: tuple[int, ...]
 
 
 def owned_boxes(leaves: Sequence[ReplicatedBox], *, rank: int) -> list[OwnedBox]:
-    """What ``rank`` stages of the ``leaves`` that it holds, in their order; a leaf it stages
-    nothing of is left out.
+    """What ``rank`` stages of the ``leaves`` that it holds, in their order; leaves of which it
+    stages nothing are left out.
 
-    All ranks of a group must pass that group's leaves in the same order, other leaves may lie
-    between. Then each element is owned by exactly one rank of its group and shares differ by at
-    most one row, or 1 %. Empty leaves go to the lowest rank. Raises UsageError where ``rank`` is
-    not among a leaf's replicas. O(leaves + groups * log leaves).
+    All ranks of a group must pass that group's leaves in the same order; other leaves may come
+    between. Then each element is owned by exactly one rank of its group, and shares differ by at
+    most one row, or 1 %. Empty leaves go to the lowest rank. Raises UsageError if ``rank`` is not
+    among a leaf's replicas. O(leaves + groups * log leaves).
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, leaf in enumerate(leaves):
@@ -67,44 +70,48 @@ def owned_boxes(leaves: Sequence[ReplicatedBox], *, rank: int) -> list[OwnedBox]
                 f"replicas={leaf.replicas}"
             )
         groups.setdefault(tuple(sorted(set(leaf.replicas))), []).append(index)
-    found: list[OwnedBox] = []
+    boxes: list[OwnedBox] = []
     for ranks, indices in groups.items():
-        found += _owned_in_group([leaves[i] for i in indices], indices, ranks, rank)
-    return sorted(found, key=lambda one: one.index)
+        boxes += _owned_in_group([leaves[i] for i in indices], indices, ranks, rank)
+    return sorted(boxes, key=lambda box: box.index)
 
 
 def _owned_in_group(
     leaves: list[ReplicatedBox], indices: list[int], ranks: tuple[int, ...], rank: int
 ) -> list[OwnedBox]:
     sizes = (leaf.box.elements * leaf.itemsize_bytes for leaf in leaves)
-    line = _GroupLayout(tuple(leaves), tuple(itertools.accumulate(sizes, initial=0)))
-    place, count = ranks.index(rank), len(ranks)
-    start, stop = _cut(line, place, count), _cut(line, place + 1, count)
-    found = []
-    for index, leaf, low, high in zip(indices, leaves, line.starts, line.starts[1:], strict=False):
+    layout = _GroupLayout(tuple(leaves), tuple(itertools.accumulate(sizes, initial=0)))
+    position, count = ranks.index(rank), len(ranks)
+    start, stop = _cut(layout, position, count), _cut(layout, position + 1, count)
+    boxes = []
+    for index, leaf, low, high in zip(
+        indices, leaves, layout.starts, layout.starts[1:], strict=False
+    ):
         if low == high:
-            if place == 0:
-                found.append(OwnedBox(index, leaf.box))
+            if position == 0:
+                boxes.append(OwnedBox(index, leaf.box))
         elif max(low, start) < min(high, stop):
-            found.append(OwnedBox(index, _rows(leaf, max(low, start) - low, min(high, stop) - low)))
-    return found
+            boxes.append(OwnedBox(index, _rows(leaf, max(low, start) - low, min(high, stop) - low)))
+    return boxes
 
 
-def _cut(line: _GroupLayout, place: int, count: int) -> int:
-    """Where share ``place`` starts. Never decreases with ``place``: all candidates lie between
-    rows, and the nearest of one fixed set of places keeps its order; preferred places are nearer
-    than half a share."""
-    total = line.starts[-1]
+def _cut(layout: _GroupLayout, place: int, count: int) -> int:
+    """Where share ``place`` starts. Never decreases with ``place``.
+
+    All candidates are between rows, and the nearest of one fixed set of positions keeps its order;
+    preferred positions are nearer than half a share.
+    """
+    total = layout.starts[-1]
     if total == 0 or place in (0, count):
         return total if place else 0
     ideal = total * place // count
-    index = bisect.bisect_right(line.starts, ideal) - 1
-    start, stop = line.starts[index], line.starts[index + 1]
+    index = bisect.bisect_right(layout.starts, ideal) - 1
+    start, stop = layout.starts[index], layout.starts[index + 1]
     reach = total // count // CUT_SHIFT_DIVISOR
     end = _nearest(ideal, start, stop)
     if abs(end - ideal) <= reach:
         return end
-    row = _row_bytes(line.leaves[index])
+    row = _row_bytes(layout.leaves[index])
     for step in (math.lcm(row, CHUNK_BYTES), row):
         low = start + (ideal - start) // step * step
         cut = _nearest(ideal, low, min(low + step, stop))

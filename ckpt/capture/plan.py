@@ -1,5 +1,6 @@
-"""The plan of a capture: built once from what is tracked, revalidated each time, rebuilt where
-something moved."""
+"""The plan of a capture: built once from what is tracked, checked each time, rebuilt if something
+moved.
+"""
 
 from __future__ import annotations
 
@@ -48,17 +49,18 @@ class CapturePlan:
 
         Returns whether anything did. About 0.4 us a tensor.
         """
-        found: list[tuple[nn.Module | Optimizer, str]] = []
+        tracked: list[tuple[nn.Module | Optimizer, str]] = []
         for name, item in self.items.items():
-            visit(item, escape(name), lambda value, path: found.append((value, path)))
-        known, self._sources = self._sources, {}
+            visit(item, escape(name), lambda value, path: tracked.append((value, path)))
+        sources_before, self._sources = self._sources, {}
         renamed = [
-            self._refresh_module(one, path, known)
-            for one, path in found
-            if isinstance(one, nn.Module)
+            self._refresh_module(live, path, sources_before)
+            for live, path in tracked
+            if isinstance(live, nn.Module)
         ]
         gone = any(
-            isinstance(one, ModuleSource) and key not in self._sources for key, one in known.items()
+            isinstance(live, ModuleSource) and key not in self._sources
+            for key, live in sources_before.items()
         )
         moved = any(renamed) or gone
         if moved:
@@ -68,47 +70,48 @@ class CapturePlan:
                     source.tracked_tensors() if isinstance(source, ModuleSource) else ()
                 ):
                     self._homes.setdefault(id(tensor), home)
-        again = [
-            self._refresh_optimizer(one, path, known, renamed=moved)
-            for one, path in found
-            if isinstance(one, Optimizer)
+        optimizers_moved = [
+            self._refresh_optimizer(live, path, sources_before, renamed=moved)
+            for live, path in tracked
+            if isinstance(live, Optimizer)
         ]
-        return moved or any(again)
+        return moved or any(optimizers_moved)
 
     def capture(self) -> Capture:
-        """What is tracked, now. Calls ``state_dict`` of whatever isn't a module, an optimizer or a
-        plain container.
+        """What is tracked, now. Calls ``state_dict`` of everything that is not a module, an
+        optimizer or a plain container.
 
         Draws no random number, fires no optimizer hook, changes nothing that training sees, copies
-        no tensor (but for lazily conjugated ones). Costs the revalidation, the encoding of what
-        isn't a tensor, and those ``state_dict`` calls.
+        no tensor (except lazily conjugated ones). Costs the check, the encoding of what is not a
+        tensor, and those ``state_dict`` calls.
         """
         self.refresh()
         return self._walk()
 
     def sources(self) -> Mapping[int, ModuleSource | OptimizerSource]:
-        """The modules and optimizers met, by ``id``."""
+        """The modules and optimizers in ``items``, by ``id``."""
         return self._sources
 
     def _walk(self) -> Capture:
         walker = Walker(self.world, self._sources, self._memo)
-        found = [self._object(walker, name, item) for name, item in self.items.items()]
-        objects = tuple(one for one in found if one is not None)
+        nodes = [self._object(walker, name, item) for name, item in self.items.items()]
+        objects = tuple(leaf for leaf in nodes if leaf is not None)
         raw = walker.tensors
         if list(map(id, raw)) != list(map(id, self._raw)):
             self._raw = raw
             self._tensors = with_aliases(raw)
-            self._lazy = any(one.tensor.is_conj() or one.tensor.is_neg() for one in raw)
-            names = {one.leaf.name for one in raw}
+            self._lazy = any(leaf.tensor.is_conj() or leaf.tensor.is_neg() for leaf in raw)
+            names = {leaf.leaf.name for leaf in raw}
             if len(names) != len(raw):
                 raise UsageError(f"two tensors have one name. names={_twice(raw)}; rename a key")
-            self._memo = {name: held for name, held in self._memo.items() if name in names}
+            self._memo = {name: entry for name, entry in self._memo.items() if name in names}
         tensors = tuple(map(with_bits_resolved, self._tensors)) if self._lazy else self._tensors
         return Capture(tensors, objects)
 
     def _object(self, walker: Walker, name: str, item: object) -> ObjectLeaf | None:
         """The item's structure. A tensor has none beside itself: its leaf has the item's name, and
-        no two may have one."""
+        no two leaves may share a name.
+        """
         node = walker.node(item, escape(name))
         if isinstance(item, torch.Tensor):
             return None
@@ -122,8 +125,10 @@ class CapturePlan:
         )
         return ObjectLeaf(leaf, data)
 
-    def _refresh_module(self, module: nn.Module, path: str, known: Mapping[int, object]) -> bool:
-        source = known.get(id(module))
+    def _refresh_module(
+        self, module: nn.Module, path: str, sources_before: Mapping[int, object]
+    ) -> bool:
+        source = sources_before.get(id(module))
         if id(module) in self._sources:
             raise UsageError(f"module is tracked twice. second={path!r}; track it once")
         if isinstance(source, ModuleSource) and source.path == path:
@@ -133,11 +138,16 @@ class CapturePlan:
         return True
 
     def _refresh_optimizer(
-        self, optimizer: Optimizer, path: str, known: Mapping[int, object], *, renamed: bool
+        self,
+        optimizer: Optimizer,
+        path: str,
+        sources_before: Mapping[int, object],
+        *,
+        renamed: bool,
     ) -> bool:
         if id(optimizer) in self._sources:
             raise UsageError(f"optimizer is tracked twice. second={path!r}; track it once")
-        source = known.get(id(optimizer))
+        source = sources_before.get(id(optimizer))
         if not (isinstance(source, OptimizerSource) and source.path == path):
             source = OptimizerSource(optimizer, path)
         self._sources[id(optimizer)] = source
@@ -164,6 +174,6 @@ def _check_item(name: str, item: object) -> None:
 
 
 def _twice(leaves: list[TensorLeaf]) -> list[str]:
-    return [name for name, often in Counter(one.leaf.name for one in leaves).items() if often > 1][
-        :3
-    ]
+    return [
+        name for name, count in Counter(leaf.leaf.name for leaf in leaves).items() if count > 1
+    ][:3]

@@ -1,4 +1,6 @@
-"""The random number generators of this process as one tracked object."""
+"""The process's random number generators as one tracked object, and torchdata's resumable
+loaders.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ class RngState:
     """The global generators of torch (CPU, and every CUDA device once CUDA is in use), numpy and
     ``random``.
 
-    Track it as an item of its own: ``{"rng": RngState()}``. It belongs to its rank. CUDA is never
-    initialised by it: states of CUDA devices that are restored before CUDA is in use are applied
+    Track it as an item of its own: ``{"rng": RngState()}``. Each rank has its own. It never
+    initialises CUDA: states of CUDA devices that are restored before CUDA is in use are applied
     when it starts.
     """
 
@@ -39,11 +41,13 @@ class RngState:
             "python": (version, np.array(words, dtype=np.uint32), gauss),
         }
         if _cuda_in_use():
-            state["cuda"] = [one.numpy().tobytes() for one in torch.cuda.get_rng_state_all()]
+            state["cuda"] = [
+                device_state.numpy().tobytes() for device_state in torch.cuda.get_rng_state_all()
+            ]
         return state
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Put all states back. Raises UsageError for what ``state_dict`` can't have made."""
+        """Restore all states. Raises UsageError for what ``state_dict`` can't have made."""
         match state:
             case {
                 "torch": bytes(cpu),
@@ -64,11 +68,11 @@ class RngState:
                 )
         match state:
             case {"cuda": list(devices)} if torch.version.cuda or torch.version.hip:
-                for index, one in enumerate(devices):
-                    known = torch.cuda.device_count() if _cuda_in_use() else len(devices)
-                    if index < known:
+                for index, device_state in enumerate(devices):
+                    devices_known = torch.cuda.device_count() if _cuda_in_use() else len(devices)
+                    if index < devices_known:
                         torch.cuda.set_rng_state(
-                            torch.frombuffer(bytearray(one), dtype=torch.uint8), index
+                            torch.frombuffer(bytearray(device_state), dtype=torch.uint8), index
                         )
 
 
@@ -76,11 +80,13 @@ def _cuda_in_use() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-# torchdata's ``StatefulDataLoader``: found by name, so that torchdata is never imported.
+# ---- loaders: torchdata's ``StatefulDataLoader`` is recognised by name, so that torchdata is never
+# imported
 
 UNOPENED_KEY = "unopened_sampler_generator"
-"""The only key in the state of a loader that nobody has iterated: its sampler's generator state, or
-None."""
+"""The only key in the state of a loader that was never iterated: its sampler's generator state, or
+None.
+"""
 
 
 class ResumableLoader(Protocol):
@@ -90,11 +96,11 @@ class ResumableLoader(Protocol):
     next_iter_state: dict[str, object] | None
 
     def state_dict(self) -> dict[str, object]:
-        """Its place; opens the loader if need be."""
+        """Its position; opens the loader if need be."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Go to a place at the next ``iter``."""
+        """Continue at a position at the next ``iter``."""
         ...
 
 
@@ -107,8 +113,9 @@ def is_loader(value: object) -> TypeGuard[ResumableLoader]:
 
 
 def loader_state(loader: ResumableLoader) -> dict[str, object]:
-    """The loader's place. One that nobody has iterated is not opened for it: that would draw random
-    numbers."""
+    """The loader's position. A loader that was never iterated is not opened for it: that would draw
+    random numbers.
+    """
     if getattr(loader, "_iterator", None) is not None:
         return loader.state_dict()
     if loader.next_iter_state is not None:
@@ -122,8 +129,9 @@ def loader_state(loader: ResumableLoader) -> dict[str, object]:
 
 
 def is_iterated(loader: ResumableLoader) -> bool:
-    """Whether somebody holds an iterator in the middle of an epoch: it would keep the old place,
-    whatever is loaded."""
+    """Whether an iterator is in the middle of an epoch: it would keep its old position, whatever is
+    loaded.
+    """
     iterator = getattr(loader, "_iterator", None)
     return not (
         iterator is None
@@ -133,7 +141,7 @@ def is_iterated(loader: ResumableLoader) -> bool:
 
 
 def restore_loader(loader: ResumableLoader, state: Mapping[str, object]) -> None:
-    """Put back what ``loader_state`` gave."""
+    """Restore what ``loader_state`` gave."""
     if UNOPENED_KEY not in state:
         loader.load_state_dict(dict(state))
         return

@@ -1,5 +1,6 @@
 """From one live tensor to its leaf: which memory, which region of which global tensor, held by
-whom."""
+which ranks.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +22,23 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
-# Who holds the same piece of a distributed tensor, also beside the mesh that it lies on.
-
 
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
     """Whether it is a distributed tensor. Imports nothing: without the module there are none."""
-    if (
-        type(value) is torch.Tensor or type(value) is torch.nn.Parameter
-    ):  # nearly all are, and isinstance is slow for torch
+    # Nearly all are one of these two, and isinstance is slow for torch's types.
+    if type(value) is torch.Tensor or type(value) is torch.nn.Parameter:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def mesh_dims(tensors: Iterable[torch.Tensor]) -> frozenset[str]:
-    """The names of all mesh dimensions that any of a module's tensors lies on."""
+    """The names of all mesh dimensions that any of a module's tensors is on."""
     return frozenset(
-        name for one in tensors if is_dtensor(one) for name in one.device_mesh.mesh_dim_names or ()
+        name
+        for tensor in tensors
+        if is_dtensor(tensor)
+        for name in tensor.device_mesh.mesh_dim_names or ()
     )
 
 
@@ -47,27 +48,31 @@ def holders(
     """The global ranks, ascending, that hold what this rank holds; with ``placements`` None, all
     that the mesh spans.
 
-    ``dims`` are the mesh dimensions of the whole module. A tensor that lies on a slice of a mesh is
+    ``dims`` are the mesh dimensions of the whole module. A tensor on a slice of a mesh is
     replicated along those of them that its slice lacks (a norm in a model that is both
-    tensor-parallel and sharded). Dimensions that no tensor of the module lies on (pipeline stages)
+    tensor-parallel and sharded). Dimensions that no tensor of the module is on (pipeline stages)
     hold other modules and don't count.
     """
-    split = {dim for dim, place in enumerate(placements or ()) if not place.is_replicate()}
+    split = {dim for dim, placement in enumerate(placements or ()) if not placement.is_replicate()}
     names = mesh.mesh_dim_names or ()
     extra = dims.difference(names)
     if not extra:
         return _select(mesh, split)
     root = _root_of(mesh)
-    known = root.mesh_dim_names or ()
-    if not set(names) <= set(known):
+    root_names = root.mesh_dim_names or ()
+    if not set(names) <= set(root_names):
         raise UsageError(
             f"can't tell which ranks hold equal pieces of a tensor. leaf={name!r} mesh={names} "
             f"module_meshes={sorted(dims)}; "
             "place it as Replicate() on the other dimensions (parallelize_module) before sharding "
             "it"
         )
-    fixed = {dim for dim, one in enumerate(known) if one not in names and one not in extra}
-    return _select(root, fixed | {known.index(names[dim]) for dim in split})
+    fixed = {
+        dim
+        for dim, dim_name in enumerate(root_names)
+        if dim_name not in names and dim_name not in extra
+    }
+    return _select(root, fixed | {root_names.index(names[dim]) for dim in split})
 
 
 def _select(mesh: DeviceMesh, fixed: set[int]) -> tuple[int, ...]:
@@ -115,26 +120,35 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def unsupported_reason(tensor: torch.Tensor) -> str | None:
-    """Why a tensor can't be stored, with the remedy; None where it can."""
+    """Why a tensor can't be stored, with the remedy; None if it can."""
     if is_lazy(tensor):
         return "tensor has no shape yet; run one forward pass before tracking or capturing it"
     if tensor.is_meta:
-        return "tensor is on the meta device and holds no data; materialise it first (to_empty, then initialise)"
+        return (
+            "tensor is on the meta device and holds no data; "
+            "materialise it first (to_empty, then initialise)"
+        )
     if tensor.is_nested:
         return "nested tensors are not stored; track values() and offsets() instead"
     if tensor.is_quantized:
         return "quantized tensors are not stored; track int_repr() and the scales instead"
     if tensor.layout != torch.strided:
-        return f"tensor is not strided. layout={tensor.layout}; track its indices and values, or to_dense()"
+        return (
+            f"tensor is not strided. layout={tensor.layout}; "
+            "track its indices and values, or to_dense()"
+        )
     if dtype_name(tensor.dtype) not in DTYPE_BYTES:
         return f"dtype is not stored. dtype={tensor.dtype}; view or convert the tensor to another"
     if not is_dtensor(tensor) and not _is_plain(tensor):
-        return f"tensor subclass is not stored. type={type(tensor).__qualname__}; track the plain tensors inside it"
+        return (
+            f"tensor subclass is not stored. type={type(tensor).__qualname__}; "
+            "track the plain tensors inside it"
+        )
     return None
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    # A subclass that doesn't take over dispatch keeps its data where a plain tensor does.
+    # A subclass that does not override dispatch keeps its data as a plain tensor does.
     return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
@@ -151,10 +165,9 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 def describe(
     name: str, tensor: torch.Tensor, *, world: World, sharing: Sharing = UNSHARED
 ) -> TensorLeaf:
-    """The leaf of one tensor. Raises UsageError that names the leaf where the tensor can't be
-    stored."""
-    if why := unsupported_reason(tensor):
-        raise UsageError(f"{why}. leaf={name!r}")
+    """The leaf of one tensor. Raises UsageError naming the leaf if the tensor can't be stored."""
+    if reason := unsupported_reason(tensor):
+        raise UsageError(f"{reason}. leaf={name!r}")
     local = local_of(tensor)
     shape = tuple(tensor.shape)
     if is_dtensor(tensor):
@@ -174,8 +187,9 @@ def describe(
 
 
 def with_bits_resolved(leaf: TensorLeaf) -> TensorLeaf:
-    """The leaf with lazily conjugated or negated memory written out; itself where there is nothing
-    to resolve."""
+    """The leaf with lazily conjugated or negated memory written out; itself if there is nothing to
+    resolve.
+    """
     tensor = leaf.tensor
     if not (tensor.is_conj() or tensor.is_neg()):
         return leaf
@@ -186,15 +200,15 @@ def layout_text(tensor: torch.Tensor) -> str:
     """A distributed tensor's placements as ``Ref.placements`` keeps them; "" for a plain tensor."""
     if not is_dtensor(tensor):
         return ""
-    dims = (getattr(place, "dim", None) for place in tensor.placements)
+    dims = (getattr(placement, "dim", None) for placement in tensor.placements)
     return ",".join("R" if dim is None else f"S{dim}" for dim in dims)
 
 
 def _layout(name: str, tensor: DTensor, dims: frozenset[str]) -> tuple[Box, tuple[int, ...]]:
     mesh, placements = tensor.device_mesh, tensor.placements
-    for dim, place in enumerate(placements):
-        factor = getattr(place, "split_factor", None)
-        if place.is_partial():
+    for dim, placement in enumerate(placements):
+        factor = getattr(placement, "split_factor", None)
+        if placement.is_partial():
             raise UsageError(
                 f"tensor is a partial sum, not a value. leaf={name!r}; redistribute() it before "
                 "capturing"
@@ -217,10 +231,10 @@ def _layout(name: str, tensor: DTensor, dims: frozenset[str]) -> tuple[Box, tupl
 
 def _later_shards(tensor: DTensor, dim: int) -> int:
     """Over how many ranks later mesh dimensions shard the same tensor dimension."""
-    mine = getattr(tensor.placements[dim], "dim", None)
+    tensor_dim = getattr(tensor.placements[dim], "dim", None)
     ways = 1
     for later in range(dim + 1, len(tensor.placements)):
-        if getattr(tensor.placements[later], "dim", None) == mine:
+        if getattr(tensor.placements[later], "dim", None) == tensor_dim:
             ways *= tensor.device_mesh.size(later)
     return ways
 
@@ -231,8 +245,8 @@ def with_aliases(leaves: Iterable[TensorLeaf]) -> tuple[TensorLeaf, ...]:
 
     Views that share memory in part are stored by value. O(leaves).
     """
-    seen: dict[object, str] = {}
-    found: list[TensorLeaf] = []
+    first_names: dict[object, str] = {}
+    result: list[TensorLeaf] = []
     for item in leaves:
         tensor, leaf = item.tensor, item.leaf
         if tensor.numel():
@@ -249,19 +263,17 @@ def with_aliases(leaves: Iterable[TensorLeaf]) -> tuple[TensorLeaf, ...]:
                 item.box,
                 item.replicas,
             )
-            first = seen.setdefault(key, leaf.name)
+            first = first_names.setdefault(key, leaf.name)
             if first != leaf.name:
                 item = dataclasses.replace(item, leaf=dataclasses.replace(leaf, alias_of=first))
-        found.append(item)
-    return tuple(found)
-
-
-# Whether tensors still are where a plan saw them.
+        result.append(item)
+    return tuple(result)
 
 
 class MemoryWatch:
-    """Live tensors beside the memory that was seen. Holds that memory, so that its address can't be
-    given out anew."""
+    """Live tensors beside the memory that they had. Holds that memory, so that its address can't be
+    reused.
+    """
 
     __slots__ = ("_distributed", "_distributed_seen", "_plain", "_plain_seen")
 
@@ -281,8 +293,9 @@ class MemoryWatch:
             self._plain_seen.append(leaf.tensor)
 
     def moved(self) -> bool:
-        """Whether any storage, offset, shape or stride differs. About 0.2 us a tensor; no device is
-        waited for."""
+        """Whether any storage, offset, shape or stride differs. About 0.2 us a tensor; waits for no
+        device.
+        """
         same = torch.Tensor.is_set_to
         try:
             with torch._C.DisableTorchFunctionSubclass():
@@ -290,9 +303,7 @@ class MemoryWatch:
                     return True
                 local = [live._local_tensor for live in self._distributed if is_dtensor(live)]
                 return not all(map(same, local, self._distributed_seen))
-        except (
-            RuntimeError
-        ):  # the live tensor went to another device, where the two can't be compared
+        except RuntimeError:  # the tensor moved to another device, where they can't be compared
             return True
 
 

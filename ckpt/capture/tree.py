@@ -1,4 +1,4 @@
-"""Live values to skeletons: plain structure with ``Ref`` nodes where tensors were."""
+"""Live values to skeletons: plain structure with ``Ref`` nodes in place of tensors."""
 
 from __future__ import annotations
 
@@ -39,16 +39,18 @@ class Stateful(Protocol):
         ...
 
     def load_state_dict(self, state_dict: dict[str, object]) -> object:
-        """Put a state back."""
+        """Restore a state."""
         ...
 
 
 LeafMemo = dict[str, tuple[torch.Tensor, TensorLeaf]]
-"""Tensors by leaf name as they were last described, so that steady ones aren't described again."""
+"""Tensors by leaf name as they were last described, so that unchanged ones are not
+described again.
+"""
 
 
 class Walker:
-    """One pass over the tracked items. ``tensors`` fills with the leaves met, in order."""
+    """One pass over the tracked items. ``tensors`` collects the leaves in order."""
 
     def __init__(
         self, world: World, sources: Mapping[int, ModuleSource | OptimizerSource], memo: LeafMemo
@@ -61,7 +63,8 @@ class Walker:
 
     def node(self, value: object, path: str, sharing: Sharing = UNSHARED) -> object:
         """The skeleton of ``value`` at ``path``. Raises UsageError naming the path of what can't be
-        stored."""
+        stored.
+        """
         if type(value) in PLAIN or isinstance(value, np.generic):
             return value
         if self._depth > DEPTH_MAX:
@@ -70,9 +73,9 @@ class Walker:
                 f"levels_max={DEPTH_MAX}"
             )
         self._depth += 1
-        found = self._composite(value, path, sharing)
+        skeleton = self._composite(value, path, sharing)
         self._depth -= 1
-        return found
+        return skeleton
 
     def _composite(self, value: object, path: str, sharing: Sharing) -> object:
         match value:
@@ -86,15 +89,15 @@ class Walker:
                 return Named("torch.Size", ",".join(map(str, value)))
             case tuple() if hasattr(value, "_fields"):
                 parts = tuple(
-                    self.node(one, join(path, key), sharing)
-                    for key, one in zip(value._fields, value, strict=True)
+                    self.node(part, join(path, key), sharing)
+                    for key, part in zip(value._fields, value, strict=True)
                 )
                 return NamedTupleNode(type_name(value), tuple(value._fields), parts)
             case set() | frozenset() if type(value) in SEQUENCES:
-                return type(value)(self.key(one, path) for one in value)
+                return type(value)(self.key(part, path) for part in value)
             case list() | tuple() | deque() if type(value) in SEQUENCES:
                 made = [
-                    self.node(one, join(path, index), sharing) for index, one in enumerate(value)
+                    self.node(part, join(path, index), sharing) for index, part in enumerate(value)
                 ]
                 return deque(made, value.maxlen) if isinstance(value, deque) else type(value)(made)
             case torch.Generator():
@@ -106,10 +109,10 @@ class Walker:
         if is_stateful(value):
             return self._stateful(value, path)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
+            fields = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
             return DataclassNode(
                 type_name(value),
-                {key: self.node(one, join(path, key), sharing) for key, one in fields.items()},
+                {key: self.node(part, join(path, key), sharing) for key, part in fields.items()},
             )
         raise unsupported(value, path)
 
@@ -125,8 +128,8 @@ class Walker:
 
     def _mapping(self, value: dict[object, object], path: str, sharing: Sharing) -> object:
         pairs = {
-            self.key(key, path): self.node(one, join(path, key), sharing)
-            for key, one in value.items()
+            self.key(key, path): self.node(item, join(path, key), sharing)
+            for key, item in value.items()
         }
         match value:
             case OrderedDict():
@@ -140,13 +143,13 @@ class Walker:
         """The node of a dict's key or a set's element."""
         if type(key) in PLAIN or isinstance(key, np.generic):
             return key
-        found = self.node(key, join(path, key))
-        if isinstance(found, (Ref, DataclassNode, NamedTupleNode)):
+        node = self.node(key, join(path, key))
+        if isinstance(node, (Ref, DataclassNode, NamedTupleNode)):
             raise UsageError(
                 f"key or set element can't be stored. path={path!r} type={type(key).__qualname__}; "
                 "use text or numbers"
             )
-        return found
+        return node
 
     def _source(self, value: nn.Module | Optimizer, path: str) -> object:
         match self._sources.get(id(value)):
@@ -168,7 +171,8 @@ class Walker:
         if not source.computed:
             return source.encoded()
         made = {
-            one.fqn: self.node(one.value, join(source.path, one.fqn)) for one in source.computed
+            entry.fqn: self.node(entry.value, join(source.path, entry.fqn))
+            for entry in source.computed
         }
         return {**source.references(), **made}
 
@@ -184,13 +188,13 @@ class Walker:
         live: list[object] = []
         start = len(self.tensors)
         for member in source.parameters:
-            # Not state[...]: that would make an entry where there is none.
+            # Not state[...]: that would make an entry if there is none.
             entry = state.get(member.tensor)
             if entry is not None:
                 path = f"{source.path}/state/{member.name}"
                 nodes[member.name] = {
-                    key: self.node(one, join(path, key), member.sharing)
-                    for key, one in entry.items()
+                    key: self.node(value, join(path, key), member.sharing)
+                    for key, value in entry.items()
                 }
                 live.extend(entry.values())
         if strange := [key for key in state if not isinstance(key, torch.Tensor)]:
@@ -198,27 +202,29 @@ class Walker:
                 f"optimizer keeps state for what is no parameter. path={source.path!r} "
                 f"keys={strange[:3]}"
             )
-        tensors = [one for one in live if isinstance(one, torch.Tensor)]
+        tensors = [value for value in live if isinstance(value, torch.Tensor)]
         if len(tensors) == len(live):
             source.keep_state(nodes, tensors, tuple(self.tensors[start:]))
         return nodes
 
     def _groups(self, source: OptimizerSource) -> list[dict[str, object]]:
-        found: list[dict[str, object]] = []
+        groups: list[dict[str, object]] = []
         for number, group in enumerate(source.optimizer.param_groups):
             path = f"{source.path}/param_groups/{number}"
             kept = {
-                key: one for key, one in group.items() if key != "params" and not is_function(one)
+                key: value
+                for key, value in group.items()
+                if key != "params" and not is_function(value)
             }
-            nodes = {key: self.node(one, join(path, key)) for key, one in kept.items()}
-            found.append({**nodes, "params": source.group_names[number]})
-        return found
+            nodes = {key: self.node(value, join(path, key)) for key, value in kept.items()}
+            groups.append({**nodes, "params": source.group_names[number]})
+        return groups
 
     def _stateful(self, value: Stateful, path: str) -> object:
         state = state_of(value)
         if not isinstance(state, Mapping):
             return self.node(state, path)
-        kept = {key: one for key, one in state.items() if not _left_alone(value, key, one)}
+        kept = {key: entry for key, entry in state.items() if not _left_alone(value, key, entry)}
         return self.node(_without_functions(kept) if isinstance(value, LRScheduler) else kept, path)
 
 
@@ -254,7 +260,7 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
 
 
 def state_of(value: Stateful) -> object:
-    """What ``state_dict`` gives; a loader that nobody iterates yet is not opened for it."""
+    """The result of ``state_dict``; a loader that is not iterated yet is not opened for it."""
     return loader_state(value) if is_loader(value) else value.state_dict()
 
 
@@ -268,10 +274,12 @@ def _without_functions(value: object) -> object:
     match value:
         case dict() if type(value) is dict:
             return {
-                key: _without_functions(one) for key, one in value.items() if not is_function(one)
+                key: _without_functions(item)
+                for key, item in value.items()
+                if not is_function(item)
             }
         case list() if type(value) is list:
-            return [_without_functions(one) for one in value]
+            return [_without_functions(item) for item in value]
         case _:
             return value
 
@@ -295,14 +303,15 @@ Visitor = Callable[[nn.Module | Optimizer, str], None]
 
 
 def visit(value: object, path: str, visitor: Visitor, depth: int = DEPTH_MAX) -> None:
-    """Call ``visitor`` with each module and optimizer inside dicts, lists and tuples, and its
-    path."""
+    """Call ``visitor`` with each module and optimizer inside dicts, lists and tuples, and
+    its path.
+    """
     match value:
         case nn.Module() | Optimizer():
             visitor(value, path)
         case dict() if depth:
-            for key, one in value.items():
-                visit(one, join(path, key), visitor, depth - 1)
+            for key, item in value.items():
+                visit(item, join(path, key), visitor, depth - 1)
         case list() | tuple() if depth:
-            for index, one in enumerate(value):
-                visit(one, join(path, index), visitor, depth - 1)
+            for index, item in enumerate(value):
+                visit(item, join(path, index), visitor, depth - 1)

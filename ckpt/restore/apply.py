@@ -1,4 +1,8 @@
-"""Restore live objects in place: first decide everything, then read, then put in place."""
+"""Restoring live objects in place: decide everything first, then read, then put values in place.
+
+Matching live values with stored structure decides what goes where. It returns steps; only they
+change live objects, after all bytes are there.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +37,16 @@ from ckpt.restore.targets import (
     fill_tensors,
 )
 
-# Match live values with stored structure: what goes where. Decides; the returned steps do.
-
 RestoreStep = Callable[[], object]
-"""Puts a value in place once all bytes are there, and returns it (the live object itself where that
-was filled)."""
+"""Puts a value in place once all bytes are there, and returns it (the live object itself if that
+was filled).
+"""
 
 SourceMatch = Callable[[nn.Module | Optimizer, object, str], RestoreStep]
 
 
 class _NoLiveValue:
-    """Stands for a live value that isn't there; fits nothing."""
+    """Stands for a live value that does not exist; fits nothing."""
 
 
 ABSENT = _NoLiveValue()
@@ -51,7 +54,8 @@ ABSENT = _NoLiveValue()
 
 class ValueMatcher:
     """Plain containers, tensors and objects with state. ``sources`` matches modules and
-    optimizers."""
+    optimizers.
+    """
 
     def __init__(
         self,
@@ -68,7 +72,7 @@ class ValueMatcher:
         self.last: list[Callable[[], None]] = []
 
     def match(self, live: object, node: object, path: str) -> RestoreStep:
-        """How ``live`` becomes what ``node`` says; kept as it is where it isn't selected."""
+        """How ``live`` becomes what ``node`` says; unchanged if it is not selected."""
         cover = self._selection.cover(path)
         if cover is Coverage.NONE:
             return lambda: live
@@ -98,8 +102,9 @@ class ValueMatcher:
         return self.fresh(live, node, path)
 
     def fresh(self, hint: object, node: object, path: str) -> RestoreStep:
-        """How ``node`` becomes a new value. ``hint`` is the live value there: it lends types,
-        devices and factories."""
+        """How ``node`` becomes a new value. ``hint`` is the live value in its place: it gives
+        types, devices and factories.
+        """
         match node:
             case Ref():
                 return self._new_tensor(hint, node, path)
@@ -108,12 +113,12 @@ class ValueMatcher:
             case list() | tuple() | deque():
                 parts = list(hint) if isinstance(hint, (list, tuple, deque)) else []
                 steps = [
-                    self.fresh(_at(parts, i), one, join(path, i)) for i, one in enumerate(node)
+                    self.fresh(_at(parts, i), part, join(path, i)) for i, part in enumerate(node)
                 ]
                 return lambda: _sequence(node, [step() for step in steps])
             case set() | frozenset():
                 hints = list(hint) if isinstance(hint, (set, frozenset)) else []
-                made = [self._key(one, hints, path) for one in node]
+                made = [self._key(part, hints, path) for part in node]
                 return lambda: type(node)(made)
             case Named() | EnumNode():
                 value = self._key(node, [hint], path)
@@ -132,25 +137,26 @@ class ValueMatcher:
     ) -> RestoreStep:
         by_node = {_key_node(key): key for key in live}
         holds_objects = any(
-            isinstance(one, (nn.Module, Optimizer)) or is_stateful(one) for one in live.values()
+            isinstance(value, (nn.Module, Optimizer)) or is_stateful(value)
+            for value in live.values()
         )
         steps: dict[object, RestoreStep] = {}
-        for key, one in node.items():
-            where = join(path, key)
+        for key, value in node.items():
+            item_path = join(path, key)
             if key in by_node:
-                steps[by_node[key]] = self.match(live[by_node[key]], one, where)
-            elif self._selection.cover(where) is Coverage.NONE:
+                steps[by_node[key]] = self.match(live[by_node[key]], value, item_path)
+            elif self._selection.cover(item_path) is Coverage.NONE:
                 continue
-            elif holds_objects and isinstance(one, dict):
-                self._problems.unexpected(where)
+            elif holds_objects and isinstance(value, dict):
+                self._problems.unexpected(item_path)
             else:
-                steps[self._key(key, live, path)] = self.fresh(ABSENT, one, where)
+                steps[self._key(key, live, path)] = self.fresh(ABSENT, value, item_path)
         for key in by_node.keys() - node.keys():
-            where = join(path, key)
-            if self._must_stay(live[by_node[key]], path, where):
-                self._problems.missing(where)
+            item_path = join(path, key)
+            if self._must_stay(live[by_node[key]], path, item_path):
+                self._problems.missing(item_path)
                 steps[by_node[key]] = _constant(live[by_node[key]])
-            elif self._selection.cover(where) is not Coverage.ALL:
+            elif self._selection.cover(item_path) is not Coverage.ALL:
                 steps[by_node[key]] = _constant(live[by_node[key]])
 
         def put() -> object:
@@ -161,12 +167,13 @@ class ValueMatcher:
 
         return put
 
-    def _must_stay(self, value: object, path: str, where: str) -> bool:
-        """Whether a live value that the snapshot lacks is named by the user, or holds state: then
-        it can't just go."""
+    def _must_stay(self, value: object, path: str, item_path: str) -> bool:
+        """Whether a live value that the snapshot lacks may not be removed: the user named it, or it
+        holds state.
+        """
         named_by_user = "/" not in path
         holds = isinstance(value, (nn.Module, Optimizer, torch.Generator)) or is_stateful(value)
-        return (named_by_user or holds) and self._selection.cover(where) is not Coverage.NONE
+        return (named_by_user or holds) and self._selection.cover(item_path) is not Coverage.NONE
 
     def _list(self, live: list[object], node: list[object], path: str) -> RestoreStep:
         steps = self._positions(live, node, path)
@@ -180,7 +187,7 @@ class ValueMatcher:
     def _positions(
         self, live: list[object] | tuple[object, ...], node: Iterable[object], path: str
     ) -> list[RestoreStep]:
-        steps = [self.match(_at(live, i), one, join(path, i)) for i, one in enumerate(node)]
+        steps = [self.match(_at(live, i), item, join(path, i)) for i, item in enumerate(node)]
         for i in range(len(steps), len(live)):
             if isinstance(live[i], (nn.Module, Optimizer, torch.Generator)) or is_stateful(live[i]):
                 self._problems.missing(join(path, i))
@@ -191,16 +198,20 @@ class ValueMatcher:
         self, live: object, node: DataclassNode, path: str, *, anew: bool = False
     ) -> RestoreStep:
         anew = anew or bool(getattr(type(live), "__dataclass_params__").frozen)  # noqa: B009 - unknown to type checkers
-        known = {one.name for one in dataclasses.fields(live)}  # type: ignore[arg-type]
+        field_names = {value.name for value in dataclasses.fields(live)}  # type: ignore[arg-type]
         steps: dict[str, RestoreStep] = {}
-        for key, one in node.fields.items():
-            where = join(path, key)
-            if key not in known:
-                self._problems.unexpected(where)
+        for key, value in node.fields.items():
+            field_path = join(path, key)
+            if key not in field_names:
+                self._problems.unexpected(field_path)
                 continue
             before = getattr(live, key, ABSENT)
-            steps[key] = self.fresh(before, one, where) if anew else self.match(before, one, where)
-        for key in known - node.fields.keys():
+            steps[key] = (
+                self.fresh(before, value, field_path)
+                if anew
+                else self.match(before, value, field_path)
+            )
+        for key in field_names - node.fields.keys():
             self._problems.missing(join(path, key))
 
         def put() -> object:
@@ -215,8 +226,8 @@ class ValueMatcher:
         if type_name(hint) != node.type_name or getattr(hint, "_fields", None) != node.names:
             return self._no_type(node.type_name, path)
         steps = [
-            self.match(getattr(hint, name), one, join(path, name))
-            for name, one in zip(node.names, node.values, strict=True)
+            self.match(getattr(hint, name), value, join(path, name))
+            for name, value in zip(node.names, node.values, strict=True)
         ]
         make: Callable[[list[object]], object] = type(hint)._make  # type: ignore[attr-defined]
         return lambda: make([step() for step in steps])
@@ -229,7 +240,7 @@ class ValueMatcher:
             return lambda: live
         if is_loader(live) and is_iterated(live):
             self._problems.add(
-                "loader is being iterated, and would go on from where it is.",
+                "loader is being iterated, and would continue at its current position.",
                 path,
                 "restore before iter(), or make a new one",
             )
@@ -254,9 +265,9 @@ class ValueMatcher:
         by_node = {_key_node(key): key for key in before}
         steps = {
             self._key(key, before, path): self.fresh(
-                before[by_node[key]] if key in by_node else ABSENT, one, join(path, key)
+                before[by_node[key]] if key in by_node else ABSENT, value, join(path, key)
             )
-            for key, one in node.items()
+            for key, value in node.items()
         }
 
         def make() -> object:
@@ -280,7 +291,7 @@ class ValueMatcher:
             case Named():
                 return _constant_of(node)
             case tuple():
-                return tuple(self._key(one, hints, path) for one in node)
+                return tuple(self._key(part, hints, path) for part in node)
             case EnumNode():
                 for hint in hints:
                     if isinstance(hint, enum.Enum) and type_name(hint) == node.type_name:
@@ -339,21 +350,21 @@ def _constant_of(node: Named) -> object:
 def _parse_constant(node: Named) -> object:
     match node.kind:
         case "torch.Size":
-            return torch.Size(int(one) for one in node.text.split(",") if one)
+            return torch.Size(int(size) for size in node.text.split(",") if size)
         case "torch.device":
             return torch.device(node.text)
         case "torch.dtype" | "torch.layout" | "torch.memory_format":
-            found = getattr(torch, node.text, None)
+            constant = getattr(torch, node.text, None)
             return (
-                found
-                if isinstance(found, (torch.dtype, torch.layout, torch.memory_format))
+                constant
+                if isinstance(constant, (torch.dtype, torch.layout, torch.memory_format))
                 else node
             )
     return node
 
 
 def _device(kind: str) -> torch.device:
-    """The recorded kind of device where this process has it, else the CPU."""
+    """The recorded kind of device if this process has it, else the CPU."""
     accelerator = (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     )
@@ -373,12 +384,10 @@ def _load(live: Stateful, state: object) -> None:
         live.load_state_dict(state)  # type: ignore[arg-type]
 
 
-# Match a live module with its stored entries.
-
-
 class ModuleMatcher:
-    """Modules by clean name: parameters and buffers filled in place, extra state handed to
-    ``set_extra_state``."""
+    """Modules by clean name: parameters and buffers are filled in place, extra state goes to
+    ``set_extra_state``.
+    """
 
     def __init__(
         self,
@@ -397,22 +406,27 @@ class ModuleMatcher:
         if not isinstance(node, dict):
             raise IntegrityError(f"stored value is no module's. path={path!r}")
         for entry in source.live:
-            where = join(path, entry.fqn)
-            if self._selection.cover(where) is Coverage.NONE:
+            entry_path = join(path, entry.fqn)
+            if self._selection.cover(entry_path) is Coverage.NONE:
                 continue
             match node.get(entry.fqn):
                 case None:
-                    self._problems.missing(where)
+                    self._problems.missing(entry_path)
                 case Ref() as ref:
-                    self._targets.into(entry.tensor, ref, where)
+                    self._targets.into(entry.tensor, ref, entry_path)
                 case other:
                     self._problems.add(
-                        f"stored value is no tensor. type={type(other).__name__}", where
+                        f"stored value is no tensor. type={type(other).__name__}", entry_path
                     )
         made = self._made(source, node, path)
-        known = {entry.fqn for entry in source.live} | {entry.fqn for entry in source.computed}
+        known_names = {entry.fqn for entry in source.live} | {
+            entry.fqn for entry in source.computed
+        }
         for fqn in node:
-            if fqn not in known and self._selection.cover(join(path, fqn)) is not Coverage.NONE:
+            if (
+                fqn not in known_names
+                and self._selection.cover(join(path, fqn)) is not Coverage.NONE
+            ):
                 self._problems.unexpected(join(path, fqn))
 
         def put() -> object:
@@ -424,16 +438,16 @@ class ModuleMatcher:
     def _made(
         self, source: ModuleSource, node: dict[object, object], path: str
     ) -> list[tuple[ComputedEntry, RestoreStep]]:
-        found: list[tuple[ComputedEntry, RestoreStep]] = []
+        steps: list[tuple[ComputedEntry, RestoreStep]] = []
         for entry in source.computed:
-            where = join(path, entry.fqn)
-            if self._selection.cover(where) is Coverage.NONE:
+            entry_path = join(path, entry.fqn)
+            if self._selection.cover(entry_path) is Coverage.NONE:
                 continue
             if entry.fqn not in node:
-                self._problems.missing(where)
+                self._problems.missing(entry_path)
             else:
-                found.append((entry, self._values.fresh(entry.value, node[entry.fqn], where)))
-        return found
+                steps.append((entry, self._values.fresh(entry.value, node[entry.fqn], entry_path)))
+        return steps
 
 
 def _put_made(source: ModuleSource, values: list[tuple[ComputedEntry, object]]) -> None:
@@ -444,7 +458,7 @@ def _put_made(source: ModuleSource, values: list[tuple[ComputedEntry, object]]) 
             extra[entry.fqn].set_extra_state(value)
     if others:
         # Made by state-dict hooks: only the module's own loading knows what they mean. Live entries
-        # load onto themselves.
+        # are loaded onto themselves.
         live = {entry.key: entry.tensor for entry in source.live}
         kept = {entry.key: value for entry, value in values if entry.fqn in extra}
         try:
@@ -458,21 +472,20 @@ def _put_made(source: ModuleSource, values: list[tuple[ComputedEntry, object]]) 
 
 def _extra_state_owners(module: nn.Module) -> dict[str, nn.Module]:
     return {
-        clean_fqn(module, f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE): one
-        for name, one in module.named_modules(remove_duplicate=False)
-        if type(one).get_extra_state is not nn.Module.get_extra_state
+        clean_fqn(module, f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE): submodule
+        for name, submodule in module.named_modules(remove_duplicate=False)
+        if type(submodule).get_extra_state is not nn.Module.get_extra_state
     }
 
 
-# Match a live optimizer with its stored groups and state.
-
 NAMES_SHOWN_MAX = 3
-"""How many parameter names one difference lists."""
+"""Parameter names that one difference lists."""
 
 
 class OptimizerMatcher:
-    """Optimizers by parameter name: hyper-parameters set, state filled in place, made or
-    removed."""
+    """Optimizers by parameter name: hyper-parameters are set, state is filled in place, made or
+    removed.
+    """
 
     def __init__(
         self,
@@ -496,18 +509,18 @@ class OptimizerMatcher:
         if self._selection.cover(f"{path}/state") is not Coverage.NONE:
             flags = {name: _on_device(group) for group in groups for name in _names(group, path)}
             for member in source.parameters:
-                where = f"{path}/state/{member.name}"
-                if self._selection.cover(where) is Coverage.NONE:
+                state_path = f"{path}/state/{member.name}"
+                if self._selection.cover(state_path) is Coverage.NONE:
                     continue
                 if member.name not in stored:
-                    self._problems.missing(where)
+                    self._problems.missing(state_path)
                 else:
                     steps.append(
                         self._state(
                             source,
                             member,
                             state.get(member.name),
-                            where,
+                            state_path,
                             step_on_device=flags[member.name],
                         )
                     )
@@ -535,26 +548,28 @@ class OptimizerMatcher:
             return []
         steps: list[RestoreStep] = []
         for number, (group, node) in enumerate(zip(live, groups, strict=True)):
-            where = f"{path}/param_groups/{number}"
-            mine = {one.name for one in source.parameters if one.group == number}
-            theirs = set(_names(node, path))
-            if mine != theirs:
+            group_path = f"{path}/param_groups/{number}"
+            live_names = {value.name for value in source.parameters if value.group == number}
+            stored_names = set(_names(node, path))
+            if live_names != stored_names:
                 self._problems.add(
                     "parameters of a group differ. "
-                    f"only_live={sorted(mine - theirs)[:NAMES_SHOWN_MAX]} "
-                    f"only_stored={sorted(theirs - mine)[:NAMES_SHOWN_MAX]}",
-                    where,
+                    f"only_live={sorted(live_names - stored_names)[:NAMES_SHOWN_MAX]} "
+                    f"only_stored={sorted(stored_names - live_names)[:NAMES_SHOWN_MAX]}",
+                    group_path,
                     f'restore only=["{path}/state"] to keep the live groups',
                 )
-            for key, one in node.items():
+            for key, value in node.items():
                 if isinstance(key, str) and key != "params":
-                    steps.append(self._hyper(group, key, one, join(where, key)))
+                    steps.append(self._hyper(group, key, value, join(group_path, key)))
         return steps
 
-    def _hyper(self, group: dict[str, object], key: str, node: object, where: str) -> RestoreStep:
-        if self._selection.cover(where) is Coverage.NONE:
+    def _hyper(
+        self, group: dict[str, object], key: str, node: object, value_path: str
+    ) -> RestoreStep:
+        if self._selection.cover(value_path) is Coverage.NONE:
             return lambda: None
-        step = self._values.match(group.get(key), node, where)
+        step = self._values.match(group.get(key), node, value_path)
 
         def put() -> object:
             group[key] = step()
@@ -567,7 +582,7 @@ class OptimizerMatcher:
         source: OptimizerSource,
         member: OptimizerParameter,
         node: object,
-        where: str,
+        state_path: str,
         *,
         step_on_device: bool,
     ) -> RestoreStep:
@@ -575,18 +590,18 @@ class OptimizerMatcher:
         if node is None:
             return lambda: state.pop(member.tensor, None)
         if not isinstance(node, dict):
-            raise IntegrityError(f"optimizer's stored state is no dict. path={where!r}")
+            raise IntegrityError(f"optimizer's stored state is no dict. path={state_path!r}")
         before = state.get(member.tensor, {})
         steps = {
             key: self._entry(
                 member,
                 before.get(key),
                 key,
-                one,
-                join(where, key),
+                value,
+                join(state_path, key),
                 on_device=key == "step" and step_on_device,
             )
-            for key, one in node.items()
+            for key, value in node.items()
         }
 
         def put() -> object:
@@ -604,19 +619,19 @@ class OptimizerMatcher:
         live: object,
         key: object,
         node: object,
-        where: str,
+        value_path: str,
         *,
         on_device: bool,
     ) -> RestoreStep:
         if not isinstance(node, Ref):
-            return self._values.fresh(live, node, where)
+            return self._values.fresh(live, node, value_path)
         leaf = self._targets.stored(node)
         parameter = member.tensor
         device = parameter.device if on_device or node.device != "cpu" else torch.device("cpu")
         if isinstance(live, torch.Tensor) and live.device == device:
             fits = tuple(live.shape) == leaf.shape and str(live.dtype) == f"torch.{leaf.dtype}"
             if fits or (leaf.shape and live.shape == parameter.shape):
-                return self._targets.into(live, node, where).value
+                return self._targets.into(live, node, value_path).value
         like = parameter if leaf.shape and leaf.shape == tuple(parameter.shape) else None
         placements = ""
         if (
@@ -624,16 +639,17 @@ class OptimizerMatcher:
             and is_dtensor(parameter)
             and node.placements.count(",") + 1 == parameter.device_mesh.ndim
         ):
-            # Smaller than the parameter but laid over the same kind of mesh (a factored second
-            # moment).
+            # Smaller than the parameter but on the same kind of mesh (a factored second moment).
             like, placements = (parameter, node.placements) if node.placements else (None, "")
-        return self._targets.fresh(NewTensor(leaf, device, like, placements), node, where).value
+        return self._targets.fresh(
+            NewTensor(leaf, device, like, placements), node, value_path
+        ).value
 
 
 def _parts(node: object, path: str) -> tuple[Mapping[object, object], list[dict[object, object]]]:
     match node:
         case {"state": dict(state), "param_groups": list(groups)} if all(
-            isinstance(one, dict) for one in groups
+            isinstance(group, dict) for group in groups
         ):
             return state, groups
     raise IntegrityError(f"stored value is no optimizer's. path={path!r}")
@@ -641,13 +657,13 @@ def _parts(node: object, path: str) -> tuple[Mapping[object, object], list[dict[
 
 def _names(group: Mapping[object, object], path: str) -> list[str]:
     names = group.get("params")
-    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise IntegrityError(f"stored group names no parameters. path={path!r}")
     return names
 
 
 def _on_device(group: Mapping[object, object]) -> bool:
-    """Whether torch keeps ``step`` beside the parameter rather than on the CPU."""
+    """Whether torch keeps ``step`` on the parameter's device rather than on the CPU."""
     return bool(group.get("capturable") or group.get("fused"))
 
 
@@ -661,16 +677,16 @@ def apply(
     missing: Literal["error", "keep"] = "error",
 ) -> tuple[str, ...]:
     """Make the live ``items`` what the snapshot says, in their own memory. Items that only the
-    snapshot has are left alone.
+    snapshot has are ignored.
 
-    Parameters, buffers, optimizer state, tensors and containers keep their identity; what is absent
-    live (optimizer state before the first step) is made, optimizer state that the snapshot lacks is
+    Parameters, buffers, optimizer state, tensors and containers keep their identity. What is absent
+    live (optimizer state before the first step) is made; optimizer state that the snapshot lacks is
     removed. ``only`` names paths to restore, by whole components (``["model",
     "optimizer/state"]``); everything else is left as it is and not compared. ``missing="keep"``
     lets live things that the snapshot lacks keep their value; their paths are returned.
 
     All differences (missing, unexpected, shapes, dtypes, ties, groups) are found before a byte of
-    live memory is written and raised as one UsageError. Errors of ``read`` pass through; live
+    live memory is written, and raised as one UsageError. Errors of ``read`` pass through; live
     objects may then hold a part of the snapshot: apply another one before using them. In a world of
     another size this rank takes the per-rank leaves of old rank ``rank % old size``.
     """
@@ -709,7 +725,8 @@ class _RestoreDecision:
 
     def decide(self, read: ReadWants) -> list[RestoreStep]:
         """The steps to take once all bytes are there. Raises UsageError that lists every
-        difference."""
+        difference.
+        """
         rank = self._plan.world.rank
         live = {escape(name): item for name, item in self._plan.items.items()}
         names = {

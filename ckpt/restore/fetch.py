@@ -1,9 +1,9 @@
-"""Do what a read plan says: read, verify every chunk against its digest, hand over. No decisions
-live here, and no torch.
+"""Carrying out a read plan: read, verify every chunk against its digest, deliver. Decides nothing.
+No torch.
 
 A raw chunk whose bytes are one run of one output is read straight into it: one request, then the
 digest while the bytes are in cache. Everything else goes through scratch memory that each worker
-keeps. Both calls release the GIL, so that workers scale over cores.
+keeps. Reading and digesting release the GIL, so that workers scale over cores.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ THREADS_MAX = 64
 """Upper limit of workers: beyond it a Python process gains nothing."""
 
 BUDGET_BYTES = 256 << 20
-"""Scratch memory that a fetch may use when its caller names no limit."""
+"""Scratch memory that a fetch may use if its caller gives no limit."""
 
 OnProgress = Callable[[int], None]
-"""Told how many raw bytes were just verified; called by one worker at a time."""
+"""Called with the raw bytes that were just verified, by one worker at a time."""
 
 Bytes = NDArray[np.uint8]
 
@@ -49,8 +49,9 @@ _WORDS: dict[int, np.dtype[np.generic]] = {
 
 @dataclass(frozen=True, slots=True)
 class DamagedChunk:
-    """One stored range that is not what it should be. ``what``: ``missing``, ``short``,
-    ``mismatch`` or ``unreadable``."""
+    """One stored range that is not intact. ``what``: ``missing``, ``short``, ``mismatch`` or
+    ``unreadable``.
+    """
 
     chunk: ChunkRead
     what: str
@@ -58,7 +59,7 @@ class DamagedChunk:
 
 
 def threads_best(backend: Backend) -> int:
-    """How many workers fill the link to ``backend`` from this machine."""
+    """Number of workers that fill the link to ``backend`` from this machine."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -77,9 +78,9 @@ def fetch(
     """Read what ``plan`` says into ``outputs``, one writable contiguous buffer for each want.
 
     Returns only when every byte was verified. ``budget_bytes`` bounds scratch memory, down to one
-    request. Raises IntegrityError where stored bytes are missing, short or differ from their digest
-    (``outputs`` then hold anything), and UnavailableError where the store does not answer. No
-    worker touches ``outputs`` after this returned or raised.
+    request. Raises IntegrityError if stored bytes are missing, short or differ from their digest
+    (``outputs`` then hold anything), and UnavailableError if the store does not answer. No worker
+    touches ``outputs`` after this returned or raised.
     """
     with Fetcher(backend, threads=threads, budget_bytes=budget_bytes) as fetcher:
         fetcher.fetch(plan, outputs, on_progress=on_progress)
@@ -131,19 +132,20 @@ class Fetcher:
         self._run(plan, work, on_progress)
 
     def scan(self, plan: ReadPlan, *, on_progress: OnProgress | None = None) -> list[DamagedChunk]:
-        """Read and verify everything in ``plan``, deliver nothing, and return all damage found
-        instead of raising."""
-        found: list[DamagedChunk] = []
+        """Read and verify everything in ``plan``, deliver nothing, and return all damage instead of
+        raising.
+        """
+        damaged: list[DamagedChunk] = []
 
         def work(read: PackRead, scratch: _ScratchMemory) -> int:
-            found.extend(_scan_read(self._backend, plan.snapshot, read, scratch))
+            damaged.extend(_scan_read(self._backend, plan.snapshot, read, scratch))
             return sum(chunk.location.raw_bytes for chunk in read.chunks)
 
         self._run(plan, work, on_progress)
-        found.sort(
+        damaged.sort(
             key=lambda damage: (damage.chunk.location.pack, damage.chunk.location.offset_bytes)
         )
-        return found
+        return damaged
 
     def _run(
         self,
@@ -158,24 +160,24 @@ class Fetcher:
             self._scratch.append(_ScratchMemory())
         for scratch in self._scratch[:workers]:
             scratch.grow(stored_bytes, raw_bytes)
-        line = _ReadQueue(plan.reads, on_progress)
+        queue = _ReadQueue(plan.reads, on_progress)
         if workers == 1:
-            line.drain(work, self._scratch[0])
+            queue.drain(work, self._scratch[0])
         else:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ckpt-fetch")
             futures = [
-                self._pool.submit(line.drain, work, scratch) for scratch in self._scratch[:workers]
+                self._pool.submit(queue.drain, work, scratch) for scratch in self._scratch[:workers]
             ]
             try:
                 for future in futures:
                     future.result()
             finally:
-                line.stop()
+                queue.stop()
                 for future in futures:
                     future.exception()
-        if line.error is not None:
-            raise line.error
+        if queue.error is not None:
+            raise queue.error
 
 
 class _ReadQueue:
@@ -215,7 +217,8 @@ class _ReadQueue:
 
 class _ScratchMemory:
     """One worker's reused memory: stored bytes of one request, raw bytes of one chunk.
-    Page-aligned, for direct I/O."""
+    Page-aligned, for direct I/O.
+    """
 
     def __init__(self) -> None:
         self.stored: Bytes = np.empty(0, np.uint8)
@@ -240,7 +243,7 @@ def _scratch_bytes(plan: ReadPlan) -> tuple[int, int]:
 
 
 def _direct(read: PackRead) -> ChunkCopy | None:
-    """The copy whose place in its output can take the read's bytes as they come, or None."""
+    """The copy whose place in its output can take the read's bytes as they arrive, or None."""
     chunk = read.chunks[0]
     if len(read.chunks) > 1 or chunk.location.codec is not Codec.RAW:
         return None
@@ -281,19 +284,19 @@ def _deliver_read(
         chunk = read.chunks[0]
         start = direct.target_offset_bytes
         raw = targets[direct.output][start : start + direct.size_bytes]
-        _read_right(backend, snapshot, read, raw, lambda: _check(chunk, raw, snapshot))
+        _read_verified(backend, snapshot, read, raw, lambda: _check(chunk, raw, snapshot))
         _deliver(raw, (copy for copy in chunk.copies if copy is not direct), targets)
         return raw.size
     stored = scratch.stored[: read.size_bytes]
 
     def deliver() -> None:
-        # Where a later chunk of this copy is wrong, the next copy is delivered over it.
+        # If a later chunk of this copy is damaged, the next copy is delivered over it.
         for chunk in read.chunks:
             raw = _raw(chunk, stored, read.offset_bytes, scratch, snapshot)
             _check(chunk, raw, snapshot)
             _deliver(raw, chunk.copies, targets)
 
-    _read_right(backend, snapshot, read, stored, deliver)
+    _read_verified(backend, snapshot, read, stored, deliver)
     return sum(chunk.location.raw_bytes for chunk in read.chunks)
 
 
@@ -301,7 +304,7 @@ def _scan_read(
     backend: Backend, snapshot: str, read: PackRead, scratch: _ScratchMemory
 ) -> list[DamagedChunk]:
     stored = scratch.stored[: read.size_bytes]
-    found: list[DamagedChunk] = []
+    damaged: list[DamagedChunk] = []
 
     def look(chunk: ChunkRead) -> None:
         _check(chunk, _raw(chunk, stored, read.offset_bytes, scratch, snapshot), snapshot)
@@ -312,7 +315,7 @@ def _scan_read(
 
     try:
         if isinstance(backend, MultiStoreBackend):
-            _read_right(backend, snapshot, read, stored, look_at_all)
+            _read_verified(backend, snapshot, read, stored, look_at_all)
             return []
         _read(backend, snapshot, read, stored)
     except (IntegrityError, UnavailableError) as error:
@@ -322,38 +325,40 @@ def _scan_read(
             PackRead(read.pack, chunk.location.offset_bytes, chunk.location.stored_bytes, (chunk,))
             for chunk in read.chunks
         )
-        return [damage for one in alone for damage in _scan_read(backend, snapshot, one, scratch)]
+        return [
+            damage for single in alone for damage in _scan_read(backend, snapshot, single, scratch)
+        ]
     for chunk in read.chunks:
         try:
             look(chunk)
         except IntegrityError as error:
-            found.append(_damage(chunk, error))
-    return found
+            damaged.append(_damage(chunk, error))
+    return damaged
 
 
 def _damage(chunk: ChunkRead, error: CkptError) -> DamagedChunk:
     match error, error.__cause__:
         case UnavailableError(), _:
-            what = "unreadable"
+            kind = "unreadable"
         case _, NotFoundError():
-            what = "missing"
+            kind = "missing"
         case _, IntegrityError():
-            what = "short"
+            kind = "short"
         case _:
-            what = "mismatch"
-    return DamagedChunk(chunk, what, str(error))
+            kind = "mismatch"
+    return DamagedChunk(chunk, kind, str(error))
 
 
-def _read_right(
+def _read_verified(
     backend: Backend, snapshot: str, read: PackRead, out: Bytes, check: Callable[[], None]
 ) -> None:
-    """Fill ``out`` with bytes that ``check`` doesn't raise for, of whichever copy."""
+    """Fill ``out`` from whichever copy does not make ``check`` raise."""
     if not isinstance(backend, MultiStoreBackend):
         _read(backend, snapshot, read, out)
         check()
         return
 
-    def words(_: memoryview) -> str | None:
+    def problem(_: memoryview) -> str | None:
         try:
             check()
         except IntegrityError as error:
@@ -361,12 +366,12 @@ def _read_right(
         return None
 
     try:
-        backend.read_checked(read.pack, out.data, words, offset_bytes=read.offset_bytes)
+        backend.read_checked(read.pack, out.data, problem, offset_bytes=read.offset_bytes)
     except (NotFoundError, IntegrityError) as error:
         fact = (
             "a pack is missing"
             if isinstance(error, NotFoundError)
-            else "no copy of a pack is right"
+            else "no copy of a pack is intact"
         )
         cause = error if isinstance(error, NotFoundError) else None
         raise IntegrityError(f"{_where(fact, read.chunks[0], snapshot)}: {error}") from cause
@@ -386,12 +391,12 @@ def _raw(
 ) -> Bytes:
     at = chunk.location
     low = at.offset_bytes - start_bytes
-    mine = stored[low : low + at.stored_bytes]
+    chunk_bytes = stored[low : low + at.stored_bytes]
     if at.codec is Codec.RAW:
-        return mine
+        return chunk_bytes
     raw = scratch.raw[: at.raw_bytes]
     try:
-        decode_chunk(mine.data, at, raw.data)
+        decode_chunk(chunk_bytes.data, at, raw.data)
     except IntegrityError as error:
         raise IntegrityError(
             f"{_where('a stored chunk does not decompress', chunk, snapshot)}: {error}"
@@ -422,11 +427,11 @@ def _deliver(
             low, start, size = copy.source_offset_bytes, copy.target_offset_bytes, copy.size_bytes
             np.copyto(target[start : start + size], raw[low : low + size])
             continue
-        word = _WORDS[copy.itemsize_bytes]
+        dtype = _WORDS[copy.itemsize_bytes]
         source = np.ndarray(
-            copy.shape, word, raw.data, copy.source_offset_bytes, copy.source_strides_bytes
+            copy.shape, dtype, raw.data, copy.source_offset_bytes, copy.source_strides_bytes
         )
-        place = np.ndarray(
-            copy.shape, word, target.data, copy.target_offset_bytes, copy.target_strides_bytes
+        destination = np.ndarray(
+            copy.shape, dtype, target.data, copy.target_offset_bytes, copy.target_strides_bytes
         )
-        np.copyto(place, source)
+        np.copyto(destination, source)

@@ -1,8 +1,8 @@
-"""Decide which stored bytes to read, and where each of them goes.
+"""Which stored bytes to read, and where each of them goes. Pure.
 
-Needed boxes meet stored boxes here; nothing is read. A *chunk* is read whole, because only whole
-chunks have digests; a chunk that several wants need is read once; chunks that lie side by side in a
-pack are joined into one request.
+Needed boxes meet stored boxes here. A *chunk* is read whole, because only whole chunks have
+digests; a chunk that several wants need is read once; chunks that are side by side in a pack are
+joined into one request.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, ChunkLocation, Digest, Le
 
 GAP_BYTES_MAX = 64 << 10
 """Unneeded bytes between two chunks that are worth reading to save a request: what a fast link
-carries in a round trip."""
+carries in a round trip.
+"""
 
 CLOSE_NAMES_MAX = 3
-"""How many similar leaf names an error offers."""
+"""Similar leaf names that an error offers."""
 
 
 class PlanIndex(Protocol):
@@ -37,15 +38,17 @@ class PlanIndex(Protocol):
         ...
 
     def shards(self, name: str, rank: int | None) -> tuple[StoredShard, ...]:
-        """Where the leaf's boxes are stored; an alias has those of the leaf it shares memory
-        with."""
+        """Where the leaf's boxes are stored; an alias has those of the leaf that it shares memory
+        with.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """A box of a leaf that somebody needs, in elements. ``rank`` is None for a leaf that all ranks
-    share."""
+    """A box of a leaf that is needed, in elements. ``rank`` is None for a leaf that all ranks
+    share.
+    """
 
     leaf: str
     rank: int | None
@@ -57,8 +60,8 @@ class ChunkCopy:
     """A part of one raw chunk and its place in one output, as numpy describes strided memory.
 
     ``shape`` is in elements of ``itemsize_bytes``, outermost first, with neighbouring dimensions
-    merged where both sides allow it, and never empty. Offsets and strides are in bytes, from the
-    start of the raw chunk and of the output.
+    merged if both sides allow it, and never empty. Offsets and strides are in bytes, from the start
+    of the raw chunk and of the output.
     """
 
     output: int
@@ -71,20 +74,21 @@ class ChunkCopy:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the bytes lie in one run on both sides."""
+        """Whether the bytes are one run on both sides."""
         dense = (self.itemsize_bytes,)
         return self.source_strides_bytes == dense and self.target_strides_bytes == dense
 
     @property
     def size_bytes(self) -> int:
-        """How many bytes it moves."""
+        """Number of bytes that it moves."""
         return math.prod(self.shape) * self.itemsize_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRead:
     """One chunk to read, its digest, and every place its bytes go. ``leaf`` and ``rank`` name it in
-    errors."""
+    errors.
+    """
 
     digest: Digest
     location: ChunkLocation
@@ -96,7 +100,8 @@ class ChunkRead:
 @dataclass(frozen=True, slots=True)
 class PackRead:
     """One request to the store: a byte range of one pack and the chunks in it, in order of their
-    offset."""
+    offset.
+    """
 
     pack: str
     offset_bytes: int
@@ -107,7 +112,8 @@ class PackRead:
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
     """What to read for some wants. ``output_bytes[i]`` is the length of want i's output, C order,
-    no padding."""
+    no padding.
+    """
 
     snapshot: str
     output_bytes: tuple[int, ...]
@@ -132,7 +138,7 @@ def plan_reads(
     ``coalesce_bytes`` is the largest request made by joining neighbours; 0 joins nothing.
     ``snapshot`` goes into error messages. ``chunk_bytes`` is the grid that the shards were cut on.
     Raises NotFoundError for a leaf that the snapshot does not have, UsageError for a box outside
-    its shape, and IntegrityError where no shard covers a wanted element. O(wants x shards of their
+    its shape, and IntegrityError if no shard covers a wanted element. O(wants x shards of their
     leaf + chunks); no I/O.
     """
     places: dict[Digest, tuple[StoredShard, int, list[ChunkCopy]]] = {}
@@ -172,25 +178,28 @@ def plan_verify(
     snapshot: str = "",
     skip: Container[tuple[Digest, ChunkLocation]] = frozenset(),
 ) -> ReadPlan:
-    """Plan the reading of every stored byte of ``shards``, each distinct place once, delivering
+    """Plan the reading of every stored byte of ``shards``, each distinct location once, delivering
     nothing.
 
-    ``skip`` holds the digests and places that need not be read.
+    ``skip`` holds the digests and locations that need not be read.
     """
     places: dict[tuple[Digest, ChunkLocation], ChunkRead] = {}
     for shard in shards:
-        for place in zip(shard.digests, shard.locations, strict=True):
-            if place not in places and place not in skip:
-                places[place] = ChunkRead(*place, shard.leaf.name, shard.leaf.rank, ())
+        for key in zip(shard.digests, shard.locations, strict=True):
+            if key not in places and key not in skip:
+                places[key] = ChunkRead(*key, shard.leaf.name, shard.leaf.rank, ())
     return ReadPlan(snapshot, (), tuple(join_reads(places.values(), coalesce_bytes)))
 
 
 def join_reads(chunks: Iterable[ChunkRead], coalesce_bytes: int) -> Iterator[PackRead]:
-    """Join chunks that are near neighbours in the same pack into requests of at most
-    ``coalesce_bytes``, in pack order."""
+    """Join near neighbours in the same pack into requests of at most ``coalesce_bytes``, in pack
+    order.
+    """
     run: list[ChunkRead] = []
     start = end = 0
-    for chunk in sorted(chunks, key=lambda one: (one.location.pack, one.location.offset_bytes)):
+    for chunk in sorted(
+        chunks, key=lambda entry: (entry.location.pack, entry.location.offset_bytes)
+    ):
         at = chunk.location
         stop = at.offset_bytes + at.stored_bytes
         near = (
@@ -251,7 +260,7 @@ def _find(index: PlanIndex, want: Want) -> Leaf:
     )
     if not fits:
         raise UsageError(
-            f"the wanted box does not lie inside the leaf. leaf={want.leaf} "
+            f"the wanted box is not inside the leaf. leaf={want.leaf} "
             f"shape={list(leaf.shape)} "
             f"offsets={list(box.offsets)} sizes={list(box.sizes)}"
         )
@@ -260,18 +269,19 @@ def _find(index: PlanIndex, want: Want) -> Leaf:
 
 def unknown_leaf(index: PlanIndex, name: str, rank: int | None) -> NotFoundError:
     """The error for a leaf that the snapshot does not have: names the leaf's other ranks, or leaves
-    with a similar name."""
+    with a similar name.
+    """
     ranks: Mapping[int | None, None] = {
         leaf.rank: None for leaf in index.leaves() if leaf.name == name
     }
     if ranks:
-        held = (
+        owners = (
             "shared by all ranks"
             if None in ranks
             else f"held by ranks {sorted(r for r in ranks if r is not None)}"
         )
         return NotFoundError(
-            f"the leaf exists, but not for this rank; it is {held}. leaf={name} rank={rank}"
+            f"the leaf exists, but not for this rank; it is {owners}. leaf={name} rank={rank}"
         )
     names = list(dict.fromkeys(leaf.name for leaf in index.leaves()))
     close = difflib.get_close_matches(name, names, n=CLOSE_NAMES_MAX)
@@ -282,8 +292,9 @@ def unknown_leaf(index: PlanIndex, name: str, rank: int | None) -> NotFoundError
 def _chunk_copies(
     common: Box, shard: StoredShard, wanted: Box, output: int, itemsize: int, chunk_bytes: int
 ) -> Iterator[tuple[int, ChunkCopy]]:
-    """For each chunk of ``shard`` that holds elements of ``common``: its number and a copy of
-    them."""
+    """For each chunk of ``shard`` that holds elements of ``common``: its number and a copy
+    of them.
+    """
     per_chunk = chunk_bytes // itemsize
     source, target = _flat_range(common, shard.box), _flat_range(common, wanted)
     if source is not None and target is not None:
@@ -302,9 +313,9 @@ def _chunk_copies(
     for number in range(first // per_chunk, last // per_chunk + 1):
         low = number * per_chunk
         for piece in split_flat(shard.box.sizes, low, min(elements, low + per_chunk)):
-            here = common.intersect(Box(_add(piece.offsets, shard.box.offsets), piece.sizes))
-            if here is not None:
-                yield number, _strided(here, shard.box, wanted, output, itemsize, low)
+            overlap = common.intersect(Box(_add(piece.offsets, shard.box.offsets), piece.sizes))
+            if overlap is not None:
+                yield number, _strided(overlap, shard.box, wanted, output, itemsize, low)
 
 
 def _dense(output: int, source: int, target: int, elements: int, itemsize: int) -> ChunkCopy:
@@ -315,13 +326,16 @@ def _dense(output: int, source: int, target: int, elements: int, itemsize: int) 
 
 
 def _strided(
-    here: Box, stored: Box, wanted: Box, output: int, itemsize: int, chunk_start: int
+    overlap: Box, stored: Box, wanted: Box, output: int, itemsize: int, chunk_start: int
 ) -> ChunkCopy:
     shape: list[int] = []
     source_strides: list[int] = []
     target_strides: list[int] = []
     dims = zip(
-        here.sizes, _strides(stored.sizes, itemsize), _strides(wanted.sizes, itemsize), strict=True
+        overlap.sizes,
+        _strides(stored.sizes, itemsize),
+        _strides(wanted.sizes, itemsize),
+        strict=True,
     )
     for size, source, target in dims:
         if size == 1:
@@ -336,17 +350,18 @@ def _strided(
     return ChunkCopy(
         output,
         tuple(shape) or (1,),
-        (_flat_offset(here, stored) - chunk_start) * itemsize,
+        (_flat_offset(overlap, stored) - chunk_start) * itemsize,
         tuple(source_strides) or (itemsize,),
-        _flat_offset(here, wanted) * itemsize,
+        _flat_offset(overlap, wanted) * itemsize,
         tuple(target_strides) or (itemsize,),
         itemsize,
     )
 
 
 def _flat_range(inner: Box, outer: Box) -> tuple[int, int] | None:
-    """The half-open range of ``outer``'s C-ordered elements that ``inner`` fills, or None where it
-    is no single range."""
+    """The half-open range of ``outer``'s C-ordered elements that ``inner`` fills, or None if it is
+    not a single range.
+    """
     if inner == outer:
         return 0, inner.elements
     ragged = False

@@ -1,5 +1,6 @@
-"""Read one snapshot's leaves without torch: whole, rows, boxes, or as a stream in bounded
-memory."""
+"""Reading one snapshot's leaves and structure without torch: whole, rows, boxes, or as a stream in
+bounded memory.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +32,11 @@ _NUMPY = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class LeafValues:
-    """A leaf's values. ``dtype`` is torch's name; where numpy has no such type (``bfloat16``, the
-    8-bit floats), ``array`` holds the raw bits as unsigned integers of the same width."""
+    """A leaf's values. ``dtype`` is torch's name.
+
+    If numpy has no such type (``bfloat16``, the 8-bit floats), ``array`` holds the raw bits as
+    unsigned integers of the same width.
+    """
 
     array: NDArray[np.generic]
     dtype: str
@@ -41,7 +45,8 @@ class LeafValues:
 @dataclass(frozen=True, slots=True)
 class StreamPiece:
     """Some bytes of a streamed leaf: ``number`` is its place in the request. ``data`` is valid
-    until the next piece."""
+    until the next piece.
+    """
 
     number: int
     offset_bytes: int
@@ -50,7 +55,8 @@ class StreamPiece:
 
 def numpy_dtype(dtype: str) -> np.dtype[np.generic]:
     """The numpy type whose arrays hold torch's ``dtype`` bit for bit: the same one, or unsigned
-    integers of its width."""
+    integers of its width.
+    """
     return np.dtype(dtype) if dtype in _NUMPY else np.dtype(f"u{DTYPE_BYTES[dtype]}")
 
 
@@ -99,11 +105,12 @@ class SnapshotReader:
 
     def leaf(self, name: str, *, rank: int = 0) -> Leaf:
         """The leaf as ``rank`` sees it: the shared one, else that rank's own. Raises NotFoundError
-        naming close names."""
-        found = self._index.leaf(name, None) or self._index.leaf(name, rank)
-        if found is None:
+        naming close names.
+        """
+        leaf = self._index.leaf(name, None) or self._index.leaf(name, rank)
+        if leaf is None:
             raise unknown_leaf(self._index, name, rank)
-        return found
+        return leaf
 
     def read(self, name: str, *, rank: int = 0, rows: slice | None = None) -> LeafValues:
         """A leaf, or the half-open range ``rows`` of its first dimension, reading no more chunks
@@ -121,7 +128,8 @@ class SnapshotReader:
 
     def read_bytes(self, name: str, rank: int | None, box: Box) -> bytearray:
         """The bytes of ``box`` of a leaf, C order. ``rank`` is None for a shared leaf, exactly as
-        it is recorded."""
+        it is recorded.
+        """
         plan = plan_reads(
             self._index,
             [Want(name, rank, box)],
@@ -134,7 +142,8 @@ class SnapshotReader:
 
     def read_object(self, name: str, *, rank: int = 0) -> object:
         """An object leaf's value in plain types and the nodes of ``ckpt.format.objects``; nothing
-        is unpickled."""
+        is unpickled.
+        """
         leaf = self.leaf(name, rank=rank)
         if leaf.kind is not LeafKind.OBJECT:
             raise UsageError(
@@ -155,8 +164,8 @@ class SnapshotReader:
         """All bytes of ``leaves`` in order, in pieces, through one reused window of
         ``window_bytes`` (at least 4 MiB).
 
-        A window is verified whole before its pieces come. A leaf without elements gives no piece.
-        Small leaves share a window, so that they share requests.
+        A whole window is verified before its pieces are given. A leaf without elements gives no
+        piece. Small leaves share a window, so that they share requests.
         """
         window_bytes = max(CHUNK_BYTES, window_bytes // CHUNK_BYTES * CHUNK_BYTES)
         window = memoryview(mmap.mmap(-1, window_bytes))
@@ -187,23 +196,27 @@ def size_bytes(leaf: Leaf) -> int:
 
 
 def _windows(leaves: Sequence[Leaf], window_bytes: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut the leaves' bytes into windows of ``(leaf number, start, stop)``; cuts inside a leaf lie
-    on the chunk grid."""
+    """Cut the leaves' bytes into windows of ``(leaf number, start, stop)``; cuts inside a leaf are
+    on the chunk grid.
+    """
     segments: list[tuple[int, int, int]] = []
-    room = window_bytes
+    room_bytes = window_bytes
     for number, leaf in enumerate(leaves):
         start, size = 0, size_bytes(leaf)
         while start < size:
             take = min(
-                size - start, room if size - start <= room else room // CHUNK_BYTES * CHUNK_BYTES
+                size - start,
+                room_bytes
+                if size - start <= room_bytes
+                else room_bytes // CHUNK_BYTES * CHUNK_BYTES,
             )
             if take:
                 segments.append((number, start, start + take))
                 start += take
-                room -= take
+                room_bytes -= take
             if start < size:
                 yield segments
-                segments, room = [], window_bytes
+                segments, room_bytes = [], window_bytes
     if segments:
         yield segments
 
@@ -219,18 +232,20 @@ def _row_box(leaf: Leaf, rows: slice) -> Box:
     return Box((start,) + (0,) * len(rest), (max(0, stop - start), *rest))
 
 
-# A stored item's structure without its live objects, for reading and listing. Torch-free.
+# ---- structure: an item's skeleton without its live objects, for reading and listing
 
 T = TypeVar("T")
 
 ReadWants = Callable[[Sequence[Want], Sequence[memoryview]], None]
-"""Fills each output with its want's elements in C order; raises IntegrityError where bytes differ
-from their digest."""
+"""Fills each output with its want's elements in C order; raises IntegrityError if bytes differ from
+their digest.
+"""
 
 
 def captured_rank(index: SnapshotIndex, rank: int) -> int:
-    """The old rank whose leaves a rank takes: its own number modulo the size of the world that was
-    captured."""
+    """The old rank whose leaves a rank takes: its own number modulo the size of the
+    captured world.
+    """
     return rank % index.manifest.world_size
 
 
@@ -240,7 +255,7 @@ def find_leaf(index: SnapshotIndex, name: str, rank: int) -> Leaf | None:
 
 
 def item_names(index: SnapshotIndex) -> list[str]:
-    """The tracked items of a snapshot, as their leaves' names begin."""
+    """The tracked items of a snapshot, which are the first components of its leaves' names."""
     return list(dict.fromkeys(leaf.name.split("/", 1)[0] for leaf in index.leaves()))
 
 
@@ -250,17 +265,22 @@ def read_objects(
     """The skeletons of those items that the snapshot has, in one read. An item that is a tensor has
     its Ref as skeleton.
 
-    Raises IntegrityError where bytes are not what was written.
+    Raises IntegrityError if bytes differ from their digest.
     """
-    found = {name: leaf for name in names if (leaf := find_leaf(index, name, rank)) is not None}
-    leaves = {name: leaf for name, leaf in found.items() if leaf.kind is not LeafKind.TENSOR}
+    leaf_by_name = {
+        name: leaf for name in names if (leaf := find_leaf(index, name, rank)) is not None
+    }
+    leaves = {name: leaf for name, leaf in leaf_by_name.items() if leaf.kind is not LeafKind.TENSOR}
     for name, leaf in leaves.items():
         if len(leaf.shape) != 1:
             raise IntegrityError(f"item's structure is not an object. item={name!r} leaf={leaf}")
     buffers = {name: bytearray(leaf.shape[0]) for name, leaf in leaves.items()}
     wants = [Want(name, leaf.rank, Box.whole(leaf.shape)) for name, leaf in leaves.items()]
-    read(wants, [memoryview(one) for one in buffers.values()])
-    return {name: decode_object(buffers[name]) if name in buffers else Ref(name) for name in found}
+    read(wants, [memoryview(buffer) for buffer in buffers.values()])
+    return {
+        name: decode_object(buffers[name]) if name in buffers else Ref(name)
+        for name in leaf_by_name
+    }
 
 
 def rebuild(
@@ -269,12 +289,12 @@ def rebuild(
     """The item's value in plain Python, each tensor replaced by what ``tensors`` gives for it.
 
     ``name`` is the item's escaped name. Instances of user classes stay nodes; nothing is imported.
-    Raises NotFoundError where there is no such item.
+    Raises NotFoundError if there is no such item.
     """
-    found = read_objects(index, [name], rank=rank, read=read)
-    if name not in found:
+    skeletons = read_objects(index, [name], rank=rank, read=read)
+    if name not in skeletons:
         raise NotFoundError(f"snapshot has no such item. item={name!r} items={item_names(index)}")
-    return with_tensors(found[name], tensors)
+    return with_tensors(skeletons[name], tensors)
 
 
 def with_tensors(node: object, tensors: Callable[[Ref], T]) -> object:
@@ -283,24 +303,26 @@ def with_tensors(node: object, tensors: Callable[[Ref], T]) -> object:
         case Ref():
             return tensors(node)
         case dict():
-            pairs = {key: with_tensors(one, tensors) for key, one in node.items()}
+            pairs = {key: with_tensors(item, tensors) for key, item in node.items()}
             if isinstance(node, Counter):
                 return Counter(pairs)
             return OrderedDict(pairs) if isinstance(node, OrderedDict) else pairs
         case deque():
-            return deque((with_tensors(one, tensors) for one in node), node.maxlen)
+            return deque((with_tensors(item, tensors) for item in node), node.maxlen)
         case list():
-            return [with_tensors(one, tensors) for one in node]
+            return [with_tensors(item, tensors) for item in node]
         case tuple():
-            return tuple(with_tensors(one, tensors) for one in node)
+            return tuple(with_tensors(item, tensors) for item in node)
         case DataclassNode():
             return DataclassNode(
                 node.type_name,
-                {key: with_tensors(one, tensors) for key, one in node.fields.items()},
+                {key: with_tensors(item, tensors) for key, item in node.fields.items()},
             )
         case NamedTupleNode():
             return NamedTupleNode(
-                node.type_name, node.names, tuple(with_tensors(one, tensors) for one in node.values)
+                node.type_name,
+                node.names,
+                tuple(with_tensors(item, tensors) for item in node.values),
             )
         case _:
             return node

@@ -1,5 +1,6 @@
-"""Pair live tensors, and tensors still to be made, with the stored leaves that fill them. Decides;
-reads nothing."""
+"""Pairing tensors, live or still to be made, with the stored leaves that fill them; selection and
+differences; filling.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +22,10 @@ from ckpt.restore.plan import Want
 from ckpt.restore.reader import ReadWants, find_leaf
 from ckpt.values import Box, Leaf, LeafKind
 
-# Stored bytes into live memory: straight where it is contiguous CPU memory, else through a
-# scratch buffer.
+# ---- filling: straight into contiguous CPU memory, else through a scratch buffer
 
 SCRATCH_BYTES = 512 << 20
-"""How much scratch memory is used at a time (more where one tensor alone is larger)."""
+"""Scratch memory used at a time (more if one tensor alone is larger)."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """A dtype for each element size that copies bits as they are."""
@@ -41,30 +41,30 @@ class TensorFill:
 
 @torch.no_grad()
 def fill_tensors(fills: Sequence[TensorFill], read: ReadWants) -> None:
-    """Read all wants and put them into their tensors, bit by bit; autograd's version counters move
-    on.
+    """Read all wants and put them into their tensors, bit by bit; autograd's version counters
+    advance.
 
     ``read``'s errors pass through; memory may then hold a part of the new bytes.
     """
     direct: list[tuple[Want, memoryview]] = []
     others: list[TensorFill] = []
-    for one in fills:
-        local = local_of(one.tensor)
+    for fill in fills:
+        local = local_of(fill.tensor)
         if not local.numel():
             continue
         if _is_direct(local):
-            direct.append((one.want, _bytes_of(local)))
+            direct.append((fill.want, _bytes_of(local)))
         else:
-            others.append(one)
+            others.append(fill)
     if direct:
         read([want for want, _ in direct], [view for _, view in direct])
     for batch in _batches(others):
-        scratch = [np.empty(_nbytes(local_of(one.tensor)), np.uint8) for one in batch]
-        read([one.want for one in batch], [one.data for one in scratch])
-        for one, data in zip(batch, scratch, strict=True):
-            _copy(local_of(one.tensor), data)
-    for one in fills:
-        _bump(one.tensor)
+        scratch = [np.empty(_nbytes(local_of(fill.tensor)), np.uint8) for fill in batch]
+        read([fill.want for fill in batch], [fill.data for fill in scratch])
+        for fill, data in zip(batch, scratch, strict=True):
+            _copy(local_of(fill.tensor), data)
+    for fill in fills:
+        _bump(fill.tensor)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
@@ -81,7 +81,7 @@ def _is_direct(tensor: torch.Tensor) -> bool:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    # Over the storage rather than view(): that works for every dtype and for 0-d tensors.
+    # Over the storage rather than view(): this works for every dtype and for 0-d tensors.
     base = torch.empty(0, dtype=torch.uint8)
     base.set_(
         tensor.untyped_storage(),
@@ -95,12 +95,12 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 def _batches(fills: Sequence[TensorFill]) -> Iterator[list[TensorFill]]:
     batch: list[TensorFill] = []
     used = 0
-    for one in fills:
-        size = _nbytes(local_of(one.tensor))
+    for fill in fills:
+        size = _nbytes(local_of(fill.tensor))
         if batch and used + size > SCRATCH_BYTES:
             yield batch
             batch, used = [], 0
-        batch.append(one)
+        batch.append(fill)
         used += size
     if batch:
         yield batch
@@ -131,14 +131,14 @@ def _bump(tensor: torch.Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-# Which paths a restore touches (``only=``), and the differences it found.
+# ---- selection (``only=``) and differences
 
 PROBLEMS_SHOWN_MAX = 20
-"""How many differences one error lists."""
+"""Differences that one error lists."""
 
 
 class Coverage(Enum):
-    """How much of what lies at and below a path is selected."""
+    """How much of what is at and below a path is selected."""
 
     NONE = 0
     PART = 1
@@ -149,7 +149,7 @@ class Selection:
     """Prefixes of paths, by whole components; None selects everything."""
 
     def __init__(self, only: Sequence[str] | None) -> None:
-        self._only = None if only is None else tuple(one.strip("/") for one in only)
+        self._only = None if only is None else tuple(prefix.strip("/") for prefix in only)
         self._used: set[str] = set()
 
     @property
@@ -161,23 +161,26 @@ class Selection:
         """What is selected of ``path``."""
         if self._only is None:
             return Coverage.ALL
-        if inside := [one for one in self._only if path == one or path.startswith(one + "/")]:
+        if inside := [
+            prefix for prefix in self._only if path == prefix or path.startswith(prefix + "/")
+        ]:
             self._used.update(inside)
             return Coverage.ALL
         return (
             Coverage.PART
-            if any(one.startswith(path + "/") for one in self._only)
+            if any(prefix.startswith(path + "/") for prefix in self._only)
             else Coverage.NONE
         )
 
     def unused(self) -> list[str]:
         """The prefixes that no path had."""
-        return [one for one in self._only or () if one not in self._used]
+        return [prefix for prefix in self._only or () if prefix not in self._used]
 
 
 class RestoreProblems:
-    """Differences between live objects and a snapshot, gathered so that one error lists them
-    all."""
+    """Differences between live objects and a snapshot, collected so that one error lists
+    them all.
+    """
 
     def __init__(self, *, keep_missing: bool) -> None:
         self._keep_missing = keep_missing
@@ -186,12 +189,13 @@ class RestoreProblems:
         """Paths that keep their live value because the snapshot lacks them."""
 
     def add(self, fact: str, path: str, remedy: str = "") -> None:
-        """One more difference."""
+        """Add a difference."""
         self._found.append(f"{fact} path={path!r}{'; ' + remedy if remedy else ''}")
 
     def missing(self, path: str) -> None:
-        """Something live that the snapshot doesn't have: a difference, unless it is to keep its
-        value."""
+        """Something live that the snapshot does not have: a difference, unless it keeps its
+        value.
+        """
         if self._keep_missing:
             self.kept.append(path)
         else:
@@ -206,8 +210,9 @@ class RestoreProblems:
         )
 
     def check(self) -> None:
-        """Raise UsageError listing what was found, if anything was. Nothing was written until
-        then."""
+        """Raise UsageError listing all differences, if there are any. Nothing is written before
+        that.
+        """
         if not self._found:
             return
         shown = "\n  ".join(self._found[:PROBLEMS_SHOWN_MAX])
@@ -226,7 +231,7 @@ _PLACEMENTS = re.compile(r"(R|S[0-9]{1,2})(,(R|S[0-9]{1,2}))*")
 class NewTensor:
     """A tensor to make: a plain one, or one laid out like a parameter.
 
-    ``like`` gives memory format and, where it is distributed, mesh and placements (``placements``
+    ``like`` gives memory format and, if it is distributed, mesh and placements (``placements``
     overrides those).
     """
 
@@ -236,7 +241,7 @@ class NewTensor:
     placements: str = ""
 
     def make(self) -> torch.Tensor:
-        """Allocate it; the contents are whatever was there."""
+        """Allocate it, uninitialised."""
         dtype = getattr(torch, self.leaf.dtype)
         like = self.like
         if like is None:
@@ -246,9 +251,9 @@ class NewTensor:
         api = sys.modules["torch.distributed.tensor"]
         placements = like.placements
         if self.placements:
-            words = self.placements.split(",")
+            parts = self.placements.split(",")
             placements = tuple(
-                api.Replicate() if word == "R" else api.Shard(int(word[1:])) for word in words
+                api.Replicate() if part == "R" else api.Shard(int(part[1:])) for part in parts
             )
         compute = sys.modules[
             "torch.distributed.tensor._utils"
@@ -267,7 +272,7 @@ class NewTensor:
 
 
 class PlannedTensor:
-    """A tensor's place in the plan: filled by the time that the plan's values are put in place."""
+    """A tensor's place in the plan: filled by the time the plan's values are put in place."""
 
     __slots__ = ("new", "path", "ref", "tensor")
 
@@ -302,8 +307,9 @@ class TensorTargets:
         self._live: list[TensorLeaf] = []
 
     def stored(self, ref: Ref) -> Leaf:
-        """The leaf that a reference of this rank's structure leads to. Raises IntegrityError where
-        there is none."""
+        """The leaf that a reference of this rank's structure names. Raises IntegrityError if there
+        is none.
+        """
         leaf = find_leaf(self._index, ref.leaf, self._world.rank)
         if leaf is None or leaf.kind is not LeafKind.TENSOR:
             raise IntegrityError(
@@ -317,21 +323,23 @@ class TensorTargets:
         slot = PlannedTensor(path, ref, tensor=live)
         leaf = self.stored(ref)
         try:
-            mine = describe(path, live, world=self._world, sharing=UNSHARED)
+            live_leaf = describe(path, live, world=self._world, sharing=UNSHARED)
         except UsageError as error:
             self._problems.add(f"live tensor can't be restored: {error}", path)
             return slot
-        if leaf.shape != mine.leaf.shape:
-            self._problems.add(f"shapes differ. stored={leaf.shape} live={mine.leaf.shape}", path)
-        elif leaf.dtype != mine.leaf.dtype:
+        if leaf.shape != live_leaf.leaf.shape:
             self._problems.add(
-                f"dtypes differ. stored={leaf.dtype} live={mine.leaf.dtype}",
+                f"shapes differ. stored={leaf.shape} live={live_leaf.leaf.shape}", path
+            )
+        elif leaf.dtype != live_leaf.leaf.dtype:
+            self._problems.add(
+                f"dtypes differ. stored={leaf.dtype} live={live_leaf.leaf.dtype}",
                 path,
                 "convert the live tensor",
             )
         elif any(
             step == 0 and size > 1
-            for step, size in zip(mine.tensor.stride(), mine.tensor.shape, strict=True)
+            for step, size in zip(live_leaf.tensor.stride(), live_leaf.tensor.shape, strict=True)
         ):
             self._problems.add(
                 "live tensor is expanded: its elements share memory.",
@@ -340,7 +348,7 @@ class TensorTargets:
             )
         else:
             self._slots.append((slot, leaf))
-            self._live.append(mine)
+            self._live.append(live_leaf)
         return slot
 
     def fresh(self, new: NewTensor, ref: Ref, path: str) -> PlannedTensor:
@@ -359,37 +367,39 @@ class TensorTargets:
         return slot
 
     def check_ties(self) -> None:
-        """Live tensors that are one memory must be stored as equal bytes."""
+        """Live tensors that share one memory must be stored as equal bytes."""
         refs = {slot.path: leaf for slot, leaf in self._slots if slot.tensor is not None}
-        for one in with_aliases(self._live):
-            if one.leaf.alias_of is None:
+        for tied in with_aliases(self._live):
+            if tied.leaf.alias_of is None:
                 continue
-            mine, first = refs[one.leaf.name], refs[one.leaf.alias_of]
-            if mine.name != first.name and self._bytes(mine) != self._bytes(first):
+            own_leaf, first = refs[tied.leaf.name], refs[tied.leaf.alias_of]
+            if own_leaf.name != first.name and self._bytes(own_leaf) != self._bytes(first):
                 self._problems.add(
-                    f"one live tensor, but stored as two that differ. other={one.leaf.alias_of!r}",
-                    one.leaf.name,
+                    f"one live tensor, but stored as two that differ. other={tied.leaf.alias_of!r}",
+                    tied.leaf.name,
                     "untie them, or name the one to restore with only=[...]",
                 )
 
     def fills(self) -> list[TensorFill]:
-        """What to read, new tensors made. Memory that several names share is read once."""
-        found: list[TensorFill] = []
+        """What to read; new tensors are made here. Memory that several names share is read once."""
+        fills: list[TensorFill] = []
         aliases = {
-            one.leaf.name for one in with_aliases(self._live) if one.leaf.alias_of is not None
+            tensor_leaf.leaf.name
+            for tensor_leaf in with_aliases(self._live)
+            if tensor_leaf.leaf.alias_of is not None
         }
-        boxes = {one.leaf.name: one.box for one in self._live}
+        boxes = {tensor_leaf.leaf.name: tensor_leaf.box for tensor_leaf in self._live}
         for slot, leaf in self._slots:
             if slot.tensor is None and slot.new is not None:
                 slot.tensor = slot.new.make()
             elif slot.path in aliases:
                 continue
             box = boxes.get(slot.path) or describe(slot.path, slot.value(), world=self._world).box
-            found.append(TensorFill(Want(leaf.name, leaf.rank, box), slot.value()))
-        return found
+            fills.append(TensorFill(Want(leaf.name, leaf.rank, box), slot.value()))
+        return fills
 
     def _bytes(self, leaf: Leaf) -> list[tuple[Box, tuple[bytes, ...]]]:
         return sorted(
             ((shard.box, shard.digests) for shard in self._index.shards(leaf.name, leaf.rank)),
-            key=lambda one: one[0].offsets,
+            key=lambda entry: entry[0].offsets,
         )

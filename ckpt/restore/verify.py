@@ -1,4 +1,4 @@
-"""Read every byte of a snapshot and say everything that is wrong with it."""
+"""Reading every byte of a snapshot and reporting everything that is damaged."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ckpt.restore.plan import plan_verify
 from ckpt.values import ChunkLocation, Digest, SnapshotId
 
 LEAVES_NAMED_MAX = 20
-"""How many leaves one damaged range names; dedup may let thousands share it."""
+"""Leaves that one damaged range names; deduplication may let thousands share it."""
 
 
 ChunkPlace = tuple[Digest, ChunkLocation]
 
 VerifyMemo = dict[ChunkPlace, DamagedChunk | None]
-"""Chunks verified before, and the damage found: snapshots of one store share many."""
+"""Chunks verified before, with the damage, if any: snapshots of one store share many."""
 
 
 @dataclass(frozen=True, slots=True)
 class DamagedObject:
-    """One object, or range of a pack, that is not what it should be.
+    """One object, or range of a pack, that is not intact.
 
     ``what`` is ``missing``, ``short``, ``mismatch`` or ``unreadable`` (the store did not answer).
     ``offset_bytes`` is 0 for a whole object. ``leaves`` names up to 20 leaves that need the range,
@@ -58,7 +58,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every byte is what it should be."""
+        """Whether every byte is intact."""
         return not self.damaged
 
 
@@ -74,17 +74,21 @@ def verify(
     """Read the manifest, the parts and each distinct stored chunk of a snapshot once, and compare
     with their digests.
 
-    Never raises for damage: it is in the report, all of it. Memory is bounded by ``budget_bytes``
+    Never raises for damage: all of it is in the report. Memory is bounded by ``budget_bytes``
     beside the index. Give the same ``memo`` to several calls on one store to read chunks that
     snapshots share only once.
     """
     manifest = index.manifest
     data = manifest.encode()
-    seen = digest_hex(data)
-    objects = [(manifest_key(manifest.snapshot, seen), seen, len(data))]
+    manifest_digest = digest_hex(data)
+    objects = [(manifest_key(manifest.snapshot, manifest_digest), manifest_digest, len(data))]
     objects += [(ref.key, ref.digest, ref.size_bytes) for ref in manifest.parts]
-    damaged = [found for one in objects if (found := _check_object(backend, *one)) is not None]
-    known = {} if memo is None else memo
+    damaged = [
+        object_damage
+        for entry in objects
+        if (object_damage := _check_object(backend, *entry)) is not None
+    ]
+    verified = {} if memo is None else memo
     places = dict.fromkeys(
         place
         for part in index.parts
@@ -95,15 +99,15 @@ def verify(
         [shard for part in index.parts for shard in part.shards],
         coalesce_bytes=min(backend.capabilities().read_bytes_best, budget_bytes // 4),
         snapshot=str(manifest.snapshot),
-        skip=known,
+        skip=verified,
     )
     with Fetcher(backend, threads=threads, budget_bytes=budget_bytes) as fetcher:
         scanned = fetcher.scan(plan, on_progress=on_progress)
-    known.update(
+    verified.update(
         ((chunk.digest, chunk.location), None) for read in plan.reads for chunk in read.chunks
     )
-    known.update(((damage.chunk.digest, damage.chunk.location), damage) for damage in scanned)
-    bad = [damage for place in places if (damage := known[place]) is not None]
+    verified.update(((damage.chunk.digest, damage.chunk.location), damage) for damage in scanned)
+    bad = [damage for place in places if (damage := verified[place]) is not None]
     return VerifyReport(
         snapshot=manifest.snapshot,
         read_bytes=sum(chunk.location.raw_bytes for read in plan.reads for chunk in read.chunks),
@@ -122,7 +126,10 @@ def _check_object(backend: Backend, key: str, wanted: str, size_bytes: int) -> D
         if stat is None:
             return DamagedObject(key, 0, (), "missing", f"an object is missing. key={key}")
         if stat.size_bytes != size_bytes:
-            fact = f"an object has another length. key={key} bytes={stat.size_bytes} wanted={size_bytes}"
+            fact = (
+                f"an object has another length. key={key} bytes={stat.size_bytes} "
+                f"wanted={size_bytes}"
+            )
             return DamagedObject(
                 key, 0, (), "short" if stat.size_bytes < size_bytes else "mismatch", fact
             )
@@ -138,16 +145,16 @@ def _check_object(backend: Backend, key: str, wanted: str, size_bytes: int) -> D
 
 
 def _check_copies(backend: Backend, key: str, wanted: str, size_bytes: int) -> DamagedObject | None:
-    """Whether any store has it right; those that don't are mended on the way."""
+    """Whether any store has it intact; damaged copies are repaired on the way."""
 
-    def words(data: memoryview) -> str | None:
+    def problem(data: memoryview) -> str | None:
         return None if digest_hex(data) == wanted else "an object's bytes differ from their digest"
 
     try:
-        read_object(backend, key, words, bytes_max=size_bytes)
+        read_object(backend, key, problem, bytes_max=size_bytes)
     except (NotFoundError, IntegrityError, UnavailableError) as error:
-        what = "mismatch" if isinstance(error, IntegrityError) else _what(error)
-        return DamagedObject(key, 0, (), what, str(error))
+        kind = "mismatch" if isinstance(error, IntegrityError) else _what(error)
+        return DamagedObject(key, 0, (), kind, str(error))
     return None
 
 
@@ -161,11 +168,11 @@ def _what(error: CkptError) -> str:
             return "short"
 
 
-def _name_leaves(index: SnapshotIndex, found: Sequence[DamagedChunk]) -> list[DamagedObject]:
-    if not found:
+def _name_leaves(index: SnapshotIndex, damaged: Sequence[DamagedChunk]) -> list[DamagedObject]:
+    if not damaged:
         return []
     users: dict[ChunkPlace, dict[str, None]] = {
-        (damage.chunk.digest, damage.chunk.location): {} for damage in found
+        (damage.chunk.digest, damage.chunk.location): {} for damage in damaged
     }
     for part in index.parts:
         for shard in part.shards:
@@ -182,5 +189,5 @@ def _name_leaves(index: SnapshotIndex, found: Sequence[DamagedChunk]) -> list[Da
             damage.what,
             damage.message,
         )
-        for damage in found
+        for damage in damaged
     ]

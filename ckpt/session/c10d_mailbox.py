@@ -1,8 +1,8 @@
-"""Where the ranks of one job meet when no keeper joins them.
+"""The mailbox of ranks that no keeper connects: a key-value store that the launcher or the process
+group has set up.
 
-Their messages travel through the key-value store that the launcher or the process group has already
-set up. Such a store may outlive an attempt, so ``meet`` gives each meeting a random room name
-first: a key of a dead attempt is never read as new.
+Such a store may outlive an attempt. So the handshake gives each set of ranks a random key prefix
+first: a dead attempt's key is never taken for a new one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ STORE_WAIT_S = 300.0
 
 
 class KeyValueStore(Protocol):
-    """The part of ``torch.distributed.OpenStore`` that a channel uses."""
+    """The part of ``torch.distributed.Store`` that a mailbox uses."""
 
     def set(self, key: str, value: str, /) -> None:
-        """Write; replaces."""
+        """Write; replaces what was there."""
         ...
 
     def get(self, key: str, /) -> bytes:
@@ -50,7 +50,7 @@ class KeyValueStore(Protocol):
 
 
 class StoreMailbox:
-    """A channel over a c10d store, below a prefix that only this meeting knows."""
+    """A mailbox in a c10d store, below a prefix that only the ranks of one handshake know."""
 
     def __init__(self, store: KeyValueStore, *, rank: int, size: int, prefix: str) -> None:
         self._store = store
@@ -59,21 +59,18 @@ class StoreMailbox:
         self._prefix = f"ckpt/{prefix}/"
 
     def post(self, key: str, value: bytes) -> None:
-        """See ``Channel``. torch's stores take text, so bytes travel as Latin-1."""
+        """torch's stores take text, so bytes travel as Latin-1."""
         self._store.set(self._prefix + key, value.decode("latin-1"))
 
     def peek(self, key: str) -> bytes | None:
-        """See ``Channel``."""
         if not self._store.check([self._prefix + key]):
             return None
         return self._store.get(self._prefix + key).decode("utf-8").encode("latin-1")
 
     def count(self, key: str, amount: int = 0) -> int:
-        """See ``Channel``."""
         return self._store.add(self._prefix + key, amount)
 
     def forget(self, key: str) -> None:
-        """See ``Channel``."""
         self._store.delete_key(self._prefix + key)
 
 
@@ -86,11 +83,12 @@ def world_of_process() -> tuple[int, int]:
 
 
 def connect_ranks(*, name: str) -> CountingMailbox:
-    """Join the other ranks and return the channel. Every rank calls it, in the same order of names.
+    """Connect to the other ranks and return the mailbox. Every rank calls it, in the same order of
+    names.
 
-    ``name`` tells meetings of one attempt apart (a job may have several checkpointers). Raises
-    UsageError where there are several ranks but neither a process group nor a launcher's store,
-    UnavailableError where a rank does not come.
+    ``name`` separates the handshakes of one attempt: a job may have several checkpointers. Raises
+    UsageError if there are several ranks but neither a process group nor a launcher's store,
+    UnavailableError if a rank does not call it in time.
     """
     rank, size = world_of_process()
     if size == 1:
@@ -106,7 +104,7 @@ def _store_of_process(rank: int) -> KeyValueStore:
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
         )
     raise UsageError(
-        f"several ranks, but no way to speak to them. rank={rank}; call "
+        f"several ranks, but no store to connect them. rank={rank}; call "
         "torch.distributed.init_process_group() "
         "before the first run.track() or Checkpointer call"
     )
@@ -120,12 +118,13 @@ class _Invitation(msgspec.Struct, frozen=True):
 def join_handshake(
     store: KeyValueStore, *, rank: int, size: int, name: str, timeout_s: float = HANDSHAKE_WAIT_S
 ) -> StoreMailbox:
-    """Agree on a fresh room over a store that may hold keys of dead attempts.
+    """Agree on a fresh key prefix, over a store that may hold keys of dead attempts.
 
-    Each rank shows a random badge under its rank. Rank 0 collects the badges and sends every badge
-    an invitation to a random room; a rank that finds an invitation under its own badge enters and
-    acknowledges there. A badge left behind by a dead process is simply replaced: rank 0 invites
-    again until every current badge has acknowledged. Two round trips; no clock.
+    Each rank posts a random badge under its rank. Rank 0 collects the badges and posts, under each
+    badge, an invitation that names a random prefix. A rank that finds an invitation under its own
+    badge acknowledges it below that prefix. A badge that a dead process left is replaced by the
+    living one's, and rank 0 invites again until every current badge has acknowledged. Two round
+    trips; no clock.
     """
     badge = secrets.token_hex(8)
     lobby = f"ckpt/lobby/{name}/"
@@ -150,7 +149,7 @@ def join_handshake(
             return StoreMailbox(store, rank=rank, size=size, prefix=entered)
         if time.monotonic() - began > timeout_s:
             raise UnavailableError(
-                f"not all ranks came to the meeting. name={name} rank={rank} world_size={size} "
+                f"not all ranks joined the handshake. name={name} rank={rank} world_size={size} "
                 f"timeout_s={timeout_s:g}; "
                 "every rank must create its Run or Checkpointer"
             )

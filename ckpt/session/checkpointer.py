@@ -38,8 +38,8 @@ class Checkpointer:
     """Snapshots of a state in one store.
 
     Works in a plain process, under torchrun and in a notebook. With several ranks ``save``,
-    ``save_async``, ``restore`` and ``close`` are called by every rank in the same order; the rest
-    by whoever likes. Not thread-safe. Nothing is touched before the first call. A context manager:
+    ``save_async``, ``restore`` and ``close`` are called by every rank in the same order; any rank
+    may call the rest. Not thread-safe. Nothing is touched before the first call. A context manager:
     leaving it closes.
 
     A state is a dict of the user's names to modules, optimizers, schedulers, loaders, generators,
@@ -64,20 +64,20 @@ class Checkpointer:
         (default: its last path component).
 
         Or ``store`` is a list of paths and URLs that shall all hold the same: a snapshot is durable
-        when ``write_quorum`` of them have it (default: the majority), and is read from whichever is
-        nearest and right. ``storage_options`` go to fsspec: for all stores, or a list with one
-        entry for each. ``encryption_key`` says where the key is with which all is encrypted that
-        leaves this machine: ``"file:PATH"``, ``"env:NAME"`` or ``"command:WORDS"``.
+        once ``write_quorum`` of them have it (default: the majority), and is read from the nearest
+        that is intact. ``storage_options`` go to fsspec: for all stores, or a list with one entry
+        for each. ``encryption_key`` says where the key is that encrypts everything that leaves this
+        machine: ``"file:PATH"``, ``"env:NAME"`` or ``"command:WORDS"``.
 
         ``slots``: how many staged snapshots memory may hold, each as large as this rank's share of
-        the state; one more save waits until one is durable. ``compression``: chunks are compressed
-        never, where it pays, or always. ``threads`` copy and read (default: 2 to copy, what fills
+        the state; another save waits until one is durable. ``compression``: chunks are compressed
+        never, if it pays, or always. ``threads`` copy and read (default: 2 to copy, enough to fill
         the link to read).
 
         ``keep`` says which snapshots stay, such as ``keep_last(5) | keep_best("loss")`` or
-        ``"last=5,best=loss:1"`` (default: all); the newest and tagged ones always do. The others
-        are dropped in the background after saves, and their bytes deleted ``grace`` later, by the
-        stores' clocks: longer than any restore takes that may have begun before.
+        ``"last=5,best=loss:1"`` (default: all); the newest and tagged ones always stay. The others
+        are dropped in the background after saves. Their bytes are deleted ``grace`` later, by the
+        stores' clocks: choose it longer than any restore that may have begun before.
         """
         options = SessionOptions(
             job=job,
@@ -96,9 +96,9 @@ class Checkpointer:
         """Lay out and pre-fault the slots for ``state`` in the background, so that the first save
         is as quick as the rest.
 
-        Call it early, while the program still reads data or compiles; every rank calls it. Never
-        needed: a first save without it only takes longer, because it touches fresh memory. Raises
-        UsageError for what can't be captured.
+        Call it early, while the program still reads data or compiles; every rank calls it. It is
+        never needed: without it the first save takes longer, because it touches fresh memory.
+        Raises UsageError for what can't be captured.
         """
         self._session.attach_keeper()
         self._session.saving.prepare(state)
@@ -111,14 +111,14 @@ class Checkpointer:
         tag: str | None = None,
         metadata: Mapping[str, Fact] | None = None,
     ) -> Pending:
-        """Copy ``state`` now and make it durable in the background. Returns when it is staged;
+        """Copy ``state`` now and make it durable in the background. Returns once it is staged;
         training may change it then.
 
         ``step`` is the number of completed steps; it grows from save to save until an older
         snapshot is restored. Saves are queued, never mixed: with all slots in use the call waits
-        for one. ``tag`` names the snapshot once it is durable, ``metadata`` is stored with it.
+        for one. ``tag`` names the snapshot once it is durable; ``metadata`` is stored with it.
         Blocks for one memcpy of this rank's share. Raises UsageError for what can't be captured,
-        FencedError where a newer attempt took over.
+        FencedError if a newer attempt took over.
         """
         check_items(state)
         if not is_count(step):
@@ -154,15 +154,16 @@ class Checkpointer:
         """Fill ``state``'s objects in place and return the facts of the snapshot that they now
         hold.
 
-        Without ``step`` and ``tag`` it is the newest; where that can't be read whole, the next
-        older one, with a warning in the log ``ckpt``. Every byte is verified. ``only`` restores
-        just these leaves: names or whole leading path components (``["model",
-        "optimizer/state"]``). ``missing="keep"`` keeps live values that the snapshot doesn't have.
-        The world may have another size: shared leaves are taken as they are, per-rank ones by rank
-        modulo the old size. Later saves go on from here. Raises NotFoundError where there is no
-        such snapshot, UsageError naming everything that doesn't fit, before anything is changed,
-        and IntegrityError where nothing is readable; the state may then be half filled and must not
-        be used.
+        Without ``step`` and ``tag`` it is the newest; if that can't be read whole, the next older
+        one, with a warning in the log ``ckpt``. Every byte is verified. ``only`` restores just
+        these leaves: names or whole leading path components (``["model", "optimizer/state"]``).
+        ``missing="keep"`` keeps live values that the snapshot does not have. The world may have
+        another size: shared leaves are taken as they are, per-rank ones by rank modulo the old
+        size. Later saves continue from here.
+
+        Raises NotFoundError if there is no such snapshot, UsageError naming everything that does
+        not fit, before anything is changed, and IntegrityError if nothing is readable; the state
+        may then be half filled and must not be used.
         """
         check_items(state)
         _check_choice(step, epoch, tag)
@@ -179,13 +180,16 @@ class Checkpointer:
         return session.restore(state, choices, rules)
 
     def latest(self) -> SnapshotInfo | None:
-        """The newest snapshot, or None where there is none yet. Reads the log, joins nobody.
+        """The newest snapshot, or None if there is none yet. Reads the log; other ranks are not
+        involved.
 
-        What a run that died left with its keeper becomes durable first, as for ``restore``; that is
+        What the keeper of a dead run still holds becomes durable first, as for ``restore``; that is
         waited for, one minute at most.
         """
         self._session.await_previous_run()
-        newest = [one.snapshot for one in self._session.newest_first() if not one.staged]
+        newest = [
+            candidate.snapshot for candidate in self._session.newest_first() if not candidate.staged
+        ]
         if not newest:
             return None
         state = self._session.state()
@@ -193,7 +197,8 @@ class Checkpointer:
 
     def snapshots(self) -> tuple[SnapshotInfo, ...]:
         """All snapshots that exist, in the order of their commits. Reads the log and their
-        manifests; waits as ``latest``."""
+        manifests; waits as ``latest`` does.
+        """
         self._session.await_previous_run()
         try:
             return snapshots(self._session.backend, self._session.state())
@@ -213,29 +218,31 @@ class Checkpointer:
         """One tensor, or ``rows`` of its first dimension, without reading the rest; verified.
         ``rank`` picks per-rank leaves.
 
-        Reads the chunks that hold the rows. Raises NotFoundError naming close matches.
+        Reads only the chunks that hold the rows. Raises NotFoundError naming close matches.
         """
         with SnapshotReader(self._session.backend, self._index(step, epoch, tag)) as reader:
-            found = reader.read(leaf, rank=rank, rows=rows)
-        dtype: torch.dtype = getattr(torch, found.dtype)
-        if found.array.size == 0:
-            return torch.empty(found.array.shape, dtype=dtype)
+            values = reader.read(leaf, rank=rank, rows=rows)
+        dtype: torch.dtype = getattr(torch, values.dtype)
+        if values.array.size == 0:
+            return torch.empty(values.array.shape, dtype=dtype)
         return (
-            torch.from_numpy(found.array.reshape(-1).view("uint8"))
+            torch.from_numpy(values.array.reshape(-1).view("uint8"))
             .view(dtype)
-            .reshape(found.array.shape)
+            .reshape(values.array.shape)
         )
 
     def verify(
         self, *, step: int | None = None, tag: str | None = None, epoch: int | None = None
     ) -> VerifyReport:
         """Read every byte of one snapshot (default: the newest) and report everything that is
-        damaged."""
+        damaged.
+        """
         return verify(self._index(step, epoch, tag), self._session.backend)
 
     def close(self) -> None:
         """Wait until everything is durable and leave. Raises what kept the last snapshot from
-        becoming durable."""
+        becoming durable.
+        """
         self._session.finish(run=False)
 
     def _index(self, step: int | None, epoch: int | None, tag: str | None) -> SnapshotIndex:

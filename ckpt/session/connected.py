@@ -1,43 +1,61 @@
-"""In place: after a keeper's death the next snapshot goes to the next keeper, or to nobody but this
-process.
+"""What a session has once its ranks are connected, and how it opens epochs, also after its keeper
+died.
 
-The ranks learn of the death at different snapshots, and must not wait for each other there: one
-that waits holds up the step that the others need to get to theirs. So rank 0 alone decides, at its
-next snapshot: it finds or starts a keeper, opens an epoch that goes on from the newest pair that
-all ranks have, and posts from which step on the new one counts. The others look for that word at
-each snapshot of theirs; until it is there their snapshots fail, and what they missed from that step
-on they refuse. So all ranks hand in the same sequence, and a death costs the snapshots around it.
+Keeper failover happens in place only: a supervisor restarts its trainers instead. The ranks notice
+the keeper's death at different snapshots, and must not wait for each other there: a rank that waits
+holds up the step that the others need to reach theirs. So rank 0 alone decides, at its next
+snapshot. It finds or starts a keeper, opens an epoch that continues from the newest snapshot that
+all ranks have, and posts from which step on the new epoch counts. The others look for that message
+at each of their snapshots. Until it is there their snapshots fail; the steps that they missed from
+there on they refuse. So all ranks submit the same sequence, and the death of a keeper costs only
+the snapshots around it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from ckpt.backends.base import Backend
 from ckpt.capture.leaves import World
-from ckpt.errors import FencedError, IntegrityError, UnavailableError, UsageError
+from ckpt.errors import (
+    FencedError,
+    IntegrityError,
+    NewerSnapshotError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.events import Emit, Event
 from ckpt.format.canonical import prepare_decoders
 from ckpt.ipc.mailbox import wait_for_message
 from ckpt.log.state import LogState
 from ckpt.session.decisions import Decisions, RankDecisions, SoloDecisions
 from ckpt.session.keeper.attachment import KeeperAttachment
-from ckpt.session.log import SessionLog
+from ckpt.session.keeper.connection import verified_chunks
+from ckpt.session.log import SessionLineage, SessionLog, parse_opened
 from ckpt.session.options import SessionOptions
-from ckpt.session.restoring import Restoring
+from ckpt.session.restoring import FillRules, RestoreCandidate, Restoring
 from ckpt.session.saving import Saving
 from ckpt.session.slot_rule import newest_of
-from ckpt.values import SnapshotId
+from ckpt.values import SnapshotId, SnapshotInfo
 
-# What a session has once its ranks have met: the channel and keeper, and what saves, restores and
-# agrees over them.
+BYE_WAIT_S = 60.0
+"""How long rank 0 waits for the other ranks to leave: it may own the message store."""
+
+OPEN_WAIT_S = 600.0
+"""How long the other ranks wait for rank 0 to open an epoch."""
+
+CHOICES_MAX = 5
+"""Choices of a snapshot before giving up, if a newer one is committed after each: only a writer
+that was fenced a moment ago can commit one."""
 
 
 class ConnectedSession:
-    """What exists once the ranks have met."""
+    """The mailbox and the keeper of connected ranks, and what saves, restores and decides over
+    them.
+    """
 
     def __init__(
         self,
@@ -48,15 +66,15 @@ class ConnectedSession:
         emit: Emit,
     ) -> None:
         self.attachment = attachment
-        self.channel = channel = attachment.channel
+        self.mailbox = mailbox = attachment.mailbox
         self.emit = emit
         self._uses_slots = False
-        self.saving = Saving(channel, options, self.emit)
+        self.saving = Saving(mailbox, options, self.emit)
         self._orders: Decisions | None = None
         self.restoring = Restoring(
-            channel,
+            mailbox,
             backend,
-            world=World(channel.rank, channel.size),
+            world=World(mailbox.rank, mailbox.size),
             state=state,
             emit=self.emit,
             threads=options.threads,
@@ -65,72 +83,72 @@ class ConnectedSession:
         )
 
     def use_slots(self) -> None:
-        """Stage into slots that the keeper holds too, where there is one; once."""
+        """Stage into slots that the keeper holds too, if it is attached. Once."""
         if not self._uses_slots and self.attachment.regions is not None:
             self._uses_slots = True
             self.saving.use_regions(self.attachment.regions)
 
     @property
     def decisions(self) -> Decisions:
-        """What all ranks do at a boundary."""
+        """What all ranks decide together at a boundary. Only for a run that is open."""
         assert self._orders is not None, "a run is open"
         return self._orders
 
     def start_decisions(self) -> None:
-        """For a run; a checkpointer has no boundaries to agree on."""
+        """Start deciding together. Only a run does; a checkpointer has no boundaries."""
         saving = self.saving
         self._orders = (
             SoloDecisions(saving.may_take, self._skipped)
-            if self.channel.size == 1
+            if self.mailbox.size == 1
             else RankDecisions(
-                self.channel, saving.may_take, self._skipped, passed=lambda: saving.passed_step
+                self.mailbox, saving.may_take, self._skipped, passed=lambda: saving.passed_step
             )
         )
 
     def leave(self, *, wait_s: float) -> None:
-        """End what runs in the background and leave: rank 0 last, because it may own the message
-        store.
+        """End what runs in the background, and leave. Rank 0 leaves last, because it may own the
+        message store.
 
-        Without ``wait_s`` an exception is on its way out: nothing waits, and nothing is raised over
+        Without ``wait_s`` an exception is being raised: nothing waits, and no other error replaces
         it.
         """
         try:
             if self._orders is not None:
                 self._orders.close()
-            if self.channel.rank != 0:
-                self._say_bye(heard=wait_s > 0)
+            if self.mailbox.rank != 0:
+                self._post_bye(strict=wait_s > 0)
             elif wait_s > 0 and not self.attachment.supervised:
-                self._see_off(wait_s)
+                self._await_byes(wait_s)
         finally:
             self.attachment.close()
 
-    def _say_bye(self, *, heard: bool) -> None:
-        rank = self.channel.rank
+    def _post_bye(self, *, strict: bool) -> None:
+        rank = self.mailbox.rank
         try:
-            self.channel.post(f"bye/{rank}", b"1")
+            self.mailbox.post(f"bye/{rank}", b"1")
         except (UnavailableError, RuntimeError) as error:  # RuntimeError: torch's own stores
-            if heard:
+            if strict:
                 raise
             self.emit(
-                Event("left", f"left without a word to the other ranks: {error}", {"rank": rank})
+                Event("left", f"left without notice to the other ranks: {error}", {"rank": rank})
             )
 
-    def _see_off(self, wait_s: float) -> None:
+    def _await_byes(self, wait_s: float) -> None:
         began_s = time.monotonic()
-        for rank in range(1, self.channel.size):
+        for rank in range(1, self.mailbox.size):
             left_s = max(0.0, wait_s - (time.monotonic() - began_s))
             try:
                 wait_for_message(
-                    self.channel, f"bye/{rank}", timeout_s=left_s, awaited=f"rank {rank} to leave"
+                    self.mailbox, f"bye/{rank}", timeout_s=left_s, awaited=f"rank {rank} to leave"
                 )
             except UnavailableError as error:
                 self.emit(Event("late-leaver", str(error), {"rank": rank}, alarm=True))
 
-    def _skipped(self, boundary: int, why: str) -> None:
+    def _skipped(self, boundary: int, reason: str) -> None:
         self.emit(
             Event(
                 "skipped",
-                f"the snapshot due at step {boundary} is skipped: {why}",
+                f"the snapshot due at step {boundary} is skipped: {reason}",
                 {"step": boundary},
                 alarm=True,
             )
@@ -138,7 +156,7 @@ class ConnectedSession:
 
 
 class _EpochChange(msgspec.Struct, frozen=True):
-    """From snapshot ``at_step`` on, ``epoch`` counts; ``alone``: without keeper."""
+    """From the snapshot of ``at_step`` on, ``epoch`` counts. ``alone``: it has no keeper."""
 
     epoch: int
     origin: str
@@ -147,10 +165,10 @@ class _EpochChange(msgspec.Struct, frozen=True):
 
 
 class KeeperFailover:
-    """One rank's part in it. Used by the training thread.
+    """One rank's part in replacing a lost keeper. Used by the training thread.
 
-    ``open_epoch`` opens the next epoch, on rank 0; ``log`` is asked there whether another writer
-    did, and used without keeper.
+    ``open_epoch`` opens the next epoch, on rank 0. ``log`` tells rank 0 whether another writer did
+    so meanwhile, and is written to if there is no other keeper.
     """
 
     def __init__(
@@ -160,126 +178,245 @@ class KeeperFailover:
         open_epoch: Callable[[SnapshotId | None], tuple[int, str]],
         log: SessionLog,
     ) -> None:
-        self._joined = connected
+        self._connected = connected
         self._open_epoch = open_epoch
         self._log = log
-        self._mended = 0
+        self._completed = 0  # failovers of this rank: names the next one's message
         self._under_way = False
-        self._handed_in: list[int] = []
+        self._submitted: list[int] = []
         self._bases: dict[int, SnapshotId | None] = {}
 
     @property
     def needed(self) -> bool:
-        """Whether the keeper of a session in place is gone, or what follows is not done yet."""
-        keeping = self._joined.attachment
-        lost = keeping.link is not None and keeping.link.lost is not None
-        return not keeping.supervised and (lost or self._under_way)
+        """Whether a session in place has lost its keeper, or has not finished replacing it."""
+        attachment = self._connected.attachment
+        lost = attachment.link is not None and attachment.link.lost is not None
+        return not attachment.supervised and (lost or self._under_way)
 
     def record_submitted(self, step: int) -> None:
-        """This rank handed in, or refused, a snapshot of that step."""
-        if self._joined.channel.size > 1 and self._joined.attachment.link is not None:
-            self._handed_in = [*self._handed_in[-999:], step]
+        """This rank submitted or refused a snapshot of that step."""
+        if self._connected.mailbox.size > 1 and self._connected.attachment.link is not None:
+            self._submitted = [*self._submitted[-999:], step]
 
     def reattach(self) -> None:
-        """Rank 0, before an epoch is opened anyway: find the next keeper, or do without."""
+        """On rank 0, before an epoch is opened anyway: attach to the next keeper, or do without."""
         if self.needed:
-            self._reach()
+            self._attach_next()
 
     def follow_rank0(self, *, alone: bool) -> None:
-        """After that, on all ranks: do as rank 0 did. ``alone``: it opened the epoch without
-        keeper."""
-        keeping, slots = self._joined.attachment, self._joined.saving.slots
-        if alone and keeping.link is not None:
-            keeping.detach(slots)
+        """After that, on all ranks: do as rank 0 did. ``alone``: it opened the epoch without a
+        keeper.
+        """
+        attachment, slots = self._connected.attachment, self._connected.saving.slots
+        if alone and attachment.link is not None:
+            attachment.detach(slots)
         elif self.needed:
-            keeping.reconnect(slots)
-        self._under_way, self._handed_in = False, []
+            attachment.reconnect(slots)
+        self._under_way, self._submitted = False, []
 
     def fail_over(self, step: int, *, epoch: int, base: SnapshotId | None) -> int | None:
-        """Before the snapshot of ``step``, where it is ``needed``: the epoch that counts from now
-        on, or None if none does yet.
+        """Before the snapshot of ``step``, if ``needed``: the epoch that counts from now on, or
+        None if there is none yet.
 
-        ``epoch`` is open and went on from ``base``. Raises FencedError where another writer opened
-        a newer one, ConflictError where another launch has the next keeper, UnavailableError where
-        the store can't be asked: the next one tries again.
+        ``epoch`` is the one before, which continued from ``base``. Raises FencedError if another
+        writer opened a newer one, ConflictError if the next keeper serves another launch,
+        UnavailableError if the store does not answer: the next snapshot tries again.
         """
-        if self._joined.channel.rank == 0:
-            word = self._decide(step, epoch, self._bases.get(epoch, base))
+        if self._connected.mailbox.rank == 0:
+            change = self._decide(step, epoch, self._bases.get(epoch, base))
         else:
-            body = self._joined.channel.peek(f"mended/{self._mended}")
+            body = self._connected.mailbox.peek(f"mended/{self._completed}")
             if body is None:
                 return None
-            word = msgspec.json.decode(body, type=_EpochChange)
-            if word.at_step > step:  # rank 0 handed this one in before it knew
+            change = msgspec.json.decode(body, type=_EpochChange)
+            if change.at_step > step:  # rank 0 submitted this step to the old epoch
                 return None
-        self._follow(word, after=step - 1)
-        return word.epoch
+        self._follow(change, after=step - 1)
+        return change.epoch
 
     def _decide(self, step: int, epoch: int, base: SnapshotId | None) -> _EpochChange:
         self._under_way = True
-        self._reach()
+        self._attach_next()
         newest = self._log.newest_epoch()
         if newest > epoch:
             raise FencedError(
-                f"another writer opened an epoch of this job. newest={newest} mine={epoch}; stop "
+                f"another writer opened an epoch of this job. newest={newest} epoch={epoch}; stop "
                 "this one"
             )
         resume = self._newest_of(epoch) or base
         number, origin = self._open_epoch(resume)
-        word = _EpochChange(number, origin, step, self._joined.attachment.link is None)
-        self._bases[word.epoch] = resume
-        if self._joined.channel.size > 1:
-            self._joined.channel.post(f"mended/{self._mended}", msgspec.json.encode(word))
-        text = f"the keeper was lost; epoch {word.epoch} goes on from {resume}"
-        self._joined.emit(
-            Event("keeper-replaced", text, {"epoch": word.epoch, "alone": word.alone}, alarm=True)
+        change = _EpochChange(number, origin, step, self._connected.attachment.link is None)
+        self._bases[change.epoch] = resume
+        if self._connected.mailbox.size > 1:
+            self._connected.mailbox.post(f"mended/{self._completed}", msgspec.json.encode(change))
+        text = f"the keeper was lost; epoch {change.epoch} continues from {resume}"
+        self._connected.emit(
+            Event(
+                "keeper-replaced", text, {"epoch": change.epoch, "alone": change.alone}, alarm=True
+            )
         )
-        return word
+        return change
 
     def _newest_of(self, epoch: int) -> SnapshotId | None:
-        """The newest pair of ``epoch`` that all ranks' slots hold, or that is durable."""
-        board, durable = self._joined.attachment.board, self._joined.saving.durable
-        found = [
+        """The newest snapshot of ``epoch`` that the slots of all ranks hold, or that is durable."""
+        board, durable = self._connected.attachment.board, self._connected.saving.durable
+        snapshots = [
             board.newest_complete() if board is not None else None,
             durable.id if durable is not None else None,
         ]
-        return newest_of(pair for pair in found if pair is not None and pair.epoch == epoch)
+        return newest_of(
+            snapshot for snapshot in snapshots if snapshot is not None and snapshot.epoch == epoch
+        )
 
-    def _reach(self) -> None:
-        """Find or start the next keeper, and give it what the last one had; else do without from
-        here on."""
-        keeping, slots = self._joined.attachment, self._joined.saving.slots
-        if keeping.link is None:
+    def _attach_next(self) -> None:
+        """Attach to the next keeper and give it what the last one held; if there is none, do
+        without from here on.
+        """
+        attachment, slots = self._connected.attachment, self._connected.saving.slots
+        if attachment.link is None:
             return
         try:
-            keeping.reconnect(slots)
+            attachment.reconnect(slots)
         except (UnavailableError, UsageError, IntegrityError) as error:
-            text = f"the keeper is lost and there is no other, so snapshots depend on this process alone: {error}"
-            self._joined.emit(Event("no-keeper", text, alarm=True))
-            keeping.detach(slots)
+            text = (
+                "the keeper is lost and there is no other, so snapshots depend on this process "
+                f"alone: {error}"
+            )
+            self._connected.emit(Event("no-keeper", text, alarm=True))
+            attachment.detach(slots)
 
-    def _follow(self, word: _EpochChange, *, after: int) -> None:
-        keeping, saving = self._joined.attachment, self._joined.saving
-        if not word.alone:
-            keeping.reconnect(saving.slots)
+    def _follow(self, change: _EpochChange, *, after: int) -> None:
+        attachment, saving = self._connected.attachment, self._connected.saving
+        if not change.alone:
+            attachment.reconnect(saving.slots)
             saving.write_through_keeper(
-                keeping.persister(word.epoch), origin=word.origin, after=after
+                attachment.persister(change.epoch), origin=change.origin, after=after
             )
         else:
-            if keeping.link is not None:
-                keeping.detach(saving.slots)
-            place = self._log.place(word.epoch, rank=self._joined.channel.rank)
-            saving.write_locally(place, base=None, known_chunks=dict, after=after)
-            if keeping.regions is not None:
-                keeping.regions.epoch = word.epoch
-        self._mended += 1
+            if attachment.link is not None:
+                attachment.detach(saving.slots)
+            target = self._log.save_target(change.epoch, rank=self._connected.mailbox.rank)
+            saving.write_locally(target, base=None, known_chunks=dict, after=after)
+            if attachment.regions is not None:
+                attachment.regions.epoch = change.epoch
+        self._completed += 1
         self._under_way = False
-        missed, self._handed_in = [step for step in self._handed_in if step >= word.at_step], []
+        missed, self._submitted = [step for step in self._submitted if step >= change.at_step], []
         for step in missed:
             saving.refuse(
-                SnapshotId(word.epoch, step),
-                UnavailableError("the keeper was lost when it was handed in"),
+                SnapshotId(change.epoch, step),
+                UnavailableError("the keeper was lost when the snapshot was submitted"),
             )
+
+
+class SessionEpochs:
+    """The epochs that a session opens, and the snapshot that it continues from. For the training
+    thread.
+
+    Rank 0 opens an epoch and posts its number and origin, or the error; the other ranks wait for
+    that message. Every rank makes the same calls in the same order.
+    """
+
+    def __init__(
+        self, connected: ConnectedSession, lineage: SessionLineage, log: SessionLog
+    ) -> None:
+        self._connected = connected
+        self._lineage = lineage
+        self._log = log
+        self._failover = KeeperFailover(connected, open_epoch=lineage.open_next, log=log)
+        self._tries = 0  # names the message about the next epoch
+        self._verified = False
+        self.epoch = 0
+        """The epoch that is open; 0 if none is."""
+        self.restored: SnapshotInfo | None = None
+        """The snapshot that the session continues from."""
+
+    def open_on_newest(self, choices: Callable[[], Sequence[RestoreCandidate]]) -> None:
+        """Choose the newest snapshot and open an epoch that continues from it.
+
+        Chooses again if a newer snapshot is committed in between, CHOICES_MAX times at most.
+        """
+        for tries_left in reversed(range(CHOICES_MAX)):
+            self._choose(choices)
+            try:
+                self.open(newest=True)
+                return
+            except NewerSnapshotError as error:
+                if not tries_left:
+                    raise
+                self._connected.emit(Event("chosen-anew", str(error)))
+
+    def _choose(self, choices: Callable[[], Sequence[RestoreCandidate]]) -> None:
+        """Choose the newest snapshot whose records can be read; its bytes are not read yet."""
+        restoring = self._connected.restoring
+        self.restored = None
+        if restoring.choose(choices) is not None:
+            self.restored = restoring.fill({}, FillRules())
+
+    def open(self, *, newest: bool = False) -> None:
+        """Open the next epoch as the continuation of ``restored``.
+
+        ``newest``: it was chosen as the newest; all ranks raise NewerSnapshotError if it no longer
+        is.
+        """
+        connected, mailbox = self._connected, self._connected.mailbox
+        # What is in flight belongs to the epoch before, which the record written below closes.
+        connected.saving.drain()
+        self._tries += 1
+        key = f"epoch/{self._tries}"
+        resume = self.restored.id if self.restored is not None else None
+        if mailbox.rank == 0:
+            self._failover.reattach()
+            mailbox.post(key, self._lineage.open_for_ranks(resume, newest=newest).encode())
+        opened = wait_for_message(
+            mailbox, key, timeout_s=OPEN_WAIT_S, awaited="rank 0 to open the epoch"
+        )
+        epoch, origin = parse_opened(opened.decode())
+        self._failover.follow_rank0(alone=not origin)
+        self.epoch = epoch
+        base = resume if self._verified else None
+        connected.emit(Event("epoch", f"epoch {epoch} is open", {"epoch": epoch}))
+        attachment, restoring = connected.attachment, connected.restoring
+        if attachment.link is not None:
+            if base is not None:
+                attachment.link.send(verified_chunks(base, dict(restoring.verified)))
+            persister = attachment.persister(epoch, resume=resume if restoring.staged else None)
+            connected.saving.write_through_keeper(persister, origin=origin)
+            return
+        target = self._log.save_target(epoch, rank=mailbox.rank)
+        connected.saving.write_locally(
+            target, base=base, known_chunks=lambda: dict(restoring.verified)
+        )
+
+    def fill(self, items: Mapping[str, object], rules: FillRules) -> None:
+        """Fill a run's items from the chosen snapshot, or all items from an older one if it is
+        damaged.
+
+        In that case an open epoch is followed by one that continues from the older snapshot, so
+        that later snapshots have a true lineage.
+        """
+        before = self.restored
+        self.restored = self._connected.restoring.fill(items, rules)
+        if self.epoch and before is not None and self.restored.id != before.id:
+            self.open()
+
+    def go_on_from(self, restored: SnapshotInfo, *, verified: bool) -> None:
+        """The session restored a snapshot: the next save opens an epoch that continues from it.
+
+        ``verified``: its chunks were read from the store, so that new snapshots may refer to them.
+        """
+        self.restored = restored
+        self._verified = verified
+        self.epoch = 0
+
+    def before_snapshot(self, step: int) -> None:
+        """Before a snapshot is submitted or refused: replace a lost keeper, which opens another
+        epoch.
+        """
+        if self._failover.needed:
+            base = self.restored.id if self.restored is not None else None
+            self.epoch = self._failover.fail_over(step, epoch=self.epoch, base=base) or self.epoch
+        self._failover.record_submitted(step)
 
 
 prepare_decoders(_EpochChange)

@@ -1,4 +1,6 @@
-"""A session's log: reading it, and opening epochs where no keeper does."""
+"""A session's log: reading it, opening epochs, and waiting for the final flush of the last run's
+keeper.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,13 @@ from ckpt.ipc.client import KeeperClient, KeeperSpec
 from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import (
     WIRE_VERSION,
+    Choices,
+    GetChoices,
     GetStatus,
     Hello,
     KeeperReport,
+    Number,
+    OpenEpoch,
     RemoteError,
     Status,
     from_error,
@@ -37,8 +43,9 @@ from ckpt.values import SnapshotId
 
 
 class SessionLog:
-    """The log of one store. ``named``: the job's name as the user gave it; ``job``: that or the
-    address's own."""
+    """The log of one store. ``named``: the job's name as the user gave it, if any; ``job``: that,
+    or the name made of the address.
+    """
 
     def __init__(self, backend: Backend, *, job: str, named: str | None) -> None:
         self._backend = backend
@@ -48,31 +55,30 @@ class SessionLog:
         self._may_write = False
 
     def state(self) -> LogState:
-        """The log's fold, fresh from the store. Raises NotFoundError where there is no store
-        yet."""
+        """The log's fold, fresh from the store. Raises NotFoundError if there is no store yet."""
         if self._journal is None:
             self._journal = Journal.open(self._backend)
         return self._journal.refresh()
 
     def newest_epoch(self) -> int:
-        """The newest epoch that the store knows; 0 where there is no store yet."""
+        """The newest epoch that the store knows; 0 if there is no store yet."""
         try:
             return self.state().epoch
         except NotFoundError:
             return 0
 
     def has(self, snapshot: SnapshotId) -> bool:
-        """Whether the store has it committed, as far as the store can be asked."""
+        """Whether the store has the snapshot committed. False if the store does not answer."""
         try:
             return any(entry.snapshot == snapshot for entry in self.state().snapshots)
         except CkptError:
             return False
 
     def open_epoch(self, resume: SnapshotId | None, *, chosen: ResumeChoice | None = None) -> int:
-        """Open the next epoch, going on from ``resume``; its number. Makes the store where there is
-        none.
+        """Open the next epoch as the continuation of ``resume``; returns its number. Makes the
+        store if there is none.
 
-        ``chosen``: see ``Journal.open_epoch``.
+        ``chosen``: what was seen as the newest snapshot, see ``Journal.open_epoch``.
         """
         if self._journal is None or not self._may_write:
             self._journal = self._open_to_write()
@@ -80,12 +86,14 @@ class SessionLog:
         return self._journal.open_epoch(resume=resume, choice=chosen)
 
     def tag(self, name: str, snapshot: SnapshotId, *, epoch: int) -> None:
-        """Tag a snapshot. Nothing where no log was opened."""
+        """Tag a snapshot. Nothing if no log was opened."""
         if self._journal is not None:
             self._journal.tag(name, snapshot, epoch=epoch)
 
-    def place(self, epoch: int, *, rank: int) -> SaveTarget:
-        """Where this process makes its share of ``epoch``'s snapshots durable itself."""
+    def save_target(self, epoch: int, *, rank: int) -> SaveTarget:
+        """Where this process itself makes its share of an epoch's snapshots durable. Rank 0 writes
+        the log.
+        """
         return SaveTarget(
             backend=self._backend,
             writer=writer_name(socket.gethostname(), secrets.token_hex(8)),
@@ -94,8 +102,7 @@ class SessionLog:
         )
 
     def _open_to_write(self) -> Journal:
-        """A store without a log becomes this job's, by the user's name or else its own
-        address's."""
+        """A store without a log becomes this job's: named by the user, else by the address."""
         try:
             Journal.open(self._backend, job=self._named)
             job = self._named
@@ -104,12 +111,12 @@ class SessionLog:
         return Journal.open(self._backend, job=job, create=True)
 
 
-# What a session may go on from, and the epochs that go on from it: by its keeper, or, without
-# one, by this process.
-
-
 class SessionLineage:
-    """Used by the training thread. ``link``: the keeper, where there is one by now."""
+    """The snapshots that a session may continue from, and the epochs that continue from them. For
+    the training thread.
+
+    The keeper answers and opens if there is one (``link``), else this process does.
+    """
 
     def __init__(
         self, log: SessionLog, options: SessionOptions, *, link: Callable[[], KeeperLink | None]
@@ -118,44 +125,55 @@ class SessionLineage:
         self._options = options
         self._link = link
         self._chosen: ResumeChoice | None = None
-        """What the log's newest snapshot was when it was last read here."""
+        """The log's newest snapshot, as it was when this process last read the log."""
 
     def newest_first(self) -> Sequence[RestoreCandidate]:
-        """The snapshots on the line, best first, staged ones too; none where there is no store
-        yet."""
+        """The snapshots of the lineage, best first, with staged ones; empty if there is no store
+        yet.
+
+        Raises UnavailableError if none can be seen but some may exist on stores that do not answer.
+        """
         link = self._link()
         if link is not None and link.lost is None:
-            return [RestoreCandidate(one.snapshot, one.tier == "staged") for one in link.choices()]
+            choices = link.ask(GetChoices(), Choices).choices
+            return [
+                RestoreCandidate(choice.snapshot, choice.tier == "staged") for choice in choices
+            ]
         self._chosen = ResumeChoice(None)
         try:
             state = self._log.state()
         except NotFoundError:
             return ()
         self._chosen = ResumeChoice(state.newest())
-        found = [RestoreCandidate(snapshot) for snapshot in candidates(state)]
-        if not found and state.short:
-            # Beginning afresh would leave behind what the silent stores hold.
+        committed = [RestoreCandidate(snapshot) for snapshot in candidates(state)]
+        if not committed and state.short:
+            # A fresh start would abandon the snapshots of the stores that do not answer.
             raise UnavailableError(
-                f"no snapshot can be seen, and there may be some: {state.short} repeat when more "
-                "answer"
+                f"no snapshot can be seen, but some may exist: {state.short} repeat when more "
+                "stores answer"
             )
-        return found
+        return committed
 
     def open_next(self, resume: SnapshotId | None, *, newest: bool = False) -> tuple[int, str]:
-        """Rank 0: open the next epoch, going on from ``resume``; its number and what its staged
-        indexes carry.
+        """On rank 0, open the next epoch as the continuation of ``resume``; returns its number and
+        its origin.
 
-        ``newest``: that was the best of what ``newest_first`` gave last; raises NewerSnapshotError
-        where it is that no more.
+        The origin is the write id of the record that opens it, which staged indexes carry; ""
+        without a keeper. ``newest``: ``resume`` was the best of the last ``newest_first``; raises
+        NewerSnapshotError if it no longer is.
         """
         link = self._link()
         if link is not None:
-            return link.open_epoch(resume, retention=retention_of(self._options), newest=newest)
+            retention = retention_of(self._options)
+            request = OpenEpoch(resume=resume, retention=retention, newest=newest)
+            opened = link.ask(request, Number)
+            return opened.number, opened.origin
         return self._log.open_epoch(resume, chosen=self._chosen if newest else None), ""
 
     def open_for_ranks(self, resume: SnapshotId | None, *, newest: bool) -> str:
-        """As ``open_next``; what the other ranks are to hear of it, an error too. See
-        ``parse_opened``."""
+        """As ``open_next``, with the result or the error as a message for all ranks: see
+        ``parse_opened``.
+        """
         try:
             epoch, origin = self.open_next(resume, newest=newest)
             return f"{epoch} {origin}"
@@ -164,28 +182,26 @@ class SessionLineage:
             return f"{message.code} {message.text}"
 
 
-def parse_opened(word: str) -> tuple[int, str]:
-    """The epoch and origin of rank 0's word about it. Raises the error that it met."""
-    code, _, text = word.partition(" ")
-    if not code.isdigit():
-        raise to_error(RemoteError(code, text, 0))
-    return int(code), text
+def parse_opened(text: str) -> tuple[int, str]:
+    """The epoch and origin in rank 0's message. Raises the error that the message holds instead."""
+    number, _, rest = text.partition(" ")
+    if not number.isdigit():
+        raise to_error(RemoteError(number, rest, 0))
+    return int(number), rest
 
 
-# Before a store is read: let a keeper that nobody uses any more finish what the last run left
-# staged.
-#
-# Only looks, as a tool does: reading must not become a launch, and must not take a lingering
-# keeper's slots from it.
+# ---- final flush: before a store is read, an idle keeper finishes what the last run left staged.
+# It is only asked for its status, as a tool does: reading must neither become a launch nor take a
+# lingering keeper's slots from it.
 
 FLUSH_WAIT_S = 60.0
-"""How long reading waits for it; then the store is read as it is."""
+"""How long a reader waits for it; then it reads the store as it is."""
 
 ANSWER_WAIT_S = 5.0
 FLUSH_POLL_S = 0.1
 
 LINGERING = "lingering"
-"""The state of a keeper to which nobody is connected."""
+"""The state of a keeper without connected ranks."""
 
 
 def await_final_flush(
@@ -195,51 +211,53 @@ def await_final_flush(
     has: Callable[[SnapshotId], bool],
     timeout_s: float | None = None,
 ) -> None:
-    """Wait, ``timeout_s`` seconds at most (None: SETTLE_WAIT_S), until the job's keeper has made
+    """Wait, ``timeout_s`` seconds at most (None: FLUSH_WAIT_S), until the job's keeper has made
     durable what it holds.
 
-    Returns at once where no keeper lives or a run uses it. ``has`` says whether the store has a
-    snapshot already: a keeper that took over from another one doesn't know. Raises nothing: what is
-    not durable then isn't read.
+    Returns at once if no keeper is alive or a run uses it. ``has`` says whether the store has a
+    snapshot already: a keeper that took over from another one does not know. Raises nothing: what
+    is not durable by then is not read.
     """
     calls = _call(spec)
     if calls is None:
         return
     wait_s = FLUSH_WAIT_S if timeout_s is None else timeout_s
     until_s = time.monotonic() + wait_s
-    told = False
+    reported = False
     try:
         calls.call(
             Hello(version=WIRE_VERSION, role="tool", pid=os.getpid()), timeout_s=ANSWER_WAIT_S
         )
         while True:
             report = calls.ask(GetStatus(), Status, timeout_s=ANSWER_WAIT_S).report
-            left = unflushed(report)
-            if report is None or left is None:
+            remaining = unflushed(report)
+            if report is None or remaining is None:
                 return
             if time.monotonic() > until_s:
-                text = f"{left} is not durable after {wait_s:.0f} s, the store is read without it. store={spec.store}"
+                text = (
+                    f"{remaining} is not durable after {wait_s:.0f} s, "
+                    f"the store is read without it. store={spec.store}"
+                )
                 emit(Event("unsettled", text, {"waited_s": wait_s}, alarm=True))
                 return
-            if not told:
+            if not reported:
                 if not report.uploads and report.complete is not None and has(report.complete):
                     return
-                told = True
+                reported = True
                 emit(
                     Event(
                         "settling",
-                        f"waiting until {left} of the last run is durable, at most {wait_s:.0f} s",
+                        f"waiting until {remaining} of the last run is durable, "
+                        f"at most {wait_s:.0f} s",
                     )
                 )
             time.sleep(FLUSH_POLL_S)
-    except (
-        CkptError,
-        OSError,
-    ) as error:  # it ended, or is of another release: the store has what is durable
+    except (CkptError, OSError) as error:
+        # The keeper ended, or is of another release: the store has what is durable.
         emit(
             Event(
                 "keeper-silent",
-                f"the last run's keeper says nothing, the store is read as it is: {error}",
+                f"the last run's keeper does not answer, the store is read as it is: {error}",
             )
         )
     finally:
@@ -247,19 +265,20 @@ def await_final_flush(
 
 
 def unflushed(report: KeeperReport | None) -> str | None:
-    """What a keeper that nobody uses still brings to the store, in words; None where there is
-    nothing, or somebody uses it."""
+    """What an idle keeper still has to make durable, for a message; None if there is nothing or a
+    run uses the keeper.
+    """
     if report is None or report.state != LINGERING:
         return None
     durable = report.durable.id if report.durable is not None else None
     if report.complete is not None and (durable is None or report.complete > durable):
         return f"the snapshot of {report.complete}"
-    return f"what is being uploaded ({report.uploads})" if report.uploads else None
+    return f"the uploads in progress ({report.uploads})" if report.uploads else None
 
 
 def _call(spec: KeeperSpec) -> KeeperClient | None:
     try:
-        found = JobFolder(spec.store, spec.job).try_connect()
+        connection = JobFolder(spec.store, spec.job).try_connect()
     except UsageError:  # a folder that can't be trusted has no keeper of ours
         return None
-    return KeeperClient(MessageSocket(found)) if found is not None else None
+    return KeeperClient(MessageSocket(connection)) if connection is not None else None

@@ -30,12 +30,15 @@ KeepArgument = KeepPolicy | str | None
 """What a user wants kept: a policy, or its text."""
 
 StoreAddress = str | tuple[str, ...]
-"""One store's path or URL, or several stores'."""
+"""One store's path or URL, or those of several stores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionOptions:
-    """Choices for one session. Raises UsageError naming the first that cannot work."""
+    """Choices for one session. Raises UsageError naming the first that cannot work.
+
+    One attribute for each choice: it is a plain record, and has no other state.
+    """
 
     job: str | None = None
     slots: int = 3
@@ -80,12 +83,14 @@ class SessionOptions:
 
 
 def is_count(value: object) -> bool:
-    """Whether ``value`` is a whole number from 0 on (True and False are none)."""
+    """Whether ``value`` is a whole number from 0 on. True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def check_store(store: StoreArgument, *, write_quorum: int | None = None) -> StoreAddress | Backend:
-    """The address, addresses or store that is meant. Raises UsageError where ``store`` is none."""
+    """The address, addresses or store that is meant. Raises UsageError if ``store`` is none of
+    them.
+    """
     if isinstance(store, (list, tuple)):
         return _check_stores(store, write_quorum)
     if write_quorum not in (None, 1):
@@ -107,10 +112,10 @@ def check_store(store: StoreArgument, *, write_quorum: int | None = None) -> Sto
 def _check_stores(
     stores: Sequence[str | os.PathLike[str]], write_quorum: int | None
 ) -> StoreAddress:
-    for one in stores:
-        if not isinstance(one, (str, os.PathLike)):
-            raise UsageError(f"a list of stores holds paths and fsspec URLs. store={one!r}")
-    addresses = tuple(os.fspath(one) for one in stores)
+    for store in stores:
+        if not isinstance(store, (str, os.PathLike)):
+            raise UsageError(f"a list of stores holds paths and fsspec URLs. store={store!r}")
+    addresses = tuple(os.fspath(store) for store in stores)
     if not addresses:
         raise UsageError("a list of stores is empty; name one at least")
     quorum = write_quorum if write_quorum is not None else len(addresses) // 2 + 1
@@ -124,7 +129,7 @@ def _check_stores(
 
 
 def check_items(items: Mapping[str, object]) -> None:
-    """Raises UsageError where ``items`` is not a dict of names to objects."""
+    """Raises UsageError if ``items`` is not a dict of names to objects."""
     if not isinstance(items, Mapping):
         raise UsageError(
             f"a state is a dict of names to objects. type={type(items).__name__}; write "
@@ -138,7 +143,7 @@ def check_items(items: Mapping[str, object]) -> None:
 
 
 def check_metadata(metadata: Mapping[str, Fact]) -> dict[str, Fact]:
-    """A copy of ``metadata``. Raises UsageError where it can't be stored with a snapshot."""
+    """A copy of ``metadata``. Raises UsageError if it can't be stored with a snapshot."""
     if not isinstance(metadata, Mapping):
         raise UsageError(
             f"metadata is a dict of names to plain values. type={type(metadata).__name__}"
@@ -149,8 +154,9 @@ def check_metadata(metadata: Mapping[str, Fact]) -> dict[str, Fact]:
 
 
 def check_only(only: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The paths to restore, or None for all. Raises UsageError where ``only`` is no list of
-    texts."""
+    """The paths to restore, or None for all. Raises UsageError if ``only`` is not a list of
+    texts.
+    """
     if only is None:
         return None
     if isinstance(only, (str, bytes)) or not all(isinstance(path, str) for path in only):
@@ -161,7 +167,7 @@ def check_only(only: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def only_below(only: tuple[str, ...] | None, items: Mapping[str, object]) -> tuple[str, ...] | None:
-    """The part of ``only`` that speaks of ``items``."""
+    """The part of ``only`` that is about ``items``."""
     if only is None:
         return None
     names = {escape(name) for name in items}
@@ -169,8 +175,9 @@ def only_below(only: tuple[str, ...] | None, items: Mapping[str, object]) -> tup
 
 
 def check_keep(keep: KeepArgument) -> KeepPolicy | None:
-    """The policy that is meant, None to keep everything. Raises UsageError where ``keep`` is
-    none."""
+    """The policy that is meant, or None to keep everything. Raises UsageError if ``keep`` is no
+    policy.
+    """
     if keep is None or isinstance(keep, KeepPolicy):
         return keep
     if isinstance(keep, str):
@@ -183,7 +190,7 @@ def check_keep(keep: KeepArgument) -> KeepPolicy | None:
 
 
 def retention_of(options: SessionOptions) -> Retention | None:
-    """What is to be dropped, as it travels to a keeper."""
+    """The retention that a keeper is asked for, or None to keep everything."""
     return (
         Retention(keep=str(options.keep), grace_s=options.grace_s)
         if options.keep is not None
@@ -192,14 +199,14 @@ def retention_of(options: SessionOptions) -> Retention | None:
 
 
 def check_grace(grace: str) -> float:
-    """Seconds in ``"24h"``. Raises UsageError where ``grace`` is no length of time."""
+    """Seconds in ``"24h"``. Raises UsageError if ``grace`` is not a duration."""
     if not isinstance(grace, str):
         raise UsageError(f"grace is a length of time such as '24h'. grace={grace!r}")
     return float(duration_s(grace))
 
 
 def check_tag(tag: str) -> None:
-    """Raises UsageError where ``tag`` can't name a snapshot."""
+    """Raises UsageError if ``tag`` can't name a snapshot."""
     if not isinstance(tag, str) or not is_tag_name(tag):
         raise UsageError(
             f"a tag is 1 to 128 printable characters without blanks at its ends. tag={tag!r}"

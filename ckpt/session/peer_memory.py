@@ -1,5 +1,6 @@
-"""Restoring from the memory of several nodes: slots of this one, slots and mirrors that others
-lend, read as one store."""
+"""Restoring from the memory of several nodes: slots of this node, slots and mirrors at others, read
+as one store.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from ckpt.cluster.tls import peer_endpoint
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.ipc.cluster_spec import NodesSpec
-from ckpt.ipc.messages import Source
+from ckpt.ipc.messages import GetSources, Source, Sources
 from ckpt.restore.from_slots import SlotStore, staged_index
 from ckpt.restore.from_slots import slot_key as place_key
 from ckpt.session.keeper.connection import KeeperLink
@@ -37,20 +38,22 @@ _NORESERVE = (
     0x4000 if sys.platform == "linux" else 0
 )  # no constant of the standard library before 3.13
 RESERVE_FLAGS: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-"""Room for an address more than for bytes: nothing is promised, or a system that counts promises
-would refuse it."""
+"""Address space is reserved, not memory: a system that counts committed memory would refuse the
+mapping otherwise.
+"""
 
 FAILURES_MAX = 8
-"""So many places are named where none has a share."""
+"""Failed places that an error names."""
 
 OpenPeer = Callable[[str], Backend]
-"""The store that the node at an address lends."""
+"""Opens the store that the node at an address serves from its memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteSlot:
-    """One rank's share of a pair at another node. ``offset_bytes``: where its data begin in the
-    object."""
+    """One rank's share of a snapshot at another node. ``offset_bytes``: where its data begin in the
+    object.
+    """
 
     store: Backend
     key: str
@@ -60,33 +63,38 @@ class RemoteSlot:
 
 
 class RemoteShare:
-    """One rank's share, wherever it is lent: the next place is looked at when the one before fails.
-    Thread-safe.
+    """One rank's share of a snapshot in the memory of other nodes, with the next place tried if one
+    fails. Thread-safe.
 
-    Raises IntegrityError where no place has it.
+    Raises IntegrityError if no place has it.
     """
 
     def __init__(
-        self, snapshot: SnapshotId, rank: int, places: Sequence[tuple[str, str]], reach: OpenPeer
+        self,
+        snapshot: SnapshotId,
+        rank: int,
+        places: Sequence[tuple[str, str]],
+        open_peer: OpenPeer,
     ) -> None:
-        """``places``: addresses, and the key there."""
+        """``places``: addresses of nodes, and the key at each."""
         self._snapshot = snapshot
         self._rank = rank
         self._places = deque(places)
-        self._reach = reach
+        self._open_peer = open_peer
         self._failures: list[str] = []
         self._lock = threading.Lock()
         self.slot = self._next(None)
-        """Where it is read now."""
+        """Where the share is read now."""
 
     @property
     def index(self) -> StagedIndex:
-        """What the share is."""
+        """The staged index of the share."""
         return self.slot.index
 
     def read_into(self, out: memoryview, *, offset_bytes: int) -> None:
-        """Read from the first place that still has it. Each place is given up once it failed, or
-        answers nobody."""
+        """Read from the first place that still has the share. A place that fails once, or does not
+        answer, is given up.
+        """
         if offset_bytes < 0 or offset_bytes + out.nbytes > self.slot.size_bytes:
             raise IntegrityError(
                 f"the slot ends too early. rank={self._rank} offset_bytes={offset_bytes}"
@@ -97,13 +105,13 @@ class RemoteShare:
                 slot.store.read_into(slot.key, out, offset_bytes=slot.offset_bytes + offset_bytes)
                 return
             except CkptError as error:
-                # A fence too: a newer epoch of the membership ends this attempt, which is no matter
-                # of the job's log.
+                # Also FencedError: a newer membership epoch ends this attempt, but says nothing
+                # about the job's log, so it must not reach the caller as a fence of the log.
                 self._give_up(slot, error)
 
     def _give_up(self, slot: RemoteSlot, error: CkptError) -> None:
         with self._lock:
-            if self.slot is slot:  # else another thread has found the next
+            if self.slot is slot:  # else another thread went on to the next place
                 self._failures.append(f"{slot.store.url}: {error}")
                 self.slot = self._next(slot)
 
@@ -111,28 +119,28 @@ class RemoteShare:
         while self._places:
             address, key = self._places.popleft()
             try:
-                slot = _look(self._reach(address), key)
+                slot = _read_header(self._open_peer(address), key)
             except CkptError as error:
                 self._failures.append(f"{address}: {error}")
                 continue
-            held = None if slot is None else (slot.index.snapshot, slot.index.rank)
+            identity = None if slot is None else (slot.index.snapshot, slot.index.rank)
             same = before is None or (slot is not None and slot.index == before.index)
-            if slot is not None and held == (self._snapshot, self._rank) and same:
+            if slot is not None and identity == (self._snapshot, self._rank) and same:
                 return slot
-            self._failures.append(f"{address}: it holds something else now")
+            self._failures.append(f"{address}: it holds another share now")
         raise IntegrityError(
-            f"nobody has this share in memory any more. snapshot={self._snapshot} "
+            f"no node has this share in memory any more. snapshot={self._snapshot} "
             f"rank={self._rank} "
             f"why={' | '.join(self._failures[:FAILURES_MAX])}"
         )
 
 
 class MemoryStore:
-    """A read-only ``Backend`` over the shares of all ranks: ``slot/<rank>`` is one's data.
+    """A read-only ``Backend`` over the shares of all ranks: ``slot/<rank>`` is one share's data.
     Thread-safe.
 
-    Whoever reads compares each chunk with its digest; so a slot that is overwritten meanwhile is
-    damage like any other.
+    Readers compare each chunk with its digest, so a slot that is overwritten meanwhile is damage
+    like any other.
     """
 
     def __init__(
@@ -144,19 +152,16 @@ class MemoryStore:
 
     @property
     def url(self) -> str:
-        """For messages."""
         return f"memory of {len(self._lent)} ranks elsewhere: {self.snapshot.key}"
 
     def capabilities(self) -> Capabilities:
-        """See Backend."""
         return Capabilities(create_only=False, read_bytes_best=1 << 20, concurrency_best=4)
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """Raises UsageError: only trainers write slots."""
-        raise UsageError(f"slots are only read. key={key} store={self.url}")
+        raise UsageError(f"slot store is read-only. key={key} store={self.url}")
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend. Where a node does not answer, or has it no more, the next one is asked."""
+        """If a node does not answer, or no longer has the share, the next one is asked."""
         if (share := self._lent.get(key)) is not None:
             share.read_into(out, offset_bytes=offset_bytes)
         elif (own := self._own.get(key)) is not None:
@@ -165,24 +170,21 @@ class MemoryStore:
             raise NotFoundError(f"no such slot. key={key} store={self.url}")
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend."""
         if (share := self._lent.get(key)) is not None:
             return Stat(key, share.slot.size_bytes, 0.0)
         own = self._own.get(key)
         return own.stat(key) if own is not None else None
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend."""
         for key in sorted({*self._own, *self._lent}):
             if key.startswith(prefix) and key > after and (stat := self.stat(key)) is not None:
                 yield stat
 
     def delete(self, key: str) -> None:
-        """Raises UsageError: only trainers write slots."""
-        raise UsageError(f"slots are only read. key={key} store={self.url}")
+        raise UsageError(f"slot store is read-only. key={key} store={self.url}")
 
     def close(self) -> None:
-        """Let go of this node's memory. Idempotent."""
+        """Release this node's memory. Idempotent."""
         for own in self._own.values():
             own.close()
 
@@ -191,32 +193,34 @@ class MemoryStore:
 def open_from_nodes(
     keeper: KeeperLink, snapshot: SnapshotId, *, nodes: NodesSpec, job: str
 ) -> Iterator[tuple[SnapshotIndex, Backend]]:
-    """A staged pair of a job with several nodes, to restore from. Raises as ``open_memory``."""
-    found = keeper.sources(snapshot)
-    if not found.ranks:
-        raise IntegrityError(f"nobody has this pair in memory any more. snapshot={snapshot}")
-    with ExitStack() as ending:
+    """Open a staged snapshot of a job with several nodes, to restore from. Raises as
+    ``open_memory``.
+    """
+    sources = keeper.ask(GetSources(snapshot=snapshot), Sources)
+    if not sources.ranks:
+        raise IntegrityError(f"no node has this snapshot in memory any more. snapshot={snapshot}")
+    with ExitStack() as resources:
         own: dict[int, list[memoryview]] = {}
-        for rank, source in enumerate(found.ranks):
+        for rank, source in enumerate(sources.ranks):
             if source.local >= 0:
                 regions = [region for _, region in keeper.slots(source.local)]
                 for region in regions:
-                    ending.callback(region.close)
+                    resources.callback(region.close)
                 own[rank] = [region.view for region in regions]
         stores: dict[str, PeerStore] = {}
 
-        def reach(address: str) -> Backend:
+        def open_peer(address: str) -> Backend:
             if address not in stores:
                 stores[address] = PeerStore(
                     peer_endpoint(nodes, address),
                     PeerSecret.of(job_secret(nodes)),
-                    epoch=lambda: found.epoch,
+                    epoch=lambda: sources.epoch,
                 )
-                ending.callback(stores[address].close)
+                resources.callback(stores[address].close)
             return stores[address]
 
         try:
-            with open_memory(snapshot, found.ranks, own, open_peer=reach, job=job) as opened:
+            with open_memory(snapshot, sources.ranks, own, open_peer=open_peer, job=job) as opened:
                 yield opened
         finally:
             own.clear()
@@ -231,62 +235,62 @@ def open_memory(
     open_peer: OpenPeer,
     job: str,
 ) -> Iterator[tuple[SnapshotIndex, Backend]]:
-    """A staged pair of several nodes: its index, and its ranks' shares as a store.
+    """Open a staged snapshot of several nodes: its index, and its ranks' shares as a store.
 
-    ``own``: the memory of this node's slots, for the ranks that ``sources`` say are local. Raises
-    IntegrityError where a rank's share is nowhere (any more), also at the end; UnavailableError
-    where no node answers.
+    ``own``: the memory of this node's slots, for the ranks that ``sources`` names as local. Raises
+    IntegrityError if no node has a rank's share (any more), also at the end; UnavailableError if no
+    node answers.
     """
-    with ExitStack() as ending:
-        here: dict[int, SlotStore] = {}
+    with ExitStack() as resources:
+        own_stores: dict[int, SlotStore] = {}
         elsewhere: dict[int, list[tuple[str, str]]] = {}
         for rank, source in enumerate(sources):
             places = [(address, slot_key(snapshot, rank)) for address in source.slots]
             places += [(address, mirror_key(snapshot, rank)) for address in source.mirrors]
             if rank in own:
                 try:
-                    here[rank] = SlotStore.find(snapshot, {rank: own[rank]})
-                    ending.callback(here[rank].close)
+                    own_stores[rank] = SlotStore.find(snapshot, {rank: own[rank]})
+                    resources.callback(own_stores[rank].close)
                     continue
                 except IntegrityError:
                     if not places:
                         raise
             elsewhere[rank] = places
-        lent = _shares(snapshot, elsewhere, open_peer, first=max(here, default=0))
+        lent = _shares(snapshot, elsewhere, open_peer, first=max(own_stores, default=0))
         indexes = [
-            *(one.indexes[0] for one in here.values()),
-            *(one.index for one in lent.values()),
+            *(share.indexes[0] for share in own_stores.values()),
+            *(share.index for share in lent.values()),
         ]
-        yield staged_index(indexes, job=job), MemoryStore(snapshot, here, lent)
-        if not all(one.unchanged() for one in here.values()):
+        yield staged_index(indexes, job=job), MemoryStore(snapshot, own_stores, lent)
+        if not all(share.unchanged() for share in own_stores.values()):
             raise IntegrityError(f"a slot was overwritten while it was read. snapshot={snapshot}")
 
 
 def _shares(
     snapshot: SnapshotId,
     places: Mapping[int, Sequence[tuple[str, str]]],
-    reach: OpenPeer,
+    open_peer: OpenPeer,
     *,
     first: int,
 ) -> dict[int, RemoteShare]:
     """The shares of these ranks, each with its header read, in the order of ranks.
 
-    Begins behind rank ``first``, of this node, and goes round: all trainers do this at once, and
-    would be at the same nodes.
+    Starts after ``first``, a rank of this node, and wraps around: all trainers do this at once, and
+    would otherwise ask the same nodes at the same time.
     """
-    after = [
+    order = [
         *(rank for rank in places if rank > first),
         *(rank for rank in places if rank <= first),
     ]
-    found = {rank: RemoteShare(snapshot, rank, places[rank], reach) for rank in after}
-    return {rank: found[rank] for rank in places}
+    shares = {rank: RemoteShare(snapshot, rank, places[rank], open_peer) for rank in order}
+    return {rank: shares[rank] for rank in places}
 
 
-def _look(store: Backend, key: str) -> RemoteSlot | None:
-    """Read the header that is lent under ``key``, and nothing else; None where it is not sealed.
+def _read_header(store: Backend, key: str) -> RemoteSlot | None:
+    """Read the header that a node serves under ``key``, and nothing else; None if the slot is not
+    sealed.
 
-    Believes nothing: takes memory for no more than the index, which is as long as its header says
-    and INDEX_BYTES_MAX at most.
+    The sizes in it are not trusted: memory is taken for the index only, INDEX_BYTES_MAX at most.
     """
     stat = store.stat(key)
     if stat is None:
@@ -305,21 +309,21 @@ def _look(store: Backend, key: str) -> RemoteSlot | None:
             f"index_bytes={index_bytes}"
         )
     try:
-        room = mmap.mmap(-1, size, flags=RESERVE_FLAGS)  # only the header's pages are ever taken
+        reserved = mmap.mmap(-1, size, flags=RESERVE_FLAGS)  # only the header's pages are ever used
     except (OSError, ValueError, OverflowError) as error:
         raise IntegrityError(
             f"not a slot, or larger than can be mapped. key={key} size_bytes={size}"
         ) from error
-    memory = memoryview(room)
+    memory = memoryview(reserved)
     try:
         memory[: _HEAD.size] = head
         if index_bytes:
-            place = memory[INDEX_OFFSET_BYTES : INDEX_OFFSET_BYTES + index_bytes]
-            store.read_into(key, place, offset_bytes=INDEX_OFFSET_BYTES)
-            place.release()
-        found = read_slot(memory)
+            target = memory[INDEX_OFFSET_BYTES : INDEX_OFFSET_BYTES + index_bytes]
+            store.read_into(key, target, offset_bytes=INDEX_OFFSET_BYTES)
+            target.release()
+        sealed = read_slot(memory)
     finally:
         memory.release()
-        with suppress(BufferError):  # a frame of an error still has a view, and ends soon
-            room.close()
-    return None if found is None else RemoteSlot(store, key, found[0], header_bytes, data_bytes)
+        with suppress(BufferError):  # the frame of an error may still hold a view
+            reserved.close()
+    return None if sealed is None else RemoteSlot(store, key, sealed[0], header_bytes, data_bytes)

@@ -1,9 +1,9 @@
-"""Restoring, for the whole job: one snapshot for all ranks and items, and an older one where it
-can't be read whole.
+"""Restoring for the whole job: one snapshot for all ranks and items, an older one if it is damaged.
 
-Rank 0 chooses; every rank fills its items and tells how it went; rank 0 gives the verdict. Damage
-met by any rank sends all ranks to the next older snapshot, and what was filled before is filled
-again, so a mixture can't arise.
+Rank 0 chooses the snapshot. Every rank fills its items and posts its result; rank 0 posts the
+verdict. Damage found by any rank sends all ranks to the next older snapshot, and what was filled
+before is filled again, so that no mixture can arise. Other errors never cause a fall-back: an older
+snapshot would not help, or would silently give up newer work.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class _Result(msgspec.Struct, frozen=True):
 
 
 class RestoreCandidate(msgspec.Struct, frozen=True):
-    """A snapshot that may be restored. ``staged``: from the slots of this node's ranks; else from
-    the store."""
+    """A snapshot that may be restored. ``staged``: from the slots of this node's ranks, else from
+    the store.
+    """
 
     snapshot: SnapshotId
     staged: bool = False
@@ -66,7 +67,7 @@ OpenStaged = Callable[[SnapshotId], AbstractContextManager["tuple[SnapshotIndex,
 
 @dataclass(frozen=True, slots=True)
 class FillRules:
-    """How items are filled where program and snapshot differ: see ``Checkpointer.restore``."""
+    """How items are filled if program and snapshot differ: see ``Checkpointer.restore``."""
 
     only: tuple[str, ...] | None = None
     missing: Literal["error", "keep"] = "error"
@@ -75,14 +76,13 @@ class FillRules:
 class Restoring:
     """Fills items from one chosen snapshot. Every rank makes the same calls in the same order.
 
-    ``state`` gives the log's fold, fresh from the store. ``choices`` is asked on rank 0 alone: the
-    snapshots to try, best first; empty where there is none. ``staged`` opens those that lie in
-    slots.
+    ``state`` gives the log's fold, fresh from the store. ``open_staged`` opens snapshots that are
+    in slots.
     """
 
     def __init__(
         self,
-        channel: CountingMailbox,
+        mailbox: CountingMailbox,
         backend: Backend,
         *,
         world: World,
@@ -92,11 +92,11 @@ class Restoring:
         budget_bytes: int,
         open_staged: OpenStaged | None = None,
     ) -> None:
-        self._channel = channel
+        self._mailbox = mailbox
         self._backend = backend
         self._world = world
         self._state = state
-        self._tell = emit
+        self._emit = emit
         self._threads = threads
         self._budget_bytes = budget_bytes
         self._round = 0
@@ -109,23 +109,28 @@ class Restoring:
         self._source: tuple[SnapshotIndex, Backend] | None = None
         self._half_filled: set[str] = set()
         self.verified: dict[Digest, ChunkLocation] = {}
-        """Where chunks of the chosen snapshot lie in the store, of those that this rank has read
-        and found right."""
+        """Location in the store of the chosen snapshot's chunks that this rank has read and
+        verified.
+        """
         self.chosen: SnapshotId | None = None
-        """The snapshot that all items come from, or None where there is none."""
+        """The snapshot that all items come from, or None."""
         self.staged = False
-        """Whether it comes from slots."""
+        """Whether it is read from slots."""
 
     def choose(self, choices: Callable[[], Sequence[RestoreCandidate]]) -> SnapshotId | None:
-        """Agree on the snapshot to restore; forgets what an earlier choice filled. Raises what rank
-        0 met."""
+        """Agree on the snapshot to restore; returns None if there is none. Forgets what an earlier
+        choice filled.
+
+        ``choices`` is called on rank 0 only: the snapshots to try, best first. Raises rank 0's
+        error.
+        """
         self._round += 1
         key = f"choice/{self._round}"
-        if self._channel.rank == 0:
-            self._channel.post(key, msgspec.json.encode(self._first(choices)))
+        if self._mailbox.rank == 0:
+            self._mailbox.post(key, msgspec.json.encode(self._first(choices)))
         choice = msgspec.json.decode(
             wait_for_message(
-                self._channel, key, timeout_s=FILL_WAIT_S, awaited="rank 0's choice of a snapshot"
+                self._mailbox, key, timeout_s=FILL_WAIT_S, awaited="rank 0's choice of a snapshot"
             ),
             type=_Choice,
         )
@@ -138,11 +143,11 @@ class Restoring:
 
     def fill(self, items: Mapping[str, object], rules: FillRules) -> SnapshotInfo:
         """Fill ``items`` in place from the chosen snapshot, or all items so far from an older one
-        where it is damaged.
+        if it is damaged.
 
-        Returns the facts of the snapshot that they hold now. Raises IntegrityError where no
-        candidate is left, and whatever kept any rank from filling; the items then hold a mixture
-        and must not be trained on.
+        Returns the facts of the snapshot that they hold now. Raises IntegrityError if no candidate
+        is left, and the error that kept any rank from filling. The items then hold a mixture and
+        must not be trained on.
         """
         before, new = self._filled, (items, rules)
         todo = [new]
@@ -165,12 +170,14 @@ class Restoring:
         return self._loaded()[0]
 
     def close(self) -> None:
-        """Let go of what the last restore read from."""
+        """Release what the last restore read from."""
         self._source = None
         self._open.close()
 
     def _info(self) -> SnapshotInfo:
-        """The facts of the chosen snapshot. A staged one has no tags, and asks no store."""
+        """The facts of the chosen snapshot. For a staged one no store is asked, and there are no
+        tags.
+        """
         manifest = self._loaded()[0].manifest
         return info_of(manifest, LogState(job=manifest.job) if self.staged else self._state())
 
@@ -190,13 +197,13 @@ class Restoring:
         self.verified = {}
 
     def _loaded(self) -> tuple[SnapshotIndex, Backend]:
-        """The chosen snapshot's index and where its chunks are read."""
+        """The chosen snapshot's index, and the store of its chunks."""
         if self.chosen is None:
             raise InternalError("a snapshot's index is asked for before one was chosen")
         if self._source is not None:
             return self._source
         if self.staged:
-            assert self._staged is not None, "only whoever has slots chooses what is staged"
+            assert self._staged is not None, "staged snapshots are chosen only with slots"
             self._source = self._open.enter_context(self._staged(self.chosen))
         else:
             try:
@@ -225,7 +232,7 @@ class Restoring:
                     )
                     fetcher.fetch(plan, outputs)
                     if not self.staged:
-                        chunks = (chunk for one in plan.reads for chunk in one.chunks)
+                        chunks = (chunk for request in plan.reads for chunk in request.chunks)
                         self.verified.update((chunk.digest, chunk.location) for chunk in chunks)
 
                 for items, rules in todo:
@@ -240,15 +247,16 @@ class Restoring:
                     self._check_kept(kept)
         except CkptError as error:
             return error
-        except Exception as error:  # the user's load_state_dict, a device: the other ranks must not wait for this one
-            text = f"an item could not be restored. rank={self._channel.rank} cause={error!r}"
+        except Exception as error:  # load_state_dict, a device: other ranks must not wait in vain
+            text = f"an item could not be restored. rank={self._mailbox.rank} cause={error!r}"
             self._verdict(UsageError(text))
             raise
         return None
 
     def _check_kept(self, kept: Sequence[str]) -> None:
-        """What a snapshot lacks keeps its live value, but not one that a damaged snapshot has half
-        overwritten."""
+        """What the snapshot lacks keeps its live value, unless a damaged snapshot has half
+        overwritten it.
+        """
         spoilt = [
             path
             for path in kept
@@ -264,68 +272,73 @@ class Restoring:
 
     def _verdict(self, error: CkptError | None) -> _Verdict:
         self._round += 1
-        result = _Result(from_error(error, rank=self._channel.rank) if error is not None else None)
-        self._channel.post(
-            f"filled/{self._round}/{self._channel.rank}", msgspec.json.encode(result)
+        result = _Result(from_error(error, rank=self._mailbox.rank) if error is not None else None)
+        self._mailbox.post(
+            f"filled/{self._round}/{self._mailbox.rank}", msgspec.json.encode(result)
         )
         key = f"verdict/{self._round}"
-        if self._channel.rank == 0:
-            self._channel.post(key, msgspec.json.encode(self._judge()))
-        word = wait_for_message(
-            self._channel, key, timeout_s=FILL_WAIT_S, awaited="all ranks to restore their share"
+        if self._mailbox.rank == 0:
+            self._mailbox.post(key, msgspec.json.encode(self._judge()))
+        verdict = wait_for_message(
+            self._mailbox, key, timeout_s=FILL_WAIT_S, awaited="all ranks to restore their share"
         )
-        return msgspec.json.decode(word, type=_Verdict)
+        return msgspec.json.decode(verdict, type=_Verdict)
 
     def _judge(self) -> _Verdict:
-        """Rank 0: done where every rank filled, the next older snapshot after damage, else the
-        first error."""
+        """On rank 0: done if every rank filled, the next older snapshot after damage, else the
+        first error.
+        """
         errors = []
-        for rank in range(self._channel.size):
+        for rank in range(self._mailbox.size):
             key = f"filled/{self._round}/{rank}"
-            word = wait_for_message(
-                self._channel,
+            posted = wait_for_message(
+                self._mailbox,
                 key,
                 timeout_s=FILL_WAIT_S,
                 awaited=f"rank {rank} to restore its share",
             )
-            result = msgspec.json.decode(word, type=_Result)
+            result = msgspec.json.decode(posted, type=_Result)
             if result.error is not None:
                 errors.append(result.error)
         if not errors:
             return _Verdict(done=True)
         damage = all(error.code == IntegrityError.code for error in errors)
-        if damage and not self._left and (newer := self._come_since()):
+        if damage and not self._left and (newer := self._newer_candidates()):
             self._left = newer[1:]
-            text = f"{newer[0].snapshot} came since {self.chosen} was chosen, and is restored instead: {errors[0].text}"
-            self._tell(Event("chosen-anew", text))
+            text = (
+                f"{newer[0].snapshot} was committed after {self.chosen} was chosen, "
+                f"and is restored instead: {errors[0].text}"
+            )
+            self._emit(Event("chosen-anew", text))
             return _Verdict(next=newer[0])
         if not damage or not self._left:
             return _Verdict(error=errors[0])
         older = self._left.pop(0)
-        self._tell(_fallback(self.chosen, older.snapshot, errors[0].text))
+        self._emit(_fallback(self.chosen, older.snapshot, errors[0].text))
         return _Verdict(next=older)
 
-    def _come_since(self) -> list[RestoreCandidate]:
-        """What can be restored now and could not be when it was chosen: a job may drop the only
-        snapshot for a newer one.
+    def _newer_candidates(self) -> list[RestoreCandidate]:
+        """What can be restored now and could not when the snapshot was chosen: retention may have
+        replaced the only one.
 
-        Nothing once items were filled: a run that is under way must not be taken to what it
-        committed itself meanwhile.
+        Empty once items were filled: a run must not be taken to a snapshot that it committed itself
+        meanwhile.
         """
         if self._filled:
             return []
         try:
-            found = [one for one in self._choices() if one not in self._tried]
+            newer = [candidate for candidate in self._choices() if candidate not in self._tried]
         except CkptError:
-            return []  # what was met first says more
-        self._tried.update(found)
-        return found
+            return []  # the first error explains more
+        self._tried.update(newer)
+        return newer
 
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Put Python's cycle collector off: plans are many small objects, and one full pass beside
-    torch took 0.15 s."""
+    """Disable Python's cycle collector: plans are many small objects, and one full pass beside
+    torch took 0.15 s.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -335,8 +348,8 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _fallback(damaged: SnapshotId | None, older: SnapshotId, why: str) -> Event:
-    assert damaged is not None, "what was tried has a name"
+def _fallback(damaged: SnapshotId | None, older: SnapshotId, reason: str) -> Event:
+    assert damaged is not None, "a snapshot was chosen"
     facts = {
         "damaged_epoch": damaged.epoch,
         "damaged_step": damaged.step,
@@ -344,7 +357,8 @@ def _fallback(damaged: SnapshotId | None, older: SnapshotId, why: str) -> Event:
         "step": older.step,
     }
     text = (
-        f"the snapshot of {damaged} can't be read whole, restoring the older one of {older}: {why}"
+        f"the snapshot of {damaged} can't be read whole, "
+        f"restoring the older one of {older}: {reason}"
     )
     return Event("fallback", text, facts, alarm=True)
 

@@ -1,4 +1,4 @@
-"""The saving half of a session: stage, queue, keep an eye on what is in flight, end well."""
+"""The saving half of a session: stage, submit, watch what is in flight, end well."""
 
 from __future__ import annotations
 
@@ -26,14 +26,12 @@ from ckpt.session.staging import COMPARE_WAIT_S, SLOT_WAIT_S, Stager, compare_re
 from ckpt.staging.slot import Regions, Slot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
-# A snapshot on its way: staged already, durable later.
-
 
 class Pending:
-    """What ``save_async`` returns: the state is copied, so training may change it; the store's copy
-    is being made.
+    """What ``save_async`` returns. The state is copied, so training may change it; it becomes
+    durable in the background.
 
-    One object a save; safe to use from any thread; dropping it loses nothing.
+    One object for each save. Thread-safe. Dropping it loses nothing.
     """
 
     __slots__ = ("_future", "_snapshot")
@@ -60,28 +58,28 @@ class Pending:
         """Wait until the snapshot is committed on the store and return its facts.
 
         Raises what made it fail (StoreFullError, StoreDeniedError, FencedError, ...), and
-        UnavailableError where ``timeout_s`` seconds pass first; the save then still goes on and may
-        be waited for again.
+        UnavailableError after ``timeout_s`` seconds without an outcome. The save then still goes on
+        and may be waited for again.
         """
         try:
             return self._future.result(timeout_s)
         except CancelledError as error:
             raise self._abandoned() from error
         except FutureTimeoutError as error:
-            if self._future.done():  # the save itself failed with a time-out of its own
+            if self._future.done():  # the save itself failed with a timeout
                 raise
             raise UnavailableError(
-                f"the snapshot is not durable yet, the save goes on. {self._snapshot} "
+                f"the snapshot is not durable yet, the save continues. {self._snapshot} "
                 f"waited_s={timeout_s}"
             ) from error
 
     @property
     def future(self) -> Future[SnapshotInfo]:
-        """The outcome as a future, for waiting on several at once."""
+        """The outcome as a future, to wait for several at once."""
         return self._future
 
     def failure(self) -> CkptError | None:
-        """The error of a save that is settled, or None where it is durable or still in flight."""
+        """The error of a save that has an outcome, or None if it is durable or still in flight."""
         if not self._future.done():
             return None
         if self._future.cancelled():
@@ -104,64 +102,70 @@ ABANDON_WAIT_S = 60.0
 """After an exception in training: how long what is staged may take to become durable."""
 
 LAST_ROUND_WAIT_S = 30.0
-"""Without keeper: how long the end waits until old snapshots are dropped. What is left is for the
-next run."""
+"""Without a keeper: how long the end waits until old snapshots are dropped. The next run drops the
+rest.
+"""
 
 
 class Saving:
-    """Stages and persists one rank's share, in order. Used by the training thread."""
+    """Stages one rank's share of each snapshot and makes it durable, in order. Used by the training
+    thread.
 
-    def __init__(self, channel: CountingMailbox, options: SessionOptions, emit: Emit) -> None:
-        self._channel = channel
+    Larger than other classes: it is one state machine over the stager, the persister, retention and
+    the snapshots in flight.
+    """
+
+    def __init__(self, mailbox: CountingMailbox, options: SessionOptions, emit: Emit) -> None:
+        self._mailbox = mailbox
         self._options = options
-        self._tell = emit
+        self._emit = emit
         self._compared = 0
         self._prepared = 0
         self._stager = Stager(
-            World(channel.rank, channel.size),
+            World(mailbox.rank, mailbox.size),
             slots=options.slots,
             threads=options.threads,
             compare_replicas=self._compare,
             on_short=self._memory_short,
         )
-        self._short_told = False
+        self._short_reported = False
         self._persister: Persister | KeeperPersister | None = None
         self._rounds: GcRounds | None = None
         self._last_step: int | None = None
         self._staged_step: int | None = None
-        self._left_free = 0
+        self._reserved = 0
         self._pendings: list[Pending] = []
         self._began_s = time.monotonic()
 
     def prepare(self, items: Mapping[str, object]) -> None:
-        """Lay out and pre-fault the slots in the background. Every rank calls it, and all raise
-        what any rank met."""
+        """Lay out and pre-fault the slots in the background. Every rank calls it, and all raise the
+        error of any rank.
+        """
         self._prepared += 1
-        mine: CkptError | None = None
+        own_error: CkptError | None = None
         try:
             self._stager.prepare(items)
         except CkptError as error:
-            mine = error
-        except (
-            BaseException
-        ) as error:  # a user's state_dict, a device: the other ranks must not wait for this one
-            self._tell_prepared(
+            own_error = error
+        except BaseException as error:
+            # A user's state_dict, a device: the other ranks must not wait for this one.
+            self._post_prepared(
                 UnavailableError(f"the state could not be laid out. cause={error!r}")
             )
             raise
-        if self._channel.size == 1:
-            if mine is not None:
-                raise mine
+        if self._mailbox.size == 1:
+            if own_error is not None:
+                raise own_error
             return
-        self._tell_prepared(mine)
-        words = [self._prepared_word(other) for other in range(self._channel.size)]
-        met = [word for word in words if word is not None]
-        if met and isinstance(mine, UsageError):
-            raise mine
-        if met:  # one that only stopped waiting for another rank is not the cause
+        self._post_prepared(own_error)
+        results = [self._prepare_error(rank) for rank in range(self._mailbox.size)]
+        errors = [error for error in results if error is not None]
+        if errors and isinstance(own_error, UsageError):
+            raise own_error
+        if errors:  # a rank that only stopped waiting for another one is not the cause
             raise to_error(
-                next((one for one in met if one.code != UnavailableError.code), met[0])
-            ) from mine
+                next((error for error in errors if error.code != UnavailableError.code), errors[0])
+            ) from own_error
 
     def write_locally(
         self,
@@ -171,33 +175,35 @@ class Saving:
         known_chunks: Callable[[], Mapping[Digest, ChunkLocation]],
         after: int | None = None,
     ) -> None:
-        """Write as ``place`` says from now on, referring to chunks of ``base``. What is in flight
+        """From now on make snapshots durable in this process, as ``place`` says. What is in flight
         ends first.
 
-        Steps grow from ``after`` on, from anywhere where it is None.
+        They may refer to chunks of ``base``. Steps must grow from ``after`` on; None: from
+        anywhere.
         """
         self.drain()
         self._last_step = self._staged_step = after
         self._stager.origin = ""
         self._persister = Persister(
-            self._channel,
+            self._mailbox,
             place,
             compression=Compression(self._options.compression),
             verify=self._options.verify_staged,
-            emit=self._tell,
+            emit=self._emit,
             base=base,
             stored_chunks=known_chunks() if base is not None else None,
         )
         self._end_rounds()
         if self._options.keep is not None and place.journal is not None:
             keep = RetentionSettings(policy=self._options.keep, grace_s=self._options.grace_s)
-            self._rounds = GcRounds(place.backend, keep, epoch=place.epoch, emit=self._tell)
+            self._rounds = GcRounds(place.backend, keep, epoch=place.epoch, emit=self._emit)
 
     def write_through_keeper(
         self, persister: KeeperPersister, *, origin: str, after: int | None = None
     ) -> None:
-        """As ``go_on``, where a keeper writes, and drops. ``origin``: the epoch's, which what is
-        staged carries."""
+        """As ``write_locally``, but the keeper writes, and drops old snapshots. Staged indexes
+        carry the epoch's ``origin``.
+        """
         self.drain()
         self._end_rounds()
         self._stager.origin = origin
@@ -205,19 +211,19 @@ class Saving:
         self._persister = persister
 
     def use_regions(self, regions: Regions) -> None:
-        """Take the slots' memory from there; once, before anything is laid out."""
+        """Take the slots' memory from ``regions``. Once, before anything is laid out."""
         self._stager.use_regions(regions)
 
     def stage(
         self, items: Mapping[str, object], snapshot: SnapshotId, *, metadata: Mapping[str, Fact]
     ) -> bool:
-        """Stage ``items`` for memory alone. False where no slot is free: nothing is waited for.
+        """Stage ``items`` for memory alone. Waits for nothing: False if no slot is free.
 
-        Raises what ``snapshot`` raises, but tells no other rank: its slots keep an older complete
-        pair.
+        Raises as ``snapshot``, but does not tell the other ranks: their slots keep an older
+        complete snapshot.
         """
         if self._staged_step is not None and snapshot.step <= self._staged_step:
-            raise UsageError(f"steps grow. step={snapshot.step} last_step={self._staged_step}")
+            raise UsageError(f"steps must grow. step={snapshot.step} last_step={self._staged_step}")
         try:
             staged = self._stager.stage(items, snapshot, metadata=metadata, wait_s=0.0)
         except UnavailableError:
@@ -238,8 +244,8 @@ class Saving:
         """Stage ``items`` now and make them durable in the background. Waits only for a free slot,
         ``wait_s`` at most.
 
-        Raises FencedError where a newer epoch was met before, UsageError where steps don't grow or
-        the state can't be captured; the other ranks then learn that this snapshot failed.
+        Raises FencedError if a newer epoch was found before, UsageError if steps do not grow or the
+        state can't be captured. The other ranks then learn that this snapshot failed.
         """
         persister = self._persister
         assert persister is not None, "an epoch is open"
@@ -247,11 +253,11 @@ class Saving:
         if isinstance(failure, FencedError):
             persister.submit_failure(
                 snapshot, failure
-            )  # another rank may not know yet, and be waiting for this one
+            )  # another rank may not know yet, and wait for this one
             raise failure
         if self._last_step is not None and snapshot.step <= self._last_step:
             raise UsageError(
-                f"steps grow from one snapshot to the next. step={snapshot.step} "
+                f"steps must grow from one snapshot to the next. step={snapshot.step} "
                 f"last_step={self._last_step}; "
                 "to go back, restore the older snapshot first"
             )
@@ -261,8 +267,12 @@ class Saving:
         except CkptError as error:
             persister.submit_failure(snapshot, error)
             raise
-        except BaseException as error:  # a user's state_dict, a device, Ctrl-C: the other ranks must not wait for this one
-            text = f"the state could not be staged. snapshot={snapshot} rank={self._channel.rank} cause={error!r}"
+        except BaseException as error:
+            # A user's state_dict, a device, Ctrl-C: the other ranks must not wait for this one.
+            text = (
+                f"the state could not be staged. snapshot={snapshot} "
+                f"rank={self._mailbox.rank} cause={error!r}"
+            )
             persister.submit_failure(snapshot, UnavailableError(text))
             raise
         self._last_step = self._staged_step = snapshot.step
@@ -273,16 +283,16 @@ class Saving:
         )
         if self._rounds is not None:
             self._rounds.resume()
-            durable.add_done_callback(_tell_committed(self._rounds))
+            durable.add_done_callback(_report_committed(self._rounds))
         pending = Pending(snapshot, durable)
-        settled = [one for one in self._pendings if one.done()]
+        settled = [earlier for earlier in self._pendings if earlier.done()]
         self._pendings = [
             *settled[-1:],
-            *(one for one in self._pendings if not one.done()),
+            *(earlier for earlier in self._pendings if not earlier.done()),
             pending,
         ]
         seconds = time.monotonic() - began_s
-        self._tell(
+        self._emit(
             Event(
                 "staged",
                 f"{snapshot} is staged",
@@ -293,32 +303,37 @@ class Saving:
 
     def refuse(self, snapshot: SnapshotId, error: CkptError) -> None:
         """Take part in a snapshot that this rank can't give: all ranks learn that it failed, and
-        why."""
+        why.
+        """
         assert self._persister is not None, "an epoch is open"
         self._persister.submit_failure(snapshot, error)
 
     def refer_to(self, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
-        """Let the first snapshot of this epoch refer to chunks of ``base``, which were read and
-        found right."""
+        """Let the first snapshot of this epoch refer to chunks of ``base`` that were read and
+        verified.
+        """
         if self._persister is not None:
             self._persister.refer_to(base, known)
 
     def may_take(self, reserved: int) -> Take | Skip:
-        """On rank 0: whether one more snapshot finds a slot, beside ``reserved`` that are ordered
-        and not yet taken."""
+        """On rank 0: whether one more snapshot finds a slot, beside ``reserved`` that are decided
+        and not yet taken.
+        """
         in_flight = self._persister.in_flight if self._persister is not None else 0
-        slots = max(1, self._options.slots - self._left_free)
+        slots = max(1, self._options.slots - self._reserved)
         return take_or_skip(in_flight=in_flight + reserved, slots=slots)
 
     def reserve_slots(self, slots: int) -> None:
-        """Keep that many slots from uploads, where there are as many: memory needs one to write and
-        one that is complete."""
-        self._left_free = slots
+        """Keep that many slots free of uploads, if there are so many: staging for memory needs one
+        to write and one that is complete.
+        """
+        self._reserved = slots
 
     @property
     def passed_step(self) -> int:
-        """On rank 0: the last step whose boundary every rank is known to have passed; -1 for
-        none."""
+        """On rank 0: the last step whose boundary every rank is known to have passed; -1
+        for none.
+        """
         return self._persister.passed_step if self._persister is not None else -1
 
     @property
@@ -328,25 +343,26 @@ class Saving:
 
     @property
     def last(self) -> Pending | None:
-        """The last snapshot handed in."""
+        """The last snapshot that was submitted."""
         return self._pendings[-1] if self._pendings else None
 
     @property
     def last_failure(self) -> CkptError | None:
-        """Why the last settled snapshot failed, or None where it didn't."""
+        """Why the last snapshot with an outcome failed, or None if it did not."""
         return next(
             (pending.failure() for pending in reversed(self._pendings) if pending.done()), None
         )
 
     def last_failure_of(self, epoch: int) -> CkptError | None:
-        """As ``last_failure``, of the snapshots captured in ``epoch``: what fenced an earlier one
-        doesn't fence this one."""
-        mine = (
+        """As ``last_failure``, of the snapshots captured in ``epoch``: an earlier epoch's fence
+        does not fence this one.
+        """
+        settled = (
             pending
             for pending in reversed(self._pendings)
             if pending.done() and pending.epoch == epoch
         )
-        return next((pending.failure() for pending in mine), None)
+        return next((pending.failure() for pending in settled), None)
 
     def stale_s(self) -> float:
         """Seconds since a snapshot became durable, or since the start."""
@@ -354,7 +370,7 @@ class Saving:
         return time.monotonic() - (durable_s or self._began_s)
 
     def drain(self) -> None:
-        """Wait until nothing is in flight and end the thread."""
+        """Wait until nothing is in flight and end the persister's thread."""
         if self._persister is not None:
             self._persister.close()
             self._persister = None
@@ -364,8 +380,9 @@ class Saving:
         wait([pending.future for pending in self._pendings], timeout=timeout_s)
 
     def hold_gc(self) -> None:
-        """Something is restored: drop and delete nothing until the next snapshot is handed in. A
-        keeper knows by itself."""
+        """Something is restored: drop and delete nothing until the next submission. A keeper does
+        so by itself.
+        """
         if self._rounds is not None:
             self._rounds.pause()
 
@@ -378,7 +395,7 @@ class Saving:
             rounds.stop(0.0)
 
     def finish(self) -> None:
-        """Everything durable, or the error that kept the last snapshot from it."""
+        """Make everything durable, or raise the error that kept the last snapshot from it."""
         self.drain()
         self._stager.close()
         self._end_rounds(last_s=LAST_ROUND_WAIT_S)
@@ -386,10 +403,10 @@ class Saving:
             self.last.durable()
 
     def abandon(self) -> None:
-        """After an exception: what is staged gets a bounded time; nothing is raised, failures were
-        told.
+        """After an exception: what is staged gets a bounded time to become durable. Raises nothing;
+        failures were reported.
 
-        A keeper has it already and goes on by itself: nothing is waited for then.
+        With a keeper there is no wait: it continues by itself.
         """
         if self._persister is not None:
             if isinstance(self._persister, Persister):
@@ -400,7 +417,7 @@ class Saving:
         self._end_rounds()
 
     def last_info(self) -> SnapshotInfo | None:
-        """The facts of the last snapshot, once durable; waits for it."""
+        """The facts of the last snapshot once it is durable; waits for that."""
         return self.last.durable() if self.last is not None else None
 
     @property
@@ -414,46 +431,45 @@ class Saving:
         return self._persister.last_info if self._persister is not None else None
 
     def _memory_short(self, error: UsageError) -> None:
-        if not self._short_told:
-            self._short_told = True
-            self._tell(
+        if not self._short_reported:
+            self._short_reported = True
+            self._emit(
                 Event(
                     "memory-short",
-                    f"training goes on with fewer slots, snapshots may be skipped: {error}",
+                    f"training continues with fewer slots, snapshots may be skipped: {error}",
                     alarm=True,
                 )
             )
 
     def _compare(self, leaves: Sequence[TensorLeaf]) -> None:
         self._compared += 1
-        compare_replicas(self._channel, leaves, n=self._compared, stop=self._failed_elsewhere)
+        compare_replicas(self._mailbox, leaves, n=self._compared, stop=self._failed_elsewhere)
 
     def _failed_elsewhere(self) -> bool:
-        """Whether another rank met an error while it prepared, so that it won't come to the
-        comparison."""
-        words = (
-            self._channel.peek(f"prepared/{self._prepared}/{rank}")
-            for rank in range(self._channel.size)
+        """Whether another rank failed to prepare, so that it will not come to the comparison."""
+        results = (
+            self._mailbox.peek(f"prepared/{self._prepared}/{rank}")
+            for rank in range(self._mailbox.size)
         )
-        return any(word not in (None, b"null") for word in words)
+        return any(result not in (None, b"null") for result in results)
 
-    def _tell_prepared(self, error: CkptError | None) -> None:
-        rank = self._channel.rank
+    def _post_prepared(self, error: CkptError | None) -> None:
+        rank = self._mailbox.rank
         message = from_error(error, rank=rank) if error is not None else None
-        self._channel.post(f"prepared/{self._prepared}/{rank}", msgspec.json.encode(message))
+        self._mailbox.post(f"prepared/{self._prepared}/{rank}", msgspec.json.encode(message))
 
-    def _prepared_word(self, rank: int) -> RemoteError | None:
+    def _prepare_error(self, rank: int) -> RemoteError | None:
         key = f"prepared/{self._prepared}/{rank}"
-        word = wait_for_message(
-            self._channel,
+        result = wait_for_message(
+            self._mailbox,
             key,
             timeout_s=COMPARE_WAIT_S,
             awaited=f"rank {rank} to lay out its share",
         )
-        return msgspec.json.decode(word, type=RemoteError | None)
+        return msgspec.json.decode(result, type=RemoteError | None)
 
 
-def _tell_committed(rounds: GcRounds) -> Callable[[Future[SnapshotInfo]], None]:
+def _report_committed(rounds: GcRounds) -> Callable[[Future[SnapshotInfo]], None]:
     def done(future: Future[SnapshotInfo]) -> None:
         if not future.cancelled() and future.exception() is None:
             rounds.on_commit()
@@ -461,23 +477,25 @@ def _tell_committed(rounds: GcRounds) -> Callable[[Future[SnapshotInfo]], None]:
     return done
 
 
-# What the user logs: the latest value of each name, ready to travel with the next snapshot.
+# ---- metrics: the latest value of each name that the user logs, to be stored with the next
+# snapshot
 
 Loggable = float | int | str | bool | torch.Tensor | None
 
 
 class Metrics:
-    """Rank 0 keeps the latest values; the other ranks take part and keep nothing. Thread-safe."""
+    """Rank 0 keeps the latest values; the other ranks call it too and keep nothing. Thread-safe."""
 
     def __init__(self, emit: Emit, *, rank: int) -> None:
-        self._tell = emit
+        self._emit = emit
         self._rank = rank
         self._latest: dict[str, Fact | torch.Tensor] = {}
         self._lock = threading.Lock()
 
     def log(self, values: Mapping[str, Loggable]) -> None:
-        """Note values. A tensor of one element is read at once on the CPU, later elsewhere.
-        UsageError for anything else."""
+        """Keep values. A tensor of one element is read at once on the CPU, later on other devices.
+        Raises UsageError for anything else.
+        """
         noted = {name: _noted(name, value) for name, value in values.items()}
         if self._rank != 0:
             return
@@ -486,7 +504,7 @@ class Metrics:
         ready = {
             name: value for name, value in noted.items() if not isinstance(value, torch.Tensor)
         }
-        self._tell(Event("log", "logged", ready))
+        self._emit(Event("log", "logged", ready))
 
     def facts(self) -> dict[str, Fact]:
         """The latest values as plain ones; waits for the devices that hold some."""

@@ -1,7 +1,7 @@
-"""One process's use of one store in one attempt: joins the other ranks, restores, opens the epoch,
-snapshots.
+"""One process's use of one store in one attempt: connect the ranks, restore, open the epoch,
+snapshot.
 
-``Checkpointer`` and ``Run`` are two faces of it. Everything here is called by the training thread.
+``Checkpointer`` and ``Run`` are its two faces. Everything here is called by the training thread.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from ckpt.backends.checked import stores_of
 from ckpt.backends.replicated.open import open_job_stores, require_key_fits
 from ckpt.capture.leaves import escape
 from ckpt.capture.streams import RngState
-from ckpt.errors import NewerSnapshotError, NotFoundError, UnavailableError, UsageError
+from ckpt.errors import NotFoundError, UnavailableError, UsageError
 from ckpt.events import Emit, Event, Fact, emit_to_logging
 from ckpt.ipc.board import Board
-from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
+from ckpt.ipc.mailbox import CountingMailbox
+from ckpt.ipc.messages import Decided, SetTag
 from ckpt.log.state import LogState
 from ckpt.restore.reader import item_names
 from ckpt.session.c10d_mailbox import world_of_process
-from ckpt.session.connected import ConnectedSession, KeeperFailover
+from ckpt.session.connected import BYE_WAIT_S, ConnectedSession, SessionEpochs
 from ckpt.session.decisions import Decisions
 from ckpt.session.keeper.attachment import (
     KEEPER_VARIABLE,
@@ -34,54 +35,56 @@ from ckpt.session.keeper.attachment import (
     supervised_trainer,
 )
 from ckpt.session.keeper.connection import KeeperLink
-from ckpt.session.log import SessionLineage, SessionLog, await_final_flush, parse_opened
+from ckpt.session.log import SessionLineage, SessionLog, await_final_flush
 from ckpt.session.options import SessionOptions, StoreAddress, only_below
 from ckpt.session.restoring import FillRules, RestoreCandidate
 from ckpt.session.saving import Pending, Saving
 from ckpt.values import SnapshotId, SnapshotInfo
 
-# A trainer as the keeper that judges it hears of it: how far it is, what it dies of, that it is
-# done.
+RNG_ITEM = "rng"
+"""The item under which a run's random number generators are stored."""
 
 
 class TrainerReporter:
-    """Tells ``judge()``; nobody where that is None."""
+    """Reports this trainer's progress and end to its keeper, which decides about its failures.
 
-    def __init__(self, judge: Callable[[], KeeperLink | None]) -> None:
-        self._judge = judge
+    ``link`` gives the keeper's connection; nothing is reported while it gives None.
+    """
+
+    def __init__(self, link: Callable[[], KeeperLink | None]) -> None:
+        self._link = link
 
     def report(self, point: str, at_s: float) -> None:
-        """This trainer reached a point of its start at ``at_s``, CLOCK_MONOTONIC."""
-        if (judge := self._judge()) is not None:
-            judge.phase(point, at_s)
+        """This trainer reached a milestone of its start at ``at_s``, CLOCK_MONOTONIC."""
+        if (link := self._link()) is not None:
+            link.phase(point, at_s)
 
     def failing(self, kind: str, text: str, *, fingerprint: str, step: int, final: bool) -> None:
-        """This trainer is about to die of an exception."""
-        if (judge := self._judge()) is not None:
-            with suppress(UnavailableError):  # without a keeper nobody judges it
-                judge.failing(kind, text, fingerprint=fingerprint, step=step, final=final)
+        """This trainer is about to end with an exception."""
+        if (link := self._link()) is not None:
+            with suppress(UnavailableError):  # a lost keeper decides nothing
+                link.failing(kind, text, fingerprint=fingerprint, step=step, final=final)
 
     def finished(self) -> None:
         """This trainer's run is over and durable; what follows is the rest of the program."""
-        if (judge := self._judge()) is not None:
-            with suppress(UnavailableError):  # nothing is lost any more
-                judge.finished()
+        if (link := self._link()) is not None:
+            with suppress(UnavailableError):  # everything is durable already
+                link.finished()
 
 
-# Which sessions of this process write: under one supervisor, one a store, which is one job's
-# whatever name it is given.
-#
-# A second one would open a newer epoch through the same keeper, over the same slots: the first
-# would be off the line and go on without knowing it.
+# ---- writers: the sessions of this process that write, one for each store. A second one would open
+# a newer epoch through the same keeper, over the same slots: the snapshots of the first would be
+# off the lineage without its knowing.
 
-_open: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
+_writers: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 
 
 def register_writer(store: str, session: object) -> None:
-    """Note that ``session`` writes from now on; again is free. Raises UsageError where another one
-    does that isn't closed."""
-    other = _open.setdefault(store, session)
-    if other is not session:
+    """Make ``session`` the writer to ``store``; may be repeated. Raises UsageError if another one
+    is.
+    """
+    writer = _writers.setdefault(store, session)
+    if writer is not session:
         raise UsageError(
             "a run or Checkpointer of this process writes to this store already, and a second one "
             "would cut it off. "
@@ -91,35 +94,25 @@ def register_writer(store: str, session: object) -> None:
 
 
 def unregister_writer(store: str, session: object) -> None:
-    """``session`` is closed. Nothing where it never wrote."""
-    if _open.get(store) is session:
-        del _open[store]
-
-
-BYE_WAIT_S = 60.0
-"""How long rank 0 stays for the other ranks to read its last words: it may own the message
-store."""
-
-OPEN_WAIT_S = 600.0
-
-CHOICES_MAX = 5
-"""How often a snapshot is chosen anew where a newer one is committed in between: only who was
-fenced a moment ago can."""
-
-RNG_ITEM = "rng"
-"""The item under which a run's random number generators are stored."""
+    """``session`` is closed. Nothing if it is not the writer."""
+    if _writers.get(store) is session:
+        del _writers[store]
 
 
 class Session:
-    """Joins, restores, opens the epoch, snapshots. With several ranks every rank makes the same
-    calls in the same order."""
+    """One process's use of one store. With several ranks every rank makes the same calls in the
+    same order.
+
+    It is larger than other classes because both faces, ``Run`` and ``Checkpointer``, use it: what
+    it knows of epochs is in ``SessionEpochs``, of connected ranks in ``ConnectedSession``.
+    """
 
     def __init__(self, store: StoreAddress | Backend, options: SessionOptions) -> None:
         self._options = options
         self._owns_backend = isinstance(store, str | tuple)
         self._spec = keeper_spec(store, options)
         self.emit: Emit = emit_to_logging(world_of_process()[0])
-        """Where events go."""
+        """Receives the session's events. May be replaced before the ranks are connected."""
         self._backend = (
             store
             if not isinstance(store, str | tuple)
@@ -128,31 +121,21 @@ class Session:
                 options.storage_options,
                 write_quorum=options.write_quorum,
                 encryption_key=options.encryption_key,
-                emit=lambda event: self.emit(event),  # noqa: PLW0108  it may change
+                emit=lambda event: self.emit(event),  # noqa: PLW0108  it may be replaced
             )
         )
         self._job = options.job or job_name(stores_of(self._backend)[0].url)
         self._log = SessionLog(self._backend, job=self._job, named=options.job)
-        self._line = SessionLineage(self._log, options, link=lambda: self._link)
-        self.reporter = TrainerReporter(
-            lambda: (
-                self._joined.attachment.trainer_link
-                if self._joined is not None and not self._closed
-                else None
-            )
-        )
-        """What the keeper that judges this trainer hears."""
-        self._joined: ConnectedSession | None = None
+        self._lineage = SessionLineage(self._log, options, link=lambda: self._link)
+        self.reporter = TrainerReporter(self._trainer_link)
+        """Reports this trainer's progress and end to its keeper."""
+        self._connected: ConnectedSession | None = None
+        self._epochs: SessionEpochs | None = None
         self._key_fits = not self._owns_backend or options.encryption_key is None
         self._items: dict[str, object] = {}
         self._rng = RngState()
-        self._opens, self._closed = 0, False
-        self._whole = False  # whether all that was restored is tracked
-        self._refers = False  # whether what was restored was also read: only verified chunks may be referred to
-        self.epoch = 0
-        """The epoch that this session opened; 0 before."""
-        self.restored: SnapshotInfo | None = None
-        """The snapshot that the session goes on from."""
+        self._all_tracked = False  # whether a run tracks all that it restored
+        self._closed = False
 
     @property
     def url(self) -> str:
@@ -165,18 +148,28 @@ class Session:
         return self._backend
 
     @property
+    def epoch(self) -> int:
+        """The epoch that this session opened; 0 before."""
+        return self._epochs.epoch if self._epochs is not None else 0
+
+    @property
+    def restored(self) -> SnapshotInfo | None:
+        """The snapshot that the session continues from."""
+        return self._epochs.restored if self._epochs is not None else None
+
+    @property
     def mailbox(self) -> CountingMailbox:
-        """The other ranks; joins them first."""
-        return self.join().channel
+        """Messages between the ranks; connects them first."""
+        return self.join().mailbox
 
     @property
     def decisions(self) -> Decisions:
-        """What all ranks do at a boundary; joins first."""
+        """What all ranks decide together at a boundary; connects them first."""
         return self.join().decisions
 
     @property
     def saving(self) -> Saving:
-        """The saving half; joins first."""
+        """The saving half; connects the ranks first."""
         return self.join().saving
 
     @property
@@ -185,91 +178,117 @@ class Session:
         return self.epoch > 0
 
     def join(self) -> ConnectedSession:
-        """Meet the other ranks; once, then free."""
+        """Connect the ranks, once."""
         if self._closed:
             raise UsageError(f"closed already; make a new one. store={self.url}")
-        if self._joined is None:
-            keeping = KeeperAttachment.join(self._spec, self._options, self.emit, name=self._job)
-            self._joined = ConnectedSession(
-                keeping, self._backend, self._options, self.state, self.emit
+        if self._connected is None:
+            attachment = KeeperAttachment.join(self._spec, self._options, self.emit, name=self._job)
+            self._connected = ConnectedSession(
+                attachment, self._backend, self._options, self.state, self.emit
             )
-            self._mending = KeeperFailover(
-                self._joined, open_epoch=self._line.open_next, log=self._log
-            )
+            self._epochs = SessionEpochs(self._connected, self._lineage, self._log)
         if not self._key_fits:
-            # Only now, so that the keeper can be told why this process ends: starting it again
-            # would not help.
+            # Only after the ranks are connected, so that the keeper learns why this process ends:
+            # another start would end in the same way.
             require_key_fits(self._backend, self._options.encryption_key)
             self._key_fits = True
-        return self._joined
+        return self._connected
+
+    def _joined_epochs(self) -> SessionEpochs:
+        self.join()
+        assert self._epochs is not None, "joined"
+        return self._epochs
 
     @property
     def _link(self) -> KeeperLink | None:
-        """The keeper, where this session has one by now."""
-        return self._joined.attachment.link if self._joined is not None else None
+        """The keeper that this session writes through, or None."""
+        return self._connected.attachment.link if self._connected is not None else None
+
+    def _trainer_link(self) -> KeeperLink | None:
+        """The connection of a supervised trainer, while the session is in use."""
+        if self._connected is None or self._closed:
+            return None
+        return self._connected.attachment.trainer_link
 
     @property
     def board(self) -> Board | None:
         """The board that this rank shares with the others of its node, or None without a keeper."""
-        return self._joined.attachment.board if self._joined is not None else None
+        return self._connected.attachment.board if self._connected is not None else None
 
     @property
     def local_rank(self) -> int:
-        """This rank among those of its node, on whose board it is. Joined."""
+        """This rank among those of its node, as on the board. Only after the ranks are
+        connected.
+        """
         return self._link.local_rank if self._link is not None else self.mailbox.rank
 
     @property
     def announce_decision(self) -> Callable[[int, int], object] | None:
-        """Tells other nodes what is done at a boundary; None where the job has no others."""
-        return self._link.decided if self._link is not None and self._link.spans_nodes else None
+        """Shows rank 0's decision about a boundary on the boards of other nodes; None if there are
+        none.
+
+        The other nodes learn it a moment later. Without a keeper they do not.
+        """
+        link = self._link
+        if link is None or not link.spans_nodes:
+            return None
+
+        def announce(boundary: int, flags: int) -> None:
+            with suppress(UnavailableError):  # the loop notices a lost keeper by itself
+                link.send(Decided(boundary=boundary, flags=flags))
+
+        return announce
 
     @property
     def supervised(self) -> bool:
-        """Whether a supervisor uses the same keeper as this session does: it judges how this
-        process ends. Joins nobody."""
-        seat = supervised_trainer()
-        return seat is not None and self._spec is not None and seat.serves(self._spec)
+        """Whether this session's keeper also has a supervisor of this process. Connects nothing."""
+        trainer = supervised_trainer()
+        return trainer is not None and self._spec is not None and trainer.serves(self._spec)
 
     @property
     def must_save_restored(self) -> bool:
-        """Whether a run that ends where it began saves that once more: perhaps memory alone had it,
-        and all of it is here."""
-        return self._whole and self.join().restoring.staged
+        """Whether a run that ends at the step where it began must save it: it may be in memory
+        only.
+
+        Only if the run tracks all that it restored, or the new snapshot would lack something.
+        """
+        return self._all_tracked and self.join().restoring.staged
 
     def on_stop(self, call: Callable[[float], object]) -> None:
-        """Have ``call`` told, in another thread, when the job is preempted: in how many seconds it
-        must have stopped."""
+        """Call ``call`` in another thread when the job is preempted, with the seconds left."""
         if self._link is not None:
             self._link.on_stop(call)
 
     def join_attempt(self, attempt: int) -> None:
-        """A prepared trainer was promoted: it belongs to ``attempt`` from here on. Before the ranks
-        meet."""
+        """A prepared trainer was promoted: from here on it belongs to ``attempt``. Before the ranks
+        connect.
+        """
         if supervised_trainer() is None and self._spec is not None:
             set_supervised_from_environment(self._spec, attempt)
 
     def attach_keeper(self) -> None:
-        """Get a keeper, where this session may have one; before anything is staged. Every rank
-        calls it alike.
+        """Attach to a keeper, if this session may have one. Before anything is staged, on every
+        rank.
 
-        Raises UsageError, having touched nothing, where another session of this trainer writes to
-        the same store.
+        Raises UsageError, with no effect, if another session of this trainer writes to the same
+        store.
         """
-        seat = supervised_trainer()
+        trainer = supervised_trainer()
         if (
-            seat is not None
+            trainer is not None
             and self._spec is not None
-            and seat.spec.store == self._spec.store
+            and trainer.spec.store == self._spec.store
             and not self._closed
         ):
             register_writer(self._spec.store, self)
-        joined = self.join()
-        joined.attachment.start()
-        joined.use_slots()
+        connected = self.join()
+        connected.attachment.start()
+        connected.use_slots()
 
     def await_previous_run(self) -> None:
-        """Before the store is read: wait, for a bounded time, until what the last run left with its
-        keeper is durable."""
+        """Before the store is read: wait, for a bounded time, until the last run's keeper has made
+        durable what it holds.
+        """
         if (
             self._spec is not None
             and self._link is None
@@ -278,107 +297,51 @@ class Session:
             await_final_flush(self._spec, self.emit, has=self._log.has)
 
     def state(self) -> LogState:
-        """The log's fold, fresh from the store. Raises NotFoundError where there is no store
-        yet."""
+        """The log's fold, fresh from the store. Raises NotFoundError if there is no store yet."""
         return self._log.state()
 
     def newest_first(self) -> Sequence[RestoreCandidate]:
-        """The snapshots on the line, best first, staged ones too; none where there is no store
-        yet."""
-        return self._line.newest_first()
+        """The snapshots of the lineage, best first, with staged ones; empty if there is no store
+        yet.
+        """
+        return self._lineage.newest_first()
 
     def open_run(self) -> None:
-        """For a run: choose the newest snapshot and open an epoch that goes on from it; once, then
-        free."""
+        """For a run: choose the newest snapshot and open an epoch that continues from it. Once."""
         if self.opened:
             return
         self.attach_keeper()
-        self._open_on_newest()
-        self.join().start_decisions()  # every rank's must be there to answer the others'
-
-    def _open_on_newest(self) -> None:
-        """Go on from the newest snapshot; from a newer one where somebody commits it in between. On
-        all ranks alike."""
-        for left in reversed(range(CHOICES_MAX)):
-            self.choose_newest()
-            try:
-                self.open_epoch(newest=True)
-                return
-            except NewerSnapshotError as error:
-                if not left:
-                    raise
-                self.emit(Event("chosen-anew", str(error)))
-
-    def choose_newest(self) -> None:
-        """Choose the newest snapshot whose records can be read; its bytes are not read yet."""
-        restoring = self.join().restoring
-        self.restored = None
-        if restoring.choose(self.newest_first) is not None:
-            self.restored = restoring.fill({}, FillRules())
-
-    def open_epoch(self, *, newest: bool = False) -> None:
-        """Open the next epoch as the continuation of what was restored; rank 0 writes the record,
-        all learn the number.
-
-        ``newest``: that was taken for the newest; all raise NewerSnapshotError where it is that no
-        more.
-        """
-        joined = self.join()
-        joined.saving.drain()  # what is in flight belongs to the epoch before, which the record below closes
-        self._opens += 1
-        key = f"epoch/{self._opens}"
-        resume = self.restored.id if self.restored is not None else None
-        if joined.channel.rank == 0:
-            self._mending.reattach()
-            joined.channel.post(key, self._line.open_for_ranks(resume, newest=newest).encode())
-        word = wait_for_message(
-            joined.channel, key, timeout_s=OPEN_WAIT_S, awaited="rank 0 to open the epoch"
-        ).decode()
-        epoch, origin = parse_opened(word)
-        self._mending.follow_rank0(alone=not origin)
-        self.epoch = epoch
-        base = resume if self._refers else None
-        joined.emit(Event("epoch", f"epoch {epoch} is open", {"epoch": epoch}))
-        if joined.attachment.link is not None:
-            if base is not None:
-                joined.attachment.link.known(base, dict(joined.restoring.verified))
-            staged = resume if joined.restoring.staged else None
-            joined.saving.write_through_keeper(
-                joined.attachment.persister(epoch, resume=staged), origin=origin
-            )
-            return
-        place = self._log.place(epoch, rank=joined.channel.rank)
-        joined.saving.write_locally(
-            place, base=base, known_chunks=lambda: dict(joined.restoring.verified)
-        )
+        self._joined_epochs().open_on_newest(self.newest_first)
+        self.join().start_decisions()  # on every rank, or a proposal would miss answers
 
     def track(self, items: Mapping[str, object]) -> None:
-        """Add items to a run's state, filling them from its snapshot. Falls back for all items
-        together."""
+        """Add items to a run's state and fill them from its snapshot. Falls back for all items
+        together.
+        """
         for name in items:
             if name in self._items or name == RNG_ITEM:
                 raise UsageError(
                     f"an item of that name is tracked already. name={name}; choose another name"
                 )
         if self.restored is not None:
-            self._fill(
-                items, FillRules(only_below(self._options.only, items), self._options.missing)
-            )
+            only = only_below(self._options.only, items)
+            self._joined_epochs().fill(items, FillRules(only, self._options.missing))
         self._items.update(items)
-        self.saving.prepare({**self._items, RNG_ITEM: self._rng})
+        self.saving.prepare(self._state())
 
     def begin(self) -> None:
-        """Before a run's first step: put the random number generators where its snapshot had them.
+        """Before a run's first step: restore the random number generators.
 
-        Tells what the snapshot has and nobody tracked: it would be gone from the next snapshot on.
-        Raises UsageError where ``only`` names what is not tracked.
+        Reports what the snapshot has and the run does not track: the next snapshot will lack it.
+        Raises UsageError if ``only`` names what is not tracked.
         """
         if self.restored is None:
             return
+        restoring = self.join().restoring
         if self._options.only is None or RNG_ITEM in self._options.only:
-            self._fill({RNG_ITEM: self._rng}, FillRules(None, "keep"))
-        if not self.join().restoring.staged:
-            self.saving.refer_to(self.restored.id, dict(self.join().restoring.verified))
+            self._joined_epochs().fill({RNG_ITEM: self._rng}, FillRules(None, "keep"))
+        if not restoring.staged:
+            self.saving.refer_to(self.restored.id, dict(restoring.verified))
         tracked = {escape(name) for name in self._items} | {RNG_ITEM}
         unknown = [
             path
@@ -390,12 +353,15 @@ class Session:
                 f"only names what is not tracked. only={unknown} tracked={sorted(tracked)}; "
                 "correct it"
             )
-        lost = sorted(set(item_names(self.join().restoring.index())) - tracked)
-        self._whole = not lost and self._options.only is None
-        self.join().restoring.close()
-        if lost:
-            text = f"the restored snapshot has items that nobody tracks, later ones will lack them: {', '.join(lost)}"
-            self.emit(Event("untracked", text, {"items": ",".join(lost)}, alarm=True))
+        untracked = sorted(set(item_names(restoring.index())) - tracked)
+        self._all_tracked = not untracked and self._options.only is None
+        restoring.close()
+        if untracked:
+            text = (
+                "the restored snapshot has items that are not tracked, later ones will lack them: "
+                f"{', '.join(untracked)}"
+            )
+            self.emit(Event("untracked", text, {"items": ",".join(untracked)}, alarm=True))
 
     def restore(
         self,
@@ -404,48 +370,52 @@ class Session:
         rules: FillRules,
     ) -> SnapshotInfo:
         """For a checkpointer: fill ``items`` from the first readable of ``choices``. Later saves go
-        on from it."""
+        on from it.
+        """
         self.saving.hold_gc()
         restoring = self.join().restoring
 
-        def settled() -> Sequence[RestoreCandidate]:
+        def choose_after_flush() -> Sequence[RestoreCandidate]:
             self.await_previous_run()
             return choices()
 
-        if restoring.choose(settled) is None:
+        if restoring.choose(choose_after_flush) is None:
             raise NotFoundError(f"the store holds no snapshot yet. store={self.url}")
-        self.restored = restoring.fill(items, rules)
+        restored = restoring.fill(items, rules)
         restoring.close()
-        if self.restored.maybe_stale:
-            text = f"restored {self.restored.id}, but a newer one may exist: the log has a hole. store={self.url}"
-            self.emit(Event("maybe-stale", text, {"step": self.restored.step}, alarm=True))
-        self._refers = not restoring.staged
-        self.epoch = 0  # the next save opens an epoch that goes on from here
-        return self.restored
+        if restored.maybe_stale:
+            text = (
+                f"restored {restored.id}, but a newer one may exist: the log has a hole. "
+                f"store={self.url}"
+            )
+            self.emit(Event("maybe-stale", text, {"step": restored.step}, alarm=True))
+        self._joined_epochs().go_on_from(restored, verified=not restoring.staged)
+        return restored
 
     def snapshot(
         self, step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...], wait_s: float
     ) -> Pending:
-        """Stage a run's tracked items now, waiting ``wait_s`` seconds at most for a slot; durable
-        later."""
-        self._mend(step)
-        items = {**self._items, RNG_ITEM: self._rng}
+        """Stage a run's items now, waiting ``wait_s`` seconds at most for a slot; durable later."""
+        self._joined_epochs().before_snapshot(step)
         return self.saving.snapshot(
-            items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags, wait_s=wait_s
+            self._state(),
+            SnapshotId(self.epoch, step),
+            metadata=metadata,
+            tags=tags,
+            wait_s=wait_s,
         )
 
     def stage(self, step: int, *, metadata: Mapping[str, Fact]) -> bool:
-        """Stage a run's tracked items for memory alone; False where no slot is free."""
-        items = {**self._items, RNG_ITEM: self._rng}
-        return self.saving.stage(items, SnapshotId(self.epoch, step), metadata=metadata)
+        """Stage a run's items for memory alone; False if no slot is free."""
+        return self.saving.stage(self._state(), SnapshotId(self.epoch, step), metadata=metadata)
 
     def await_durable(self, timeout_s: float) -> None:
-        """Wait until the last snapshot is durable, as long as there is time; failures were told."""
+        """Wait, ``timeout_s`` seconds at most, until the last snapshot is durable or has failed."""
         self.saving.wait_idle(timeout_s)
 
     def refuse(self, step: int, reason: str) -> None:
-        """Instead of ``snapshot``: this rank can't take it, which all ranks learn."""
-        self._mend(step)
+        """Instead of ``snapshot``: this rank can't take it, and all ranks learn why."""
+        self._joined_epochs().before_snapshot(step)
         self.saving.refuse(SnapshotId(self.epoch, step), UsageError(reason))
 
     def save(
@@ -456,23 +426,24 @@ class Session:
         metadata: Mapping[str, Fact],
         tags: tuple[str, ...],
     ) -> Pending:
-        """For a checkpointer: stage ``items`` now; durable later. Opens an epoch first where none
-        is open."""
+        """For a checkpointer: stage ``items`` now; durable later. Opens an epoch first if none is
+        open.
+        """
         if not items:
             raise UsageError("nothing to save; give a dict of names to objects")
         if not self.opened:
             self.attach_keeper()
             if self.restored is None:
-                self._open_on_newest()
+                self._joined_epochs().open_on_newest(self.newest_first)
             else:
-                self.open_epoch()
-        self._mend(step)
+                self._joined_epochs().open()
+        self._joined_epochs().before_snapshot(step)
         return self.saving.snapshot(
             items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags
         )
 
     def tag_last(self, tags: Sequence[str]) -> None:
-        """Tag the last snapshot once it is durable."""
+        """Tag the last snapshot once it is durable; waits for that."""
         info = self.saving.last_info()
         if info is None and self.restored is not None:
             info = self.restored
@@ -480,7 +451,7 @@ class Session:
             return
         for tag in tags:
             if self._link is not None:
-                self._link.set_tag(tag, info.id)
+                self._link.call(SetTag(name=tag, snapshot=info.id))
             else:
                 self._log.tag(tag, info.id, epoch=self.epoch)
 
@@ -488,31 +459,30 @@ class Session:
         """End well: everything durable, all ranks done. Raises what kept the last snapshot from
         being durable.
 
-        ``run``: this was the trainer's run, so that the keeper learns that its work is done.
+        ``run``: this was the trainer's run, and its keeper learns that the work is done.
         """
-        if self._joined is None:
+        if self._connected is None:
             self._close_store()
             return
         try:
-            self._joined.saving.finish()
+            self._connected.saving.finish()
             if run:
                 self.reporter.finished()
         finally:
-            self._part(wait_s=BYE_WAIT_S)
+            self._leave(wait_s=BYE_WAIT_S)
 
     def abandon(self) -> None:
         """End after an exception: what is staged gets a bounded time to become durable."""
-        if self._joined is not None and not self._closed:
-            self._joined.saving.abandon()
-            self._part(wait_s=0.0)
+        if self._connected is not None and not self._closed:
+            self._connected.saving.abandon()
+            self._leave(wait_s=0.0)
         elif not self._closed:
             self._close_store()
 
-    def _part(self, *, wait_s: float) -> None:
-        """Leave: rank 0 last, because it may own the message store."""
-        assert self._joined is not None, "joined"
+    def _leave(self, *, wait_s: float) -> None:
+        assert self._connected is not None, "joined"
         try:
-            self._joined.leave(wait_s=wait_s)
+            self._connected.leave(wait_s=wait_s)
         finally:
             self._close_store()
 
@@ -523,16 +493,6 @@ class Session:
         if self._owns_backend:
             self._backend.close()
 
-    def _fill(self, items: Mapping[str, object], rules: FillRules) -> None:
-        before = self.restored
-        self.restored = self.join().restoring.fill(items, rules)
-        if self.opened and before is not None and self.restored.id != before.id:
-            self.open_epoch()  # the line goes on from the older snapshot that was readable
-
-    def _mend(self, step: int) -> None:
-        """Before a snapshot: where its keeper is lost, go on with the next one. Notes that the
-        snapshot is handed in."""
-        if self._mending.needed:
-            base = self.restored.id if self.restored is not None else None
-            self.epoch = self._mending.fail_over(step, epoch=self.epoch, base=base) or self.epoch
-        self._mending.record_submitted(step)
+    def _state(self) -> dict[str, object]:
+        """A run's items and its random number generators."""
+        return {**self._items, RNG_ITEM: self._rng}

@@ -1,10 +1,11 @@
 """When a slot may be overwritten, so that all ranks always share a complete snapshot. Pure.
 
 Ranks stage at different speeds, are killed at any moment, and see each other only through the
-board. Each keeps the newest pair that is complete, and every newer one that may still become
-complete. That one can't any more where it was captured in an earlier epoch (no trainer of it lives)
-or where another rank has gone past it without holding it (each rank seals in ascending order).
-Without these two, pairs that a rank refused or lost would fill its peers' slots for ever.
+board. Each rank keeps the newest complete snapshot, and every newer one that may still become
+complete. A newer one can no longer become complete in two cases: it was captured in an earlier
+epoch, of which no trainer is alive; or another rank has passed it without holding it, since each
+rank seals in ascending order. Without these two cases, snapshots that a rank refused or lost would
+fill its peers' slots for ever.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from ckpt.ipc.board import newest_common
 from ckpt.values import SnapshotId
 
 SEALED_WITHIN_STEPS = 2
-"""A pair is sealed, if ever, before its rank has completed that many more steps: a copy may go on
-beside the next one."""
+"""A snapshot is sealed, if ever, before its rank has completed that many more steps: an overlapped
+copy may still run during the next step.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class BoardView:
-    """What the board said of each rank. All of ``passed`` was read before any of ``sealed``.
+    """What the board shows of each rank. All of ``passed`` must be read before any of ``sealed``.
 
-    ``passed``: every pair up to this one that the rank will ever hold was sealed by then.
-    ``sealed``: what it holds. So a pair up to ``passed`` that is missing in ``sealed`` was not
-    merely read too early.
+    ``passed``: the rank has sealed, by then, every snapshot up to this one that it will ever hold.
+    ``sealed``: what it holds. Because of the order of reading, a snapshot up to ``passed`` that is
+    missing in ``sealed`` is missing for good and was not merely read too early.
     """
 
     passed: tuple[SnapshotId | None, ...]
@@ -35,15 +36,19 @@ class BoardView:
 
     @property
     def complete(self) -> SnapshotId | None:
-        """The newest pair that every rank holds sealed."""
-        return newest_common(self.sealed)
+        """The newest snapshot that every rank holds sealed."""
+        if not self.sealed:
+            return None
+        first, *others = self.sealed
+        return max(frozenset(first).intersection(*others), default=None)
 
 
 def passed(
     pairs: Iterable[SnapshotId | None], *, completed: int | None, epoch: int
 ) -> SnapshotId | None:
-    """How far a rank has come, by what its slots hold and by how many steps it has completed in
-    ``epoch``."""
+    """How far a rank is, by what its slots hold and by the steps it has completed in
+    ``epoch``.
+    """
     by_steps = None if completed is None else SnapshotId(epoch, completed - SEALED_WITHIN_STEPS)
     return newest_of([*pairs, by_steps])
 
@@ -56,12 +61,11 @@ def reason_kept(
     epoch: int,
     resume: SnapshotId | None = None,
 ) -> str | None:
-    """Why a slot that holds ``pair`` (None: nothing) must not be overwritten, or None where it may
-    be.
+    """Why a slot that holds ``pair`` (None: nothing) must not be overwritten, or None if it may be.
 
     ``in_use``: an upload or another reader holds it. ``epoch``: the one that this rank captures in.
-    ``resume``: the pair that it goes on from; a rank that has just come to a node which never held
-    it would have it look as if nobody needed it.
+    ``resume``: the snapshot that it continues from. That one needs its own rule: a rank that just
+    came to this node never held it, and so looks as if it had passed it.
     """
     if in_use:
         return "it is in use"
@@ -73,14 +77,14 @@ def reason_kept(
     if pair == complete:
         return "it is the newest that all ranks hold"
     if pair == resume:
-        return "training goes on from it, and nothing newer is complete"
+        return "training continues from it, and nothing newer is complete"
     if pair.epoch < epoch or overtaken(pair, view):
         return None
     return "other ranks may still complete it"
 
 
 def overtaken(pair: SnapshotId, view: BoardView) -> bool:
-    """Whether some rank has gone past this pair and doesn't hold it: it never will."""
+    """Whether a rank has passed this snapshot without holding it: it never will hold it."""
     return any(
         passed is not None and passed >= pair and pair not in sealed
         for passed, sealed in zip(view.passed, view.sealed, strict=True)
@@ -88,5 +92,5 @@ def overtaken(pair: SnapshotId, view: BoardView) -> bool:
 
 
 def newest_of(pairs: Iterable[SnapshotId | None]) -> SnapshotId | None:
-    """The newest of some pairs, or None where there is none."""
+    """The newest of some snapshots, or None if there is none."""
     return max((pair for pair in pairs if pair is not None), default=None)

@@ -1,5 +1,6 @@
 """From live objects to a sealed slot: capture, ownership, copy. The only part of a save that
-training waits for."""
+training waits for.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +24,15 @@ from ckpt.staging.slot import Pin, Regions, Slot, SlotPool
 from ckpt.values import DTYPE_BYTES, Box, Leaf, SnapshotId, StagedIndex
 
 SLOT_WAIT_S = 3600.0
-"""How long a forced snapshot waits for a slot that an upload holds before it gives up."""
+"""How long a forced snapshot waits for a slot that an upload holds before it is given up."""
 
 CompareReplicas = Callable[[Sequence[TensorLeaf]], None]
-"""Called once for each new set of replicated leaves: raises where replicas differ."""
+"""Called once for each new set of replicated leaves. Raises UsageError if replicas differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class StagedSlot:
-    """A sealed slot and what it holds. ``release`` lets the slot be reused; call it once."""
+    """A sealed slot and its index. ``release`` lets the slot be reused; call it once."""
 
     slot: Slot
     index: StagedIndex
@@ -40,7 +41,7 @@ class StagedSlot:
     """What replicas must agree on for their shares to fit together: see ``replicated_leaves``."""
 
     def release(self) -> None:
-        """Let go of the slot."""
+        """Let the slot be reused."""
         self.pin.release()
 
     def sealed(self) -> SealedSlot:
@@ -51,10 +52,11 @@ class StagedSlot:
 
 
 class Stager:
-    """Stages one rank's share of the state. Keeps plan, layout and slots between snapshots.
+    """Stages one rank's share of the state. Keeps plan, layout and slots from one snapshot to the
+    next.
 
-    Used by one thread. ``agree`` compares replicas the first time that a set of them is met.
-    ``short`` hears once that memory is short in mid-training.
+    Used by one thread. ``compare_replicas`` is called the first time that a set of replicas
+    appears. ``on_short`` is called once if memory becomes short during training.
     """
 
     def __init__(
@@ -87,15 +89,17 @@ class Stager:
         """Of the epoch that is staged in: see ``StagedIndex``."""
 
     def use_regions(self, regions: Regions) -> None:
-        """Take the slots' memory from there. Before the first snapshot and the first
-        ``prepare``."""
+        """Take the slots' memory from ``regions``. Before the first snapshot and the first
+        ``prepare``.
+        """
         if self._pool is not None:
             raise InternalError("slots are laid out already.")
         self._regions = regions
 
     def prepare(self, items: Mapping[str, object]) -> None:
         """Lay the slots out and pre-fault them in the background, so that the first snapshot is as
-        quick as the rest."""
+        quick as the rest.
+        """
         self._layout(self._capture(items))
 
     def stage(
@@ -109,9 +113,8 @@ class Stager:
         """Copy this rank's share of ``items`` into a slot and seal it. Costs one memcpy of it and
         one digest pass in cache.
 
-        Raises UnavailableError where no slot is free within ``wait_s`` seconds, or where memory is
-        short now and was not before, UsageError for what can't be captured or never fitted in
-        memory.
+        Raises UnavailableError if no slot is free within ``wait_s`` seconds, or if memory is short
+        now but was not before; UsageError for what can't be captured or never fitted in memory.
         """
         capture = self._capture(items)
         plan, pool = self._layout(capture)
@@ -124,7 +127,9 @@ class Stager:
                 "the store is too slow for this interval: save less often or allow more "
                 f"slots{short}"
             )
-        pin = slot.pin()  # before the seal, so that no other writer can take the slot in between
+        pin = (
+            slot.pin()
+        )  # before the seal: a sealed slot without pin may be given to another writer
         try:
             slot.begin()
             shards = plan.run(
@@ -164,17 +169,17 @@ class Stager:
         return self._plan.capture()
 
     def _compare(self, tensors: Sequence[TensorLeaf]) -> None:
-        """Agree on replicas where their set is another than before: that changes on all their ranks
-        at once or on none.
+        """Compare replicas if their set has changed: that happens on all their ranks at once or on
+        none.
 
-        A rank's own leaves may change at any time, and so may addresses; to wait for the other
-        ranks then would be for ever.
+        A rank's own leaves, and addresses, may change on one rank alone; waiting for the other
+        ranks would then never end.
         """
         shared = [leaf for leaf in tensors if len(leaf.replicas) > 1]
-        found = tuple((leaf.leaf, leaf.box, leaf.replicas) for leaf in shared)
-        if found != self._agreed:
+        replicated = tuple((leaf.leaf, leaf.box, leaf.replicas) for leaf in shared)
+        if replicated != self._agreed:
             self._agree(shared)
-            self._agreed = found
+            self._agreed = replicated
             self._shared = replicated_leaves(shared)
 
     def _layout(self, capture: Capture) -> tuple[CopyPlan, SlotPool]:
@@ -205,7 +210,9 @@ class Stager:
                 raise
             if self._short is not None:
                 self._short(error)
-            raise UnavailableError(f"the state has grown and its slots can't: {error}") from error
+            raise UnavailableError(
+                f"the state has grown and its slots can't grow: {error}"
+            ) from error
 
     @property
     def slots(self) -> Sequence[Slot]:
@@ -214,21 +221,23 @@ class Stager:
 
 
 def replicated_leaves(shared: Sequence[TensorLeaf]) -> dict[str, tuple[int, str]]:
-    """For each group of replicas, by digest of its ranks: how many they are, and a digest of what
-    they hold, in order. Pure."""
+    """For each group of replicas, by digest of its ranks: how many ranks, and a digest of the
+    leaves that they share, in order.
+    """
     groups: dict[tuple[int, ...], list[tuple[Leaf, Box]]] = {}
-    for one in shared:
-        groups.setdefault(one.replicas, []).append((one.leaf, one.box))
+    for leaf in shared:
+        groups.setdefault(leaf.replicas, []).append((leaf.leaf, leaf.box))
     encode = msgspec.json.encode
     return {
-        digest_hex(encode(ranks)): (len(ranks), digest_hex(encode(held)))
-        for ranks, held in groups.items()
+        digest_hex(encode(ranks)): (len(ranks), digest_hex(encode(leaves)))
+        for ranks, leaves in groups.items()
     }
 
 
 def _tensors(capture: Capture, rank: int) -> Iterator[CopySource]:
     """What this rank stages of each tensor: all of it, or its share of what replicas hold too.
-    Aliases have no bytes."""
+    Aliases have no bytes.
+    """
     own = [leaf for leaf in capture.tensors if leaf.leaf.alias_of is None]
     shared = [leaf for leaf in own if len(leaf.replicas) > 1]
     for leaf in own:
@@ -248,18 +257,16 @@ def _objects(capture: Capture) -> list[CopySource]:
     ]
 
 
-# Replicas must be equal: compared by digest once, the first time that a set of replicated leaves
-# is met.
-#
+# ---- replicas: compared by digest once, the first time that a set of replicated leaves appears.
 # Who stores which bytes of a replicated tensor is computed, not agreed, so each rank stores its
-# share of its own copy. Were the copies different, the snapshot would be a mixture of them.
+# share of its own copy. If the copies differed, the snapshot would be a mixture of them.
 
 COMPARE_WAIT_S = 1800.0
 NAMED_MAX = 5
 
 
 def compare_replicas(
-    channel: CountingMailbox,
+    mailbox: CountingMailbox,
     leaves: Sequence[TensorLeaf],
     *,
     n: int,
@@ -269,30 +276,30 @@ def compare_replicas(
     ``n``, counted up.
 
     Costs one digest pass over the local copies and one message a rank. Waits for the other ranks'
-    digests; once ``stop()`` is true that raises UnavailableError. Raises UsageError naming the
-    leaves that differ.
+    digests; raises UnavailableError once ``stop()`` is true. Raises UsageError naming the leaves
+    that differ.
     """
-    if channel.size == 1:
+    if mailbox.size == 1:
         return
-    mine = {leaf.leaf.name: _digest(leaf.tensor) for leaf in leaves}
-    channel.post(f"replicas/{n}/{channel.rank}", msgspec.json.encode(mine))
-    theirs: dict[int, dict[str, str]] = {}
+    own_digests = {leaf.leaf.name: _digest(leaf.tensor) for leaf in leaves}
+    mailbox.post(f"replicas/{n}/{mailbox.rank}", msgspec.json.encode(own_digests))
+    first_digests: dict[int, dict[str, str]] = {}
     differing: list[str] = []
     for leaf in leaves:
         first = leaf.replicas[0]
-        if first == channel.rank:
+        if first == mailbox.rank:
             continue
-        if first not in theirs:
-            word = wait_for_message(
-                channel,
+        if first not in first_digests:
+            posted = wait_for_message(
+                mailbox,
                 f"replicas/{n}/{first}",
                 timeout_s=COMPARE_WAIT_S,
                 awaited=f"rank {first}'s digests of replicated leaves",
                 stop=stop,
             )
-            theirs[first] = msgspec.json.decode(word, type=dict[str, str])
-        if theirs[first].get(leaf.leaf.name) != mine[leaf.leaf.name]:
-            differing.append(f"{leaf.leaf.name} (ranks {first} and {channel.rank})")
+            first_digests[first] = msgspec.json.decode(posted, type=dict[str, str])
+        if first_digests[first].get(leaf.leaf.name) != own_digests[leaf.leaf.name]:
+            differing.append(f"{leaf.leaf.name} (ranks {first} and {mailbox.rank})")
     if differing:
         named = ", ".join(differing[:NAMED_MAX])
         more = f" and {len(differing) - NAMED_MAX} more" if len(differing) > NAMED_MAX else ""

@@ -1,5 +1,6 @@
 """Copying live tensors into a slot at memory speed, and digesting each block while it is in
-cache."""
+cache.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +24,13 @@ from ckpt.staging.memory import round_to_pages
 from ckpt.staging.slot import Slot
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, Digest, Leaf, StagedShard
 
-# Copies from CUDA devices into a slot: on a side stream of each device, into registered (pinned)
-# memory.
-
 
 class HostCopies:
-    """Starts copies from CUDA tensors; costs nothing where there are none. Not thread-safe.
+    """Copies CUDA tensors into a slot, on a side stream of each device. Costs nothing without CUDA
+    tensors. Not thread-safe.
 
-    A slot is registered with CUDA at its first copy and unregistered before it is freed. Where
-    registering is refused (a limit on locked memory) the copies still happen, slower, through
+    A slot is registered with CUDA (pinned) at its first copy and unregistered before it is freed.
+    If registering is refused (a limit on locked memory) the copies still work, slower, through
     CUDA's own buffers.
     """
 
@@ -45,7 +44,7 @@ class HostCopies:
         """Start copying each CUDA tensor into its view of ``slot``, after what its device's current
         stream has queued.
 
-        All bytes are in the slot when the block ends, however it ends. Raises RuntimeError where a
+        All bytes are in the slot when the block ends, however it ends. Raises RuntimeError if a
         device failed.
         """
         used: dict[torch.device, torch.cuda.Stream] = {}
@@ -70,7 +69,7 @@ class HostCopies:
 
 
 def register_pinned(slot: Slot) -> None:
-    """Have CUDA lock the slot's pages once, until the slot is freed."""
+    """Have CUDA lock the slot's pages, once, until the slot is freed."""
     if slot.registered:
         return
     slot.registered = True
@@ -81,19 +80,22 @@ def register_pinned(slot: Slot) -> None:
 
 
 BLOCK_BYTES = 512 << 10
-"""Copied, then digested while still in cache; 4 MiB blocks took 1.3 times as long."""
+"""Copied, then digested while still in cache; blocks of 4 MiB took 1.3 times as long."""
 
 BATCH_BYTES = 16 << 20
-"""Chunks that a thread takes at a time: few hand-overs, and no thread is left with much at the
-end."""
+"""Bytes of chunks that a thread takes at a time: few hand-overs, and no thread has much left at the
+end.
+"""
 
 TINY_BYTES = 64 << 10
-"""Shards up to this size are copied without giving up the interpreter's lock: taking it back would
-cost more."""
+"""Shards up to this size are copied while holding the GIL: taking it back would cost more than the
+copy.
+"""
 
 THREADS_DEFAULT = 2
-"""Two threads reach 1.3 to 1.4 times the speed of one; more take cores from training for
-nothing."""
+"""Two threads reach 1.3 to 1.4 times the speed of one; more take cores from training for no
+gain.
+"""
 
 OBJECT_GROWTH_BYTES = 64 << 10
 """What objects may grow by, beside doubling, before a slot is too small for them."""
@@ -103,8 +105,8 @@ _memmove_tiny = ctypes.PYFUNCTYPE(
     ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 )(ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0)
 
-# One chunk: where it lies (0: in the slot already), its offset in the data area, its length, its
-# place among the digests.
+# One chunk: its address (0: in the slot already), its offset in the data area, its length, and the
+# index of its digest.
 _Chunk = tuple[int, int, int, int]
 
 
@@ -112,8 +114,8 @@ _Chunk = tuple[int, int, int, int]
 class CopySource:
     """One leaf's bytes on this rank.
 
-    ``source`` is the live local tensor (any strides and device) holding ``box`` of the leaf, or an
-    object's bytes. ``owned`` is the part of ``box``, in the leaf's coordinates, that this rank
+    ``source`` is the live local tensor (any strides and device) that holds ``box`` of the leaf, or
+    an object's bytes. ``owned`` is the part of ``box``, in the leaf's coordinates, that this rank
     stages; None: all of it.
     """
 
@@ -125,7 +127,7 @@ class CopySource:
 
 @dataclass(frozen=True, slots=True)
 class _PlannedShard:
-    """A shard before its digests are known. ``first`` is the place of its first digest."""
+    """A shard before its digests are known. ``first`` is the index of its first digest."""
 
     leaf: Leaf
     box: Box
@@ -145,11 +147,10 @@ class _PlannedShard:
 
 
 class CopyPlan:
-    """Where everything goes in a slot, fixed once and run for each snapshot. Not thread-safe.
+    """Where every byte goes in a slot, fixed once and run for each snapshot. Not thread-safe.
 
-    The plan keeps its tensors alive and remembers where their bytes lay; when something moved it
-    must be built anew. Objects, whose length varies, lie behind the tensors and are laid out at
-    each run.
+    The plan keeps its tensors alive and remembers their addresses; if one moves the plan must be
+    built anew. Objects, whose length varies, follow the tensors and are laid out at each run.
     """
 
     def __init__(self, sources: Sequence[CopySource]) -> None:
@@ -178,7 +179,7 @@ class CopyPlan:
     @classmethod
     def build(cls, sources: Sequence[CopySource]) -> CopyPlan:
         """Lay ``sources`` out. Raises UsageError for a dtype that is not recorded or a box that its
-        tensor doesn't fill.
+        tensor does not fill.
 
         O(sources + chunks); reads no tensor memory.
         """
@@ -186,8 +187,9 @@ class CopyPlan:
 
     @property
     def data_bytes(self) -> int:
-        """Data area a slot needs: tensors, the objects given to ``build``, and room for these to
-        double."""
+        """Data area that a slot needs: tensors, the objects given to ``build``, and room for these
+        to double.
+        """
         objects = [_data(source) for source in self._objects]
         return round_to_pages(
             self.needed_bytes(objects) + sum(map(len, objects)) + OBJECT_GROWTH_BYTES
@@ -195,8 +197,9 @@ class CopyPlan:
 
     @property
     def header_bytes(self) -> int:
-        """Header area a slot needs for this plan's index, with user metadata and an alias for each
-        leaf; never too little."""
+        """Header area that a slot needs for this plan's index, user metadata, and an alias for each
+        leaf. An upper bound.
+        """
         leaves = [shape.leaf for shape in self._shapes] + [source.leaf for source in self._objects]
         index = (
             sum(400 + 4 * len(leaf.name) + 40 * len(leaf.shape) for leaf in leaves)
@@ -221,31 +224,31 @@ class CopyPlan:
         """Copy everything into a begun ``slot`` and digest it; tensors first, in the order given,
         then objects.
 
-        ``objects`` replaces those given to ``build``. The caller's thread works, and up to
-        ``threads - 1`` of ``executor`` (none without one). Raises UsageError where the slot is too
-        small (nothing is written then) and InternalError where a tensor moved since the plan was
+        ``objects`` replaces those given to ``build``. The caller's thread works, with up to
+        ``threads - 1`` of ``executor`` (none without one). Raises UsageError if the slot is too
+        small (nothing is written then) and InternalError if a tensor moved since the plan was
         built.
         """
-        found = self._objects if objects is None else list(objects)
-        needed = self.needed_bytes([_data(source) for source in found])
+        sources = self._objects if objects is None else list(objects)
+        needed = self.needed_bytes([_data(source) for source in sources])
         if needed > len(slot.data):
             raise UsageError(
                 f"the slot is too small. needed_bytes={needed} slot_bytes={len(slot.data)} resize "
                 "the pool to the plan"
             )
         if slot.valid or not slot.writing:
-            raise InternalError(f"a slot is written that was not begun. slot={slot.number}")
+            raise InternalError(f"the slot to copy into was not begun. slot={slot.number}")
         self._check_pointers()
         digests: list[Digest] = [b""] * self._digest_count
-        crew = _CopyWorkers(executor, min(threads, os.cpu_count() or 1))
+        workers = _CopyWorkers(executor, min(threads, os.cpu_count() or 1))
         with self._host_copies.running(self._pairs(slot, device=True), slot):
-            crew.run(lambda batches: _copy_batches(slot, batches, digests), self._batches)
+            workers.run(lambda batches: _copy_batches(slot, batches, digests), self._batches)
             for source, target in self._pairs(slot, device=False):
                 target.copy_(source)
-        crew.run(lambda batches: _copy_batches(slot, batches, digests), self._late_batches)
+        workers.run(lambda batches: _copy_batches(slot, batches, digests), self._late_batches)
         return (
             *(shape.staged(digests) for shape in self._shapes),
-            *self._copy_objects(slot, found),
+            *self._copy_objects(slot, sources),
         )
 
     def _check_pointers(self) -> None:
@@ -262,7 +265,8 @@ class CopyPlan:
 
     def _pairs(self, slot: Slot, *, device: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """What torch must copy, as (live tensor, view of the slot): from CUDA devices, or from
-        anywhere else."""
+        anywhere else.
+        """
         if not self._via_torch:
             return
         if slot not in self._views:
@@ -330,15 +334,15 @@ def _owned_tensor(source: CopySource) -> torch.Tensor:
             f"layout={tensor.layout}"
         )
     whole = zip(box.offsets, box.sizes, leaf.shape, strict=False)
-    why = leaf_problem(leaf, world_size=(leaf.rank or 0) + 1, alias=False)
+    problem = leaf_problem(leaf, world_size=(leaf.rank or 0) + 1, alias=False)
     if (
-        why
+        problem
         or len(box.sizes) != len(leaf.shape)
         or any(at < 0 or at + size > most for at, size, most in whole)
     ):
         raise UsageError(
             "a leaf that cannot be recorded. "
-            f"{why or f'box outside its leaf. leaf={leaf} box={box}'}"
+            f"{problem or f'box outside its leaf. leaf={leaf} box={box}'}"
         )
     tensor = tensor.detach()
     if source.owned is not None:
@@ -350,7 +354,7 @@ def _owned_tensor(source: CopySource) -> torch.Tensor:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's bytes lie in host memory as they are to be stored."""
+    """Whether the tensor's bytes in host memory are the bytes to store."""
     return (
         tensor.device.type == "cpu"
         and tensor.is_contiguous()
@@ -363,8 +367,9 @@ _SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as integers of the same size, so that no copy looks at it as numbers; lazy conj
-    and neg need numbers."""
+    """The tensor as integers of the same size, so that a copy keeps every bit; lazy conj and neg
+    need arithmetic and stay.
+    """
     kind = _SAME_SIZE_INT.get(tensor.element_size())
     return tensor if kind is None or tensor.is_conj() or tensor.is_neg() else tensor.view(kind)
 
@@ -382,8 +387,7 @@ def _data(source: CopySource) -> bytes:
 
 
 def _batches(sources: Iterable[tuple[_PlannedShard, int]]) -> list[list[_Chunk]]:
-    """The chunks of shards with the addresses of their bytes (0: they are in the slot already), in
-    batches.
+    """The chunks of shards with the addresses of their bytes (0: in the slot already), in batches.
 
     All tiny shards make one batch, the first.
     """
@@ -412,7 +416,7 @@ def _batches(sources: Iterable[tuple[_PlannedShard, int]]) -> list[list[_Chunk]]
 
 @dataclass(frozen=True, slots=True)
 class _CopyWorkers:
-    """This thread and up to ``threads - 1`` of the executor, all drawing batches from one list."""
+    """This thread and up to ``threads - 1`` of the executor, all taking batches from one list."""
 
     executor: Executor | None
     threads: int
@@ -420,7 +424,7 @@ class _CopyWorkers:
     def run(
         self, worker: Callable[[Iterator[list[_Chunk]]], None], work: list[list[_Chunk]]
     ) -> None:
-        shared = iter(work)  # a list's iterator hands each batch out once, to whichever thread asks
+        shared = iter(work)  # a list iterator gives each batch to one thread only
         helpers: list[Future[None]] = []
         if self.executor is not None:
             helpers = [
@@ -440,13 +444,13 @@ def _copy_batches(slot: Slot, batches: Iterator[list[_Chunk]], digests: list[Dig
     view, base = slot.data, slot.address
     one_shot, streaming = xxhash.xxh3_128_digest, xxhash.xxh3_128
     for batch in batches:
-        for source, offset, length, place in batch:
+        for source, offset, length, digest_index in batch:
             if length <= BLOCK_BYTES:
                 if source:
                     (_memmove_tiny if length <= TINY_BYTES else _memmove)(
                         base + offset, source, length
                     )
-                digests[place] = one_shot(view[offset : offset + length])
+                digests[digest_index] = one_shot(view[offset : offset + length])
                 continue
             hasher = streaming()
             for start in range(0, length, BLOCK_BYTES):
@@ -455,4 +459,4 @@ def _copy_batches(slot: Slot, batches: Iterator[list[_Chunk]], digests: list[Dig
                 if source:
                     _memmove(base + at, source + start, size)
                 hasher.update(view[at : at + size])
-            digests[place] = hasher.digest()
+            digests[digest_index] = hasher.digest()

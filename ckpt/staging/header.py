@@ -1,9 +1,10 @@
 """The header of a slot: the order of its writes, and reading it back from the bytes alone. No
 torch.
 
-A header is eight words in native byte order, then the index:
+A header is eight 64-bit words in native byte order, then the index:
 
-    0 magic   1 format version   2 state   3 header_bytes   4 data_bytes   5 index_bytes   6, 7 digest   64.. the index
+    0 magic   1 format version   2 state   3 header_bytes   4 data_bytes   5 index_bytes
+    6, 7 digest   byte 64 on: the index
 
 ``state`` is ``generation << 1 | valid``: one aligned 8-byte store changes both together. A writer
 makes the state invalid under a new generation before it touches anything else, and valid after
@@ -30,9 +31,9 @@ MAGIC = int.from_bytes(b"ckptslot", "little")
 FORMAT_VERSION = 1
 INDEX_OFFSET_BYTES = 64
 INDEX_BYTES_MAX = 256 << 20
-"""No index is longer: a reader refuses the claim before it copies anything."""
+"""No index is longer: a reader refuses a longer one before it copies anything."""
 HEADER_BYTES_DEFAULT = 16 << 20
-"""Room for 40,000 leaves with names of 100 characters; pages that aren't used are never taken."""
+"""Room for 40,000 leaves with names of 100 characters; unused pages never take memory."""
 
 _WORDS = 8
 _STATE = 2
@@ -40,7 +41,8 @@ _STATE = 2
 
 class Header:
     """The header of one slot that this process writes. ``memory`` is the whole slot. Not
-    thread-safe."""
+    thread-safe.
+    """
 
     __slots__ = ("_fence", "_header_bytes", "_memory", "_words")
 
@@ -65,14 +67,13 @@ class Header:
         return bool(self._words[_STATE] & 1)
 
     def begin(self) -> int:
-        """Turn the header invalid under the next generation, which is returned. Before any other
-        write."""
+        """Make the header invalid under the next generation, which is returned. Must come before
+        any other write.
+        """
         generation = self.generation + 1
         with self._fence:
             self._words[_STATE] = generation << 1
-        with (
-            self._fence
-        ):  # giving up a lock and taking it again keeps later stores behind the one above
+        with self._fence:  # releasing and taking a lock keeps later stores behind the one above
             self._words[0] = MAGIC
             self._words[1] = FORMAT_VERSION
             self._words[3] = self._header_bytes
@@ -80,20 +81,20 @@ class Header:
         return generation
 
     def seal(self, index: StagedIndex) -> None:
-        """Write the index and its digest, then turn the header valid with one store.
+        """Write the index and its digest, then make the header valid with one store.
 
-        Raises UsageError where the index doesn't fit. The index is the caller's promise and not
-        looked into: readers do.
+        Raises UsageError if the index does not fit. The index is not checked here: readers check
+        it.
         """
         if self.valid:
-            raise InternalError("a slot is sealed that was not begun.")
+            raise InternalError("a slot that was not begun can't be sealed.")
         data_bytes = len(self._memory) - self._header_bytes
         encoded = encode_index(index)
-        room = min(self._header_bytes - INDEX_OFFSET_BYTES, INDEX_BYTES_MAX)
-        if len(encoded) > room:
+        area_bytes = min(self._header_bytes - INDEX_OFFSET_BYTES, INDEX_BYTES_MAX)
+        if len(encoded) > area_bytes:
             raise UsageError(
                 f"the index does not fit the slot's header. index_bytes={len(encoded)} "
-                f"room_bytes={room} "
+                f"room_bytes={area_bytes} "
                 "give the pool more header_bytes"
             )
         with self._fence:
@@ -103,12 +104,12 @@ class Header:
             self._words[6], self._words[7] = struct.unpack("=2Q", seal)
         with (
             self._fence
-        ):  # as above: nothing of the block before may become visible after this store
+        ):  # as above: no store of the block before may become visible after this one
             self._words[_STATE] = self._words[_STATE] | 1
 
 
 def encode_index(index: StagedIndex) -> bytes:
-    """The index as it lies in a header. Raises UsageError for metadata that msgpack can't hold."""
+    """The index as a header holds it. Raises UsageError for metadata that msgpack can't hold."""
     try:
         return msgspec.msgpack.encode(index)
     except (OverflowError, UnicodeError, TypeError) as error:
@@ -122,24 +123,24 @@ def read_slot(memory: memoryview) -> tuple[StagedIndex, int] | None:
     data.
 
     None for a slot that is not sealed (never was, is being written, or its writer died meanwhile)
-    or was overwritten while it was read. Raises IntegrityError where it claims to be sealed and
-    contradicts itself. Trusts nothing, allocates no more than the header's own size. Data is not
-    read: compare ``generation_of`` after copying, and each chunk's digest. Costs some ten
-    microseconds a shard; ``read_summary`` far less.
+    or was overwritten while it was read. Raises IntegrityError if it claims to be sealed and
+    contradicts itself. No size in it is trusted; memory is taken for the header only. Data is not
+    read: compare ``generation_of`` after copying, and each chunk's digest. Costs about ten
+    microseconds a shard; ``read_summary`` costs far less.
     """
-    found = _encoded(memory)
-    if found is None:
+    sealed = _encoded(memory)
+    if sealed is None:
         return None
-    encoded, generation, data_bytes = found
+    encoded, generation, data_bytes = sealed
     index = _decode(encoded, StagedIndex)
-    why = index_problem(index, data_bytes=data_bytes)
-    if why is not None:
-        raise IntegrityError(f"a sealed slot contradicts itself. {why} generation={generation}")
+    problem = index_problem(index, data_bytes=data_bytes)
+    if problem is not None:
+        raise IntegrityError(f"a sealed slot contradicts itself. {problem} generation={generation}")
     return index, generation
 
 
 class SlotSummary(msgspec.Struct, frozen=True):
-    """Whose state of which snapshot a sealed slot holds."""
+    """Which rank's state of which snapshot a sealed slot holds."""
 
     snapshot: SnapshotId
     rank: int
@@ -149,35 +150,40 @@ class SlotSummary(msgspec.Struct, frozen=True):
 
 def read_summary(memory: memoryview) -> tuple[SlotSummary, int] | None:
     """As ``read_slot``, but only what the slot holds: the index is compared with its digest and not
-    looked into."""
-    found = _encoded(memory)
-    return None if found is None else (_decode(found[0], SlotSummary), found[1])
+    checked further.
+    """
+    sealed = _encoded(memory)
+    return None if sealed is None else (_decode(sealed[0], SlotSummary), sealed[1])
 
 
 def _encoded(memory: memoryview) -> tuple[bytes, int, int] | None:
-    """A sealed slot's index as it is written, its generation and its data area's length; the digest
-    is right."""
+    """A sealed slot's encoded index, its generation and its data area's length; the digest is
+    right.
+    """
     generation = generation_of(memory)
     if generation is None:
         return None
     words = memory[: _WORDS * 8].cast("Q").tolist()
     header_bytes, data_bytes, index_bytes = words[3], words[4], words[5]
-    why = _header_problem(words, len(memory))
-    encoded = b"" if why else bytes(memory[INDEX_OFFSET_BYTES : INDEX_OFFSET_BYTES + index_bytes])
-    if generation_of(memory) != generation:  # begun anew in between: what was read may be torn
+    problem = _header_problem(words, len(memory))
+    encoded = (
+        b"" if problem else bytes(memory[INDEX_OFFSET_BYTES : INDEX_OFFSET_BYTES + index_bytes])
+    )
+    if generation_of(memory) != generation:  # begun again in between: the bytes may be torn
         return None
-    if why is None and _seal(generation, header_bytes, data_bytes, encoded) != struct.pack(
+    if problem is None and _seal(generation, header_bytes, data_bytes, encoded) != struct.pack(
         "=2Q", words[6], words[7]
     ):
-        why = "the index differs from its digest."
-    if why is not None:
-        raise IntegrityError(f"a sealed slot contradicts itself. {why} generation={generation}")
+        problem = "the index differs from its digest."
+    if problem is not None:
+        raise IntegrityError(f"a sealed slot contradicts itself. {problem} generation={generation}")
     return encoded, generation, data_bytes
 
 
 def generation_of(memory: memoryview) -> int | None:
-    """The generation of a sealed slot, or None where it isn't sealed. A reader that copied asks
-    again: equal means whole."""
+    """The generation of a sealed slot, or None if it is not sealed. Equal before and after a copy:
+    the copy is whole.
+    """
     if len(memory) < PAGE_BYTES:
         return None
     words = memory[: _WORDS * 8].cast("Q")
@@ -186,14 +192,15 @@ def generation_of(memory: memoryview) -> int | None:
 
 
 def header_bytes_of(memory: memoryview) -> int | None:
-    """The header area of a slot that was begun at least once, or None: it never was, or says what
-    can't be."""
+    """The header area of a slot that was begun at least once, or None: it never was, or its words
+    are not valid.
+    """
     if len(memory) < PAGE_BYTES:
         return None
     words = memory[: _WORDS * 8].cast("Q")
-    found: int = words[3]
-    whole = PAGE_BYTES <= found < len(memory) and found % PAGE_BYTES == 0
-    return found if words[0] == MAGIC and words[1] == FORMAT_VERSION and whole else None
+    header_bytes: int = words[3]
+    whole = PAGE_BYTES <= header_bytes < len(memory) and header_bytes % PAGE_BYTES == 0
+    return header_bytes if words[0] == MAGIC and words[1] == FORMAT_VERSION and whole else None
 
 
 def _header_problem(words: list[int], size_bytes: int) -> str | None:
@@ -205,7 +212,10 @@ def _header_problem(words: list[int], size_bytes: int) -> str | None:
         or header_bytes < PAGE_BYTES
         or header_bytes + data_bytes != size_bytes
     ):
-        return f"lengths differ from the slot. header_bytes={header_bytes} data_bytes={data_bytes} size={size_bytes}"
+        return (
+            f"lengths differ from the slot. header_bytes={header_bytes} data_bytes={data_bytes} "
+            f"size={size_bytes}"
+        )
     if index_bytes > min(INDEX_BYTES_MAX, header_bytes - INDEX_OFFSET_BYTES):
         return f"index longer than its area. index_bytes={index_bytes}"
     return None

@@ -1,4 +1,6 @@
-"""What must hold inside a staged index. Pure: the answer is what is wrong, or None."""
+"""Where shards go in a slot, and what must hold inside a staged index: what is wrong, or None.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,18 @@ from ckpt.values import (
     StagedShard,
 )
 
-# Where shards lie in a slot. Pure.
-
 SMALL_ALIGN_BYTES = 64
-"""Alignment of shards smaller than a page: a cache line, so that the copying of one never touches
-another's."""
+"""Alignment of shards smaller than a page: a cache line, so that copying one never touches
+another's.
+"""
 
 
 def lay_out(sizes_bytes: Sequence[int], *, start: int = 0) -> tuple[list[int], int]:
     """Offsets for shards of these sizes from ``start`` on, and where the last one ends.
 
-    A shard of a page or more starts on a page, so that direct I/O can take it as it lies; smaller
-    ones are packed together behind them, and empty ones lie at ``start``. Within both groups the
-    order is the one given.
+    A shard of a page or more starts on a page, so that direct I/O can take it as it is. Smaller
+    ones are packed together behind them, and empty ones are put at ``start``. Within both groups
+    the order is the one given.
     """
     offsets = [start] * len(sizes_bytes)
     at = _up(start, PAGE_BYTES)
@@ -47,8 +48,9 @@ def _up(value: int, step: int) -> int:
 
 
 def index_problem(index: StagedIndex, *, data_bytes: int) -> str | None:
-    """What makes ``index`` unfit for a slot whose data area has ``data_bytes``, as ``fact.
-    key=value``, or None."""
+    """What makes ``index`` unfit for a slot with ``data_bytes`` of data, as ``fact. key=value``, or
+    None.
+    """
     if not (0 <= index.rank < index.world_size):
         return f"rank outside its world. rank={index.rank} world_size={index.world_size}"
     if index.snapshot.epoch < 0 or index.snapshot.step < 0:
@@ -56,14 +58,14 @@ def index_problem(index: StagedIndex, *, data_bytes: int) -> str | None:
     checked: set[Leaf] = set()
     for shard in index.shards:
         if shard.leaf not in checked:
-            if why := leaf_problem(shard.leaf, world_size=index.world_size, alias=False):
-                return why
+            if problem := leaf_problem(shard.leaf, world_size=index.world_size, alias=False):
+                return problem
             checked.add(shard.leaf)
-        if why := _shard_problem(shard, data_bytes):
-            return f"{why} leaf={shard.leaf.name!r}"
+        if problem := _shard_problem(shard, data_bytes):
+            return f"{problem} leaf={shard.leaf.name!r}"
     for alias in index.aliases:
-        if why := leaf_problem(alias, world_size=index.world_size, alias=True):
-            return why
+        if problem := leaf_problem(alias, world_size=index.world_size, alias=True):
+            return problem
     return None
 
 
@@ -79,7 +81,9 @@ def _shard_problem(shard: StagedShard, data_bytes: int) -> str | None:
     if shard.offset_bytes < 0 or shard.offset_bytes + size > data_bytes:
         return f"shard outside the data area. offset_bytes={shard.offset_bytes} size_bytes={size}"
     if len(shard.digests) != -(-size // CHUNK_BYTES):
-        return f"not one digest a chunk. size_bytes={size} digests={len(shard.digests)}"
+        return (
+            f"chunks and digests differ in number. size_bytes={size} digests={len(shard.digests)}"
+        )
     if any(len(digest) != DIGEST_BYTES for digest in shard.digests):
         return "digest of another length."
     return None

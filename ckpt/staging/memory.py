@@ -1,9 +1,8 @@
-"""Anonymous shared memory that other processes can be handed: creating, pre-faulting and protecting
-it. No torch.
+"""Anonymous shared memory that other processes can be given, and how much memory is left. No torch.
 
 On Linux a region is a memfd: it has no name, no limit of a mounted file system, and the kernel
-frees it with its last holder. Where memfds are missing it is an unlinked file; off Linux it is
-private memory that can't be handed on.
+frees it with its last holder. Without memfds it is an unlinked file; off Linux it is private memory
+that can't be shared.
 """
 
 from __future__ import annotations
@@ -23,22 +22,21 @@ from ckpt.ipc.board import open_anonymous
 from ckpt.values import PAGE_BYTES
 
 PREFAULT_BYTES = 1 << 20
-"""Memory made present by one system call: about 2.5 ms of first touches, so that mmap and munmap
-never wait longer."""
+"""Memory that one system call makes present: about 2.5 ms of first touches, the longest that mmap
+and munmap wait.
+"""
 
 _MADV_POPULATE_WRITE = 23
-_PROT_READ = 1
-_PROT_READ_WRITE = 3
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else None
 
 
 class Region:
-    """``size_bytes`` (a multiple of PAGE_BYTES) of zeroed, page-aligned memory, shared where the
+    """``size_bytes`` (a multiple of PAGE_BYTES) of zeroed, page-aligned memory, shared if the
     system can.
 
-    ``fd`` refers to it for handing on (None off Linux), ``view`` is all of it. Pages are taken on
-    first touch. The region owns its descriptor; its mapping lives until the last view of it is
-    gone.
+    ``fd`` refers to it, to give to other processes (None off Linux); ``view`` is all of it. Pages
+    are taken on first touch. The region owns its descriptor; its mapping lives until the last view
+    of it is gone.
     """
 
     fd: int | None
@@ -59,19 +57,20 @@ class Region:
 
     @classmethod
     def from_fd(cls, fd: int, size_bytes: int) -> Region:
-        """The memory that ``fd`` refers to, as it is: another process made it. Takes ``fd`` over,
-        and closes it on errors.
+        """The memory that ``fd`` refers to, made by another process. Takes ``fd`` over, and closes
+        it on errors.
 
-        Raises IntegrityError where it is not that long: touching memory beyond a file's end kills
-        the process.
+        Raises IntegrityError if it is not that long: touching memory beyond a file's end kills the
+        process.
         """
         region = cls.__new__(cls)
         try:
             _check_size(size_bytes)
-            found = os.fstat(fd).st_size
-            if found != size_bytes:
+            actual_bytes = os.fstat(fd).st_size
+            if actual_bytes != size_bytes:
                 raise IntegrityError(
-                    f"shared memory of another size. size_bytes={size_bytes} found_bytes={found}"
+                    f"shared memory of another size. size_bytes={size_bytes} "
+                    f"found_bytes={actual_bytes}"
                 )
             region._take(fd, size_bytes)
         except BaseException:
@@ -89,10 +88,10 @@ class Region:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def prefault(self, start: int, stop: int) -> Iterator[int]:
-        """Make the pages of a byte range present without changing a byte, PREFAULT_BYTES a time;
-        yields where it is.
+        """Make the pages of a byte range present without changing a byte, PREFAULT_BYTES at a time;
+        yields the position.
 
-        Safe beside a writer of the same memory. Ends early where the system offers no way. Releases
+        Safe beside a writer of the same memory. Ends early if the system offers no way. Releases
         the GIL.
         """
         for at in range(start, stop, PREFAULT_BYTES):
@@ -101,40 +100,26 @@ class Region:
                 return
             yield at + length
 
-    def protect(self, *, writable: bool) -> None:
-        """Map the region read-only (a wild write then kills the process that made it) or writable
-        again.
-
-        Costs about 16 ms a GiB. Raises OSError where the kernel refuses.
-        """
-        if _LIBC is None:
-            return
-        flags = _PROT_READ_WRITE if writable else _PROT_READ
-        size = ctypes.c_size_t(self.size_bytes)
-        if _LIBC.mprotect(ctypes.c_void_p(self.address), size, ctypes.c_int(flags)):
-            code = ctypes.get_errno()
-            raise OSError(code, f"cannot change a slot's protection: {os.strerror(code)}")
-
     def close(self) -> None:
-        """Give up the descriptor and, once no view of it is left, the mapping. Idempotent."""
+        """Close the descriptor and, once no view of it is left, the mapping. Idempotent."""
         self.fd = None
         if self._close_fd is not None:
             self._close_fd()
-        with contextlib.suppress(BufferError):  # a reader still holds a view: its end unmaps
+        with contextlib.suppress(BufferError):  # a reader still holds a view: releasing it unmaps
             self.view.release()
             self._map.close()
 
     def _populate(self, start: int, length: int) -> bool:
         if _LIBC is None:
             return False
-        where = ctypes.c_void_p(self.address + start)
+        address = ctypes.c_void_p(self.address + start)
         if sys.platform == "linux" and not _LIBC.madvise(
-            where, ctypes.c_size_t(length), _MADV_POPULATE_WRITE
+            address, ctypes.c_size_t(length), _MADV_POPULATE_WRITE
         ):
             return True
         if self.fd is None:
             return False
-        # Kernels before 5.14: taking the pages is the dear part, mapping them later is not.
+        # Kernels before 5.14: taking the pages is the expensive part, mapping them later is not.
         try:
             os.posix_fallocate(self.fd, start, length)
         except OSError as error:
@@ -156,35 +141,33 @@ def round_to_pages(size_bytes: int) -> int:
     return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-# How much memory this process may still take, by the machine and by its control groups. No torch.
+# ---- available memory: by the machine and by this process's control groups
 
 
 def available_bytes(
     *, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
 ) -> int | None:
-    """Bytes that can be taken without swapping or being killed, or None where the system doesn't
-    say.
+    """Bytes that can be taken without swapping or being killed, or None if the system does not say.
 
     The least of the kernel's MemAvailable and what each control group above this process (v1 or v2)
-    has left, page cache that can be dropped not counted as used.
+    has left, not counting page cache that can be dropped as used.
     """
-    found = [left for left in (_machine(proc), *_groups(proc, cgroup)) if left is not None]
-    return min(found, default=None)
+    amounts = [left for left in (_machine(proc), *_groups(proc, cgroup)) if left is not None]
+    return min(amounts, default=None)
 
 
 def check_available(
     needed_bytes: int, *, purpose: str, freed_bytes: int = 0, available: int | None = None
 ) -> None:
-    """Raise UsageError where ``needed_bytes`` exceed what is available and what is about to be
-    freed.
+    """Raise UsageError if ``needed_bytes`` exceed what is available and what is about to be freed.
 
     ``available`` replaces asking the system.
     """
-    left = available_bytes() if available is None else available
-    if left is not None and needed_bytes > left + freed_bytes:
+    left_bytes = available_bytes() if available is None else available
+    if left_bytes is not None and needed_bytes > left_bytes + freed_bytes:
         raise UsageError(
             f"not enough memory for {purpose}. needed_bytes={needed_bytes} "
-            f"available_bytes={left + freed_bytes} "
+            f"available_bytes={left_bytes + freed_bytes} "
             "use fewer slots, shard the state over more ranks, or raise the memory limit"
         )
 
@@ -210,8 +193,9 @@ def _groups(proc: Path, root: Path) -> Iterator[int | None]:
 
 
 def _upwards(root: Path, path: str) -> Iterator[Path]:
-    """The group's folder and those above it; a group whose folder isn't visible from in here yields
-    what is."""
+    """The group's folder and those above it; if the group's folder is not visible here, those that
+    are.
+    """
     parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
     for length in range(len(parts), -1, -1):
         yield root.joinpath(*parts[:length])
@@ -237,5 +221,5 @@ def _number(path: Path) -> int | None:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:  # another system, another mount: then this source doesn't say
+    except OSError:  # another system or mount: no answer from this source
         return []

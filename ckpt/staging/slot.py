@@ -1,11 +1,11 @@
 """Slots: shared memory that holds one rank's state of one snapshot, reused for the whole job. No
 torch.
 
-A pool hands a slot to one writer at a time; readers pin what is sealed. Which slot may be
-overwritten: one that nobody pins or writes, whose snapshot the caller does not ask to keep, and
-that the owner of the memory gives free (``Regions``). Among those, one that holds nothing, else the
-one sealed longest ago. Memory of this process alone is given free but for the slot sealed last (a
-pool of a single slot has no other, so there the last one is given up).
+A pool gives a slot to one writer at a time; readers pin what is sealed. A slot may be overwritten
+if it is neither pinned nor written and the owner of the memory allows it (``Regions``). Among those
+the pool takes one that holds nothing, else the one that was sealed longest ago. Memory of this
+process alone may be overwritten except for the slot sealed last (a pool of a single slot has no
+other, so there the last one is given up).
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ from ckpt.staging.header import (
 from ckpt.staging.memory import PREFAULT_BYTES, Region, check_available, round_to_pages
 from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 
-# One slot: who writes it, who reads it, and where its memory comes from. No torch.
-
 SLOTS_MAX = 64
 
 
 class Regions(Protocol):
-    """Where the memory of a pool's slots comes from, and who else has a say about it.
+    """Where the memory of a pool's slots comes from, and who else decides about overwriting it.
 
-    A pool asks and tells under its lock, so everything here is quick, but for ``make`` and
-    ``kept``. A slot that was begun counts as held until ``idle``.
+    The pool calls everything but ``make`` and ``kept`` under its lock, so it must be quick. A slot
+    that was begun counts as in use until ``idle``.
     """
 
     @property
@@ -54,22 +52,25 @@ class Regions(Protocol):
 
     @property
     def poll_s(self) -> float | None:
-        """How often ``may_overwrite`` may change its answer without this process doing anything;
-        None: never."""
+        """How often ``may_overwrite`` may change its answer without a change in this process; None:
+        never.
+        """
         ...
 
     def kept(self) -> Sequence[tuple[int, Region]]:
-        """Memory that slots had before this process began, by number; asked once."""
+        """Memory that slots had before this process began, by number. Called once."""
         ...
 
     def make(self, number: int, size_bytes: int) -> Region:
-        """Zeroed memory for a new slot. Raises UsageError where memory is short, UnavailableError
-        where nobody answers."""
+        """Zeroed memory for a new slot. Raises UsageError if memory is short, UnavailableError if
+        its owner does not answer.
+        """
         ...
 
     def may_overwrite(self, slot: Slot, *, spare: bool) -> bool:
-        """Whether nobody needs what an idle ``slot`` holds. ``spare``: a slot of this process was
-        sealed after it."""
+        """Whether what an idle ``slot`` holds is no longer needed. ``spare``: a slot of this
+        process was sealed after it.
+        """
         ...
 
     def emptied(self, slot: Slot) -> None:
@@ -81,57 +82,57 @@ class Regions(Protocol):
         ...
 
     def idle(self, slot: Slot) -> None:
-        """Nobody in this process writes or pins the slot any more."""
+        """The slot is no longer written or pinned in this process."""
         ...
 
     def dropped(self, slot: Slot) -> None:
-        """The pool gives the slot up for good; its memory is unmapped next. Not told when the whole
-        pool is closed."""
+        """The pool gives the slot up for good; its memory is unmapped next. Not called when the
+        whole pool is closed.
+        """
         ...
 
 
 class OwnRegions:
-    """Memory of this process alone: the slot sealed last is kept, every other one is free once
-    nobody pins it."""
+    """Memory of this process alone: the slot sealed last is kept, any other may be overwritten once
+    it is not pinned.
+    """
 
     slots_min = 1
     slots_max = 4 * SLOTS_MAX
     poll_s = None
 
     def kept(self) -> Sequence[tuple[int, Region]]:
-        """See ``Regions``."""
         return ()
 
     def make(self, number: int, size_bytes: int) -> Region:
-        """See ``Regions``."""
         del number
         return Region(size_bytes)
 
     def may_overwrite(self, slot: Slot, *, spare: bool) -> bool:
-        """See ``Regions``."""
         del slot
         return spare
 
     def emptied(self, slot: Slot) -> None:
-        """See ``Regions``."""
+        pass
 
     def sealed(self, slot: Slot) -> None:
-        """See ``Regions``."""
+        pass
 
     def idle(self, slot: Slot) -> None:
-        """See ``Regions``."""
+        pass
 
     def dropped(self, slot: Slot) -> None:
-        """See ``Regions``."""
+        pass
 
 
 class Slot:
     """One slot. ``memory`` is header and data, ``data`` the page-aligned data area, ``address``
-    where it starts.
+    where that starts.
 
-    ``fd`` can be handed to another process, which reads the slot with ``read_slot``. Only the
-    writer that acquired the slot calls ``begin``, then ``seal``, ``invalidate`` or ``release``;
-    pinning is thread-safe.
+    ``fd`` can be given to another process, which reads the slot with ``read_slot``. Only the writer
+    that acquired the slot calls ``begin``, then ``seal``, ``invalidate`` or ``release``; pinning is
+    thread-safe. Its size is that of the memory's, the writer's and the readers' view of one state
+    under one lock.
     """
 
     __slots__ = (
@@ -141,7 +142,6 @@ class Slot:
         "_on_free",
         "_orders",
         "_pins",
-        "_read_only",
         "_region",
         "_regions",
         "_writing",
@@ -161,14 +161,12 @@ class Slot:
         *,
         header_bytes: int,
         pool: PoolState,
-        read_only: bool = False,
     ) -> None:
         self._region = region
         self._regions = pool.regions
         self._header = Header(self._region.view, header_bytes=header_bytes)
         self._changed = pool.changed
         self._orders = pool.orders
-        self._read_only = read_only
         self._pins = 0
         self._writing = False
         self._on_free: list[Callable[[], object]] = []
@@ -185,8 +183,7 @@ class Slot:
 
     @property
     def fd(self) -> int | None:
-        """The descriptor of the whole slot, owned by the slot; None where memory can't be handed
-        on."""
+        """The descriptor of the whole slot, owned by the slot; None if memory can't be shared."""
         return self._region.fd
 
     @property
@@ -220,11 +217,10 @@ class Slot:
         return self._writing
 
     def begin(self) -> int:
-        """Give up what the slot holds and return the new generation. Before the first byte of data
-        is written."""
+        """Give up what the slot holds and return the new generation. Must come before the first
+        byte of data is written.
+        """
         self._check_writer()
-        if self._read_only and self._header.valid:
-            self._region.protect(writable=True)
         generation = self._header.begin()
         with self._changed:
             self.snapshot, self.order = None, 0
@@ -232,73 +228,70 @@ class Slot:
         return generation
 
     def seal(self, index: StagedIndex) -> None:
-        """Write ``index`` and make the slot valid; the writer lets go of it.
+        """Write ``index`` and make the slot valid; the writer releases it.
 
-        Raises UsageError where the index doesn't fit the header; the slot is then still the
-        writer's, and invalid.
+        Raises UsageError if the index does not fit the header; the slot is then still the writer's,
+        and invalid.
         """
         self._check_writer()
         self._header.seal(index)
-        if self._read_only:
-            self._region.protect(writable=False)
         with self._changed:
             self.snapshot, self.order = index.snapshot, next(self._orders)
             self._regions.sealed(self)
-            self._let_go()
+            self._release()
 
     def invalidate(self) -> None:
-        """Give up what the slot holds, sealed or half written, and let go of it where a writer held
-        it."""
-        if self._read_only and self._header.valid:
-            self._region.protect(writable=True)
+        """Give up what the slot holds, sealed or half written, and release it if a writer
+        held it.
+        """
         self._header.begin()
         with self._changed:
             self.snapshot, self.order = None, 0
             self._regions.emptied(self)
-            self._let_go()
+            self._release()
 
     def release(self) -> None:
-        """The writer lets go; what the slot holds stays as it is: the old snapshot before
-        ``begin``, nothing after."""
+        """The writer releases the slot; it keeps what it holds: the old snapshot before ``begin``,
+        nothing after.
+        """
         with self._changed:
-            self._let_go()
+            self._release()
 
     def pin(self) -> Pin:
         """Keep the slot from being overwritten until the pin is released.
 
-        For its writer, who pins before ``seal`` so that no gap is left; a reader asks
-        ``SlotPool.pin_newest``, or reads the slot's generation after pinning it.
+        Its writer pins it before ``seal``, so that it is never sealed and unpinned. Others read the
+        slot's generation after pinning it.
         """
         with self._changed:
             self._pins += 1
         return Pin(self)
 
     def prefault(self) -> Iterator[int]:
-        """Make the data area, and as much header as is usual, present in small pieces; safe beside
-        a writer."""
+        """Make the data area, and as much of the header as is usual, present in small pieces; safe
+        beside a writer.
+        """
         header_bytes = self.header_bytes
         yield from self._region.prefault(0, min(PREFAULT_BYTES, header_bytes))
         yield from self._region.prefault(header_bytes, self._region.size_bytes)
 
     def on_free(self, call: Callable[[], object]) -> None:
-        """Have ``call`` called just before the memory is given back (to undo a registration of
-        it)."""
+        """Call ``call`` just before the memory is given back (to undo a registration of it)."""
         self._on_free.append(call)
 
     def sealed_in_memory(self) -> SnapshotId | None:
-        """What the memory holds sealed, read from its bytes. What contradicts itself counts as
-        nothing."""
+        """What the memory holds sealed, read from its bytes; None if they contradict themselves."""
         try:
-            found = read_summary(self.memory)
+            sealed = read_summary(self.memory)
         except IntegrityError:
             return None
-        return None if found is None else found[0].snapshot
+        return None if sealed is None else sealed[0].snapshot
 
     def _check_writer(self) -> None:
         if not self._writing:
-            raise InternalError(f"a slot is written that nobody acquired. slot={self.number}")
+            raise InternalError(f"the slot was not acquired by a writer. slot={self.number}")
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._writing = False
         self._maybe_idle()
 
@@ -327,8 +320,9 @@ class Slot:
 
 
 class PoolState:
-    """What the slots of one pool have in common: the lock of all their states, the order of seals,
-    and whose memory it is."""
+    """What the slots of one pool share: the lock of all their states, the order of seals, and the
+    owner of the memory.
+    """
 
     __slots__ = ("changed", "orders", "regions")
 
@@ -340,7 +334,8 @@ class PoolState:
 
 class Pin:
     """A reader's hold on a sealed slot; a context manager. ``release`` may be called more than
-    once."""
+    once.
+    """
 
     __slots__ = ("_held", "slot")
 
@@ -349,9 +344,9 @@ class Pin:
         self._held = True
 
     def release(self) -> None:
-        """Let go."""
-        held, self._held = self._held, False
-        if held:
+        """Release the slot."""
+        was_held, self._held = self._held, False
+        if was_held:
             self.slot._unpin()
 
     def __enter__(self) -> Slot:
@@ -375,17 +370,17 @@ class SlotPool:
     """Up to ``count`` slots with ``data_bytes`` (rounded up to pages) of data each, made and
     pre-faulted in the background.
 
-    Slots are made when first needed or when the background thread comes to them. Raises UsageError
-    where they exceed the memory that the machine and the control group have left.
-    ``read_only_between_copies`` maps sealed slots read-only, so that a wild write of this process
-    dies instead of spoiling them; it costs 32 ms a GiB a copy (digests find the damage without it).
+    A slot is made when it is first needed or when the background thread gets to it. Raises
+    UsageError if the slots exceed the memory that the machine and the control group have left.
     ``available_bytes`` replaces asking the system for free memory.
 
     ``regions`` owns the memory (default: this process). What it kept from before is taken over,
-    with what it holds sealed; slots too small for ``data_bytes`` go once they are free.
+    with what it holds sealed; slots that are too small for ``data_bytes`` go once they are free.
 
-    Where memory is short once a slot was handed out, the pool goes on with those it has;
-    ``on_short`` hears of it once.
+    If memory is short after a slot was first given out, the pool continues with the slots that it
+    has; ``on_short`` is called once.
+
+    It is one state machine under one lock, so it has more attributes than other classes.
     """
 
     def __init__(
@@ -395,7 +390,6 @@ class SlotPool:
         data_bytes: int,
         header_bytes: int = HEADER_BYTES_DEFAULT,
         prefault: bool = True,
-        read_only_between_copies: bool = False,
         available_bytes: int | None = None,
         regions: Regions | None = None,
         on_short: Callable[[UsageError], None] | None = None,
@@ -410,7 +404,6 @@ class SlotPool:
         self._data_bytes = round_to_pages(max(1, data_bytes))
         self._header_bytes = round_to_pages(header_bytes)
         self._prefault = prefault
-        self._read_only = read_only_between_copies
         self._available = available_bytes
         self._shared = PoolState(self._regions)
         self._changed = self._shared.changed
@@ -420,7 +413,7 @@ class SlotPool:
         self._on_short = on_short
         self._served = False
         self.shortage: UsageError | None = None
-        """Why there are fewer slots than were asked for, where memory was short for one."""
+        """Why there are fewer slots than were asked for: memory was short for one. Else None."""
         self._closed = False
         self._thread: threading.Thread | None = None
         self._adopt()
@@ -432,7 +425,7 @@ class SlotPool:
 
     @property
     def data_bytes(self) -> int:
-        """The data area of each slot that is handed out from now on."""
+        """The data area of each slot that is given out from now on."""
         return self._data_bytes
 
     @property
@@ -442,39 +435,39 @@ class SlotPool:
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """The slots made so far, those about to be freed after a resize too."""
+        """The slots made so far, with those about to be freed after a resize."""
         with self._changed:
             return (*self._retired, *self._slots)
 
-    def acquire(self, *, keep: Collection[SnapshotId] = (), wait_s: float = 0.0) -> Slot | None:
-        """A slot for one writer, or None where none is free within ``wait_s`` seconds.
+    def acquire(self, *, wait_s: float = 0.0) -> Slot | None:
+        """A slot for one writer, or None if none is free within ``wait_s`` seconds.
 
-        ``keep`` names snapshots that must not be overwritten. What the slot held stays valid until
-        ``begin``. Raises UsageError where the first slot must be made and memory doesn't suffice;
-        UnavailableError where nobody hands it out.
+        What the slot held stays valid until ``begin``. Raises UsageError if the first slot must be
+        made and memory does not suffice; UnavailableError if the owner of the memory does not
+        answer.
         """
         deadline = time.monotonic() + wait_s
         with self._changed:
             while True:
                 if self._closed:
-                    raise InternalError("a slot is asked of a closed pool.")
-                self._free_retired(keep)
-                slot = self._choose(keep)
+                    raise InternalError("the slot pool is closed.")
+                self._free_retired()
+                slot = self._choose()
                 if slot is not None:
                     slot._take()
                     self._served = True
                     return slot
-                left = deadline - time.monotonic()
-                if left <= 0:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
                     return None
                 poll_s = self._regions.poll_s
-                self._changed.wait(left if poll_s is None else min(left, poll_s))
+                self._changed.wait(left_s if poll_s is None else min(left_s, poll_s))
 
-    def has_room(self, *, keep: Collection[SnapshotId] = ()) -> bool:
+    def has_room(self) -> bool:
         """Whether ``acquire`` would find a slot now. Takes and makes none."""
         with self._changed:
             return self._next_number() is not None or any(
-                map(self._given_free, self._idle_slots(keep))
+                map(self._may_overwrite, self._idle_slots())
             )
 
     def newest(self) -> Slot | None:
@@ -482,18 +475,11 @@ class SlotPool:
         with self._changed:
             return self._newest()
 
-    def pin_newest(self) -> Pin | None:
-        """Pin the slot that was sealed last, or None where none is sealed (and not given to a
-        writer again)."""
-        with self._changed:
-            slot = self._newest()
-            return None if slot is None or slot.writing else slot.pin()
-
     def resize(self, data_bytes: int, *, header_bytes: int | None = None) -> None:
-        """Hand out slots of at least ``data_bytes`` from now on. Larger ones are made anew; old
+        """Give out slots of at least ``data_bytes`` from now on. Larger ones are made anew; old
         ones go once free.
 
-        Slots never shrink. Raises UsageError, changing nothing, where memory doesn't suffice beside
+        Slots never shrink. Raises UsageError, changing nothing, if memory does not suffice beside
         the old slots that can't go yet.
         """
         data = max(round_to_pages(max(1, data_bytes)), self._data_bytes)
@@ -516,7 +502,7 @@ class SlotPool:
             self._data_bytes, self._header_bytes = data, header
             self._retired += small
             self._slots = roomy
-            self._free_retired(())
+            self._free_retired()
         self._start_prefault()
 
     def wait_prefaulted(self) -> None:
@@ -542,7 +528,8 @@ class SlotPool:
 
     def _adopt(self) -> None:
         """Take over what was kept: the newest ``count`` slots that are large enough; the others go
-        once they are free."""
+        once they are free.
+        """
         kept = []
         for number, region in self._regions.kept():
             header_bytes = header_bytes_of(region.view) or min(
@@ -553,25 +540,24 @@ class SlotPool:
                 region,
                 header_bytes=header_bytes,
                 pool=self._shared,
-                read_only=self._read_only,
             )
             kept.append((slot.sealed_in_memory(), slot))
-        found = []
-        for snapshot, slot in sorted(kept, key=lambda one: one[0] or SnapshotId(-1, -1)):
+        adopted = []
+        for snapshot, slot in sorted(kept, key=lambda pair: pair[0] or SnapshotId(-1, -1)):
             slot._adopt(snapshot)
-            found.append(slot)
+            adopted.append(slot)
         fit = [
             slot
-            for slot in found
+            for slot in adopted
             if len(slot.data) >= self._data_bytes and slot.header_bytes >= self._header_bytes
         ]
         self._slots = fit[-self.count :]
-        self._retired = [slot for slot in found if slot not in self._slots]
+        self._retired = [slot for slot in adopted if slot not in self._slots]
 
-    def _choose(self, keep: Collection[SnapshotId]) -> Slot | None:
-        idle = self._idle_slots(keep)
+    def _choose(self) -> Slot | None:
+        idle = self._idle_slots()
         empty = next(
-            (slot for slot in idle if slot.snapshot is None and self._given_free(slot)), None
+            (slot for slot in idle if slot.snapshot is None and self._may_overwrite(slot)), None
         )
         if empty is not None:
             return empty
@@ -579,15 +565,15 @@ class SlotPool:
         if made is not None:
             return made
         return next(
-            (slot for slot in idle if slot.snapshot is not None and self._given_free(slot)), None
+            (slot for slot in idle if slot.snapshot is not None and self._may_overwrite(slot)), None
         )
 
     def _make_or_do_without(self) -> Slot | None:
-        """A new slot; None where there are enough, or memory is short in mid-training: then the
-        slots there are must do.
+        """A new slot; None if there are enough, or if memory is short during training: then the
+        existing slots must suffice.
 
-        With fewer than the memory's owner needs it is tried again next time, for otherwise nothing
-        would ever be free.
+        With fewer slots than the memory's owner needs, it is tried again next time: otherwise no
+        slot would ever become free.
         """
         try:
             return self._make()
@@ -600,10 +586,11 @@ class SlotPool:
             self.shortage = error
             return None
 
-    def _idle_slots(self, keep: Collection[SnapshotId]) -> list[Slot]:
-        """Those that nobody here uses, sealed longest ago first: mostly that one is free, and the
-        owner is asked only once."""
-        idle = (slot for slot in self._slots if self._idle(slot) and slot.snapshot not in keep)
+    def _idle_slots(self) -> list[Slot]:
+        """The slots that this process does not use, sealed longest ago first: usually that one is
+        free, and the owner is asked only once.
+        """
+        idle = (slot for slot in self._slots if self._idle(slot))
         return sorted(idle, key=lambda slot: slot.order)
 
     def _newest(self) -> Slot | None:
@@ -614,15 +601,16 @@ class SlotPool:
     def _idle(slot: Slot) -> bool:
         return not slot.pinned and not slot.writing
 
-    def _given_free(self, slot: Slot) -> bool:
+    def _may_overwrite(self, slot: Slot) -> bool:
         """Whether the owner of the memory lets an idle slot be overwritten."""
         return self._regions.may_overwrite(
             slot, spare=self.count == 1 or slot is not self._newest()
         )
 
     def _next_number(self) -> int | None:
-        """The number of a slot that may still be made; None where there are enough, or those that
-        can't go yet have all."""
+        """The number of a slot that may still be made; None if there are enough, or all numbers are
+        taken.
+        """
         if len(self._slots) >= self.count:
             return None
         taken = {slot.number for slot in (*self._retired, *self._slots)}
@@ -641,15 +629,14 @@ class SlotPool:
             region,
             header_bytes=self._header_bytes,
             pool=self._shared,
-            read_only=self._read_only,
         )
         self._slots.append(slot)
         return slot
 
-    def _free_retired(self, keep: Collection[SnapshotId]) -> None:
+    def _free_retired(self) -> None:
         for slot in list(self._retired):
             unused = self._idle(slot) and slot is not self._warming
-            if unused and slot.snapshot not in keep and self._given_free(slot):
+            if unused and self._may_overwrite(slot):
                 self._retired.remove(slot)
                 self._regions.dropped(slot)
                 slot._free()
@@ -679,8 +666,7 @@ class SlotPool:
             return None
         slot = next((slot for slot in self._slots if slot not in done), None)
         if slot is None:
-            with contextlib.suppress(
-                UsageError, UnavailableError
-            ):  # acquire meets the same and tells the caller
+            # The next acquire meets the same error and raises it to its caller.
+            with contextlib.suppress(UsageError, UnavailableError):
                 slot = self._make()
         return slot

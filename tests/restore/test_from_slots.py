@@ -171,9 +171,9 @@ def test_store_behaves_like_any_other_but_is_only_read(slots: list[Slot]) -> Non
         store.read_into("slot/1", out, offset_bytes=size - 4)
     with pytest.raises(NotFoundError, match="no such slot"):
         store.read_into("slot/2", out)
-    with pytest.raises(UsageError, match="only read"):
+    with pytest.raises(UsageError, match="read-only"):
         store.put("slot/1", [b"x"])
-    with pytest.raises(UsageError, match="only read"):
+    with pytest.raises(UsageError, match="read-only"):
         store.delete("slot/1")
     store.close()
     store.close()

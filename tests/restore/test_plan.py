@@ -208,7 +208,7 @@ def test_leaf_of_another_rank_says_whose_it_is() -> None:
 def test_box_outside_the_leaf_is_refused(box: Box) -> None:
     store = Store()
     store.add("w", np.zeros(4, np.uint8), [Box.whole((4,))], dtype="uint8")
-    with pytest.raises(UsageError, match="does not lie inside"):
+    with pytest.raises(UsageError, match="is not inside the leaf"):
         plan_reads(store, [Want("w", None, box)], coalesce_bytes=0)
 
 

@@ -83,7 +83,7 @@ def test_rank_that_comes_late_after_its_stale_badge_was_invited_enters_the_same_
 
 def test_rank_that_dies_while_others_wait_is_replaced(stores) -> None:
     with ThreadPoolExecutor(3) as pool:
-        with pytest.raises(UnavailableError, match="not all ranks came"):
+        with pytest.raises(UnavailableError, match="not all ranks joined"):
             join_handshake(stores(), rank=1, size=3, name="job", timeout_s=0.0)  # shows its badge, then dies
         zero = pool.submit(join_handshake, stores(), rank=0, size=3, name="job", timeout_s=20)
         two = pool.submit(join_handshake, stores(), rank=2, size=3, name="job", timeout_s=20)

@@ -168,8 +168,8 @@ def test_share_that_no_node_lends_any_more_is_damage(world: World) -> None:
 
     with pytest.raises(IntegrityError) as found:
         world.restore(fail)
-    assert "nobody has this share" in why(found.value)
-    with pytest.raises(IntegrityError, match="nobody has this share"):
+    assert "no node has this share" in why(found.value)
+    with pytest.raises(IntegrityError, match="no node has this share"):
         world.restore()
     world.sources[1] = Source()
     with pytest.raises(IntegrityError, match="rank=1"):
@@ -199,7 +199,7 @@ def test_next_place_must_hold_the_very_same_share(world: World) -> None:
 
     with pytest.raises(IntegrityError) as found:
         world.restore(fail)
-    assert "holds something else" in why(found.value)
+    assert "holds another share" in why(found.value)
 
 
 def test_slots_of_two_openings_make_no_pair(world: World) -> None:
@@ -256,7 +256,7 @@ def test_what_is_no_slot_is_refused_in_words_and_without_its_memory(
     world.nodes["d"] = hostile = Node({slot_key(SNAPSHOT, 1): data})
     hostile.lies_bytes = lies_bytes
     world.sources[1] = Source(slots=("d",))
-    with pytest.raises(IntegrityError, match="nobody has this share"):
+    with pytest.raises(IntegrityError, match="no node has this share"):
         world.restore()
     assert sum(hostile.reads) <= len(data)
     world.sources[1] = Source(slots=("d", "c"), mirrors=("c",))

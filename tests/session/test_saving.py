@@ -225,7 +225,7 @@ def test_durable_with_a_time_limit_lets_the_save_go_on(rank_over) -> None:
     rank = rank_over(store)
     pending = rank.save(_items(0, 3), 3)
     for _ in range(3):
-        with pytest.raises(UnavailableError, match=r"the save goes on\. epoch 1 step 3 waited_s=0.01"):
+        with pytest.raises(UnavailableError, match=r"the save continues\. epoch 1 step 3 waited_s=0.01"):
             pending.durable(0.01)
     assert not pending.done()
     assert pending.failure() is None

@@ -1,7 +1,7 @@
-"""An item's structure, as files of other programs can hold it. No torch.
+"""A snapshot's items as files of other libraries: the items, and writing them. No torch.
 
-A tracked item is stored as a skeleton with references where its tensors were. Here the references
-meet their leaves, and what only ckpt knows (dataclass, enum and named-tuple nodes) becomes plain.
+A tracked item is stored as a skeleton with references in place of tensors. Here the references meet
+their leaves, and what only ckpt knows (dataclass, enum and named-tuple nodes) becomes plain.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "Jso
 @dataclass(frozen=True, slots=True)
 class ExportItem:
     """One tracked item of one rank. ``tree`` holds ``Ref`` nodes; ``leaves`` are what they refer
-    to, by the Ref's name."""
+    to, by the Ref's name.
+    """
 
     name: str
     rank: int
@@ -51,10 +52,10 @@ class ExportItem:
 
 
 def load_item(reader: SnapshotReader, name: str, *, rank: int) -> ExportItem | None:
-    """The item as ``rank`` captured it, or None where that rank has nothing of it.
+    """The item as ``rank`` captured it, or None if that rank has nothing of it.
 
     An item without a skeleton is a dict of its tensors by their short names. Raises IntegrityError
-    where the skeleton is damaged or refers to a leaf that is not there.
+    if the skeleton is damaged or refers to a leaf that does not exist.
     """
     index = reader.index
     skeleton = index.leaf(name, None) or index.leaf(name, rank)
@@ -65,38 +66,40 @@ def load_item(reader: SnapshotReader, name: str, *, rank: int) -> ExportItem | N
             tree, lambda ref: refs.setdefault(ref.leaf, _held(index, name, ref.leaf, rank))
         )
         return ExportItem(name, rank, tree, refs)
-    mine = [
+    item_leaves = [
         leaf
         for leaf in index.leaves()
         if leaf.kind is LeafKind.TENSOR
         and leaf.rank in (None, rank)
         and leaf.name.split("/", 1)[0] == name
     ]
-    if not mine:
+    if not item_leaves:
         return None
-    if len(mine) == 1 and mine[0].name == name:
-        return ExportItem(name, rank, Ref(name), {name: mine[0]})
-    flat: dict[str, object] = {leaf.name.removeprefix(f"{name}/"): Ref(leaf.name) for leaf in mine}
-    return ExportItem(name, rank, flat, {leaf.name: leaf for leaf in mine})
+    if len(item_leaves) == 1 and item_leaves[0].name == name:
+        return ExportItem(name, rank, Ref(name), {name: item_leaves[0]})
+    flat: dict[str, object] = {
+        leaf.name.removeprefix(f"{name}/"): Ref(leaf.name) for leaf in item_leaves
+    }
+    return ExportItem(name, rank, flat, {leaf.name: leaf for leaf in item_leaves})
 
 
 def _held(index: SnapshotIndex, item: str, leaf: str, rank: int) -> Leaf:
-    found = index.leaf(leaf, None) or index.leaf(leaf, rank)
-    if found is None:
+    held_leaf = index.leaf(leaf, None) or index.leaf(leaf, rank)
+    if held_leaf is None:
         raise IntegrityError(
             f"an item's structure refers to a leaf that is not there. item={item} leaf={leaf} "
             f"rank={rank}"
         )
-    return found
+    return held_leaf
 
 
 def indexed_optimizer(tree: object) -> object:
-    """An optimizer's state by parameter names turned into torch's own form by index, where that is
+    """An optimizer's state by parameter names turned into torch's own form by index, if that is
     possible.
 
     ``{"state": {name: ...}, "param_groups": [{"params": [name, ...], ...}]}`` becomes the same with
     numbers counted over the groups, as ``torch.optim.Optimizer.load_state_dict`` takes it; the
-    names are kept as ``param_names`` in each group. Anything else comes back as it is.
+    names are kept as ``param_names`` in each group. Anything else is returned as it is.
     """
     if not isinstance(tree, dict) or not isinstance(tree.get("state"), dict):
         return tree
@@ -129,14 +132,14 @@ def plain_tree(
     named: Callable[[Named], object],
 ) -> object:
     """A skeleton in plain containers: references, arrays and library constants become what the
-    three functions say.
+    three functions give.
 
     Dataclass and named-tuple nodes become dicts of their fields, enum members their names, deques
     lists, frozen sets sets, numpy scalars Python numbers.
     """
 
-    def plain(one: object) -> object:
-        return plain_tree(one, tensor=tensor, array=array, named=named)
+    def plain(item: object) -> object:
+        return plain_tree(item, tensor=tensor, array=array, named=named)
 
     match value:
         case Ref():
@@ -150,27 +153,28 @@ def plain_tree(
         case EnumNode():
             return value.member
         case DataclassNode():
-            return {name: plain(one) for name, one in value.fields.items()}
+            return {name: plain(item) for name, item in value.fields.items()}
         case NamedTupleNode():
-            return {name: plain(one) for name, one in zip(value.names, value.values, strict=True)}
+            return {name: plain(item) for name, item in zip(value.names, value.values, strict=True)}
         case Counter():
             return Counter({plain(key): count for key, count in value.items()})
         case OrderedDict():
-            return OrderedDict((plain(key), plain(one)) for key, one in value.items())
+            return OrderedDict((plain(key), plain(item)) for key, item in value.items())
         case dict():
-            return {plain(key): plain(one) for key, one in value.items()}
+            return {plain(key): plain(item) for key, item in value.items()}
         case list() | deque():
-            return [plain(one) for one in value]
+            return [plain(item) for item in value]
         case tuple():
-            return tuple(plain(one) for one in value)
+            return tuple(plain(item) for item in value)
         case set() | frozenset():
-            return {plain(one) for one in value}
+            return {plain(item) for item in value}
         case _:
             return value
 
 
 def json_tree(value: object, short: Callable[[str], str]) -> JsonValue:
-    """A skeleton as JSON. What JSON lacks is an object with one key that begins with ``$``.
+    """A skeleton as JSON. A value that JSON lacks becomes an object with one key that begins with
+    ``$``.
 
     ``{"$tensor": name}``, ``{"$float": "nan"}``, ``{"$bytes": hex}``, ``{"$complex": [re, im]}``,
     ``{"$array": ..., "dtype": ...}``, ``{"$tuple": [...]}``, ``{"$set": [...]}``, ``{"$named":
@@ -180,18 +184,18 @@ def json_tree(value: object, short: Callable[[str], str]) -> JsonValue:
     match value:
         case dict():
             if all(isinstance(key, str) and not key.startswith("$") for key in value):
-                return {str(key): json_tree(one, short) for key, one in value.items()}
+                return {str(key): json_tree(item, short) for key, item in value.items()}
             return {
                 "$dict": [
-                    [json_tree(key, short), json_tree(one, short)] for key, one in value.items()
+                    [json_tree(key, short), json_tree(item, short)] for key, item in value.items()
                 ]
             }
         case list() | deque():
-            return [json_tree(one, short) for one in value]
+            return [json_tree(item, short) for item in value]
         case tuple():
-            return {"$tuple": [json_tree(one, short) for one in value]}
+            return {"$tuple": [json_tree(item, short) for item in value]}
         case set() | frozenset():
-            return {"$set": [json_tree(one, short) for one in value]}
+            return {"$set": [json_tree(item, short) for item in value]}
         case DataclassNode():
             return {"$dataclass": value.type_name, "fields": json_tree(value.fields, short)}
         case NamedTupleNode():
@@ -226,21 +230,19 @@ def _json_scalar(value: object) -> JsonValue:
 
 
 def is_flat(item: ExportItem) -> bool:
-    """Whether the item is nothing but a dict of tensors under their own short names."""
+    """Whether the item is only a dict of tensors under their own short names."""
     tree = item.tree
     return isinstance(tree, dict) and all(
         isinstance(value, Ref) and key == item.short(value.leaf) for key, value in tree.items()
     )
 
 
-# Write a snapshot as files that other programs read: plain ``torch.save`` files, or safetensors.
-#
-# One file for each tracked item. Bytes are streamed, so that memory stays bounded whatever the
-# snapshot's size. Everything is written under temporary names and synced before the first file
-# gets its own name.
+# ---- files: plain ``torch.save`` files, or safetensors, one for each tracked item. Bytes are
+# streamed, so that memory stays bounded for any size of snapshot. Everything is written under
+# temporary names and synced before the first file gets its own name.
 
 MEMORY_BYTES = 256 << 20
-"""What an export may use when its caller names no limit, beside the process's own size."""
+"""What an export may use if its caller gives no limit, beside the process's own size."""
 
 _FULL = frozenset((28, 122))
 _DENIED = frozenset((1, 13, 30))
@@ -248,14 +250,14 @@ _DENIED = frozenset((1, 13, 30))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOptions:
-    """How to stream: the window's length in bytes, and whom to tell of progress."""
+    """How to stream: the window's length in bytes, and the observer of progress."""
 
     window_bytes: int
     on_progress: OnProgress | None = None
 
 
 class ItemWriter(Protocol):
-    """One file format: what it names files, and how it writes them."""
+    """One file format: the names of its files, and how to write them."""
 
     def names(self, item: ExportItem) -> tuple[str, ...]:
         """The files that ``write`` makes for ``item``, without folder."""
@@ -281,7 +283,8 @@ class ExportedFile:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
     """What to export: one ``rank``'s state, or with ``all_ranks`` each in a folder of its own.
-    ``items`` None is all."""
+    ``items`` None is all.
+    """
 
     rank: int = 0
     all_ranks: bool = False
@@ -302,8 +305,8 @@ def export(
     ``rank-N``; returns what was written.
 
     Nothing appears under its final name before everything is written and synced. Raises UsageError
-    where a file exists and ``force`` is off, NotFoundError for an item or rank that the snapshot
-    lacks, IntegrityError for damage, and UnavailableError where the folder cannot take the files.
+    if a file exists and ``force`` is off, NotFoundError for an item or rank that the snapshot
+    lacks, IntegrityError for damage, and UnavailableError if the folder cannot take the files.
     """
     planned = _plan(reader, folder, writer, options)
     if not options.force:
@@ -341,11 +344,11 @@ def export(
 def _plan(
     reader: SnapshotReader, folder: Path, writer: ItemWriter, options: ExportOptions
 ) -> list[tuple[ExportItem, list[Path]]]:
-    known = item_names(reader.index)
-    wanted = known if options.items is None else list(dict.fromkeys(options.items))
-    if missing := [name for name in wanted if name not in known]:
+    known_items = item_names(reader.index)
+    names = known_items if options.items is None else list(dict.fromkeys(options.items))
+    if missing := [name for name in names if name not in known_items]:
         raise NotFoundError(
-            f"no such item in the snapshot. item={missing[0]} items={','.join(known)}"
+            f"no such item in the snapshot. item={missing[0]} items={','.join(known_items)}"
         )
     ranks = reader.index.ranks
     if options.rank not in ranks:
@@ -354,11 +357,11 @@ def _plan(
         )
     planned: list[tuple[ExportItem, list[Path]]] = []
     for rank in ranks if options.all_ranks else (options.rank,):
-        place = folder / f"rank-{rank}" if options.all_ranks else folder
-        for name in wanted:
+        rank_folder = folder / f"rank-{rank}" if options.all_ranks else folder
+        for name in names:
             item = load_item(reader, name, rank=rank)
             if item is not None:
-                planned.append((item, [place / file for file in writer.names(item)]))
+                planned.append((item, [rank_folder / file for file in writer.names(item)]))
     return planned
 
 
@@ -375,13 +378,13 @@ def _translated(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = f"errno={error.errno} path={error.filename or folder}"
+        location = f"errno={error.errno} path={error.filename or folder}"
         if error.errno in _FULL:
             raise StoreFullError(
-                f"the folder is full. {where}; free space or name another folder"
+                f"the folder is full. {location}; free space or name another folder"
             ) from error
         if error.errno in _DENIED:
-            raise StoreDeniedError(f"the folder may not be written. {where}") from error
+            raise StoreDeniedError(f"the folder may not be written. {location}") from error
         raise UnavailableError(
-            f"the folder cannot take the files: {error.strerror}. {where}"
+            f"the folder cannot take the files: {error.strerror}. {location}"
         ) from error

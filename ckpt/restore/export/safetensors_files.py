@@ -1,8 +1,7 @@
-"""Write items in the safetensors format: a JSON header, then the tensors' bytes, streamed. No
-torch.
+"""Items in the safetensors format: a JSON header, then the tensors' bytes, streamed. No torch.
 
-Tensors that share memory are written once; the other names stand in the header's ``__metadata__``
-as ``{other: written}``, which ``safetensors.torch.load_model`` understands. What is no tensor goes
+Tensors that share memory are written once; the other names are in the header's ``__metadata__`` as
+``{other: written}``, which ``safetensors.torch.load_model`` understands. What is no tensor goes
 into a JSON file beside it.
 """
 
@@ -41,18 +40,18 @@ NAMES = {
 
 
 class SafetensorsWriter:
-    """``<item>.safetensors`` for an item's tensors, ``<item>.json`` for its structure where it is
-    more than flat names."""
+    """``<item>.safetensors`` for an item's tensors, ``<item>.json`` for its structure if it is more
+    than flat names.
+    """
 
     def names(self, item: ExportItem) -> tuple[str, ...]:
-        """See ItemWriter."""
         files = (f"{item.name}.safetensors",) if item.leaves else ()
         return files if is_flat(item) and files else (*files, f"{item.name}.json")
 
     def write(
         self, item: ExportItem, reader: SnapshotReader, paths: Sequence[Path], how: StreamOptions
     ) -> None:
-        """See ItemWriter. Raises UsageError for a dtype that the format cannot hold."""
+        """Raises UsageError for a dtype that the format cannot hold."""
         for path, name in zip(paths, self.names(item), strict=True):
             if name.endswith(".json"):
                 path.write_text(

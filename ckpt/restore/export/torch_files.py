@@ -1,8 +1,9 @@
-"""Write items as plain ``torch.save`` files without ever holding their data.
+"""Items as plain ``torch.save`` files, written without ever holding their data.
 
 torch writes the file with room for each storage; then the bytes are streamed into their places, and
-the checksums that the zip format keeps of them are put right. ``torch.load(...,
-weights_only=True)`` reads the result, with ``mmap=True`` too.
+the checksums that the zip format keeps of them are corrected. ``torch.load(...,
+weights_only=True)`` reads the result, with ``mmap=True`` too. A module of its own because it needs
+torch.
 """
 
 from __future__ import annotations
@@ -34,16 +35,15 @@ _HAS_DESCRIPTOR = 0x08
 
 class TorchWriter:
     """``<item>.pt``: the item's state dict. Tensors that shared memory share it again when
-    loaded."""
+    loaded.
+    """
 
     def names(self, item: ExportItem) -> tuple[str, ...]:
-        """See ItemWriter."""
         return (f"{item.name}.pt",)
 
     def write(
         self, item: ExportItem, reader: SnapshotReader, paths: Sequence[Path], how: StreamOptions
     ) -> None:
-        """See ItemWriter."""
         (path,) = paths
         builder = _EmptyTensors(item, reader)
         tree = plain_tree(
@@ -70,7 +70,7 @@ Source = Leaf | Array
 
 @dataclass(frozen=True, slots=True)
 class _StorageSlot:
-    """Room for one storage in the file, and where its checksum is kept."""
+    """Room for one storage in the file, and where its checksums are."""
 
     offset_bytes: int
     size_bytes: int
@@ -79,7 +79,8 @@ class _StorageSlot:
 
 class _EmptyTensors:
     """Makes a tensor without data for each reference, the same one for leaves that share memory;
-    remembers the order."""
+    remembers the order.
+    """
 
     def __init__(self, item: ExportItem, reader: SnapshotReader) -> None:
         self._item = item
@@ -138,11 +139,11 @@ def _source_bytes(source: Source) -> int:
 
 
 def _slots(path: Path) -> list[_StorageSlot]:
-    """The storages' places in the order torch numbered them, empty ones left out."""
+    """The storages' places in the order in which torch numbered them, without empty ones."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         crc_at = _central_crcs(file.fileno(), archive.start_dir, len(archive.infolist()))
         numbered: dict[int, _StorageSlot] = {}
-        for place, info in enumerate(archive.infolist()):
+        for index, info in enumerate(archive.infolist()):
             folder, _, number = info.filename.rpartition("/")
             if not folder.endswith("/data") or not number.isdecimal() or not info.file_size:
                 continue
@@ -154,7 +155,7 @@ def _slots(path: Path) -> list[_StorageSlot]:
                 os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset)
             )
             start = info.header_offset + _LOCAL_HEADER.size + fields[-2] + fields[-1]
-            crcs = [crc_at[place]]
+            crcs = [crc_at[index]]
             if info.flag_bits & _HAS_DESCRIPTOR:
                 end = start + info.file_size
                 signed = os.pread(file.fileno(), 4, end) == _DESCRIPTOR
@@ -178,15 +179,16 @@ def _central_crcs(fd: int, start: int, entries: int) -> list[int]:
 def _check_order(
     path: Path, tree: object, builder: _EmptyTensors, slots: Sequence[_StorageSlot]
 ) -> None:
-    """Ask torch itself which tensor lies where, so that no change in its numbering can ever swap
-    two of one size."""
+    """Ask torch itself which tensor is where, so that a change in its numbering can never swap two
+    of one size.
+    """
     loaded = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
     order = {id(tensor): None for tensor in _tensors(tree) if tensor.numel()}
-    found = {
-        id(ours): theirs.data_ptr()
-        for ours, theirs in zip(_tensors(tree), _tensors(loaded), strict=True)
+    pointer_of = {
+        id(saved_tensor): loaded_tensor.data_ptr()
+        for saved_tensor, loaded_tensor in zip(_tensors(tree), _tensors(loaded), strict=True)
     }
-    pointers = [found[key] for key in order]
+    pointers = [pointer_of[key] for key in order]
     if len(pointers) != len(slots):
         raise InternalError(f"torch.load finds other storages than were saved. path={path}")
     if any(
@@ -203,11 +205,11 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
         case torch.Tensor():
             yield value
         case dict():
-            for one in value.values():
-                yield from _tensors(one)
+            for item in value.values():
+                yield from _tensors(item)
         case list() | tuple():
-            for one in value:
-                yield from _tensors(one)
+            for item in value:
+                yield from _tensors(item)
         case _:
             return
 

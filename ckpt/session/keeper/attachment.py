@@ -1,9 +1,9 @@
-"""Whether and how a session has a keeper: the daemon that holds its slots and makes its snapshots
+"""Whether and how a session has a keeper, the daemon that holds its slots and makes its snapshots
 durable.
 
-A trainer under a supervisor has one always, and its ranks speak through it. Any other process has
-one where all ranks are on this node and the store can be opened by another process; its ranks speak
-as before, and rank 0 names the launch.
+A trainer under a supervisor always has one, and its ranks exchange messages through it. Any other
+process (in place) has one if all ranks are on this node and another process can open the store; its
+ranks exchange messages as they would without a keeper, and rank 0 names the launch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ckpt.ipc.cluster_spec import local_rank_count, nodes_from_environment
 from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.ipc.messages import WIRE_VERSION, Hello, Policy
 from ckpt.session.c10d_mailbox import connect_ranks
-from ckpt.session.keeper.connection import KeeperBusyError, KeeperLink
+from ckpt.session.keeper.connection import KeeperBusyError, KeeperLink, LinkMailbox
 from ckpt.session.keeper.persister import KeeperPersister
 from ckpt.session.keeper.slots import SharedSlots, open_staged
 from ckpt.session.options import SessionOptions, StorageOptions, StoreAddress
@@ -36,29 +36,33 @@ from ckpt.staging.slot import Slot
 from ckpt.values import SnapshotId
 
 BUSY_WAIT_S = 600.0
-"""How long a new launch waits for a keeper that still brings to the store what the last one
-left."""
+"""How long a new launch waits for a keeper that still uploads what the last launch left."""
 BUSY_POLL_S = 0.25
 
 LAUNCH_WAIT_S = BUSY_WAIT_S + 300.0
+"""How long the other ranks wait for rank 0 to name the launch: longer than rank 0 waits for a busy
+keeper.
+"""
 
 LAUNCH_VARIABLE = "CKPT_LAUNCH"
-"""Names the launch to a supervisor's trainers, spawned ones too."""
+"""Names the launch to a supervisor's trainers, including spawned ones."""
 
 KEEPER_VARIABLE = "CKPT_KEEPER"
-"""Set to ``off``: no keepers; snapshots are made durable by the training process itself."""
+"""Set to ``off``: no keeper; the training process makes its snapshots durable itself."""
 
 SLOTS_SHARED_MAX = SharedSlots.slots_max // 2
-"""More slots than this are this process's alone: a pool that grows needs numbers for the new ones
-beside the old."""
+"""With more slots, a process keeps them to itself: a pool that grows needs numbers for the new
+slots beside the old ones.
+"""
 
 _OWN_MEMORY = ("memory://", "memory:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisedTrainer:
-    """This process is a trainer under a supervisor: of which launch, attempt and rank, and whose
-    keeper has it."""
+    """This process as a trainer under a supervisor: its launch, attempt and rank, and its
+    keeper.
+    """
 
     launch: str
     attempt: int
@@ -67,23 +71,24 @@ class SupervisedTrainer:
     spec: KeeperSpec
 
     def serves(self, spec: KeeperSpec) -> bool:
-        """Whether that keeper is the one of ``spec``."""
+        """Whether the trainer's keeper is the keeper of ``spec``."""
         return (self.spec.store, self.spec.job) == (spec.store, spec.job)
 
 
-_seat: SupervisedTrainer | None = None
+_trainer: SupervisedTrainer | None = None
 _sessions = 0
 
 
-def set_supervised_trainer(seat: SupervisedTrainer) -> None:
-    """Make this process a trainer. Called once, right after it began."""
-    global _seat  # noqa: PLW0603  a process has one seat, as it has one rank
-    _seat = seat
+def set_supervised_trainer(trainer: SupervisedTrainer) -> None:
+    """Make this process a supervised trainer. Called once, when it begins."""
+    global _trainer  # noqa: PLW0603  a process has one rank
+    _trainer = trainer
 
 
 def set_supervised_from_environment(spec: KeeperSpec, attempt: int) -> None:
-    """Take the seat that the supervisor's environment describes: launch, rank and ranks are
-    there."""
+    """Make this process the trainer that its environment describes: launch, rank and number of
+    ranks are variables.
+    """
     rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
     set_supervised_trainer(
         SupervisedTrainer(
@@ -97,24 +102,24 @@ def set_supervised_from_environment(spec: KeeperSpec, attempt: int) -> None:
 
 
 def supervised_trainer() -> SupervisedTrainer | None:
-    """The seat, or None."""
-    return _seat
+    """This process as a supervised trainer, or None."""
+    return _trainer
 
 
 def keeper_spec(store: StoreAddress | Backend, options: SessionOptions) -> KeeperSpec | None:
-    """What a keeper would have to know, or None where none can serve: the store or its options live
-    in this process alone.
+    """What a keeper must know of the store, or None if no keeper can serve it: only this process
+    can open it.
 
-    Opens nothing. ``job`` is the user's name or the address's last part.
+    Opens nothing. The job is named by the user, else by the last part of the address.
     """
     stores = (store,) if isinstance(store, str) else store
     if (
         not isinstance(stores, tuple)
-        or any(one.startswith(_OWN_MEMORY) for one in stores)
+        or any(address.startswith(_OWN_MEMORY) for address in stores)
         or sys.platform != "linux"
     ):
         return None
-    first, *others = (address_of(one) for one in stores)
+    first, *others = (address_of(address) for address in stores)
     spec = KeeperSpec(
         job=options.job or job_name(first),
         store=first,
@@ -128,7 +133,7 @@ def keeper_spec(store: StoreAddress | Backend, options: SessionOptions) -> Keepe
     )
     try:
         spec.encode()
-    except UsageError:  # a session object, say: it can't be handed on
+    except UsageError:  # the options hold objects of this process
         return None
     return spec
 
@@ -136,20 +141,23 @@ def keeper_spec(store: StoreAddress | Backend, options: SessionOptions) -> Keepe
 def _plain(
     options: StorageOptions,
 ) -> Mapping[str, object] | list[Mapping[str, object] | None] | None:
-    """The same as JSON brings it back."""
+    """The options as they are after a round trip through JSON, which ``KeeperSpec.encode`` compares
+    with.
+    """
     if options is None or isinstance(options, Mapping):
         return dict(options) if options is not None else None
-    return [dict(one) if one is not None else None for one in options]
+    return [dict(entry) if entry is not None else None for entry in options]
 
 
 def job_name(address: str) -> str:
-    """The name of a job that its user gave none: the last part of its store's address."""
+    """The name of a job that its user did not name: the last part of its store's address."""
     return address.rstrip("/").rpartition("/")[2] or "job"
 
 
 def may_use_keeper(size: int, slots: int) -> bool:
-    """Whether this process may use a keeper: all ranks on this node, slots to share, and nobody
-    said no."""
+    """Whether a process in place may use a keeper: all ranks on this node, few enough slots, not
+    switched off.
+    """
     fits = SharedSlots.slots_min <= slots <= SLOTS_SHARED_MAX
     return (
         fits
@@ -159,71 +167,75 @@ def may_use_keeper(size: int, slots: int) -> bool:
 
 
 class KeeperAttachment:
-    """One session's keeper, or that it has none, and how its ranks speak. Every rank makes the same
+    """One session's keeper, if it has one, and the mailbox of its ranks. Every rank makes the same
     calls in the same order.
 
-    ``seat`` is the connection of a trainer under a supervisor: its ranks speak through it even
-    where they only read.
+    ``trainer_link`` is the connection of a supervised trainer: its ranks use it as their mailbox
+    even if they only read.
     """
 
     def __init__(
         self,
-        channel: CountingMailbox,
+        mailbox: CountingMailbox,
         trainer_link: KeeperLink | None,
         *,
         spec: KeeperSpec | None,
         slots: int,
         emit: Emit,
     ) -> None:
-        self.channel = channel
+        self.mailbox = mailbox
         self.link: KeeperLink | None = None
-        """The keeper that this session writes through, from ``start`` on."""
+        """The keeper that this session writes through; None before ``start``."""
         self.supervised = trainer_link is not None
-        """Whether a supervisor starts this process anew where it dies."""
+        """Whether a supervisor restarts this process after a failure."""
         self.trainer_link = trainer_link
-        """The connection of a trainer under a supervisor, whose keeper judges it."""
+        """The connection of a supervised trainer, to the keeper that decides about its failures."""
         self.board: Board | None = None
         self.regions: SharedSlots | None = None
         self._spec = spec
         self._slots = slots
-        self._tell = emit
-        self._settled = False
+        self._emit = emit
+        self._asked = False
 
     @classmethod
     def join(
         cls, spec: KeeperSpec | None, options: SessionOptions, emit: Emit, *, name: str
     ) -> KeeperAttachment:
-        """Meet the other ranks: through the keeper where a supervisor uses the same one, else as
-        ``connect`` does."""
-        seat = supervised_trainer()
-        if seat is None or spec is None or not seat.serves(spec):
+        """Join the other ranks: through the keeper if a supervisor uses the same one, else by a
+        handshake over torch's store.
+        """
+        trainer = supervised_trainer()
+        if trainer is None or spec is None or not trainer.serves(spec):
             return cls(connect_ranks(name=name), None, spec=spec, slots=options.slots, emit=emit)
-        global _sessions  # noqa: PLW0603  rooms outlive sessions: each session of a trainer has its own corner
+        global _sessions  # noqa: PLW0603  a mailbox outlives sessions: each session of a trainer has its own keys
         _sessions += 1
         link = KeeperLink.connect(
-            seat.spec, _hello(seat.launch, seat.rank, seat.ranks, seat.attempt), start=False
+            trainer.spec,
+            _hello(trainer.launch, trainer.rank, trainer.ranks, trainer.attempt),
+            start=False,
         )
         return cls(
-            PrefixedMailbox(link, f"{_sessions}/"), link, spec=spec, slots=options.slots, emit=emit
+            LinkMailbox(link, f"{_sessions}/"), link, spec=spec, slots=options.slots, emit=emit
         )
 
     def start(self) -> None:
-        """Get a keeper to write through, where this session may have one and has none yet."""
-        if self.link is not None or self._settled or self._spec is None:
+        """Attach to a keeper to write through, if this session may have one and has none yet."""
+        if self.link is not None or self._asked or self._spec is None:
             return
         if self.trainer_link is not None:
             self._use(self.trainer_link)
             return
-        if not may_use_keeper(self.channel.size, self._slots):
+        if not may_use_keeper(self.mailbox.size, self._slots):
             return
-        self._settled = True
-        link = connect_in_place(self._spec, self.channel, emit=self._tell)
+        self._asked = True
+        link = connect_in_place(self._spec, self.mailbox, emit=self._emit)
         if link is not None:
             self._use(link)
 
     def reconnect(self, slots: Sequence[Slot]) -> None:
-        """In the place of a keeper that is gone, use the next one, and hand it the board and
-        ``slots``. In place only."""
+        """Replace a lost keeper by the next one, and give it the board and ``slots``. Only in
+        place. Nothing if the keeper is not lost.
+        """
         assert self.link is not None and self.regions is not None and self.board is not None, (
             "there was a keeper"
         )
@@ -231,37 +243,39 @@ class KeeperAttachment:
             return
         before = self.link.welcome.boot
         self.link.reconnect(self.board)
-        if (
-            self.link.welcome.boot != before
-        ):  # else only the connection broke: it has the slots, and perhaps uses them
+        # The same keeper has the slots already, and may be uploading one: only the connection
+        # broke.
+        if self.link.welcome.boot != before:
             self.regions.hand_over_all(slots)
 
     def detach(self, slots: Sequence[Slot]) -> None:
-        """Do without a keeper for the rest: ``slots`` are this process's alone now, as is what it
-        makes durable."""
+        """Give up on keepers: from now on ``slots`` belong to this process alone, which makes its
+        snapshots durable itself.
+        """
         assert self.link is not None and self.regions is not None, "there was a keeper"
         link, self.link = self.link, None
         link.close()
         self.regions.detach_keeper(slots)
 
     def persister(self, epoch: int, *, resume: SnapshotId | None = None) -> KeeperPersister:
-        """What makes snapshots of ``epoch`` durable, which goes on from ``resume`` (None: not from
-        a staged pair)."""
+        """The persister for snapshots of ``epoch``. ``resume``: the staged snapshot that the epoch
+        continues from, or None.
+        """
         assert self.link is not None and self.regions is not None, "there is a keeper"
         self.regions.epoch = epoch
         self.regions.resume = resume
-        return KeeperPersister(self.link, self.regions, emit=self._tell)
+        return KeeperPersister(self.link, self.regions, emit=self._emit)
 
     def open_staged(
         self, snapshot: SnapshotId
     ) -> AbstractContextManager[tuple[SnapshotIndex, Backend]]:
-        """A staged snapshot to restore from: of this node's ranks, or of all nodes'."""
+        """Open a staged snapshot to restore from: of this node's ranks, or of all nodes'."""
         assert self.link is not None and self._spec is not None, (
             "only a keeper names staged snapshots"
         )
         if self._spec.nodes is not None:
             return open_from_nodes(self.link, snapshot, nodes=self._spec.nodes, job=self._spec.job)
-        return open_staged(self.link, snapshot, ranks=self.channel.size, job=self._spec.job)
+        return open_staged(self.link, snapshot, ranks=self.mailbox.size, job=self._spec.job)
 
     def close(self) -> None:
         """Leave the keeper as planned."""
@@ -279,87 +293,58 @@ class KeeperAttachment:
         self.regions = SharedSlots(link, self.board, link.local_rank)
 
 
-class PrefixedMailbox:
-    """A channel's messages under a prefix. Waits as its channel does."""
-
-    def __init__(self, channel: KeeperLink, prefix: str) -> None:
-        self._channel = channel
-        self._prefix = prefix
-        self.rank = channel.rank
-        self.size = channel.size
-
-    def post(self, key: str, value: bytes) -> None:
-        """See ``Channel``."""
-        self._channel.post(self._prefix + key, value)
-
-    def peek(self, key: str) -> bytes | None:
-        """See ``Channel``."""
-        return self._channel.peek(self._prefix + key)
-
-    def wait(self, key: str, timeout_s: float) -> bytes | None:
-        """See ``WaitingMailbox``."""
-        return self._channel.wait(self._prefix + key, timeout_s)
-
-    def count(self, key: str, amount: int = 0) -> int:
-        """See ``Channel``."""
-        return self._channel.count(self._prefix + key, amount)
-
-    def forget(self, key: str) -> None:
-        """See ``Channel``."""
-        self._channel.forget(self._prefix + key)
-
-
 def connect_in_place(
-    spec: KeeperSpec, channel: CountingMailbox, *, emit: Emit
+    spec: KeeperSpec, mailbox: CountingMailbox, *, emit: Emit
 ) -> KeeperLink | None:
-    """A link for a process without supervisor, or None for all ranks where no keeper can be had;
-    that is told as an alarm.
+    """A link for a process without supervisor, or None on all ranks if there can be no keeper,
+    which raises an alarm.
 
-    All ranks call it alike, once a session. Rank 0 names the launch, unless it has a seat at
-    another keeper, and goes first. Raises ConflictError where another launch of the job lives on
-    this node.
+    All ranks call it, once a session. Rank 0 goes first and names the launch, unless it is a
+    supervised trainer with another keeper. Raises ConflictError if another launch of the job is
+    alive on this node.
     """
-    seat = supervised_trainer()
-    attempt = seat.attempt if seat is not None else 0
+    trainer = supervised_trainer()
+    attempt = trainer.attempt if trainer is not None else 0
     key = "launch"
-    if channel.rank == 0:
-        launch = seat.launch if seat is not None else f"{os.getpid()}-{secrets.token_hex(8)}"
+    if mailbox.rank == 0:
+        launch = trainer.launch if trainer is not None else f"{os.getpid()}-{secrets.token_hex(8)}"
         try:
-            link = _when_it_has_settled(spec, _hello(launch, 0, channel.size, attempt), emit)
+            link = _connect_when_idle(spec, _hello(launch, 0, mailbox.size, attempt), emit)
         except UnavailableError as error:
             text = f"there is no keeper, so snapshots depend on this process alone: {error}"
             emit(Event("no-keeper", text, alarm=True))
-            channel.post(key, b"")
+            mailbox.post(key, b"")
             return None
         except CkptError:
-            channel.post(key, b"")
+            mailbox.post(key, b"")
             raise
-        channel.post(key, launch.encode())
+        mailbox.post(key, launch.encode())
         return link
     launch = wait_for_message(
-        channel, key, timeout_s=LAUNCH_WAIT_S, awaited="rank 0 to name the launch"
+        mailbox, key, timeout_s=LAUNCH_WAIT_S, awaited="rank 0 to name the launch"
     ).decode()
     return (
-        KeeperLink.connect(spec, _hello(launch, channel.rank, channel.size, attempt), start=False)
+        KeeperLink.connect(spec, _hello(launch, mailbox.rank, mailbox.size, attempt), start=False)
         if launch
         else None
     )
 
 
-def _when_it_has_settled(spec: KeeperSpec, hello: Hello, tell: Emit) -> KeeperLink:
-    """A link to the job's keeper, as soon as it takes one. Raises UnavailableError after
-    BUSY_WAIT_S."""
+def _connect_when_idle(spec: KeeperSpec, hello: Hello, emit: Emit) -> KeeperLink:
+    """Connect to the job's keeper as soon as it accepts a new launch. Raises UnavailableError after
+    BUSY_WAIT_S.
+    """
     until_s = time.monotonic() + BUSY_WAIT_S
-    told = False
+    reported = False
     while True:
         try:
             return KeeperLink.connect(spec, hello)
         except KeeperBusyError as error:
             if time.monotonic() > until_s:
                 raise
-            if not told:
-                told = True
-                tell(
+            if not reported:
+                reported = True
+                emit(
                     Event(
                         "keeper-busy",
                         f"waiting for the keeper of the last run, at most {BUSY_WAIT_S:.0f} s: "

@@ -116,7 +116,7 @@ def test_exception_does_not_wait_for_what_the_keeper_has(link: KeeperLink) -> No
     began_s = time.monotonic()
     saving.abandon()
     assert time.monotonic() - began_s < 5.0
-    with pytest.raises(UnavailableError, match="the keeper goes on with it"):
+    with pytest.raises(UnavailableError, match="the keeper continues with it"):
         pending.durable(0)
     found = [read_slot(region.view) for _, region in link.slots(0)]
     assert [one[0].origin for one in found if one is not None] == ["o"]

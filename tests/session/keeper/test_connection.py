@@ -11,11 +11,10 @@ import pytest
 
 from ckpt.errors import CkptError, FencedError, IntegrityError, UnavailableError, UsageError
 from ckpt.format.keys import pack_key, writer_name
-from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
 from ckpt.ipc.mailbox import wait_for_message
 from ckpt.ipc.messages import Retention
-from ckpt.session.keeper.connection import KNOWN_CHUNKS_MAX, KeeperLink
+from ckpt.session.keeper.connection import KNOWN_CHUNKS_MAX, KeeperLink, LinkMailbox, verified_chunks
 from ckpt.staging.slot import read_slot
 from ckpt.values import ChunkLocation, Codec, SnapshotId
 
@@ -45,14 +44,17 @@ def test_no_keeper_is_unavailable(connect) -> None:
 
 
 @pytest.mark.slow
-def test_link_is_the_channel_of_its_rank(keeper, link: KeeperLink) -> None:
-    assert link.peek("a") is None
-    assert link.wait("a", 0.01) is None
-    threading.Thread(target=lambda: (keeper.wait(words.Peek, 3), link.post("a", b"\xff\x00"))).start()
-    assert wait_for_message(link, "a", timeout_s=WAIT_S, awaited="a word") == b"\xff\x00"
-    assert link.count("n", 4) == 5
-    link.forget("a")
-    keeper.wait(words.Forget)
+def test_mailbox_of_a_rank_is_in_the_keeper(keeper, link: KeeperLink) -> None:
+    mailbox = LinkMailbox(link, "1/")
+    assert (mailbox.rank, mailbox.size) == (0, 2)
+    assert mailbox.peek("a") is None
+    assert mailbox.wait("a", 0.01) is None
+    threading.Thread(target=lambda: (keeper.wait(words.Peek, 3), mailbox.post("a", b"\xff\x00"))).start()
+    assert wait_for_message(mailbox, "a", timeout_s=WAIT_S, awaited="a word") == b"\xff\x00"
+    assert mailbox.count("n", 4) == 5
+    mailbox.forget("a")
+    (forget,) = keeper.wait(words.Forget)
+    assert forget == words.Forget(key="1/a")
 
 
 def test_board_and_slots_are_the_keepers_own_memory(keeper, link: KeeperLink, rank) -> None:
@@ -84,11 +86,12 @@ def test_descriptors_that_do_not_fit_the_answer_are_refused_and_closed(keeper, l
 
 
 def test_calls_about_snapshots_reach_the_keeper(keeper, link: KeeperLink) -> None:
-    assert link.choices() == (answers.Choice(SNAPSHOT, "staged"),)
+    assert link.ask(words.GetChoices(), words.Choices).choices == (words.Choice(SNAPSHOT, "staged"),)
     retention = Retention(keep="last=2", grace_s=60.0)
-    assert link.open_epoch(SNAPSHOT, retention=retention) == (7, "")
+    reply = link.ask(words.OpenEpoch(resume=SNAPSHOT, retention=retention), words.Number)
+    assert (reply.number, reply.origin) == (7, "")
     with pytest.raises(FencedError, match="another writer"):
-        link.set_tag("best", SNAPSHOT)
+        link.call(words.SetTag(name="best", snapshot=SNAPSHOT))
     (opened,) = keeper.wait(words.OpenEpoch)
     assert isinstance(opened, words.OpenEpoch)
     assert (opened.resume, opened.retention) == (SNAPSHOT, retention)
@@ -97,33 +100,21 @@ def test_calls_about_snapshots_reach_the_keeper(keeper, link: KeeperLink) -> Non
 def test_words_about_the_trainer_reach_the_keeper(keeper, link: KeeperLink) -> None:
     link.phase("tracked", leaves=3)
     link.failing("ValueError", "bad", fingerprint="f", step=4, final=True)
-    link.preempt(9.0)
     link.finished()
     keeper.wait(words.Finished)
-    phase, failing, preempt, _ = keeper.heard[-4:]
+    phase, failing, _ = keeper.heard[-3:]
     assert isinstance(phase, words.Phase)
     assert (phase.name, dict(phase.facts)) == ("tracked", {"leaves": 3})
     assert failing == words.Failing(kind="ValueError", text="bad", fingerprint="f", step=4, final=True)
-    assert preempt == words.Preempt(grace_s=9.0)
 
 
 @pytest.mark.slow
 def test_more_known_chunks_than_a_message_holds_are_cut_off(keeper, link: KeeperLink) -> None:
     place = ChunkLocation(pack_key(SNAPSHOT, writer_name("n" * 64, "f" * 16), 0), 2**40, 4 << 20, 4 << 20, Codec.RAW)
-    link.known(SNAPSHOT, {n.to_bytes(16, "big"): place for n in range(KNOWN_CHUNKS_MAX + 5)})
+    link.send(verified_chunks(SNAPSHOT, {n.to_bytes(16, "big"): place for n in range(KNOWN_CHUNKS_MAX + 5)}))
     (word,) = keeper.wait(words.VerifiedChunks)
     assert isinstance(word, words.VerifiedChunks)
     assert len(word.digests) == len(word.locations) == KNOWN_CHUNKS_MAX
-
-
-def test_fence_is_told_even_to_who_listens_late(keeper, link: KeeperLink) -> None:
-    told: list[str] = []
-    came = threading.Event()
-    link.on_fenced(lambda text: (told.append(text), came.set()))
-    keeper.say(words.Fenced(text="newer epoch"))
-    assert came.wait(WAIT_S)
-    link.on_fenced(told.append)
-    assert told == ["newer epoch"] * 2
 
 
 def test_planned_leave_says_bye_and_tells_nobody_of_a_loss(keeper, connect) -> None:
@@ -166,10 +157,10 @@ def test_forked_child_leaves_the_connection_to_its_parent(keeper, link: KeeperLi
     child = os.fork()
     if child == 0:
         try:
-            link.peek("a")
+            LinkMailbox(link, "").peek("a")
         except UnavailableError:
             os._exit(7)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert link.peek("a") is None
+    assert LinkMailbox(link, "").peek("a") is None
     assert link.lost is None

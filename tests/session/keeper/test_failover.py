@@ -17,6 +17,7 @@ import ckpt
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import FencedError, UnavailableError
 from ckpt.events import Event
+from ckpt.ipc.messages import Choices, GetChoices
 from ckpt.log.journal import Journal
 from ckpt.session.keeper import attachment as keeping
 from ckpt.session.keeper import connection as keeper_link
@@ -81,7 +82,7 @@ def test_save_after_the_keepers_death_goes_to_the_next_keeper(store: Path) -> No
         assert c.save(state(2), step=2).id == SnapshotId(2, 2)
         assert keeper_of(c._session) != dead
         assert c.save(state(3), step=3).id == SnapshotId(2, 3)
-        with pytest.raises(ckpt.UsageError, match="steps grow"):
+        with pytest.raises(ckpt.UsageError, match="steps must grow"):
             c.save(state(3), step=3)
     assert opens(store) == [(1, None), (2, SnapshotId(1, 1))]
     found = state(0)
@@ -101,7 +102,7 @@ def test_line_goes_on_from_the_last_pair_that_only_memory_held(store: Path) -> N
     assert opens(store) == [(1, None), (2, SnapshotId(1, 3))]
     link = session.join().attachment.link
     assert link is not None
-    assert [(one.snapshot, one.tier) for one in link.choices()][:2] == [
+    assert [(one.snapshot, one.tier) for one in link.ask(GetChoices(), Choices).choices][:2] == [
         (SnapshotId(2, 5), "staged"),
         (SnapshotId(2, 4), "staged"),
     ]
@@ -164,7 +165,7 @@ def test_writer_that_took_over_meanwhile_is_not_fenced(store: Path) -> None:
     session.snapshot(1, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S)
     kill_keeper(session)
     Journal.open(FileBackend(store)).open_epoch(resume=SnapshotId(1, 1))
-    with pytest.raises(FencedError, match="newest=2 mine=1"):
+    with pytest.raises(FencedError, match="newest=2 epoch=1"):
         session.snapshot(2, metadata={}, tags=(), wait_s=1.0)
     assert opens(store) == [(1, None), (2, SnapshotId(1, 1))]
     session.abandon()

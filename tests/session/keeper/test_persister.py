@@ -11,7 +11,7 @@ from ckpt.errors import CkptError, FencedError, UnavailableError
 from ckpt.format.canonical import digest
 from ckpt.ipc import messages as words
 from ckpt.ipc.messages import RemoteError
-from ckpt.session.keeper.connection import KeeperLink
+from ckpt.session.keeper.connection import KeeperLink, LinkMailbox
 from ckpt.values import ChunkLocation, Codec, SnapshotId, SnapshotInfo
 
 WAIT_S = 60.0
@@ -92,7 +92,7 @@ def test_lost_keeper_fails_what_is_in_flight_and_what_comes(keeper, link: Keeper
     link.on_lost(told.append)
     assert told == [link.lost]
     with pytest.raises(UnavailableError):
-        link.peek("a")
+        LinkMailbox(link, "").peek("a")
     with pytest.raises(UnavailableError):
         rank.persister.submit(late, tags=()).result(WAIT_S)
     assert not rank.own.slot(late.slot.number).held
@@ -106,7 +106,7 @@ def test_lost_keeper_fails_what_is_in_flight_and_what_comes(keeper, link: Keeper
 def test_abandoned_persister_waits_for_nothing(rank) -> None:
     future = rank.persister.submit(rank.stage(), tags=())
     rank.persister.abandon()
-    with pytest.raises(UnavailableError, match="the keeper goes on with it"):
+    with pytest.raises(UnavailableError, match="the keeper continues with it"):
         future.result(0)
     rank.persister.close()
 

@@ -51,12 +51,12 @@ class RankKeeper:
         found = sorted(self._keeper.held[rank].items())
         return [(index, Region.from_fd(os.dup(fd), size)) for index, (fd, size) in found]
 
-    def slot_made(self, index: int, fd: int, size_bytes: int) -> None:
+    def slot_created(self, index: int, fd: int, size_bytes: int) -> None:
         self._check()
         assert index not in self._keeper.held[self._rank], "a number is given twice"
         self._keeper.held[self._rank][index] = os.dup(fd), size_bytes
 
-    def slot_gone(self, index: int) -> None:
+    def slot_released(self, index: int) -> None:
         os.close(self._keeper.held[self._rank].pop(index)[0])
 
     def _check(self) -> None:
