@@ -402,6 +402,6 @@ def test_a_client_believes_no_server_that_talks_nonsense() -> None:
             sock.sendall(answer)
             sock.shutdown(socket.SHUT_WR)
             with pytest.raises((CkptError, OSError)):
-                PeerConnection._meet(client, Endpoint(port=1), SECRET)
+                PeerConnection._exchange_hellos(client, Endpoint(port=1), SECRET)
             client.close()
             sock.close()
