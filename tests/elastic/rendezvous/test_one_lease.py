@@ -308,7 +308,7 @@ def test_who_follows_in_a_job_that_keepers_hold_reads_all_seldom_and_hears_of_ea
     assert not other._follows(other.latest_view())
     monkeypatch.setattr(rendezvous_agent, "VIEW_S", 1000.0)
     wait_for(
-        lambda: follower._look_until_s > time.monotonic() + 100, "it has read all once more, and will not for long"
+        lambda: follower._view_until_s > time.monotonic() + 100, "it has read all once more, and will not for long"
     )
     other.leave()
     wait_for(lambda: follower.latest_view().lost == (other.name,), "it hears at once that the other one left")
