@@ -52,6 +52,10 @@ KINDS: Final[Mapping[str, str]] = {
     "stalled": "the keeper or its machine stood still",
     "not-prepared": "not enough memory to start a trainer ahead of need",
     "prepared-died": "a trainer that was started ahead of need died",
+    "missing": "a rank or a node has not joined yet",
+    "ended": "the launch ends: all supervisors leave",
+    "recovered": "the ranks train again after a failure, and how long that took",
+    "stacks": "the stack of a rank that hangs",
     # ---- uploads by the keeper
     "open-failed": "an epoch could not be opened in the log",
     "open-waits": "an epoch cannot be opened yet; tried again",

@@ -192,3 +192,14 @@ DTYPE_BYTES: Mapping[str, int] = {
     dtype: size_bytes for size_bytes, dtypes in _DTYPES.items() for dtype in dtypes.split()
 }
 """Bytes one element takes, by torch's dtype name; torch keeps sub-byte dtypes one to a byte."""
+
+
+class TrainerPhase(enum.IntEnum):
+    """What a trainer is doing. Only in TRAINING does a step that takes too long count as a hang."""
+
+    STARTING = 0
+    BUILDING = 1
+    TRAINING = 2
+    PAUSED = 3
+    DEBUGGING = 4
+    FINISHED = 5

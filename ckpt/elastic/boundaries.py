@@ -11,7 +11,8 @@ from types import FrameType
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ckpt.ipc.board import STAGE, Board, TrainerPhase
+from ckpt.ipc.board import STAGE, Board
+from ckpt.values import TrainerPhase
 
 # ---- milestones of the start
 

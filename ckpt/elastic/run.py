@@ -23,14 +23,13 @@ from ckpt.elastic.processes.trainer import TrainerProcess
 from ckpt.elastic.schedule import EverySeconds, Schedule, is_due, next_due
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.events import Event
-from ckpt.ipc.board import TrainerPhase
 from ckpt.session.agreement import SnapshotRequest
 from ckpt.session.c10d_mailbox import world_of_process
 from ckpt.session.options import check_tag
 from ckpt.session.saving import Metrics
 from ckpt.session.session import Session
 from ckpt.session.staging import SLOT_WAIT_S
-from ckpt.values import SnapshotInfo
+from ckpt.values import SnapshotInfo, TrainerPhase
 
 
 class RankInfo:

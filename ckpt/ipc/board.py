@@ -22,7 +22,6 @@ the old value or the new one, never a mixture. Values of several words are read 
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import mmap
 import os
@@ -34,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.values import PAGE_BYTES, SnapshotId
+from ckpt.values import PAGE_BYTES, SnapshotId, TrainerPhase
 
 
 def open_anonymous(name: str) -> int:
@@ -75,17 +74,6 @@ _OWN_ATTEMPT, _COMPLETED, _BEAT, _PHASE, _FIRST_STEP, _LONGEST_STEP, _STAGED, _S
 _EPOCH, _STEP, _GENERATION, _HELD = range(4)
 
 _CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-class TrainerPhase(enum.IntEnum):
-    """What a trainer is doing. Only in TRAINING does a step that takes too long count as a hang."""
-
-    STARTING = 0
-    BUILDING = 1
-    TRAINING = 2
-    PAUSED = 3
-    DEBUGGING = 4
-    FINISHED = 5
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.elastic.boundaries import MemoryTier
-from ckpt.ipc.board import Board, TrainerPhase
+from ckpt.ipc.board import Board
+from ckpt.values import TrainerPhase
 
 
 @pytest.fixture

@@ -26,12 +26,11 @@ from ckpt.ipc.board import (
     STAGE,
     Board,
     BoardSlot,
-    TrainerPhase,
     newest_common,
     now_ns,
     open_anonymous,
 )
-from ckpt.values import SnapshotId
+from ckpt.values import SnapshotId, TrainerPhase
 
 
 @pytest.fixture
@@ -250,7 +249,7 @@ def test_a_reader_never_mixes_two_publications(board: Board) -> None:
 OTHER = textwrap.dedent("""
     import socket, sys
     from ckpt.ipc.board import Board
-    from ckpt.ipc.board import TrainerPhase
+    from ckpt.values import TrainerPhase
     from ckpt.values import SnapshotId
 
     sock = socket.socket(fileno=int(sys.argv[1]))

@@ -12,9 +12,8 @@ from kit.keepers.slot_makers import SLOT_BYTES
 
 from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
-from ckpt.ipc.board import TrainerPhase
 from ckpt.ipc.messages import Policy
-from ckpt.values import SnapshotId
+from ckpt.values import SnapshotId, TrainerPhase
 
 Serve = Callable[..., Served]
 PAIR = SnapshotId(1, 5)

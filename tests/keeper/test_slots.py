@@ -228,7 +228,9 @@ def test_a_slot_beyond_the_nodes_memory_is_refused_in_clear_words(held: Held, mo
     held.add(0, 0)
     monkeypatch.setattr(slots_module, "available_bytes", lambda: 2 * SLOT_BYTES - 4 * PAGE_BYTES)
     other = MadeSlot()
-    with pytest.raises(UsageError, match=r"not enough memory for another slot.* rank=1 slot_bytes=65536 .*allow fewer slots"):
+    with pytest.raises(
+        UsageError, match=r"not enough memory for another slot.* rank=1 slot_bytes=65536 .*allow fewer slots"
+    ):
         held.table.add(1, 0, other.given(), SLOT_BYTES)
     monkeypatch.setattr(slots_module, "available_bytes", lambda: 2 * SLOT_BYTES)
     held.table.add(1, 0, other.given(), SLOT_BYTES)

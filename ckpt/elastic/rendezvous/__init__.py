@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 
-BACKEND = "ckpt"
-
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
     """The function that makes handlers, as entry points of ``torchrun.handlers`` provide it."""

@@ -20,6 +20,9 @@ from ckpt.keyspace.address import PORT, split_endpoint
 from ckpt.log.sequencers import database_path
 from ckpt.rate_limit import RATE_BYTES_MIN, parse_rate
 
+BACKEND = "ckpt"
+"""The name after ``--rdzv-backend``."""
+
 SETTINGS_HELP: Mapping[str, str] = {
     "secret": "a file with the secret of the job's nodes",
     "host": "the address at which other nodes reach this one",

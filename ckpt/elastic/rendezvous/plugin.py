@@ -31,7 +31,6 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from ckpt.cluster.tls import check_tls
-from ckpt.elastic.rendezvous import BACKEND
 from ckpt.elastic.rendezvous.agent import RendezvousAgent
 from ckpt.elastic.rendezvous.decide import (
     AgentsView,
@@ -46,7 +45,7 @@ from ckpt.elastic.rendezvous.decide import (
     restart_request,
     round_problem,
 )
-from ckpt.elastic.rendezvous.options import RendezvousSettings, parse_settings
+from ckpt.elastic.rendezvous.options import BACKEND, RendezvousSettings, parse_settings
 from ckpt.elastic.rendezvous.store import RoundStore, UnrankedStore
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
 from ckpt.events import Event, emit_to_logging

@@ -18,7 +18,8 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.launcher.api import elastic_launch
 
-from ckpt.elastic.rendezvous import BACKEND, create
+from ckpt.elastic.rendezvous import create
+from ckpt.elastic.rendezvous.options import BACKEND
 from ckpt.errors import ConflictError, UnavailableError, UsageError
 
 CKPT_OPTIONS = (

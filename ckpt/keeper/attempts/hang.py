@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpt.ipc.board import TrainerPhase
+from ckpt.values import TrainerPhase
 
 STEP_TIME_FACTOR = 10.0
 """A step may take this many times the longest recent step of the job."""

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.ipc.board import TrainerPhase
 from ckpt.keeper.attempts.hang import (
     LOOK_GAPS_MAX,
     STEP_TIME_FACTOR,
@@ -19,6 +18,7 @@ from ckpt.keeper.attempts.hang import (
     observe,
     timeout_s,
 )
+from ckpt.values import TrainerPhase
 
 FLOOR_S = 10.0
 WELL = Pulse(0, TrainerPhase.TRAINING, True, completed=5, idle_s=1.0, longest_step_s=0.5)

@@ -12,13 +12,12 @@ from kit.keepers.served import Peer, Served, Trainer, die, end_well, gone, open_
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.ipc import messages as words
-from ckpt.ipc.board import TrainerPhase
 from ckpt.ipc.messages import Policy, Welcome
 from ckpt.keeper import daemon as daemon_module
 from ckpt.keeper.attempts import hang_watch as watch_module
 from ckpt.keeper.attempts import supervisors as crew_module
 from ckpt.log.journal import Journal
-from ckpt.values import SnapshotId
+from ckpt.values import SnapshotId, TrainerPhase
 
 Serve = Callable[..., Served]
 PAIR = SnapshotId(1, 5)

@@ -228,7 +228,9 @@ def hear(now: World, event: RosterEvent) -> World:
     assert names.count(StartAll) + names.count(LeaveAll) + names.count(RequestEpoch) <= 1, actions
     if AttemptOver in names:
         ends = (StartAll, LeaveAll, RequestEpoch)
-        standby = roster.state is RosterState.WAITING and roster.newest_epoch is not None and not roster.newest_epoch.placed
+        standby = (
+            roster.state is RosterState.WAITING and roster.newest_epoch is not None and not roster.newest_epoch.placed
+        )
         assert names[-1] in ends or standby, "an attempt ends in another one, or all leave"
         assert all(not side.trainer for side in now.sides), "it is over, and something of it lives"
     for action in actions:
@@ -301,7 +303,11 @@ def check_rest(now: World) -> None:
             assert not trains or roster.members[rank].seat is RankState.ALIVE
         return
     if roster.shared and roster.state is RosterState.WAITING:
-        left_out = roster.newest_epoch is not None and not roster.newest_epoch.placed and roster.newest_epoch.number > roster.attempt
+        left_out = (
+            roster.newest_epoch is not None
+            and not roster.newest_epoch.placed
+            and roster.newest_epoch.number > roster.attempt
+        )
         assert now.asked is not None or left_out, f"waits for what nobody knows of: {roster}"
         assert all(side.there == "up" and not side.trainer for side in now.sides if side.there != "gone")
         return

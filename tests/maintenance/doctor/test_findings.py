@@ -153,7 +153,9 @@ anything = st.builds(
     list_after_put=st.sampled_from((None, True, False)),
     skew_s=st.one_of(st.none(), st.floats(-1e6, 1e6)),
     free_bytes=st.one_of(st.none(), st.integers(0, 1 << 50)),
-    content=st.sampled_from((EMPTY, A, replace(A, job="b"), StoreContent(kind="headless"), StoreContent(kind="unknown"))),
+    content=st.sampled_from(
+        (EMPTY, A, replace(A, job="b"), StoreContent(kind="headless"), StoreContent(kind="unknown"))
+    ),
 )
 
 
