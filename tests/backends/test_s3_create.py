@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import botocore.exceptions
 import pytest
-from kit.s3_clients import HASTY, open_with, through
+from kit.s3_clients import ONCE, open_with, through
 from kit.servers.proxy import FaultProxy
 from kit.servers.rules import Answer, ResetAfter, Rule, always, first, let_through, scripted
 from kit.servers.s3 import Bucket, S3Server
@@ -58,7 +58,7 @@ class TestProbe:
     ) -> None:
         self.bucket = moto_server.bucket()
         self.proxy = fault_proxy(moto_server.endpoint)
-        options = through(self.bucket, self.proxy.endpoint, config_kwargs=HASTY)
+        options = through(self.bucket, self.proxy.endpoint, config_kwargs=ONCE)
         self.store: Backend = open_with(client, monkeypatch, self.bucket.url, options)
 
     def test_asks_once_with_three_requests_below_a_name_of_its_own(self) -> None:

@@ -178,7 +178,9 @@ def test_workers_of_torchrun_are_its_children_and_lead_sessions(tmp_path: Path) 
         "  sorted(int(one) for one in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{one}'))]\n"
         "print(f'rank {rank}', flush=True)\n"
         "open(f'{folder}/{rank}.json', 'w').write(json.dumps(facts))\n"
+        "while rank == 1 and not os.path.exists(f'{folder}/said'): time.sleep(0.01)\n"
         "if rank == 1: raise SystemExit(5)\n"
+        "open(f'{folder}/said', 'w').close()\n"
         "time.sleep(60)\n"
     )
     ends = []
