@@ -15,17 +15,21 @@ import xxhash
 from torch import nn
 
 LAYERS = 12
-"""With 6 matrices and norms a layer and 4 tensors around them: 76 parameters, 304 tensors with Adam's state."""
+"""With 6 matrices and norms a layer and 4 tensors around them: 76 parameters, 304 tensors with
+Adam's state."""
 
 SHIFT = 4099
-"""Elements between the starts of two gradients: prime, so that no block grid makes them meet again."""
+"""Elements between the starts of two gradients: prime, so that no block grid makes them meet
+again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """A save whose caller may go on. ``durable`` is done when the bytes are on the disk, or carries the error.
+    """A save whose caller may go on. ``durable`` is done when the bytes are on the disk, or carries
+    the error.
 
-    ``fsync_s`` is the part of the caller's wait that was spent on fsync calls of the benchmark's own.
+    ``fsync_s`` is the part of the caller's wait that was spent on fsync calls of the benchmark's
+    own.
     """
 
     durable: Future[None]
@@ -33,7 +37,8 @@ class Saving:
 
 
 class Contestant(Protocol):
-    """One way to save and load. Made in a fresh process; methods are called from the training thread."""
+    """One way to save and load. Made in a fresh process; methods are called from the training
+    thread."""
 
     def __init__(self, state: State, folder: Path) -> None: ...
 
@@ -76,23 +81,28 @@ class Blocks(nn.Module):
 
 
 def width_of(size_bytes: int) -> int:
-    """The greatest width, a multiple of 16, whose weights and Adam moments (12 bytes a parameter) fit in the size."""
+    """The greatest width, a multiple of 16, whose weights and Adam moments (12 bytes a parameter)
+    fit in the size."""
     width = 16
-    while 12 * (width + 16) * ((12 * LAYERS + 8) * (width + 16) + 1024 + 2 + 2 * LAYERS) <= size_bytes:
+    while (
+        12 * (width + 16) * ((12 * LAYERS + 8) * (width + 16) + 1024 + 2 + 2 * LAYERS) <= size_bytes
+    ):
         width += 16
     return width
 
 
 class State:
-    """A model with its Adam state, about ``size_mib`` large, and a step that really changes every tensor."""
+    """A model with its Adam state, about ``size_mib`` large, and a step that really changes every
+    tensor."""
 
     def __init__(self, *, size_mib: int) -> None:
         torch.manual_seed(0)
         self.model = Blocks(width_of(size_mib << 20))
         parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-        # All gradients are views of one block, which drives the step without costing the memory of real ones. Each view
-        # starts elsewhere: equal gradients would give equal moments, and who recognises equal bytes would store them once.
+        # All gradients are views of one block, which drives the step without costing the memory of
+        # real ones. Each view starts elsewhere: equal gradients would give equal moments, and who
+        # recognises equal bytes would store them once.
         largest = max(parameter.numel() for parameter in parameters)
         block = torch.empty(largest + SHIFT * len(parameters)).normal_()
         for number, parameter in enumerate(parameters):
@@ -110,7 +120,8 @@ class State:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def step(self) -> None:
-        """One optimizer step: every tensor is other bytes afterwards, so nobody gets by with what is stored."""
+        """One optimizer step: every tensor is other bytes afterwards, so nobody gets by with what
+        is stored."""
         self.optimizer.step()
 
     def wipe(self) -> None:

@@ -1,11 +1,12 @@
-"""What client-side encryption costs: packs put and read through it, beside the bare store and beside bare AES-256-GCM.
+"""What client-side encryption costs: packs put and read through it, beside the bare store and
+beside bare AES-256-GCM.
 
     python benchmarks/encryption.py
     python benchmarks/encryption.py --folder /some/disk      # a folder instead of memory
 
-One thread, 64 MiB packs in page-aligned stretches, read back in chunks of 4 MiB at offsets that are multiples of 4,096.
-Contestants alternate; medians of several rounds. Prints MB/s, the ratios, the machine and the versions. The first table is what
-the frame size was chosen by.
+One thread, 64 MiB packs in page-aligned stretches, read back in chunks of 4 MiB at offsets that are
+multiples of 4,096. Contestants alternate; medians of several rounds. Prints MB/s, the ratios, the
+machine and the versions. The first table is what the frame size was chosen by.
 """
 
 from __future__ import annotations
@@ -68,7 +69,10 @@ def by_frame(cipher: AESGCM, pack: memoryview, size_bytes: int) -> Callable[[], 
 
 
 def back_by_frame(cipher: AESGCM, size_bytes: int) -> Callable[[], None]:
-    sealed, out = cipher.encrypt(bytes(12), bytes(size_bytes), b"x" * 96), memoryview(bytearray(size_bytes))
+    sealed, out = (
+        cipher.encrypt(bytes(12), bytes(size_bytes), b"x" * 96),
+        memoryview(bytearray(size_bytes)),
+    )
 
     def act() -> None:
         for _ in range(0, PACK_BYTES, size_bytes):
@@ -92,15 +96,22 @@ def reading(store: Backend, *, shift: int) -> Callable[[], None]:
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
     )
-    versions = f"Python {platform.python_version()}, cryptography {metadata.version('cryptography')}"
+    versions = (
+        f"Python {platform.python_version()}, cryptography {metadata.version('cryptography')}"
+    )
     return f"{model}, {os.cpu_count()} CPUs, {versions}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--folder", type=Path, help="measure a store in a new folder below this one instead of memory")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="measure a store in a new folder below this one instead of memory",
+    )
     folder = parser.parse_args().folder
     print(machine())
     secret = random.Random(1).randbytes(32)
@@ -123,17 +134,25 @@ def main() -> None:
         beside=one,
     )
     found = {f"frames of {size >> 10} KiB": back_by_frame(cipher, size) for size in FRAMES}
-    show("AES-256-GCM, decrypting", rates({one: back_by_frame(cipher, PACK_BYTES), **found}), beside=one)
+    show(
+        "AES-256-GCM, decrypting",
+        rates({one: back_by_frame(cipher, PACK_BYTES), **found}),
+        beside=one,
+    )
 
     with tempfile.TemporaryDirectory(dir=folder) as root:
         bare: Backend = MemoryBackend() if folder is None else FileBackend(Path(root) / "bare")
-        inner: Backend = MemoryBackend() if folder is None else FileBackend(Path(root) / "encrypted")
+        inner: Backend = (
+            MemoryBackend() if folder is None else FileBackend(Path(root) / "encrypted")
+        )
         store = encrypted(inner, EncryptionKeys(key))
         bare.put(NAME, stretches)
         store.put(NAME, stretches)
         kind = "memory" if folder is None else "folder"
         puts = {
-            "AES-256-GCM, one buffer, no store": lambda: cipher.encrypt_into(bytes(12), pack, b"", into),
+            "AES-256-GCM, one buffer, no store": lambda: cipher.encrypt_into(
+                bytes(12), pack, b"", into
+            ),
             "digest of the plaintext alone": lambda: digest_of(stretches, key),
             "sealing alone (digest, frames)": seal_alone,
             "bare put": lambda: bare.put(NAME, stretches),

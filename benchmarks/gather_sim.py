@@ -1,9 +1,12 @@
-"""How long the node of rank 0 takes to learn what all hold in memory, and to tell all: a simulation of links and processors.
+"""How long the node of rank 0 takes to learn what all hold in memory, and to tell all: a simulation
+of links and processors.
 
-Questions, answers and the plan are those of a job: ``keeper.gather.Gather`` asks and counts, ``keeper.held.complete`` makes the
-plan. Simulated is what lies between: each keeper's one processor, each node's link both ways, the delay. One seed is one run.
+Questions, answers and the plan are those of a job: ``keeper.gather.Gather`` asks and counts,
+``keeper.held.complete`` makes the plan. Simulated is what lies between: each keeper's one
+processor, each node's link both ways, the delay. One seed is one run.
 
-``python benchmarks/gather_sim.py [--nodes 1000 12500] [--gbit 25] [--seed 1]`` compares ways to gather:
+``python benchmarks/gather_sim.py [--nodes 1000 12500] [--gbit 25] [--seed 1]`` compares ways to
+gather:
 
 * ``flat``, as built: every node answers the node of rank 0, which sends each the whole plan;
 * ``tree F``: a node asks up to F others, which ask theirs; what a subtree holds goes up, and the whole plan down, in one word;
@@ -33,7 +36,8 @@ Held = dict[str, Sequence[InventoryEntry]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Seconds and bytes, from ``scale_sizes.py``; ``gbit``: a keeper's link. ``way_s``: the median one-way delay of a word."""
+    """Seconds and bytes, from ``scale_sizes.py``; ``gbit``: a keeper's link. ``way_s``: the median
+    one-way delay of a word."""
 
     gbit: float = 25.0
     way_s: float = 100e-6
@@ -62,9 +66,11 @@ class Way:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What came of one run: when the node of rank 0 had the plan, when the last node had it, and what it cost that node.
+    """What came of one run: when the node of rank 0 had the plan, when the last node had it, and
+    what it cost that node.
 
-    ``answers``: how many nodes' words reached the plan, each once; ``plans``: how many nodes heard it.
+    ``answers``: how many nodes' words reached the plan, each once; ``plans``: how many nodes heard
+    it.
     """
 
     gathered_s: float
@@ -136,15 +142,26 @@ class _World:
 
 
 class GatherRun:
-    """One gather. ``lost``: nodes that nobody has a line to, whose mirrors are with others; not node 0, which is rank 0's.
+    """One gather. ``lost``: nodes that nobody has a line to, whose mirrors are with others; not
+    node 0, which is rank 0's.
 
-    ``real_slots`` and ``real_kept``: how many pairs the real holdings have; costs are always those of ``holdings_a_node``.
+    ``real_slots`` and ``real_kept``: how many pairs the real holdings have; costs are always those
+    of ``holdings_a_node``.
     """
 
     def __init__(
-        self, nodes: int, way: Way, costs: Costs, *, seed: int = 1, lost: frozenset[int] = frozenset(), real_slots: int = 3,
-        real_kept: int = 2, holdings_a_node: int = 5, wait_s: float = WAIT_S,
-    ) -> None:  # fmt: skip
+        self,
+        nodes: int,
+        way: Way,
+        costs: Costs,
+        *,
+        seed: int = 1,
+        lost: frozenset[int] = frozenset(),
+        real_slots: int = 3,
+        real_kept: int = 2,
+        holdings_a_node: int = 5,
+        wait_s: float = WAIT_S,
+    ) -> None:
         self.nodes = nodes
         self.way = way
         self.costs = costs
@@ -173,14 +190,20 @@ class GatherRun:
         self._world.run()
         root = self._world.stations[0]
         return Run(
-            gathered_s=self._gathered_s, known_s=self._known_s, root_in_bytes=root.received, root_out_bytes=root.sent,
-            answers=len(self._held), plans=len(self._plans), pairs=self._found,
-        )  # fmt: skip
+            gathered_s=self._gathered_s,
+            known_s=self._known_s,
+            root_in_bytes=root.received,
+            root_out_bytes=root.sent,
+            answers=len(self._held),
+            plans=len(self._plans),
+            pairs=self._found,
+        )
 
     # ---- up
 
     def _gather(self, node: int, have: Callable[[Held], None]) -> None:
-        """Have ``node`` ask its children with the code of a keeper; ``have`` hears what its subtree holds."""
+        """Have ``node`` ask its children with the code of a keeper; ``have`` hears what its subtree
+        holds."""
         world = self._world
         own = (node_name(node), holdings(node, self.nodes, slots=self._real[0], kept=self._real[1]))
 
@@ -201,7 +224,10 @@ class GatherRun:
             # A subtree's answer has one more level than said.Held; all else of it is the same.
             word = SimpleNamespace(call=call, holdings=held)
             world.send(
-                child, node, self._answer_bytes(len(held)), lambda: gather.answered(node_name(child), word, world.now_s)
+                child,
+                node,
+                self._answer_bytes(len(held)),
+                lambda: gather.answered(node_name(child), word, world.now_s),
             )
 
         def told(found: Mapping[str, object]) -> None:
@@ -241,7 +267,10 @@ class GatherRun:
         return lambda: self._tell(child)
 
     def _plan_bytes(self, child: int) -> float:
-        return self.costs.ask_bytes + (self._size_of(child) if self.way.own else self.nodes) * self.costs.source_bytes
+        return (
+            self.costs.ask_bytes
+            + (self._size_of(child) if self.way.own else self.nodes) * self.costs.source_bytes
+        )
 
     def _size_of(self, node: int) -> int:
         """How many nodes are in a subtree."""
@@ -268,25 +297,31 @@ def ways_for(nodes: int) -> list[Way]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nodes", type=int, nargs="+", default=[64, 256, 1000, 12_500])
     parser.add_argument("--gbit", type=float, default=25.0)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     costs = Costs(gbit=args.gbit)
     print(
-        f"a link of {args.gbit:g} Gbit/s, seed {args.seed}; an answer that comes after {WAIT_S:g} s counts for nothing"
+        f"a link of {args.gbit:g} Gbit/s, seed {args.seed}; an answer that comes after {WAIT_S:g} "
+        "s counts for nothing"
     )
     print(
-        f"{'nodes':>7}  {'way':24} {'words in time':>14} {'gathered':>9} {'known by all':>13} {'root in':>9} {'root out':>9}"
+        f"{'nodes':>7}  {'way':24} {'words in time':>14} {'gathered':>9} {'known by all':>13} "
+        f"{'root in':>9} {'root out':>9}"
     )
     for nodes in args.nodes:
-        # The costs are those of all that nodes hold; the words themselves hold one pair where there are many nodes.
+        # The costs are those of all that nodes hold; the words themselves hold one pair where there
+        # are many nodes.
         thin = {"real_slots": 1, "real_kept": 1} if nodes > 1000 else {}
         for way in ways_for(nodes):
             run = GatherRun(nodes, way, costs, seed=args.seed, **thin).run()
             print(
-                f"{nodes:>7}  {way.name:24} {run.answers:>14} {run.gathered_s:>7.2f} s {run.known_s:>11.2f} s "
+                f"{nodes:>7}  {way.name:24} {run.answers:>14} {run.gathered_s:>7.2f} s "
+                f"{run.known_s:>11.2f} s "
                 f"{run.root_in_bytes / 1e6:>6.0f} MB {run.root_out_bytes / 1e6:>6.0f} MB",
                 flush=True,
             )

@@ -1,6 +1,7 @@
 """How much slower is a verified fetch than reading the same bytes with nothing but preadv?
 
-Both fill the same warm memory from the same warm files, in turns; the ratio is what counts. Run it on an idle machine:
+Both fill the same warm memory from the same warm files, in turns; the ratio is what counts. Run it
+on an idle machine:
 
     python benchmarks/load_fetch.py --gib 1 --rounds 7
 """
@@ -42,7 +43,9 @@ def plain(root: Path, plan: ReadPlan, outputs: list[np.ndarray], threads: int) -
     for read in plan.reads:
         at = 0
         view = memoryview(outputs[read.chunks[0].copies[0].output]).cast("B")
-        start = min(read.chunks[0].copies[0].target_offset_bytes, max(0, len(view) - read.size_bytes))
+        start = min(
+            read.chunks[0].copies[0].target_offset_bytes, max(0, len(view) - read.size_bytes)
+        )
         while at < read.size_bytes:
             size = min(CHUNK_BYTES, read.size_bytes - at, len(view))
             jobs.append((read.pack, read.offset_bytes + at, view[start : start + size]))
@@ -108,7 +111,9 @@ def main() -> None:
             f"fetch, {cores} threads": lambda: fetch(backend, plan, outputs, threads=cores),
             "fetch": lambda: fetch(backend, plan, outputs),
             "fetch, kept workers": lambda: fetcher.fetch(plan, outputs),
-            "plan + fetch": lambda: fetch(backend, plan_reads(index, wants, coalesce_bytes=coalesce), outputs),
+            "plan + fetch": lambda: fetch(
+                backend, plan_reads(index, wants, coalesce_bytes=coalesce), outputs
+            ),
         }
         times: dict[str, list[float]] = {name: [] for name in contestants}
         for number in range(args.rounds + 1):
@@ -118,13 +123,17 @@ def main() -> None:
                     times[name].append(seconds)
         fetcher.close()
         total = sum(out.nbytes for out in outputs)
-        print(f"{total / (1 << 30):.2f} GiB, {len(outputs)} tensors, {len(plan.reads)} reads, {cores} cores, all warm")
+        print(
+            f"{total / (1 << 30):.2f} GiB, {len(outputs)} tensors, {len(plan.reads)} reads, "
+            f"{cores} cores, all warm"
+        )
         print(f"{platform.platform()}, Python {sys.version.split()[0]}, numpy {np.__version__}")
         best = statistics.median(times[f"preadv, {cores} threads"])
         for name, seconds in times.items():
             middle = statistics.median(seconds)
             print(
-                f"{name:22} median {middle:.3f} s  best {min(seconds):.3f} s  {middle / best:.2f}x of preadv on all cores"
+                f"{name:22} median {middle:.3f} s  best {min(seconds):.3f} s  {middle / best:.2f}x "
+                "of preadv on all cores"
             )
     finally:
         shutil.rmtree(root)

@@ -1,4 +1,5 @@
-"""How time, memory and page cache are measured. Imports no torch, so that the orchestrator can use it too."""
+"""How time, memory and page cache are measured. Imports no torch, so that the orchestrator can use
+it too."""
 
 from __future__ import annotations
 
@@ -29,11 +30,12 @@ with tempfile.TemporaryFile(dir=folder) as file:
 def warm_memory(size_bytes: int, *, scratch: Path) -> None:
     """Make the machine hold free pages for two copies of ``size_bytes`` that cost nothing to get.
 
-    A virtual machine gives free pages back to its host, and the first touch of a page that the host must find again
-    costs several times more than any checkpointing does. So a child touches that much memory and exits. The page cache
-    takes its pages from other lists than programs do: without a file written as well (in ``scratch``, without a name,
-    gone before the kernel starts to write it out), whoever saves through the page cache takes up to twice as long.
-    The child is spawned: a forked one would write-protect the parent's pages and slow the parent's next writes down.
+    A virtual machine gives free pages back to its host, and the first touch of a page that the host
+    must find again costs several times more than any checkpointing does. So a child touches that
+    much memory and exits. The page cache takes its pages from other lists than programs do: without
+    a file written as well (in ``scratch``, without a name, gone before the kernel starts to write
+    it out), whoever saves through the page cache takes up to twice as long. The child is spawned: a
+    forked one would write-protect the parent's pages and slow the parent's next writes down.
     """
     command = [sys.executable, "-S", "-E", "-c", TOUCH, str(size_bytes), str(scratch)]
     subprocess.run(command, check=True, close_fds=True)
@@ -69,8 +71,8 @@ def stored_bytes(folder: Path) -> int:
 
 
 def family(mark: str) -> list[int]:
-    """Processes whose environment holds ``mark``: a contestant with all its children, daemons in sessions of their
-    own included, which no walk of parent ids would find."""
+    """Processes whose environment holds ``mark``: a contestant with all its children, daemons in
+    sessions of their own included, which no walk of parent ids would find."""
     needle, members = mark.encode(), []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -80,10 +82,11 @@ def family(mark: str) -> list[int]:
 
 
 def memory_bytes(mark: str) -> int:
-    """Anonymous and shared memory that a family holds, each page counted once; file cache is not counted.
+    """Anonymous and shared memory that a family holds, each page counted once; file cache is not
+    counted.
 
-    Shared memory is what the processes map or what they hold through descriptors (a memfd that nobody maps at the
-    moment is memory too), whichever is more.
+    Shared memory is what the processes map or what they hold through descriptors (a memfd that
+    nobody maps at the moment is memory too), whichever is more.
     """
     anonymous_kib = shared_kib = 0
     held: dict[tuple[int, int], int] = {}

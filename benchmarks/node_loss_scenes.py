@@ -1,4 +1,5 @@
-"""The losses of ``node_loss.py``: each starts a job of real processes, takes a node away, and accounts for what followed."""
+"""The losses of ``node_loss.py``: each starts a job of real processes, takes a node away, and
+accounts for what followed."""
 
 from __future__ import annotations
 
@@ -38,8 +39,9 @@ ETCD_S = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One kind of loss. ``victim``: whose node: ``other`` is one without rank 0 that does not lead, ``leader`` the one that
-    leads, ``root`` that of rank 0. ``bound_s``: from the loss to the first new step, without the user's build.
+    """One kind of loss. ``victim``: whose node: ``other`` is one without rank 0 that does not lead,
+    ``leader`` the one that leads, ``root`` that of rank 0. ``bound_s``: from the loss to the first
+    new step, without the user's build.
     """
 
     name: str
@@ -75,7 +77,8 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What followed one loss. ``taken_s``: without the user's build; ``wrong``: states that are not what they were."""
+    """What followed one loss. ``taken_s``: without the user's build; ``wrong``: states that are not
+    what they were."""
 
     name: str
     bound_s: float
@@ -91,9 +94,14 @@ class Result:
         """What was promised and not kept."""
         found = list(self.wrong)
         if self.taken_s > self.bound_s:
-            found.append(f"took {self.taken_s:.2f} s besides the build, more than {self.bound_s:g} s")
+            found.append(
+                f"took {self.taken_s:.2f} s besides the build, more than {self.bound_s:g} s"
+            )
         if self.redone > self.mirrored_interval:
-            found.append(f"{self.redone} steps redone, of {self.mirrored_interval} since the last mirrored pair")
+            found.append(
+                f"{self.redone} steps redone, of {self.mirrored_interval} since the last mirrored "
+                "pair"
+            )
         return found
 
 
@@ -107,7 +115,11 @@ class Nodes(Cluster):
 
     def logs(self) -> list[Path]:
         """The logs of all keepers."""
-        return [path for machine in self.machines for path in machine.folder.glob("runtime/*/keeper.log")]
+        return [
+            path
+            for machine in self.machines
+            for path in machine.folder.glob("runtime/*/keeper.log")
+        ]
 
     def holder(self, pid: int) -> Machine:
         """The machine on which a process runs."""
@@ -116,10 +128,17 @@ class Nodes(Cluster):
     def leader(self) -> Machine:
         """The machine whose keeper published the last epoch."""
         told = {
-            machine: [one for one in said_in(machine.folder.glob("runtime/*/keeper.log")) if _published(one.text)]
+            machine: [
+                one
+                for one in said_in(machine.folder.glob("runtime/*/keeper.log"))
+                if _published(one.text)
+            ]
             for machine in self.machines
         }
-        return max((machine for machine in told if told[machine]), key=lambda machine: told[machine][-1].at_s)
+        return max(
+            (machine for machine in told if told[machine]),
+            key=lambda machine: told[machine][-1].at_s,
+        )
 
     def wait(self, until: Callable[[], bool], what: str) -> None:
         """Until that is so; ends the benchmark where it never is."""
@@ -135,8 +154,15 @@ def play(scene: Scene, folder: Path, options: Options) -> list[Result]:
     machines = RANKS + scene.standby
     nodes = str(RANKS) if scene.standby else f"{RANKS - 1}:{RANKS}"
     arguments = (
-        "--mib", options.mib, "--every", options.every, "--step-s", options.step_s, "--build-s", options.build_s
-    )  # fmt: skip
+        "--mib",
+        options.mib,
+        "--every",
+        options.every,
+        "--step-s",
+        options.step_s,
+        "--build-s",
+        options.build_s,
+    )
     with contextlib.ExitStack() as ending:
         lan = ending.enter_context(network(machines + 1)) if scene.silent else None
         if lan is not None:
@@ -150,16 +176,27 @@ def play(scene: Scene, folder: Path, options: Options) -> list[Result]:
         def start(host: int) -> Machine:
             if lan is None:
                 return job.start(*arguments, program=PROGRAM)
-            return job.start(*arguments, program=PROGRAM, before=lan.command(host), host=lan.address(host))
+            return job.start(
+                *arguments, program=PROGRAM, before=lan.command(host), host=lan.address(host)
+            )
 
         hosts = {start(host): host for host in range(1, machines + 1)}
-        job.wait(lambda: job.marks.world() == RANKS and job.marks.completed() >= KILL_AT, f"{KILL_AT} steps")
-        job.wait(lambda: sum("this node is" in _text(machine) for machine in hosts) == machines, "all nodes")
+        job.wait(
+            lambda: job.marks.world() == RANKS and job.marks.completed() >= KILL_AT,
+            f"{KILL_AT} steps",
+        )
+        job.wait(
+            lambda: sum("this node is" in _text(machine) for machine in hosts) == machines,
+            "all nodes",
+        )
         if scene.etcd == "member":
             assert etcd is not None
             next(member for member in etcd.members if not member.is_leader()).kill()
             reached = job.marks.completed()
-            job.wait(lambda: job.marks.completed() > reached + 2 * TTL_S / options.step_s, "steps with two members")
+            job.wait(
+                lambda: job.marks.completed() > reached + 2 * TTL_S / options.step_s,
+                "steps with two members",
+            )
         victim = _victim(scene, job)
         etcd_leader = etcd.leader() if etcd is not None and scene.etcd == "leader" else None
         lost_s = time.monotonic()
@@ -177,32 +214,49 @@ def play(scene: Scene, folder: Path, options: Options) -> list[Result]:
     return found
 
 
-def _follow(name: str, bound_s: float, job: Nodes, lost_s: float, old: Sequence[int] = ()) -> Result:
+def _follow(
+    name: str, bound_s: float, job: Nodes, lost_s: float, old: Sequence[int] = ()
+) -> Result:
     """Wait for the first new step, and account for the way there from ``lost_s``."""
     before = old or [mark.pid for mark in job.marks.poll() if mark.at_s <= lost_s]
     job.wait(lambda: recovered(job.marks.poll(), before) is not None, "a new step")
     found = recovered(job.marks.poll(), before)
     assert found is not None
     after = found.reached + 3
-    job.wait(lambda: job.marks.completed() >= after, f"{after} steps")  # so that logs have all of it
+    job.wait(
+        lambda: job.marks.completed() >= after, f"{after} steps"
+    )  # so that logs have all of it
     said = said_in(job.logs())
     (job.folder / f"said{name.replace(' ', '-')}.txt").write_text(
         "".join(f"{one.at_s - lost_s:8.3f} {one.text}\n" for one in said)
     )
     told = account(said, found, lost_s)
     return Result(
-        name, bound_s, told.total_s - told.phases_s["build"], told, found.redone,
-        found.reached - told.mirrored if told.mirrored >= 0 else found.reached, found.world,
+        name,
+        bound_s,
+        told.total_s - told.phases_s["build"],
+        told,
+        found.redone,
+        found.reached - told.mirrored if told.mirrored >= 0 else found.reached,
+        found.world,
         tuple(wrong_states(job.marks.poll())),
-    )  # fmt: skip
+    )
 
 
 def _grow(job: Nodes, start: Callable[[int], Machine]) -> Result:
-    """The node comes back: the clock runs from the epoch that has it, which waits until the one before has lasted a while."""
+    """The node comes back: the clock runs from the epoch that has it, which waits until the one
+    before has lasted a while."""
     before = [mark.pid for mark in job.marks.poll()]
-    number = max(int(one.text.split(":")[0].split()[1]) for one in said_in(job.logs()) if _published(one.text))
+    number = max(
+        int(one.text.split(":")[0].split()[1])
+        for one in said_in(job.logs())
+        if _published(one.text)
+    )
     start(RANKS)
-    job.wait(lambda: job.marks.world() == RANKS and job.marks.trainer(0) not in before, "a world that has grown")
+    job.wait(
+        lambda: job.marks.world() == RANKS and job.marks.trainer(0) not in before,
+        "a world that has grown",
+    )
     grown = next(one for one in said_in(job.logs()) if one.text.startswith(f"epoch {number + 1}: "))
     return _follow("  and the node is back", CLOSED_S, job, grown.at_s, before)
 
@@ -228,7 +282,9 @@ def _published(text: str) -> bool:
 
 
 def _text(machine: Machine) -> str:
-    return "".join(path.read_text(errors="replace") for path in machine.folder.glob("runtime/*/keeper.log"))
+    return "".join(
+        path.read_text(errors="replace") for path in machine.folder.glob("runtime/*/keeper.log")
+    )
 
 
 @contextlib.contextmanager
@@ -240,12 +296,27 @@ def _etcd_on(lan: Network, host: int, folder: Path) -> Iterator[str]:
     with (folder / "etcd.log").open("wb") as log:
         process = subprocess.Popen(
             [
-                *lan.command(host), binary, "--data-dir", str(folder / "etcd"), "--listen-client-urls", url,
-                "--advertise-client-urls", url, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
-                "--initial-cluster", f"default={peer}", "--unsafe-no-fsync", "--log-level", "error",
+                *lan.command(host),
+                binary,
+                "--data-dir",
+                str(folder / "etcd"),
+                "--listen-client-urls",
+                url,
+                "--advertise-client-urls",
+                url,
+                "--listen-peer-urls",
+                peer,
+                "--initial-advertise-peer-urls",
+                peer,
+                "--initial-cluster",
+                f"default={peer}",
+                "--unsafe-no-fsync",
+                "--log-level",
+                "error",
             ],
-            stdout=log, stderr=log,
-        )  # fmt: skip
+            stdout=log,
+            stderr=log,
+        )
     try:
         yield f"etcd://{lan.address(host)}:2379"
     finally:

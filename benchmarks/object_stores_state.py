@@ -1,7 +1,8 @@
-"""One process of ``object_stores.py --state-gib``: raw transfers of a state's bytes, then its save and restore, with memory.
+"""One process of ``object_stores.py --state-gib``: raw transfers of a state's bytes, then its save
+and restore, with memory.
 
-Its log lies in a folder, since the gateway's versions up to 1.4.2 do not create a key only once; packs, parts and
-manifests lie in the bucket.
+Its log lies in a folder, since the gateway's versions up to 1.4.2 do not create a key only once;
+packs, parts and manifests lie in the bucket.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class LogElsewhere:
     def capabilities(self) -> Capabilities:
         bulk = self._bulk.capabilities()
         return Capabilities(
-            create_only=True, read_bytes_best=bulk.read_bytes_best, concurrency_best=bulk.concurrency_best
+            create_only=True,
+            read_bytes_best=bulk.read_bytes_best,
+            concurrency_best=bulk.concurrency_best,
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
@@ -98,11 +101,15 @@ def main() -> None:
     bucket = Bucket(server, word["bucket"])
     torch.set_num_threads(1)
     count = round(word["gib"] * (1 << 30) / PACK_BYTES)
-    state = {f"w{number}": torch.randint(-(2**62), 2**62, (PACK_BYTES // 8,)) for number in range(count)}
+    state = {
+        f"w{number}": torch.randint(-(2**62), 2**62, (PACK_BYTES // 8,)) for number in range(count)
+    }
     views = [memoryview(tensor.view(torch.uint8).numpy()) for tensor in state.values()]
     sums = [int(tensor.sum()) for tensor in state.values()]
 
-    store = LogElsewhere(open_with(bucket, word["client"]), FileBackend(Path(word["folder"]) / "log"))
+    store = LogElsewhere(
+        open_with(bucket, word["client"]), FileBackend(Path(word["folder"]) / "log")
+    )
     checkpointer = Checkpointer(store, slots=SLOTS, compression="off")
     checkpointer.prepare({"state": state})
     # Slots are pre-faulted beside what follows, as beside a program's first steps.

@@ -1,4 +1,5 @@
-"""ckpt, through its public face and with its defaults: live model and optimizer in, a local folder as the store."""
+"""ckpt, through its public face and with its defaults: live model and optimizer in, a local folder
+as the store."""
 
 from __future__ import annotations
 

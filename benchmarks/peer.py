@@ -1,12 +1,14 @@
-"""What a peer's memory costs as a store: puts and gets over loopback beside a bare TCP stream of the same bytes.
+"""What a peer's memory costs as a store: puts and gets over loopback beside a bare TCP stream of
+the same bytes.
 
     python benchmarks/peer.py
     python benchmarks/peer.py --mib 64 256 1024 --rounds 7
 
-Server and client are processes of their own, and so is the other end of the bare stream. Contestants alternate; medians of
-several rounds. Prints MB/s with ratios, and CPU seconds of both ends together with ratios: those stand also where the machine
-has other work. In the clear and over TLS; then peak memory. A put of which a tenth changed is measured in bytes of the object,
-beside the whole put. The first table is what the MAC was chosen by.
+Server and client are processes of their own, and so is the other end of the bare stream.
+Contestants alternate; medians of several rounds. Prints MB/s with ratios, and CPU seconds of both
+ends together with ratios: those stand also where the machine has other work. In the clear and over
+TLS; then peak memory. A put of which a tenth changed is measured in bytes of the object, beside the
+whole put. The first table is what the MAC was chosen by.
 """
 
 from __future__ import annotations
@@ -62,9 +64,16 @@ def quiet(event: Event) -> None:
 
 def lend(pipe: Connection, budget_bytes: int, spare_bytes: int, files: Files | None) -> None:
     """A server, until the pipe says None; anything else asks for its peak memory."""
-    tls = None if files is None else server_context(certificate=files.certificate, key=files.key, ca=files.ca)
+    tls = (
+        None
+        if files is None
+        else server_context(certificate=files.certificate, key=files.key, ca=files.ca)
+    )
     server = PeerServer(
-        PeerMemory(budget_bytes, spare_bytes_max=spare_bytes), SECRET, endpoint=Endpoint(tls=tls), emit=quiet
+        PeerMemory(budget_bytes, spare_bytes_max=spare_bytes),
+        SECRET,
+        endpoint=Endpoint(tls=tls),
+        emit=quiet,
     )
     server.start()
     pipe.send(server.address)
@@ -74,7 +83,8 @@ def lend(pipe: Connection, budget_bytes: int, spare_bytes: int, files: Files | N
 
 
 def swallow(pipe: Connection, size_bytes: int, files: Files | None) -> None:
-    """The far end of a bare stream: takes ``size_bytes`` into memory that it keeps, then sends as many, for ever."""
+    """The far end of a bare stream: takes ``size_bytes`` into memory that it keeps, then sends as
+    many, for ever."""
     memory = memoryview(mmap.mmap(-1, size_bytes))
     memory[:] = bytes(size_bytes)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -113,7 +123,9 @@ class Cost:
     cpu_s: float
 
 
-def rates(acts: dict[str, Act], *, size_bytes: int, rounds: int, beside: tuple[int, ...] = ()) -> dict[str, Cost]:
+def rates(
+    acts: dict[str, Act], *, size_bytes: int, rounds: int, beside: tuple[int, ...] = ()
+) -> dict[str, Cost]:
     """What each act costs, taking turns. ``beside``: processes that work for it."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in acts}
     for turn in range(rounds + 1):
@@ -180,13 +192,22 @@ def macs() -> None:
         "blake2b, keyed": theirs(lambda: hashlib.blake2b(key=key)),
         "blake2s": theirs(lambda: hashlib.blake2s(key=key)),
     }
-    acts |= {"hmac-sha512": theirs(lambda: hmac.new(key, digestmod="sha512")), "memcpy, for scale": copying}
+    acts |= {
+        "hmac-sha512": theirs(lambda: hmac.new(key, digestmod="sha512")),
+        "memcpy, for scale": copying,
+    }
     found = rates(acts, size_bytes=MAC_BYTES, rounds=5)
-    show("A body's MAC, 64 MiB in blocks of 256 KiB, one thread", found, lambda name: "memcpy, for scale")
+    show(
+        "A body's MAC, 64 MiB in blocks of 256 KiB, one thread",
+        found,
+        lambda name: "memcpy, for scale",
+    )
 
 
 def heads(count: int = 2000) -> None:
-    request = PeerRequest(verb="PUT", key=KEY, boot="0" * 32, epoch=3, counter=7, body_bytes=1 << 20, waits=True)
+    request = PeerRequest(
+        verb="PUT", key=KEY, boot="0" * 32, epoch=3, counter=7, body_bytes=1 << 20, waits=True
+    )
 
     def one() -> None:
         head = request.encode("127.0.0.1:1")
@@ -198,21 +219,28 @@ def heads(count: int = 2000) -> None:
     for _ in range(count):
         one()
     print(
-        f"\nA request's head spelled, signed, checked and parsed: {(time.perf_counter() - start) / count * 1e6:.0f} us"
+        "\nA request's head spelled, signed, checked and parsed: "
+        f"{(time.perf_counter() - start) / count * 1e6:.0f} us"
     )
 
 
-def one_size(size_bytes: int, *, rounds: int, files: tuple[Files, Files] | None, fresh: bool = False) -> None:
+def one_size(
+    size_bytes: int, *, rounds: int, files: tuple[Files, Files] | None, fresh: bool = False
+) -> None:
     spawn = processes.get_context("spawn")
     server_files, tls, spare = None, None, 0 if fresh else size_bytes
     if files is not None:
         server_files, mine = files
         tls = client_context(certificate=mine.certificate, key=mine.key, ca=mine.ca)
     here, there = spawn.Pipe()
-    server = spawn.Process(target=lend, args=(there, 2 * size_bytes + (64 << 20), spare, server_files), daemon=True)
+    server = spawn.Process(
+        target=lend, args=(there, 2 * size_bytes + (64 << 20), spare, server_files), daemon=True
+    )
     server.start()
     stream_here, stream_there = spawn.Pipe()
-    stream = spawn.Process(target=swallow, args=(stream_there, size_bytes, server_files), daemon=True)
+    stream = spawn.Process(
+        target=swallow, args=(stream_there, size_bytes, server_files), daemon=True
+    )
     stream.start()
     endpoint = Endpoint(*here.recv(), tls=tls)
     bare = bare_socket(stream_here.recv(), tls)
@@ -254,15 +282,23 @@ def one_size(size_bytes: int, *, rounds: int, files: tuple[Files, Files] | None,
     }
     pids = tuple(pid for pid in (server.pid, stream.pid) if pid is not None)
     measure = functools.partial(rates, size_bytes=size_bytes, rounds=rounds, beside=pids)
-    where = f"{'in the clear' if files is None else 'over TLS'}, {'fresh' if fresh else 'used'} memory"
+    where = (
+        f"{'in the clear' if files is None else 'over TLS'}, {'fresh' if fresh else 'used'} memory"
+    )
     title = f"{size_bytes >> 20} MiB {where}, MAC {known_macs()[0]}"
     show(f"{title}: puts", measure(puts), lambda name: {IN: IN, TENTH: PUT}.get(name, OUT))
     if not fresh:
         show(f"{title}: gets", measure(gets), lambda name: OUT if name == OUT else IN)
         assert out == data, "other bytes came back"
     here.send("peak")
-    peak, mine_bytes = here.recv(), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before_bytes
-    print(f"  peak memory: server {peak / size_bytes:.2f} objects, client {mine_bytes / size_bytes:.2f} beyond its own")
+    peak, mine_bytes = (
+        here.recv(),
+        (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before_bytes,
+    )
+    print(
+        f"  peak memory: server {peak / size_bytes:.2f} objects, client "
+        f"{mine_bytes / size_bytes:.2f} beyond its own"
+    )
     for one in (store, parallel):
         one.close()
     bare.close()
@@ -280,11 +316,10 @@ def bare_socket(address: tuple[str, int], tls: ssl.SSLContext | None) -> socket.
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
     )
-    versions = (
-        f"Python {platform.python_version()}, cryptography {metadata.version('cryptography')}, {ssl.OPENSSL_VERSION}"
-    )
+    versions = f"Python {platform.python_version()}, cryptography {metadata.version('cryptography')}, {ssl.OPENSSL_VERSION}"
     return f"{model}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {versions}"
 
 

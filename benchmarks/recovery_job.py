@@ -1,4 +1,5 @@
-"""One job of ``recovery.py``: starts it, reads what its ranks tell, kills one of them and times what follows."""
+"""One job of ``recovery.py``: starts it, reads what its ranks tell, kills one of them and times
+what follows."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ WAIT_S_MAX = 120.0
 POLL_S = 0.002
 
 PHASES = ("noticed", "started", "imported", "built", "grouped", "restored", "first")
-"""What the time from the kill to the first step goes to, in this order; each phase ends at the mark in ``ENDS``."""
+"""What the time from the kill to the first step goes to, in this order; each phase ends at the mark
+in ``ENDS``."""
 
 ENDS: Mapping[str, tuple[str, ...]] = {
     "started": ("started",),
@@ -40,8 +42,9 @@ class JobHungError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """One kill. ``phases_s`` add up to ``first_s``, the first step of the new trainers; ``new_s``: the first step that
-    nobody had completed before. ``lost``: completed steps that had to be done again."""
+    """One kill. ``phases_s`` add up to ``first_s``, the first step of the new trainers; ``new_s``:
+    the first step that nobody had completed before. ``lost``: completed steps that had to be done
+    again."""
 
     phases_s: Mapping[str, float]
     first_s: float
@@ -64,7 +67,13 @@ class Job:
     """A context manager: nothing of the job lives on after it."""
 
     def __init__(
-        self, command: Sequence[str], folder: Path, environment: Mapping[str, str], *, ranks: int, log: Path
+        self,
+        command: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        ranks: int,
+        log: Path,
     ) -> None:
         self.folder, self.ranks = folder, ranks
         self.marks: list[list[Mark]] = [[] for _ in range(ranks)]
@@ -73,14 +82,20 @@ class Job:
         self._family = f"{variable}={value}"
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                command, env={**os.environ, **environment, variable: value}, stdout=file, stderr=file
+                command,
+                env={**os.environ, **environment, variable: value},
+                stdout=file,
+                stderr=file,
             )
 
     def __enter__(self) -> Job:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         while members := family(self._family):
             for pid in members:
@@ -90,14 +105,20 @@ class Job:
         self.process.wait()
 
     def wait_steps(self, count: int, *, prepared: bool) -> None:
-        """Wait until ``count`` more steps are complete and, with ``prepared``, a trainer of each rank stands by."""
+        """Wait until ``count`` more steps are complete and, with ``prepared``, a trainer of each
+        rank stands by."""
         goal = self._completed() + count
-        self._wait(f"step {goal}", lambda: self._completed() >= goal and (not prepared or self._stand_by()))
+        self._wait(
+            f"step {goal}", lambda: self._completed() >= goal and (not prepared or self._stand_by())
+        )
 
     def wait_offset(self, offset: int, every: int) -> None:
         """Wait until the number of completed steps is ``offset`` beyond a multiple of ``every``."""
         before = self._completed()
-        self._wait(f"offset {offset}", lambda: before < self._completed() and self._completed() % every == offset)
+        self._wait(
+            f"offset {offset}",
+            lambda: before < self._completed() and self._completed() % every == offset,
+        )
 
     @property
     def step_s(self) -> float:
@@ -121,7 +142,8 @@ class Job:
         self._poll()
         reached = max(mark.completed for marks in self.marks for mark in marks if mark.pid in old)
         self._wait(
-            f"step {reached + 1}", lambda: all(self._first(number, old, reached) for number in range(self.ranks))
+            f"step {reached + 1}",
+            lambda: all(self._first(number, old, reached) for number in range(self.ranks)),
         )
         return self._recovery(kill_s, noticed_s, old, reached)
 
@@ -130,10 +152,15 @@ class Job:
         (self.folder / "stop").touch()
         self._wait("end", lambda: self.process.poll() is not None, alive=False)
         if self.process.returncode != 0:
-            raise SystemExit(f"the job failed at its end. status={self.process.returncode}; see bench-out/recovery.log")
+            raise SystemExit(
+                f"the job failed at its end. status={self.process.returncode}; see "
+                "bench-out/recovery.log"
+            )
         self._wait("end of its daemons", lambda: not family(self._family), alive=False)
 
-    def _recovery(self, kill_s: float, noticed_s: float, old: Sequence[int], reached: int) -> Recovery:
+    def _recovery(
+        self, kill_s: float, noticed_s: float, old: Sequence[int], reached: int
+    ) -> Recovery:
         firsts = [self._first(number, old, 0) for number in range(self.ranks)]
         news = [self._first(number, old, reached) for number in range(self.ranks)]
         assert all(firsts)
@@ -151,10 +178,16 @@ class Job:
         return Recovery(phases_s, first_s - kill_s, new_s - kill_s, reached - restored)
 
     def _first(self, rank: int, old: Sequence[int], beyond: int) -> Mark | None:
-        """The first step beyond ``beyond`` that a trainer of ``rank`` completed that isn't one of ``old``."""
+        """The first step beyond ``beyond`` that a trainer of ``rank`` completed that isn't one of
+        ``old``."""
         latest = self._live(rank)
         for mark in self.marks[rank]:
-            if mark.name == "step" and mark.pid == latest and mark.pid not in old and mark.completed > beyond:
+            if (
+                mark.name == "step"
+                and mark.pid == latest
+                and mark.pid not in old
+                and mark.completed > beyond
+            ):
                 return mark
         return None
 
@@ -164,7 +197,10 @@ class Job:
 
     def _completed(self) -> int:
         """Steps that all ranks completed."""
-        last = (next((mark for mark in reversed(marks) if mark.name == "step"), None) for marks in self.marks)
+        last = (
+            next((mark for mark in reversed(marks) if mark.name == "step"), None)
+            for marks in self.marks
+        )
         return min(0 if mark is None else mark.completed for mark in last)
 
     def _stand_by(self) -> bool:
@@ -195,7 +231,9 @@ class Job:
             if time.monotonic() > deadline_s:
                 raise JobHungError(f"hung before {what}")
             if alive and self.process.poll() is not None:
-                raise SystemExit(f"the job ended before {what}. status={self.process.returncode}; see its log")
+                raise SystemExit(
+                    f"the job ended before {what}. status={self.process.returncode}; see its log"
+                )
             time.sleep(POLL_S)
             self._poll()
 

@@ -1,7 +1,8 @@
 """What both contestants of ``recovery.py`` train, and how they tell when they reached what.
 
-A rank holds a state of its own, as a rank of a sharded or pipelined job does, so that the size named is what each rank
-restores. A step changes every byte of it, and meets the other ranks in one small sum.
+A rank holds a state of its own, as a rank of a sharded or pipelined job does, so that the size
+named is what each rank restores. A step changes every byte of it, and meets the other ranks in one
+small sum.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ STEPS_MAX = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line says. ``step_s``: the least time a step takes; ``build_s``: added to the time the build takes."""
+    """What the command line says. ``step_s``: the least time a step takes; ``build_s``: added to
+    the time the build takes."""
 
     folder: Path
     mib: int
@@ -52,14 +54,20 @@ def parse_options() -> Options:
 
 
 class Marks:
-    """Appends what this process reached, and when, to its rank's file: one line of JSON, one write."""
+    """Appends what this process reached, and when, to its rank's file: one line of JSON, one
+    write."""
 
     def __init__(self, options: Options) -> None:
-        self.file = os.open(options.folder / f"marks-{options.rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.file = os.open(
+            options.folder / f"marks-{options.rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        )
 
     def tell(self, name: str, at_s: float | None = None, **facts: int) -> None:
         at_s = time.monotonic() if at_s is None else at_s
-        os.write(self.file, json.dumps({"name": name, "at_s": at_s, "pid": os.getpid(), **facts}).encode() + b"\n")
+        os.write(
+            self.file,
+            json.dumps({"name": name, "at_s": at_s, "pid": os.getpid(), **facts}).encode() + b"\n",
+        )
 
 
 def build(options: Options) -> State:
@@ -70,7 +78,8 @@ def build(options: Options) -> State:
 
 
 class Stepper:
-    """Takes steps until the orchestrator leaves a file named ``stop``; all ranks end at the same one."""
+    """Takes steps until the orchestrator leaves a file named ``stop``; all ranks end at the same
+    one."""
 
     def __init__(self, options: Options, state: State) -> None:
         self.options, self.state = options, state

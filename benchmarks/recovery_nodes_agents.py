@@ -1,4 +1,5 @@
-"""The agents of one job, each with all that is below it as a "node" of this machine: started, killed as if the power failed."""
+"""The agents of one job, each with all that is below it as a "node" of this machine: started,
+killed as if the power failed."""
 
 from __future__ import annotations
 
@@ -25,18 +26,25 @@ class HungError(Exception):
 
 
 class Agent:
-    """One agent and everything below it: found by an environment variable that all of it inherits."""
+    """One agent and everything below it: found by an environment variable that all of it
+    inherits."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], folder: Path
+    ) -> None:
         folder.mkdir()
         runtime = folder / "runtime"
         self.mark = f"CKPT_RUNTIME_DIR={runtime}\0"
         self.output = folder / "output.txt"
         with self.output.open("wb") as file:
             self.process = subprocess.Popen(
-                command, env={**os.environ, **environment, "CKPT_RUNTIME_DIR": str(runtime)}, stdin=subprocess.DEVNULL,
-                stdout=file, stderr=file, start_new_session=True,
-            )  # fmt: skip
+                command,
+                env={**os.environ, **environment, "CKPT_RUNTIME_DIR": str(runtime)},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
 
     def members(self) -> list[int]:
         """Every living process of it."""
@@ -57,7 +65,11 @@ class Agents:
     """The agents of one job; a context manager, after which nothing of them lives."""
 
     def __init__(
-        self, launcher: Sequence[str], program: Sequence[str], folder: Path, environment: Mapping[str, str]
+        self,
+        launcher: Sequence[str],
+        program: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
     ) -> None:
         self._command = [sys.executable, *launcher, *program]
         self._folder = folder
@@ -69,7 +81,10 @@ class Agents:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for agent in self.agents:
             agent.kill()
@@ -85,8 +100,11 @@ class Agents:
         pid = self.marks.trainer(rank)
         return next(agent for agent in self.agents if pid in agent.members())
 
-    def wait(self, until: Callable[[], bool], what: str, *, wait_s: float, lost: Agent | None = None) -> None:
-        """Wait for a condition. Raises HungError where it is not true in time or the agents that are left end before."""
+    def wait(
+        self, until: Callable[[], bool], what: str, *, wait_s: float, lost: Agent | None = None
+    ) -> None:
+        """Wait for a condition. Raises HungError where it is not true in time or the agents that
+        are left end before."""
         deadline_s = time.monotonic() + wait_s
         while not until():
             left = [agent for agent in self.agents if agent is not lost]
@@ -105,7 +123,9 @@ class Agents:
         if statuses := [process.returncode for process in ended if process.returncode != 0]:
             raise HungError(f"agents failed at the end. statuses={statuses}; see {self._folder}")
 
-    def wait_ended(self, ended: Sequence[subprocess.Popen[bytes]], *, wait_s: float = START_WAIT_S) -> None:
+    def wait_ended(
+        self, ended: Sequence[subprocess.Popen[bytes]], *, wait_s: float = START_WAIT_S
+    ) -> None:
         """Until these have all ended. Raises HungError where they don't in time."""
         deadline_s = time.monotonic() + wait_s
         while not all(process.poll() is not None for process in ended):

@@ -1,5 +1,6 @@
 # ruff: noqa: E402  the first line of the program is a mark
-"""The rival where nodes are lost: the same training under torchrun, and DCP into a folder that all nodes see."""
+"""The rival where nodes are lost: the same training under torchrun, and DCP into a folder that all
+nodes see."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     marks.tell("grouped")
     store = options.folder / "store"
-    # A rank's state is its own, as in a pipeline: names that differ keep DCP from taking equal names for replicas.
+    # A rank's state is its own, as in a pipeline: names that differ keep DCP from taking equal
+    # names for replicas.
     own = {f"rank{rank}.{name}": tensor for name, tensor in training.state.tensors.items()}
     begin = newest(store)
     if begin:
@@ -38,7 +40,9 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def train(options: Options, training: Training, marks: Marks, own: dict[str, object], begin: int) -> None:
+def train(
+    options: Options, training: Training, marks: Marks, own: dict[str, object], begin: int
+) -> None:
     store = options.folder / "store"
     for completed in range(begin + 1, STEPS_MAX):
         last = training.step()

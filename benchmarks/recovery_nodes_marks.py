@@ -10,7 +10,8 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One line of a rank's file. ``at_s``: CLOCK_MONOTONIC; ``step``: complete ones; ``digest`` of all the rank's state."""
+    """One line of a rank's file. ``at_s``: CLOCK_MONOTONIC; ``step``: complete ones; ``digest`` of
+    all the rank's state."""
 
     name: str
     at_s: float
@@ -46,11 +47,25 @@ class MarksFiles:
 
     def completed(self, rank: int = 0) -> int:
         """The step that a rank completed last; 0 before the first."""
-        return next((mark.step for mark in reversed(self.poll()) if mark.name == "step" and mark.rank == rank), 0)
+        return next(
+            (
+                mark.step
+                for mark in reversed(self.poll())
+                if mark.name == "step" and mark.rank == rank
+            ),
+            0,
+        )
 
     def trainer(self, rank: int) -> int:
         """The process that took a rank's last step; 0 before the first."""
-        return next((mark.pid for mark in reversed(self.poll()) if mark.name == "step" and mark.rank == rank), 0)
+        return next(
+            (
+                mark.pid
+                for mark in reversed(self.poll())
+                if mark.name == "step" and mark.rank == rank
+            ),
+            0,
+        )
 
     def world(self) -> int:
         """How many ranks took the last step."""
@@ -59,10 +74,11 @@ class MarksFiles:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """How a loss went. ``reached``: the last step before it; ``restored``: the step from which all went on.
+    """How a loss went. ``reached``: the last step before it; ``restored``: the step from which all
+    went on.
 
-    ``new_s``: when rank 0 completed the first step that nobody had completed before; ``first_s``: its first step at all.
-    ``theirs``: the marks of the processes that did it.
+    ``new_s``: when rank 0 completed the first step that nobody had completed before; ``first_s``:
+    its first step at all. ``theirs``: the marks of the processes that did it.
     """
 
     reached: int
@@ -84,14 +100,19 @@ class Recovered:
 
 def recovered(marks: Sequence[Mark], old: Collection[int]) -> Recovered | None:
     """How the job got on without the processes ``old``; None while it has not."""
-    reached = max((mark.step for mark in marks if mark.name == "step" and mark.pid in old), default=0)
+    reached = max(
+        (mark.step for mark in marks if mark.name == "step" and mark.pid in old), default=0
+    )
     steps = [mark for mark in marks if mark.name == "step" and mark.pid not in old]
     new = next((mark for mark in steps if mark.rank == 0 and mark.step > reached), None)
     if new is None:
         return None
     began = next(mark for mark in marks if mark.pid == new.pid and mark.name == "started")
-    # All that were started together with it: the last process of each rank that restored before the new step.
-    pids = {mark.rank: mark.pid for mark in marks if mark.name == "restored" and mark.at_s <= new.at_s}
+    # All that were started together with it: the last process of each rank that restored before the
+    # new step.
+    pids = {
+        mark.rank: mark.pid for mark in marks if mark.name == "restored" and mark.at_s <= new.at_s
+    }
     pids = {rank: pid for rank, pid in pids.items() if rank < new.world and pid not in old}
     theirs = tuple(mark for mark in marks if mark.pid in pids.values())
     restored = min(mark.step for mark in theirs if mark.name == "restored")
@@ -100,7 +121,8 @@ def recovered(marks: Sequence[Mark], old: Collection[int]) -> Recovered | None:
 
 
 def wrong_states(marks: Sequence[Mark]) -> list[str]:
-    """What was restored, or computed again, and is not what was there at that step; empty where all is right.
+    """What was restored, or computed again, and is not what was there at that step; empty where all
+    is right.
 
     In a world of another size rank r goes on from the state of the old rank r modulo the old size.
     """
@@ -111,12 +133,18 @@ def wrong_states(marks: Sequence[Mark]) -> list[str]:
         if mark.name == "restored" and mark.step in worlds:
             wanted = had.get((mark.rank % worlds[mark.step], mark.step))
             if wanted != mark.digest:
-                found.append(f"rank {mark.rank} of {mark.world} restored step {mark.step}: {mark.digest}, not {wanted}")
+                found.append(
+                    f"rank {mark.rank} of {mark.world} restored step {mark.step}: {mark.digest}, "
+                    f"not {wanted}"
+                )
         if mark.name != "step":
             continue
         before = had.get((mark.rank, mark.step))
         if before is not None and worlds[mark.step] >= mark.world and before != mark.digest:
-            found.append(f"rank {mark.rank} of {mark.world} computed step {mark.step}: {mark.digest}, not {before}")
+            found.append(
+                f"rank {mark.rank} of {mark.world} computed step {mark.step}: {mark.digest}, not "
+                f"{before}"
+            )
         had[mark.rank, mark.step] = mark.digest
         worlds[mark.step] = mark.world
     return found

@@ -1,7 +1,9 @@
-"""What is trained when whole nodes are lost, by ours and by its rival, and how ranks tell when they reached what.
+"""What is trained when whole nodes are lost, by ours and by its rival, and how ranks tell when they
+reached what.
 
-A rank's state is its own, as in a sharded job, and differs from every other rank's. A step changes every byte of it, and meets
-the other ranks in one small sum. Each step's mark has a digest of all state, so that what is restored can be compared.
+A rank's state is its own, as in a sharded job, and differs from every other rank's. A step changes
+every byte of it, and meets the other ranks in one small sum. Each step's mark has a digest of all
+state, so that what is restored can be compared.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ STEPS_MAX = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line says. ``step_s``: the least time a step takes; ``build_s``: added to the time the build takes."""
+    """What the command line says. ``step_s``: the least time a step takes; ``build_s``: added to
+    the time the build takes."""
 
     folder: Path
     mib: int
@@ -45,7 +48,8 @@ def parse_options() -> Options:
 
 
 class Marks:
-    """Appends what this process reached, and when, to its rank's file: one line of JSON, one write."""
+    """Appends what this process reached, and when, to its rank's file: one line of JSON, one
+    write."""
 
     def __init__(self, folder: Path, *, rank: int, world: int) -> None:
         self._file = os.open(folder / f"marks-{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -54,7 +58,10 @@ class Marks:
     def tell(self, name: str, at_s: float | None = None, **facts: int | str) -> None:
         """``at_s``: CLOCK_MONOTONIC seconds, by default now."""
         at_s = time.monotonic() if at_s is None else at_s
-        os.write(self._file, json.dumps({"name": name, "at_s": at_s, **self._who, **facts}).encode() + b"\n")
+        os.write(
+            self._file,
+            json.dumps({"name": name, "at_s": at_s, **self._who, **facts}).encode() + b"\n",
+        )
 
 
 class Training:
@@ -71,7 +78,8 @@ class Training:
         self._shared = torch.zeros(SHARED_ELEMENTS)
 
     def step(self) -> bool:
-        """One step; whether it was the last, which the orchestrator says by a file named ``stop``."""
+        """One step; whether it was the last, which the orchestrator says by a file named
+        ``stop``."""
         due_s = time.monotonic() + self._options.step_s
         self.state.step()
         self._shared.fill_(0.0)

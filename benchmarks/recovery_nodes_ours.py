@@ -1,5 +1,6 @@
 # ruff: noqa: E402  the fork is to be seen from the first line on
-"""Ours where nodes are lost: the training of ``recovery_nodes_model`` under ``ckpt.resilient``, every step staged."""
+"""Ours where nodes are lost: the training of ``recovery_nodes_model`` under ``ckpt.resilient``,
+every step staged."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import os
 import time
 
 STARTED_S = [time.monotonic()]
-# A forked trainer comes into being in the middle of this program; the hook runs first thing in the child.
+# A forked trainer comes into being in the middle of this program; the hook runs first thing in the
+# child.
 os.register_at_fork(after_in_child=lambda: STARTED_S.append(time.monotonic()))
 
 import torch.distributed as dist
@@ -18,7 +20,9 @@ import ckpt
 
 def main() -> None:
     options = parse_options()
-    resilient = ckpt.resilient(store=str(options.folder / "store"), every=options.every, memory_every=1)
+    resilient = ckpt.resilient(
+        store=str(options.folder / "store"), every=options.every, memory_every=1
+    )
     resilient(train)(options)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -15,8 +15,9 @@ WIDTH_MIN = 130
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """One loss. ``new_s``: seconds from the kill to the first step that was new; None: it never came. ``first_s``: to the first
-    step at all. ``redone``: completed steps that had to be done again; ``world``: ranks afterwards.
+    """One loss. ``new_s``: seconds from the kill to the first step that was new; None: it never
+    came. ``first_s``: to the first step at all. ``redone``: completed steps that had to be done
+    again; ``world``: ranks afterwards.
     """
 
     new_s: float | None
@@ -35,9 +36,15 @@ def summary(losses: Sequence[Lost]) -> dict[str, Any]:
     """Medians, all samples, and how many never came back."""
     back = [loss for loss in losses if loss.new_s is not None]
     medians = {
-        name: statistics.median(getattr(loss, name) for loss in back) for name in ("new_s", "first_s", "redone") if back
+        name: statistics.median(getattr(loss, name) for loss in back)
+        for name in ("new_s", "first_s", "redone")
+        if back
     }
-    return {"medians": medians, "never": len(losses) - len(back), "samples": [asdict(loss) for loss in losses]}
+    return {
+        "medians": medians,
+        "never": len(losses) - len(back),
+        "samples": [asdict(loss) for loss in losses],
+    }
 
 
 def print_table(document: Mapping[str, Any]) -> None:
@@ -48,7 +55,15 @@ def print_table(document: Mapping[str, Any]) -> None:
         caption="  ".join(f"{name} {value}" for name, value in document["machine"].items()),
     )
     table.add_column("", no_wrap=True)
-    for title in ("nodes", "to the next new step", "of ours", "to the first step", "steps redone", "ranks", "samples"):
+    for title in (
+        "nodes",
+        "to the next new step",
+        "of ours",
+        "to the first step",
+        "steps redone",
+        "ranks",
+        "samples",
+    ):
         table.add_column(title, justify="right")
     table.add_column("never", justify="right")
     base = next((one["medians"]["new_s"] for one in contestants.values() if one["medians"]), None)
@@ -59,9 +74,18 @@ def print_table(document: Mapping[str, Any]) -> None:
         if not medians:
             table.add_row(name, one["nodes"], "never", "-", "-", "-", "-", *counts, style=style)
             continue
-        worlds = "/".join(sorted({str(loss["world"]) for loss in one["samples"] if loss["new_s"] is not None}))
+        worlds = "/".join(
+            sorted({str(loss["world"]) for loss in one["samples"] if loss["new_s"] is not None})
+        )
         table.add_row(
-            name, one["nodes"], f"{medians['new_s']:.2f}", f"{medians['new_s'] / base:.1f}x" if base else "-",
-            f"{medians['first_s']:.2f}", f"{medians['redone']:.0f}", worlds, *counts, style=style,
-        )  # fmt: skip
+            name,
+            one["nodes"],
+            f"{medians['new_s']:.2f}",
+            f"{medians['new_s'] / base:.1f}x" if base else "-",
+            f"{medians['first_s']:.2f}",
+            f"{medians['redone']:.0f}",
+            worlds,
+            *counts,
+            style=style,
+        )
     Console(width=max(Console().width, WIDTH_MIN)).print(table)

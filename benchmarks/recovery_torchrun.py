@@ -1,5 +1,6 @@
 # ruff: noqa: E402  the first line of the program is a mark
-"""The rival of ``recovery.py``: plain torchrun, which starts the program anew, and DCP into a local folder."""
+"""The rival of ``recovery.py``: plain torchrun, which starts the program anew, and DCP into a local
+folder."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     marks.tell("grouped")
     store = options.folder / "store"
-    # A rank's state is its own, as in a pipeline: names that differ keep DCP from taking equal names for replicas.
+    # A rank's state is its own, as in a pipeline: names that differ keep DCP from taking equal
+    # names for replicas.
     own = {f"rank{options.rank}.{name}": tensor for name, tensor in state.tensors.items()}
     begin = newest(store)
     if begin:
@@ -38,7 +40,9 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def train(options: Options, state: State, marks: Marks, own: dict[str, object], store: Path, begin: int) -> None:
+def train(
+    options: Options, state: State, marks: Marks, own: dict[str, object], store: Path, begin: int
+) -> None:
     stepper = Stepper(options, state)
     for completed in range(begin + 1, STEPS_MAX):
         last = stepper.step()

@@ -1,9 +1,10 @@
-"""What several stores cost over one: puts of a pack and reads of a chunk, plain and over three folders, as ratios.
+"""What several stores cost over one: puts of a pack and reads of a chunk, plain and over three
+folders, as ratios.
 
     python benchmarks/replicated.py [folder]
 
-Each measurement is the median of interleaved rounds. Reads come from the page cache: a disk or a network only makes the
-ratio smaller.
+Each measurement is the median of interleaved rounds. Reads come from the page cache: a disk or a
+network only makes the ratio smaller.
 """
 
 from __future__ import annotations
@@ -34,8 +35,13 @@ READS = 64
 
 
 def main() -> None:
-    folder = Path(tempfile.mkdtemp(prefix="ckpt-replicated-", dir=sys.argv[1] if len(sys.argv) > 1 else None))
-    print(f"{platform.platform()} · {os.cpu_count()} cores · Python {platform.python_version()} · {folder.parent}")
+    folder = Path(
+        tempfile.mkdtemp(prefix="ckpt-replicated-", dir=sys.argv[1] if len(sys.argv) > 1 else None)
+    )
+    print(
+        f"{platform.platform()} · {os.cpu_count()} cores · Python {platform.python_version()} · "
+        f"{folder.parent}"
+    )
     try:
         run(folder)
     finally:
@@ -47,7 +53,9 @@ def run(folder: Path) -> None:
     stores = [FileBackend(folder / name) for name in "abc"]
     several = ReplicatedBackend(stores, emit=tell)
     pack = aligned_memory(PACK_BYTES)
-    np.frombuffer(pack, np.uint8)[:] = np.random.default_rng(1).integers(0, 256, PACK_BYTES, np.uint8)
+    np.frombuffer(pack, np.uint8)[:] = np.random.default_rng(1).integers(
+        0, 256, PACK_BYTES, np.uint8
+    )
     expected = digest(pack[:CHUNK_BYTES])
     out = aligned_memory(CHUNK_BYTES)
 
@@ -76,9 +84,22 @@ def run(folder: Path) -> None:
     several.await_caught_up(60)
     compare("read 4 MiB", READS, lambda: read(plain), lambda: read(several))
     compare("read 4 MiB and check", READS, read_plain_checked, read_checked)
-    compare("put 64 MiB, three one by one : three at once", 1, three_by_hand, lambda: several.put("p", [pack]))
-    compare("put 64 MiB, one : three at once", 1, lambda: plain.put("p", [pack]), lambda: several.put("p", [pack]))
-    print(f"put: bytes copied in memory per pack: {'0' if lends(stores) else f'{PACK_BYTES >> 20} MiB'}")
+    compare(
+        "put 64 MiB, three one by one : three at once",
+        1,
+        three_by_hand,
+        lambda: several.put("p", [pack]),
+    )
+    compare(
+        "put 64 MiB, one : three at once",
+        1,
+        lambda: plain.put("p", [pack]),
+        lambda: several.put("p", [pack]),
+    )
+    print(
+        "put: bytes copied in memory per pack: "
+        f"{'0' if lends(stores) else f'{PACK_BYTES >> 20} MiB'}"
+    )
     several.close()
 
 

@@ -32,7 +32,8 @@ CONTESTANTS: Mapping[str, str] = {
 WIDTH_MIN = 170
 
 UNREST_MAX = 1.25
-"""How far the pace of undisturbed training may stray from its median before the table says that others were at work."""
+"""How far the pace of undisturbed training may stray from its median before the table says that
+others were at work."""
 
 Fact = Mapping[str, float]
 
@@ -76,7 +77,11 @@ def summary(measured: Measured) -> dict[str, object]:
 
 def machine() -> dict[str, str]:
     """What the figures depend on."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpu = [
+        line
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     memory_kib = int(Path("/proc/meminfo").read_text().split()[1])
     versions = {}
     for name in ("torch", "safetensors", "torchsnapshot", "torch-ckpt"):
@@ -138,7 +143,10 @@ def print_table(results: Mapping[str, Measured], facts: Mapping[str, str]) -> No
     paces = [save["step_s"] for measured in results.values() for save in measured.saves]
     if paces and max(paces) > UNREST_MAX * statistics.median(paces):
         worst = max(paces) / statistics.median(paces)
-        console.print(f"the machine was not quiet: one undisturbed training step took {worst:.1f} times the usual")
+        console.print(
+            f"the machine was not quiet: one undisturbed training step took {worst:.1f} times the "
+            "usual"
+        )
 
 
 def seconds(value: float | None) -> str:

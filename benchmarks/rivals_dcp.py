@@ -1,4 +1,5 @@
-"""PyTorch's own distributed checkpointing (DCP), as it comes and tuned. It calls fsync on its files itself."""
+"""PyTorch's own distributed checkpointing (DCP), as it comes and tuned. It calls fsync on its files
+itself."""
 
 from __future__ import annotations
 
@@ -49,11 +50,18 @@ class DcpAsync(Dcp):
     """``dcp.async_save`` as it comes: copies into fresh memory, then saves in a thread."""
 
     def save(self, step: int) -> Saving:
-        return Saving(durable(dcp.async_save(self.state.tensors, checkpoint_id=self.folder / str(step), no_dist=True)))
+        return Saving(
+            durable(
+                dcp.async_save(
+                    self.state.tensors, checkpoint_id=self.folder / str(step), no_dist=True
+                )
+            )
+        )
 
 
 class DcpAsyncTuned(Dcp):
-    """``dcp.async_save`` with a stager that reuses its shared (on CUDA: pinned) memory, and two writer threads."""
+    """``dcp.async_save`` with a stager that reuses its shared (on CUDA: pinned) memory, and two
+    writer threads."""
 
     threads = 2
     kind = AsyncCheckpointerType.THREAD
@@ -84,7 +92,8 @@ class DcpAsyncTuned(Dcp):
 
 
 class DcpProcess(DcpAsyncTuned):
-    """The same, saved by a process of its own. Its daemon insists on a process group, here of one rank."""
+    """The same, saved by a process of its own. Its daemon insists on a process group, here of one
+    rank."""
 
     kind = AsyncCheckpointerType.PROCESS
 

@@ -1,4 +1,5 @@
-"""torchsnapshot, which never calls fsync: the benchmark does, in the caller or behind it as the save itself runs."""
+"""torchsnapshot, which never calls fsync: the benchmark does, in the caller or behind it as the
+save itself runs."""
 
 from __future__ import annotations
 

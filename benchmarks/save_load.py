@@ -1,4 +1,5 @@
-"""Save and load one training state with ckpt and with what people use today, side by side on this machine.
+"""Save and load one training state with ckpt and with what people use today, side by side on this
+machine.
 
     python benchmarks/save_load.py            about a quarter of an hour: 1 GiB, 3 rounds
     python benchmarks/save_load.py --quick    a smoke test: 64 MiB, 1 round, one contestant of each kind; no figures to quote
@@ -39,15 +40,26 @@ class Plan:
 
 FULL = Plan(mib=1024, rounds=3, saves=2, calm_s=0.7)
 QUICK = Plan(mib=64, rounds=1, saves=1, calm_s=0.1)
-QUICK_NAMES = ("ckpt", "torch.save", "safetensors", "dcp-async-tuned", "dcp-async-process", "torchsnapshot-async")
+QUICK_NAMES = (
+    "ckpt",
+    "torch.save",
+    "safetensors",
+    "dcp-async-tuned",
+    "dcp-async-process",
+    "torchsnapshot-async",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="64 MiB and one round: does it still run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="64 MiB and one round: does it still run?"
+    )
     parser.add_argument("--mib", type=int, help="size of the state")
     parser.add_argument("--rounds", type=int, help="fresh processes a contestant")
-    parser.add_argument("--only", nargs="+", choices=sorted(CONTESTANTS), help="leave the others out")
+    parser.add_argument(
+        "--only", nargs="+", choices=sorted(CONTESTANTS), help="leave the others out"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     options = parser.parse_args()
     plan = QUICK if options.quick else FULL
@@ -76,7 +88,9 @@ def run_rounds(plan: Plan, names: Sequence[str], out: Path) -> dict[str, Measure
                 begin_s = time.monotonic()
                 run_worker(name, plan, results[name], out)
                 note = results[name].absent or f"{time.monotonic() - begin_s:.0f} s"
-                print(f"round {number + 1}/{plan.rounds} {name}: {note}", file=sys.stderr, flush=True)
+                print(
+                    f"round {number + 1}/{plan.rounds} {name}: {note}", file=sys.stderr, flush=True
+                )
     return results
 
 
@@ -85,14 +99,24 @@ def run_worker(name: str, plan: Plan, measured: Measured, out: Path) -> None:
     folder = Path(tempfile.mkdtemp(prefix="store-", dir=out))
     mark = f"CKPT_BENCHMARK={uuid.uuid4().hex}"
     variable, _, value = mark.partition("=")
-    command = [sys.executable, str(HERE / "worker.py"), f"--contestant={CONTESTANTS[name]}", f"--folder={folder}"]
+    command = [
+        sys.executable,
+        str(HERE / "worker.py"),
+        f"--contestant={CONTESTANTS[name]}",
+        f"--folder={folder}",
+    ]
     command += [f"--mib={plan.mib}", f"--saves={plan.saves}", f"--calm-s={plan.calm_s}"]
     path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {variable: value, "PYTHONPATH": path}
     try:
         with (out / "save_load.log").open("ab") as log:
             worker = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
             )
             try:
                 listen(worker, mark, measured)

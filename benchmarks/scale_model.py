@@ -1,7 +1,9 @@
-"""What a job of so many nodes asks of etcd, of rank 0's node and of the store: each figure a formula, and where it comes from.
+"""What a job of so many nodes asks of etcd, of rank 0's node and of the store: each figure a
+formula, and where it comes from.
 
-``python benchmarks/scale_model.py [--nodes 64 1000 12500 100000] [--step-s 1]`` prints them. Sizes and times are those that
-``scale_sizes.py`` measures; limits are the code's own constants. 8 ranks a node, TTL 5 s, one mirror.
+``python benchmarks/scale_model.py [--nodes 64 1000 12500 100000] [--step-s 1]`` prints them. Sizes
+and times are those that ``scale_sizes.py`` measures; limits are the code's own constants. 8 ranks a
+node, TTL 5 s, one mirror.
 """
 
 from __future__ import annotations
@@ -108,64 +110,133 @@ def lines(nodes: int, *, centre: bool) -> int:
 ROWS = (
     Row("etcd: keepalives of keepers", "TTL/3", lambda n, _: n * 3 / TTL_S, rate_text),
     Row(
-        "etcd: looks of agents at two keys", "rendezvous_lease.py, LOOK_S or TTL/3; leases.py, TTL",
-        lambda n, _: n * (1 / min(AGENT_LOOK_S, TTL_S / 3) + 1 / TTL_S), rate_text,
+        "etcd: looks of agents at two keys",
+        "rendezvous_lease.py, LOOK_S or TTL/3; leases.py, TTL",
+        lambda n, _: n * (1 / min(AGENT_LOOK_S, TTL_S / 3) + 1 / TTL_S),
+        rate_text,
     ),
-    Row("etcd: writes when all join", "grant, put; of agents move, revoke", lambda n, _: 6 * n, count_text),
+    Row(
+        "etcd: writes when all join",
+        "grant, put; of agents move, revoke",
+        lambda n, _: 6 * n,
+        count_text,
+    ),
     Row("etcd: epoch record", "values.encode_epoch", lambda n, _: n * PLACE_BYTES, bytes_text),
     Row(
-        "etcd: reads of keepers, nothing happening", "cluster/node/node.py: all, each VIEW_S",
-        lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / VIEW_S, flow_text,
+        "etcd: reads of keepers, nothing happening",
+        "cluster/node/node.py: all, each VIEW_S",
+        lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / VIEW_S,
+        flow_text,
     ),
     Row(
-        "etcd: reads of agents, nothing happening", "rendezvous_agent.py: all, each VIEW_S",
-        lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / AGENT_VIEW_S, flow_text,
-    ),
-    Row("lines: of the leader and of rank 0's node", "cluster/node/leading.py", lambda n, _: lines(n, centre=True), count_text),
-    Row("lines: of any other node", "cluster/node/leading.py", lambda n, _: lines(n, centre=False), count_text),
-    Row("rank 0's node: beats", "2 a line and HEARTBEAT_S", lambda n, _: 2 * n / HEARTBEAT_S * WORD_S, cores_text),
-    Row(
-        "rank 0's node: standings", "keeper/nodes/progress.py, 1 in and 1 out a step, in 3 rounds",
-        lambda n, step_s: n * steps_a_s(step_s) * (2 * WORD_S + 3 * STANDING_S_A_NODE), cores_text,
+        "etcd: reads of agents, nothing happening",
+        "rendezvous_agent.py: all, each VIEW_S",
+        lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / AGENT_VIEW_S,
+        flow_text,
     ),
     Row(
-        "rank 0's node: ranks ask for proposals", "session/decisions.py, RANKS_PER_S_MAX",
-        lambda n, _: min(ranks(n) / POLL_LAST_S, RANKS_PER_S_MAX) * 2 * WORD_S, cores_text,
+        "lines: of the leader and of rank 0's node",
+        "cluster/node/leading.py",
+        lambda n, _: lines(n, centre=True),
+        count_text,
     ),
     Row(
-        "a request reaches the last rank after", "the same", lambda n, _: max(POLL_LAST_S, ranks(n) / RANKS_PER_S_MAX),
+        "lines: of any other node",
+        "cluster/node/leading.py",
+        lambda n, _: lines(n, centre=False),
+        count_text,
+    ),
+    Row(
+        "rank 0's node: beats",
+        "2 a line and HEARTBEAT_S",
+        lambda n, _: 2 * n / HEARTBEAT_S * WORD_S,
+        cores_text,
+    ),
+    Row(
+        "rank 0's node: standings",
+        "keeper/nodes/progress.py, 1 in and 1 out a step, in 3 rounds",
+        lambda n, step_s: n * steps_a_s(step_s) * (2 * WORD_S + 3 * STANDING_S_A_NODE),
+        cores_text,
+    ),
+    Row(
+        "rank 0's node: ranks ask for proposals",
+        "session/decisions.py, RANKS_PER_S_MAX",
+        lambda n, _: min(ranks(n) / POLL_LAST_S, RANKS_PER_S_MAX) * 2 * WORD_S,
+        cores_text,
+    ),
+    Row(
+        "a request reaches the last rank after",
+        "the same",
+        lambda n, _: max(POLL_LAST_S, ranks(n) / RANKS_PER_S_MAX),
         time_text,
     ),
     Row(
-        "rank 0's node: nodes wait for an outcome", "keeper/nodes/remote_mailbox.py, ANSWER_S",
-        lambda n, _: n / ANSWER_S * 2 * WORD_S, cores_text,
+        "rank 0's node: nodes wait for an outcome",
+        "keeper/nodes/remote_mailbox.py, ANSWER_S",
+        lambda n, _: n / ANSWER_S * 2 * WORD_S,
+        cores_text,
     ),
-    Row("a snapshot: receipts", "save/receipts.py, 1 a node", lambda n, _: n * RECEIPT_BYTES, bytes_text),
     Row(
-        "a snapshot: receipts heard and merged in", "the same, on one core", lambda n, _: n * (3 * WORD_S + RECEIPT_S),
+        "a snapshot: receipts",
+        "save/receipts.py, 1 a node",
+        lambda n, _: n * RECEIPT_BYTES,
+        bytes_text,
+    ),
+    Row(
+        "a snapshot: receipts heard and merged in",
+        "the same, on one core",
+        lambda n, _: n * (3 * WORD_S + RECEIPT_S),
         time_text,
     ),
-    Row("a snapshot: manifest", "manifest.py, 1 part a node", lambda n, _: n * PART_REF_BYTES, bytes_text),
-    Row("a snapshot: objects put, packs aside", "parts, manifest, commit", lambda n, _: n + 2, count_text),
     Row(
-        "restore from the store: reads of parts", "log/catalog.py: each rank reads all",
-        lambda n, _: ranks(n) * n, count_text,
-    ),
-    Row("gather: all answers", "fleet/words.Held, 5 a node", lambda n, _: n * HOLDINGS * HOLDING_BYTES, bytes_text),
-    Row("gather: the plan, one word", "fleet/words.Sources", lambda n, _: n * SOURCE_BYTES, bytes_text),
-    Row(
-        "gather: the plan said to all", "nodes_memory.py, on one core",
-        lambda n, _: n * (WORD_S + n * SOURCE_BYTES * SAID_S_PER_BYTE), time_text,
+        "a snapshot: manifest",
+        "manifest.py, 1 part a node",
+        lambda n, _: n * PART_REF_BYTES,
+        bytes_text,
     ),
     Row(
-        "restore from memory: a rank reads headers for", "session/peer_memory.py, one after the other",
-        lambda n, _: HEADER_REQUESTS * (ranks(n) - RANKS_A_NODE) * (ROUND_TRIP_S + REQUEST_S), time_text,
+        "a snapshot: objects put, packs aside",
+        "parts, manifest, commit",
+        lambda n, _: n + 2,
+        count_text,
     ),
     Row(
-        "restore from memory: a keeper answers for", "the same, from the other end",
-        lambda n, _: HEADER_REQUESTS * RANKS_A_NODE * (ranks(n) - RANKS_A_NODE) * REQUEST_S, time_text,
+        "restore from the store: reads of parts",
+        "log/catalog.py: each rank reads all",
+        lambda n, _: ranks(n) * n,
+        count_text,
     ),
-)  # fmt: skip
+    Row(
+        "gather: all answers",
+        "fleet/words.Held, 5 a node",
+        lambda n, _: n * HOLDINGS * HOLDING_BYTES,
+        bytes_text,
+    ),
+    Row(
+        "gather: the plan, one word",
+        "fleet/words.Sources",
+        lambda n, _: n * SOURCE_BYTES,
+        bytes_text,
+    ),
+    Row(
+        "gather: the plan said to all",
+        "nodes_memory.py, on one core",
+        lambda n, _: n * (WORD_S + n * SOURCE_BYTES * SAID_S_PER_BYTE),
+        time_text,
+    ),
+    Row(
+        "restore from memory: a rank reads headers for",
+        "session/peer_memory.py, one after the other",
+        lambda n, _: HEADER_REQUESTS * (ranks(n) - RANKS_A_NODE) * (ROUND_TRIP_S + REQUEST_S),
+        time_text,
+    ),
+    Row(
+        "restore from memory: a keeper answers for",
+        "the same, from the other end",
+        lambda n, _: HEADER_REQUESTS * RANKS_A_NODE * (ranks(n) - RANKS_A_NODE) * REQUEST_S,
+        time_text,
+    ),
+)
 
 LIMITS = (
     ("epoch record", EPOCH_BYTES_MAX // PLACE_BYTES, "nodes"),
@@ -177,7 +248,9 @@ LIMITS = (
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nodes", type=int, nargs="+", default=[64, 1000, 12_500, 100_000])
     parser.add_argument("--step-s", type=float, default=1.0)
     args = parser.parse_args()

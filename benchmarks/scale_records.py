@@ -1,4 +1,5 @@
-"""Records and words of a job of any size, made by the code that makes them in a job; for the other files of that kind here."""
+"""Records and words of a job of any size, made by the code that makes them in a job; for the other
+files of that kind here."""
 
 from __future__ import annotations
 
@@ -33,43 +34,68 @@ def node_info(number: int) -> NodeInfo:
     """What a node says when it joins."""
     host = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
     return NodeInfo(
-        node=node_name(number), host=f"gpu-{number:06d}", slots=RANKS_A_NODE, domain=f"rack-{number // 16:05d}",
-        address=f"{host}:45678", capabilities=(f"{PEER_CAPABILITY}{host}:45679", f"{FLOOR_CAPABILITY}7"),
-    )  # fmt: skip
+        node=node_name(number),
+        host=f"gpu-{number:06d}",
+        slots=RANKS_A_NODE,
+        domain=f"rack-{number // 16:05d}",
+        address=f"{host}:45678",
+        capabilities=(f"{PEER_CAPABILITY}{host}:45679", f"{FLOOR_CAPABILITY}7"),
+    )
 
 
 def epoch_record(nodes: int) -> EpochRecord:
     """An epoch of so many nodes."""
     return EpochRecord(
-        job="train", number=8, places=tuple(NodePlacement(node_name(n), RANKS_A_NODE) for n in range(nodes)), leader=node_name(3),
-        nodes_min=max(1, nodes - 8), nodes_max=nodes, note=encode_note(EpochNote(why="node gpu-000003 was lost", era=5)),
-    )  # fmt: skip
+        job="train",
+        number=8,
+        places=tuple(NodePlacement(node_name(n), RANKS_A_NODE) for n in range(nodes)),
+        leader=node_name(3),
+        nodes_min=max(1, nodes - 8),
+        nodes_max=nodes,
+        note=encode_note(EpochNote(why="node gpu-000003 was lost", era=5)),
+    )
 
 
 def manifest(nodes: int) -> Manifest:
     """The root record of a snapshot of so many nodes: one part each."""
     ranks = nodes * RANKS_A_NODE
     return Manifest(
-        job="train", snapshot=NEWEST, world_size=ranks, parts=tuple(part_ref(node) for node in range(nodes)),
-        size_bytes=ranks << 33, new_bytes=ranks << 33, created_unix_s=1.8e9, base=SnapshotId(7, 123_000),
+        job="train",
+        snapshot=NEWEST,
+        world_size=ranks,
+        parts=tuple(part_ref(node) for node in range(nodes)),
+        size_bytes=ranks << 33,
+        new_bytes=ranks << 33,
+        created_unix_s=1.8e9,
+        base=SnapshotId(7, 123_000),
         metadata={"loss": 1.25},
-    )  # fmt: skip
+    )
 
 
 def part_ref(node: int) -> PartRef:
     """One node's part as receipts and the manifest name it."""
     writer = writer_name(f"gpu-{node:06d}", f"{node:016x}")
     return PartRef(
-        key=part_key(NEWEST, writer), digest=DIGEST, size_bytes=640_000, rank=node * RANKS_A_NODE, ranks=RANKS_A_NODE
+        key=part_key(NEWEST, writer),
+        digest=DIGEST,
+        size_bytes=640_000,
+        rank=node * RANKS_A_NODE,
+        ranks=RANKS_A_NODE,
     )
 
 
 def receipt(node: int) -> Receipt:
     """What one node's head says of a snapshot; all its ranks train alike."""
     return Receipt(
-        snapshot=NEWEST, rank=node * RANKS_A_NODE, ranks=RANKS_A_NODE, refs=(part_ref(node),), size_bytes=8 << 33,
-        new_bytes=8 << 33, base=SnapshotId(7, 123_000), shared={"dp": ReplicaGroup(100_000, DIGEST, RANKS_A_NODE)},
-    )  # fmt: skip
+        snapshot=NEWEST,
+        rank=node * RANKS_A_NODE,
+        ranks=RANKS_A_NODE,
+        refs=(part_ref(node),),
+        size_bytes=8 << 33,
+        new_bytes=8 << 33,
+        base=SnapshotId(7, 123_000),
+        shared={"dp": ReplicaGroup(100_000, DIGEST, RANKS_A_NODE)},
+    )
 
 
 def commit_record() -> Record:
@@ -78,8 +104,11 @@ def commit_record() -> Record:
     return make_record(body, job="train", seq=12_345, epoch=8, write_id=DIGEST, prev=DIGEST)
 
 
-def holdings(node: int, nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> list[InventoryEntry]:
-    """What one node holds: its ranks' slots, mirrors of its own ranks and of its partner's (``mirrors=1``: nodes in pairs)."""
+def holdings(
+    node: int, nodes: int, *, slots: int = SLOTS, kept: int = KEPT
+) -> list[InventoryEntry]:
+    """What one node holds: its ranks' slots, mirrors of its own ranks and of its partner's
+    (``mirrors=1``: nodes in pairs)."""
     partner = node ^ 1 if node ^ 1 < nodes else max(0, node - 2)
     found = []
     for back in range(max(slots, kept)):
@@ -92,14 +121,20 @@ def holdings(node: int, nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> 
             if there:
                 found.append(
                     InventoryEntry(
-                        snapshot=pair, origin=ORIGIN, world_size=nodes * RANKS_A_NODE, rank=owner * RANKS_A_NODE,
-                        ranks=RANKS_A_NODE, mirror=mirror,
+                        snapshot=pair,
+                        origin=ORIGIN,
+                        world_size=nodes * RANKS_A_NODE,
+                        rank=owner * RANKS_A_NODE,
+                        ranks=RANKS_A_NODE,
+                        mirror=mirror,
                     )
-                )  # fmt: skip
+                )
     return merge_ranges(found)
 
 
-def all_holdings(nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> dict[str, Sequence[InventoryEntry]]:
+def all_holdings(
+    nodes: int, *, slots: int = SLOTS, kept: int = KEPT
+) -> dict[str, Sequence[InventoryEntry]]:
     """What every node holds."""
     return {node_name(n): holdings(n, nodes, slots=slots, kept=kept) for n in range(nodes)}
 

@@ -1,7 +1,9 @@
-"""How large the records of a job are and how long they take, by number of nodes: real records, real encoders.
+"""How large the records of a job are and how long they take, by number of nodes: real records, real
+encoders.
 
-``python benchmarks/scale_sizes.py [--nodes 64 1000 12500] [--repeats 3]`` prints bytes and CPU times: the best of some tries,
-on one core. What the code refuses is printed as refused. 8 ranks a node.
+``python benchmarks/scale_sizes.py [--nodes 64 1000 12500] [--repeats 3]`` prints bytes and CPU
+times: the best of some tries, on one core. What the code refuses is printed as refused. 8 ranks a
+node.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def best_s(call: Callable[[], object], repeats: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table. ``size_bytes`` None: refused, or no record; ``seconds`` None: not measured."""
+    """One line of the table. ``size_bytes`` None: refused, or no record; ``seconds`` None: not
+    measured."""
 
     what: str
     size_bytes: int | None
@@ -110,7 +113,10 @@ def word_lines(name: str, word: said.MeshMessage, repeats: int) -> list[Line]:
         ends[1].receive_data(across(ends, word)[1])
 
     say_s = _say_s(word, repeats)
-    return [Line(f"{name}: said", size, say_s), Line(f"{name}: heard", size, best_s(both, repeats) - say_s)]
+    return [
+        Line(f"{name}: said", size, say_s),
+        Line(f"{name}: heard", size, best_s(both, repeats) - say_s),
+    ]
 
 
 def _say_s(word: said.MeshMessage, repeats: int) -> float:
@@ -125,13 +131,15 @@ def standing_word(pairs: int = 3) -> said.NodeProgress:
 
 
 def standing_round(nodes: int) -> Callable[[], object]:
-    """What the node of rank 0 works out each time it tells the others how far all are: see ``Nodes._tell_standing``."""
+    """What the node of rank 0 works out each time it tells the others how far all are: see
+    ``Nodes._tell_standing``."""
     words = {node_name(n): standing_word() for n in range(1, nodes)}
     return lambda: common_progress_without_each(standing_word(), words, 8, MirrorRound())
 
 
 def over_sockets_s(word: said.MeshMessage, count: int) -> float:
-    """CPU seconds of both ends for one word on a real line over loopback, of many that are said one after the other."""
+    """CPU seconds of both ends for one word on a real line over loopback, of many that are said one
+    after the other."""
     heard, up, done = itertools.count(1), threading.Event(), threading.Event()
 
     def hear(node: str, word: said.MeshMessage) -> None:
@@ -139,8 +147,19 @@ def over_sockets_s(word: said.MeshMessage, count: int) -> float:
             done.set()
 
     def lines(node: str) -> Mesh:
-        told = MeshObserver(on_message=hear, on_connected=lambda node: up.set(), on_disconnected=lambda node, why: None)
-        return Mesh(bytes(32), job="train", node=node, listen="127.0.0.1:0", observer=told, emit=lambda event: None)
+        told = MeshObserver(
+            on_message=hear,
+            on_connected=lambda node: up.set(),
+            on_disconnected=lambda node, why: None,
+        )
+        return Mesh(
+            bytes(32),
+            job="train",
+            node=node,
+            listen="127.0.0.1:0",
+            observer=told,
+            emit=lambda event: None,
+        )
 
     a, b = lines("a"), lines("b")
     try:
@@ -171,22 +190,36 @@ def constant(repeats: int) -> list[Line]:
         node,
         Line("a node's record: read", len(data), best_s(lambda: decode_node(data), repeats)),
         commit,
-        Line("a node's receipt", len(body), best_s(lambda: msgspec.msgpack.encode(receipt(12_345)), repeats)),
+        Line(
+            "a node's receipt",
+            len(body),
+            best_s(lambda: msgspec.msgpack.encode(receipt(12_345)), repeats),
+        ),
         *word_lines("a receipt posted", post, repeats),
         *word_lines("a question", peek, repeats),
         *word_lines("an answer", said.MeshReply(call=123_456, value=None), repeats),
         *word_lines("a beat", said.NodeHeartbeat(), repeats),
         *word_lines("a standing", standing_word(), repeats),
-        *word_lines("what a node holds", said.NodeInventory(call=1, holdings=tuple(holdings(4, 12_500))), repeats),
+        *word_lines(
+            "what a node holds",
+            said.NodeInventory(call=1, holdings=tuple(holdings(4, 12_500))),
+            repeats,
+        ),
         Line("a line made (both ends)", None, best_s(line, repeats)),
         Line("a standing over a socket (both ends)", None, over_sockets_s(standing_word(), 20_000)),
-        Line("a MiB authenticated", 1 << 20, best_s(partial(frame_mac, bytes(32), 1, bytes(1 << 20)), repeats)),
+        Line(
+            "a MiB authenticated",
+            1 << 20,
+            best_s(partial(frame_mac, bytes(32), 1, bytes(1 << 20)), repeats),
+        ),
     ]
 
 
 def merged(bodies: Sequence[bytes]) -> Receipt:
     """What the head of rank 0's node does with the receipts of all others."""
-    return check_groups(merge_receipts([msgspec.msgpack.decode(body, type=Receipt) for body in bodies]))
+    return check_groups(
+        merge_receipts([msgspec.msgpack.decode(body, type=Receipt) for body in bodies])
+    )
 
 
 def growing(nodes: int, repeats: int) -> list[Line]:
@@ -194,18 +227,36 @@ def growing(nodes: int, repeats: int) -> list[Line]:
     found, data = encoded("epoch record: made", lambda: encode_epoch(epoch_record(nodes)), repeats)
     lines = [found]
     if data:
-        lines.append(Line("epoch record: read", len(data), best_s(partial(decode_epoch, data), repeats)))
+        lines.append(
+            Line("epoch record: read", len(data), best_s(partial(decode_epoch, data), repeats))
+        )
     found, data = encoded("manifest: made", manifest(nodes).encode, repeats)
     lines.append(found)
     if data:
-        lines.append(Line("manifest: read", len(data), best_s(partial(Manifest.decode, data), repeats)))
+        lines.append(
+            Line("manifest: read", len(data), best_s(partial(Manifest.decode, data), repeats))
+        )
     bodies = [msgspec.msgpack.encode(receipt(node)) for node in range(nodes)]
-    lines.append(Line("receipts: read and merged", sum(map(len, bodies)), best_s(lambda: merged(bodies), repeats)))
+    lines.append(
+        Line(
+            "receipts: read and merged",
+            sum(map(len, bodies)),
+            best_s(lambda: merged(bodies), repeats),
+        )
+    )
     view = [encode_node(node_info(n)) for n in range(nodes)]
-    lines.append(Line("all nodes' records: read", sum(map(len, view)), best_s(lambda: [*map(decode_node, view)], 1)))
+    lines.append(
+        Line(
+            "all nodes' records: read",
+            sum(map(len, view)),
+            best_s(lambda: [*map(decode_node, view)], 1),
+        )
+    )
     holders = [RankHolder(node_name(n), f"rack-{n // 16}") for n in range(nodes)]
     lines.append(Line("mirrors placed", None, best_s(lambda: place_mirrors(holders, 1), 1)))
-    lines.append(Line("standing told to all: worked out", None, best_s(standing_round(nodes), repeats)))
+    lines.append(
+        Line("standing told to all: worked out", None, best_s(standing_round(nodes), repeats))
+    )
     if nodes > SOURCES_NODES_MAX:
         return lines
     held = all_holdings(nodes)
@@ -237,11 +288,16 @@ def main() -> None:
     print(f"{versions}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
     tables = [("any number of nodes", constant(20 * args.repeats))]
     for nodes in args.nodes:
-        tables.append((f"{nodes} nodes, {nodes * RANKS_A_NODE} ranks", growing(nodes, args.repeats)))
+        tables.append(
+            (f"{nodes} nodes, {nodes * RANKS_A_NODE} ranks", growing(nodes, args.repeats))
+        )
     for title, lines in tables:
         print(f"\n{title}")
         for one in lines:
-            print(f"  {one.what:34} {size_text(one.size_bytes):>10} {time_text(one.seconds):>10}  {one.note}")
+            print(
+                f"  {one.what:34} {size_text(one.size_bytes):>10} {time_text(one.seconds):>10}  "
+                f"{one.note}"
+            )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/stage_copy.py
 
-Contestants alternate; medians of several rounds; memory is warm. Two states: 300 tensors of 1 GiB together, and 1,200 tiny
-ones. Prints times, GiB/s and the ratio.
+Contestants alternate; medians of several rounds; memory is warm. Two states: 300 tensors of 1 GiB
+together, and 1,200 tiny ones. Prints times, GiB/s and the ratio.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ ROUNDS = 7
 def sources(count: int, elements: int) -> list[CopySource]:
     made = []
     for i in range(count):
-        leaf = Leaf(name=f"model/layer{i}.weight", kind=LeafKind.TENSOR, dtype="float32", shape=(elements,))
+        leaf = Leaf(
+            name=f"model/layer{i}.weight", kind=LeafKind.TENSOR, dtype="float32", shape=(elements,)
+        )
         made.append(CopySource(leaf, Box.whole(leaf.shape), torch.randn(elements)))
     return made
 
@@ -62,10 +64,18 @@ def compare(title: str, found: list[CopySource]) -> None:
     pool.wait_prefaulted()
     with ThreadPoolExecutor(1) as executor:
         slots = [stage(pool, plan, None, step) for step in range(2)]
-        times: dict[str, list[float]] = {"memmove": [], "stage, 1 thread": [], "stage, 2 threads": []}
+        times: dict[str, list[float]] = {
+            "memmove": [],
+            "stage, 1 thread": [],
+            "stage, 2 threads": [],
+        }
         for step in range(2, 2 + 2 * ROUNDS, 2):
-            times["stage, 1 thread"].append(seconds(lambda step=step: stage(pool, plan, None, step)))
-            times["stage, 2 threads"].append(seconds(lambda step=step: stage(pool, plan, executor, step + 1)))
+            times["stage, 1 thread"].append(
+                seconds(lambda step=step: stage(pool, plan, None, step))
+            )
+            times["stage, 2 threads"].append(
+                seconds(lambda step=step: stage(pool, plan, executor, step + 1))
+            )
             oldest = min(slots, key=lambda slot: slot.order)
             times["memmove"].append(seconds(lambda slot=oldest: memmove_all(slot, tensors)))
     bare = statistics.median(times["memmove"])
@@ -73,13 +83,17 @@ def compare(title: str, found: list[CopySource]) -> None:
     for name, taken in times.items():
         median = statistics.median(taken)
         print(
-            f"  {name:18} {median * 1e3:8.2f} ms  {total / 2**30 / median:6.1f} GiB/s  x{median / bare:.2f} of memmove"
+            f"  {name:18} {median * 1e3:8.2f} ms  {total / 2**30 / median:6.1f} GiB/s  "
+            f"x{median / bare:.2f} of memmove"
         )
     pool.close()
 
 
 def main() -> None:
-    print(f"torch {torch.__version__}, rounds {ROUNDS}, median; stage = copy + digests + sealed header")
+    print(
+        f"torch {torch.__version__}, rounds {ROUNDS}, median; stage = copy + digests + sealed "
+        "header"
+    )
     compare("large", sources(300, (1 << 28) // 300))
     compare("tiny", sources(1200, 256))
 

@@ -48,7 +48,9 @@ class Trainer:
         self.state_bytes = 3 * sum(parameter.nbytes for parameter in model.parameters())
         self.model = DistributedDataParallel(model) if run.world_size > 1 else model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
-        self.loader = Windows(read_corpus(), shape, rank=run.rank, world_size=run.world_size, seed=0)
+        self.loader = Windows(
+            read_corpus(), shape, rank=run.rank, world_size=run.world_size, seed=0
+        )
         run.track(model=self.model, optimizer=self.optimizer, loader=self.loader)
         self.completed = run.completed_steps
         self.step_s: list[float] = []
@@ -97,16 +99,24 @@ def alternate(staging: Trainer, bare: Trainer) -> None:
     if staging.run.rank == 0:
         report = keepers_report()
         times = {
-            "state_bytes": staging.state_bytes, "with_s": staging.step_s, "without_s": bare.step_s,
-            "boundary_s": staging.boundary_s, "bare_boundary_s": bare.boundary_s, "mirror_bytes": report["mirror_bytes"],
-            "staged_bytes": report["ranks"][0]["staged"] * staging.state_bytes // staging.run.world_size,
-        }  # fmt: skip
+            "state_bytes": staging.state_bytes,
+            "with_s": staging.step_s,
+            "without_s": bare.step_s,
+            "boundary_s": staging.boundary_s,
+            "bare_boundary_s": bare.boundary_s,
+            "mirror_bytes": report["mirror_bytes"],
+            "staged_bytes": report["ranks"][0]["staged"]
+            * staging.state_bytes
+            // staging.run.world_size,
+        }
         (FOLDER / "times.json").write_text(json.dumps(times))
 
 
 def keepers_report() -> dict[str, Any]:
     """What this node's keeper says of itself."""
-    done = subprocess.run([sys.executable, "-m", "ckpt", "ps", "--json"], capture_output=True, check=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ckpt", "ps", "--json"], capture_output=True, check=True, text=True
+    )
     (keeper,) = json.loads(done.stdout)["jobs"]
     return dict(keeper)
 

@@ -1,4 +1,5 @@
-"""One contestant in one fresh process: says a line of JSON for each result, on a pipe that only the parent reads.
+"""One contestant in one fresh process: says a line of JSON for each result, on a pipe that only the
+parent reads.
 
 The parent answers the two questions that need an outside view, ``memory`` and ``watch``.
 """
@@ -22,7 +23,8 @@ from measure import evict, read_through, stored_bytes, warm_memory
 from torch import nn
 
 TAIL_S = 0.15
-"""The training loop goes on this long after a save is durable, so that what it leaves behind counts too."""
+"""The training loop goes on this long after a save is durable, so that what it leaves behind counts
+too."""
 
 DURABLE_S_MAX = 300.0
 
@@ -33,7 +35,11 @@ class Training:
     def __init__(self, *, calm_s: float) -> None:
         self.calm_s = calm_s
         self.model = nn.Sequential(
-            nn.Embedding(256, 192), nn.Linear(192, 768), nn.GELU(), nn.Linear(768, 192), nn.Linear(192, 256)
+            nn.Embedding(256, 192),
+            nn.Linear(192, 768),
+            nn.GELU(),
+            nn.Linear(768, 192),
+            nn.Linear(192, 256),
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.data = torch.randint(0, 256, (513,))
@@ -55,7 +61,8 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class SaveTimes:
-    """One save, in seconds. ``slowdown_s``: steps that the training loop lost beside it, as time."""
+    """One save, in seconds. ``slowdown_s``: steps that the training loop lost beside it, as
+    time."""
 
     blocked_s: float
     fsync_s: float
@@ -68,7 +75,9 @@ class SaveTimes:
         return self.blocked_s + self.slowdown_s
 
 
-def time_save(contestant: Contestant, training: Training, step: int, *, warm: Callable[[], None]) -> SaveTimes:
+def time_save(
+    contestant: Contestant, training: Training, step: int, *, warm: Callable[[], None]
+) -> SaveTimes:
     """Save once and train beside it until the save is durable, and a little longer."""
     calm_before = training.undisturbed()
     warm()
@@ -78,7 +87,9 @@ def time_save(contestant: Contestant, training: Training, step: int, *, warm: Ca
     free_s = time.perf_counter()
     if saving.durable.done():
         saving.durable.result()
-        return SaveTimes(free_s - begin_s, saving.fsync_s, free_s - begin_s, 0.0, calm_before[1] / calm_before[0])
+        return SaveTimes(
+            free_s - begin_s, saving.fsync_s, free_s - begin_s, 0.0, calm_before[1] / calm_before[0]
+        )
     saving.durable.add_done_callback(lambda _: ended_s.append(time.perf_counter()))
     steps = 0
     while not ended_s or time.perf_counter() - ended_s[0] < TAIL_S:
@@ -100,7 +111,8 @@ class Round:
     def __init__(self, options: argparse.Namespace, kind: type[Contestant]) -> None:
         self.options = options
         self.folder: Path = options.folder
-        # Loops of 2 ranks on 2 cores have one thread each; so has this one, and so has every copy that torch makes.
+        # Loops of 2 ranks on 2 cores have one thread each; so has this one, and so has every copy
+        # that torch makes.
         torch.set_num_threads(1)
         self.state = State(size_mib=options.mib)
         self.training = Training(calm_s=options.calm_s)
@@ -174,7 +186,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Whatever a contestant prints goes to the log; results have the original standard output for themselves.
+    # Whatever a contestant prints goes to the log; results have the original standard output for
+    # themselves.
     PIPE = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     main()

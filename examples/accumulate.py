@@ -1,9 +1,11 @@
-"""Gradient accumulation: snapshots fall on the boundaries behind an optimizer step, never between two micro-batches.
+"""Gradient accumulation: snapshots fall on the boundaries behind an optimizer step, never between
+two micro-batches.
 
     python examples/accumulate.py
 
-Each step of the loop is one micro-batch. A snapshot is due every 50 of them, but the optimizer steps every 4: the one due at
-50 is taken at 52, because gradients that are half added up are in no snapshot.
+Each step of the loop is one micro-batch. A snapshot is due every 50 of them, but the optimizer
+steps every 4: the one due at 50 is taken at 52, because gradients that are half added up are in no
+snapshot.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def say(step: int, loss: float) -> None:
 
 
 @ckpt.resilient(store=STORE, every=50)
-def train(run: ckpt.Run, micro_batches: int = 240, *, report: Callable[[int, float], None] = say) -> nn.Module:
+def train(
+    run: ckpt.Run, micro_batches: int = 240, *, report: Callable[[int, float], None] = say
+) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.1), nn.Linear(32, 1)).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

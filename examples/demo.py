@@ -1,7 +1,9 @@
-"""Kill a training process in mid-step, and show that nothing was lost: not one bit of one loss differs.
+"""Kill a training process in mid-step, and show that nothing was lost: not one bit of one loss
+differs.
 
-Trains ``train_gpt.py`` twice under torchrun on two ranks: once undisturbed, and once with a SIGKILL of rank 1 between
-two snapshots. Exits with 1 where the two runs differ in any loss or in the final weights.
+Trains ``train_gpt.py`` twice under torchrun on two ranks: once undisturbed, and once with a SIGKILL
+of rank 1 between two snapshots. Exits with 1 where the two runs differ in any loss or in the final
+weights.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class Losses:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished training run. ``recovery_s`` is the time from the kill to the next step that was new."""
+    """One finished training run. ``recovery_s`` is the time from the kill to the next step that was
+    new."""
 
     losses: Losses
     log: str
@@ -89,7 +92,11 @@ def main() -> int:
     ranks, keep = options.ranks, options.keep
     folder = Path(tempfile.mkdtemp(prefix="ckpt-demo-"))
     try:
-        print(f"training {STEPS} steps on {ranks} ranks, a snapshot every {EVERY} steps, undisturbed ...", flush=True)
+        print(
+            f"training {STEPS} steps on {ranks} ranks, a snapshot every {EVERY} steps, undisturbed "
+            "...",
+            flush=True,
+        )
         calm = train(folder / "calm", ranks=ranks, kill_at=None)
         print(f"the same again, and SIGKILL for rank 1 at step {KILL_AT} ...", flush=True)
         killed = train(folder / "killed", ranks=ranks, kill_at=KILL_AT)
@@ -102,7 +109,8 @@ def main() -> int:
 
 
 def train(folder: Path, *, ranks: int, kill_at: int | None) -> Outcome:
-    """Run the example under torchrun to its end; with ``kill_at``, kill rank 1 once that step was logged."""
+    """Run the example under torchrun to its end; with ``kill_at``, kill rank 1 once that step was
+    logged."""
     folder.mkdir()
     losses = Losses(folder / "losses.txt")
     killed_after = recovery_s = None
@@ -134,12 +142,17 @@ def started(folder: Path, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=3"),
         *(f"--nproc-per-node={ranks}", str(SCRIPT), f"--steps={STEPS}", f"--every={EVERY}"),
-        *(f"--store={folder / 'store'}", f"--loss-file={folder / 'losses.txt'}", f"--pid-dir={folder}"),
+        *(
+            f"--store={folder / 'store'}",
+            f"--loss-file={folder / 'losses.txt'}",
+            f"--pid-dir={folder}",
+        ),
     ]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "OMP_NUM_THREADS": "1",
-        # With the agent's store shared among attempts, a restart after a kill can wait for a dead address forever.
+        # With the agent's store shared among attempts, a restart after a kill can wait for a dead
+        # address forever.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     with (folder / "log.txt").open("wb") as log:
@@ -168,7 +181,10 @@ def report(calm: Outcome, killed: Outcome) -> int:
         ("killed after step", str(killed.killed_after)),
         ("restored snapshot of step", ", ".join(map(str, restored)) or "none"),
         ("steps lost (done twice)", str(killed.losses.redone)),
-        ("seconds from kill to the next new step", "-" if killed.recovery_s is None else f"{killed.recovery_s:.2f}"),
+        (
+            "seconds from kill to the next new step",
+            "-" if killed.recovery_s is None else f"{killed.recovery_s:.2f}",
+        ),
         ("snapshots saved, undisturbed / killed", f"{count_saved(calm)} / {count_saved(killed)}"),
         ("seconds in all, undisturbed / killed", f"{calm.wall_s:.1f} / {killed.wall_s:.1f}"),
         ("final weights, undisturbed / killed", f"{calm.weights} / {killed.weights}"),
@@ -200,7 +216,10 @@ def differences(calm: Outcome, killed: Outcome) -> list[str]:
         if len(first) != 1 or not again:
             faults.append(f"step {step} was computed {len(first)} and {len(again)} times")
         elif {*again} != {*first}:
-            faults.append(f"step {step} gave loss {first[0]} undisturbed, {' then '.join(again)} around the kill")
+            faults.append(
+                f"step {step} gave loss {first[0]} undisturbed, {' then '.join(again)} around the "
+                "kill"
+            )
     if calm.weights != killed.weights:
         faults.append(f"the final weights differ: {calm.weights} and {killed.weights}")
     return faults[:10]

@@ -1,8 +1,10 @@
-"""Early stopping: validate now and then, keep the best state under a tag, stop when nothing improves any more.
+"""Early stopping: validate now and then, keep the best state under a tag, stop when nothing
+improves any more.
 
     python examples/early_stop.py
 
-How often validation failed to improve is part of the state, so a run that was killed stops where an undisturbed one does.
+How often validation failed to improve is part of the state, so a run that was killed stops where an
+undisturbed one does.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def train(run: ckpt.Run, steps: int = 1000, *, report: Callable[[int, float], No
             run.log(validation=held)
             if held < progress["best"]:
                 progress.update(best=held, failed=0)
-                run.save("best")  # taken at this body's end; the tag moves on from the last best one
+                run.save(
+                    "best"
+                )  # taken at this body's end; the tag moves on from the last best one
             else:
                 progress["failed"] += 1
             if progress["failed"] >= PATIENCE:

@@ -2,7 +2,8 @@
 
     python examples/gan.py
 
-Kill it at any moment and run it again: noise, both models and both optimizers go on where the last snapshot had them.
+Kill it at any moment and run it again: noise, both models and both optimizers go on where the last
+snapshot had them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def say(step: int, loss: float) -> None:
 
 
 @ckpt.resilient(store=STORE, every=50)
-def train(run: ckpt.Run, steps: int = 300, *, report: Callable[[int, float], None] = say) -> nn.Module:
+def train(
+    run: ckpt.Run, steps: int = 300, *, report: Callable[[int, float], None] = say
+) -> nn.Module:
     torch.manual_seed(0)
     generator = nn.Sequential(nn.Linear(NOISE, 32), nn.ReLU(), nn.Linear(32, 2)).to(run.device)
     discriminator = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 1)).to(run.device)

@@ -1,4 +1,5 @@
-"""A small byte-level GPT, and the text that it learns: the sources of Python's own standard library."""
+"""A small byte-level GPT, and the text that it learns: the sources of Python's own standard
+library."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ VOCABULARY = 256
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How large the model and its batches are. ``batch`` counts the windows of all ranks together."""
+    """How large the model and its batches are. ``batch`` counts the windows of all ranks
+    together."""
 
     layers: int
     heads: int
@@ -52,7 +54,9 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
-        heads = self.attention(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
+        heads = self.attention(self.attention_norm(x)).view(
+            batch, length, 3, self.heads, width // self.heads
+        )
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
@@ -85,10 +89,13 @@ class GPT(nn.Module):
 
 
 def read_corpus(*, bytes_max: int = 4 << 20) -> torch.Tensor:
-    """The standard library's top-level modules in name order, as one uint8 tensor of at most ``bytes_max`` bytes."""
+    """The standard library's top-level modules in name order, as one uint8 tensor of at most
+    ``bytes_max`` bytes."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     if not files:
-        raise SystemExit("this Python carries no library sources to train on; use a regular installation")
+        raise SystemExit(
+            "this Python carries no library sources to train on; use a regular installation"
+        )
     text = bytearray()
     for file in files:
         text += file.read_bytes()
@@ -100,33 +107,54 @@ def read_corpus(*, bytes_max: int = 4 << 20) -> torch.Tensor:
 class Windows:
     """Cuts the corpus into windows and deals them out in a seeded random order, each once per pass.
 
-    One global sequence of windows exists, whatever the number of ranks: a step takes the next ``batch`` of them, and
-    rank r gets every ``world_size``-th, from r on. All that must be remembered is how many were dealt, so every rank's
-    state is the same, and a run resumed in a world of another size neither repeats nor drops a window.
+    One global sequence of windows exists, whatever the number of ranks: a step takes the next
+    ``batch`` of them, and rank r gets every ``world_size``-th, from r on. All that must be
+    remembered is how many were dealt, so every rank's state is the same, and a run resumed in a
+    world of another size neither repeats nor drops a window.
     """
 
-    def __init__(self, corpus: torch.Tensor, shape: Shape, *, rank: int, world_size: int, seed: int) -> None:
+    def __init__(
+        self, corpus: torch.Tensor, shape: Shape, *, rank: int, world_size: int, seed: int
+    ) -> None:
         if shape.batch % world_size != 0:
-            raise SystemExit(f"the batch does not divide among the ranks. batch={shape.batch} ranks={world_size}")
+            raise SystemExit(
+                f"the batch does not divide among the ranks. batch={shape.batch} ranks={world_size}"
+            )
         self.windows = (len(corpus) - 1) // shape.context
         if self.windows < shape.batch:
-            raise SystemExit(f"the corpus is too short for one batch. windows={self.windows} batch={shape.batch}")
-        self.corpus, self.shape, self.rank, self.world_size, self.seed = corpus, shape, rank, world_size, seed
+            raise SystemExit(
+                f"the corpus is too short for one batch. windows={self.windows} batch={shape.batch}"
+            )
+        self.corpus, self.shape, self.rank, self.world_size, self.seed = (
+            corpus,
+            shape,
+            rank,
+            world_size,
+            seed,
+        )
         self.dealt = 0
         self._order = (-1, torch.empty(0, dtype=torch.long))
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next batch of this rank: inputs and targets, int64, (batch / world_size, context) each."""
+        """The next batch of this rank: inputs and targets, int64, (batch / world_size, context)
+        each."""
         numbers = range(self.dealt + self.rank, self.dealt + self.shape.batch, self.world_size)
         self.dealt += self.shape.batch
         starts = [self._window(number) * self.shape.context for number in numbers]
-        rows = torch.stack([self.corpus[start : start + self.shape.context + 1] for start in starts]).long()
+        rows = torch.stack(
+            [self.corpus[start : start + self.shape.context + 1] for start in starts]
+        ).long()
         return rows[:, :-1], rows[:, 1:]
 
     def _window(self, number: int) -> int:
         lap, place = divmod(number, self.windows)
         if self._order[0] != lap:
-            self._order = (lap, torch.randperm(self.windows, generator=torch.Generator().manual_seed(self.seed + lap)))
+            self._order = (
+                lap,
+                torch.randperm(
+                    self.windows, generator=torch.Generator().manual_seed(self.seed + lap)
+                ),
+            )
         return int(self._order[1][place])
 
     def state_dict(self) -> dict[str, int]:

@@ -1,9 +1,11 @@
-"""Decorated calls inside a decorated call: a search over learning rates, each trial a training of its own.
+"""Decorated calls inside a decorated call: a search over learning rates, each trial a training of
+its own.
 
     python examples/nested.py
 
-The search remembers the trials that are done; the trial that was cut short goes on from its own snapshots. Each call has a
-store of its own (two open runs on one store would fence each other, so that is refused).
+The search remembers the trials that are done; the trial that was cut short goes on from its own
+snapshots. Each call has a store of its own (two open runs on one store would fence each other, so
+that is refused).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/plain_checkpointer.py
 
-``Checkpointer`` tracks nothing by itself. So whatever the next step depends on is in the dict that is saved: here also the
-generator that draws the batches.
+``Checkpointer`` tracks nothing by itself. So whatever the next step depends on is in the dict that
+is saved: here also the generator that draws the batches.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Saved by two ranks, continued by one: every sharded tensor is cut anew for the world that is there.
+"""Saved by two ranks, continued by one: every sharded tensor is cut anew for the world that is
+there.
 
     torchrun --standalone --nproc-per-node 2 examples/reshard.py --steps 40
     python examples/reshard.py --steps 60
 
-Two ranks each hold half of every parameter and of AdamW's state (FSDP2); one rank alone holds them whole. The digest printed at
-the end of the first command and at the start of the second is of the same bytes.
+Two ranks each hold half of every parameter and of AdamW's state (FSDP2); one rank alone holds them
+whole. The digest printed at the end of the first command and at the start of the second is of the
+same bytes.
 """
 
 from __future__ import annotations
@@ -34,9 +36,14 @@ def train(run: ckpt.Run, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     run.track(model=model, optimizer=optimizer)
 
-    say(run, f"{run.world_size} ranks go on after {run.completed_steps} steps, weights {digest(model)}")
+    say(
+        run,
+        f"{run.world_size} ranks go on after {run.completed_steps} steps, weights {digest(model)}",
+    )
     for step in run.steps(steps):
-        source = torch.Generator().manual_seed(step * run.world_size + run.rank)  # batches follow from step and rank
+        source = torch.Generator().manual_seed(
+            step * run.world_size + run.rank
+        )  # batches follow from step and rank
         inputs = torch.randn(16, 12, generator=source).to(run.device)
         loss = (model(inputs) - inputs.sum(1, keepdim=True)).pow(2).mean()
         optimizer.zero_grad()
@@ -64,5 +71,7 @@ def say(run: ckpt.Run, text: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="train sharded on any number of ranks")
-    parser.add_argument("--steps", type=int, default=60, help="steps in all, counting those already done")
+    parser.add_argument(
+        "--steps", type=int, default=60, help="steps in all, counting those already done"
+    )
     train(parser.parse_args().steps)

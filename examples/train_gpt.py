@@ -15,7 +15,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# Some CUDA matrix products are only repeatable with a workspace of fixed size; read when CUDA starts.
+# Some CUDA matrix products are only repeatable with a workspace of fixed size; read when CUDA
+# starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
@@ -46,13 +47,21 @@ class Options:
 
 def parse_options() -> Options:
     parser = argparse.ArgumentParser(description="byte-level GPT, protected by ckpt")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps in all, counting those already done")
-    parser.add_argument("--every", default="20", help='a snapshot every so many steps, or "30s", or "auto"')
+    parser.add_argument(
+        "--steps", type=int, default=200, help="optimizer steps in all, counting those already done"
+    )
+    parser.add_argument(
+        "--every", default="20", help='a snapshot every so many steps, or "30s", or "auto"'
+    )
     parser.add_argument("--store", default="runs/gpt", help="where snapshots go: a folder or a URL")
     parser.add_argument("--size", choices=sorted(SHAPES), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--loss-file", type=Path, help="rank 0 appends each step's number and exact loss here")
-    parser.add_argument("--pid-dir", type=Path, help="each rank writes its process id to rank-<n>.pid here")
+    parser.add_argument(
+        "--loss-file", type=Path, help="rank 0 appends each step's number and exact loss here"
+    )
+    parser.add_argument(
+        "--pid-dir", type=Path, help="each rank writes its process id to rank-<n>.pid here"
+    )
     options = vars(parser.parse_args())
     every = options.pop("every")
     return Options(every=int(every) if every.isdecimal() else every, **options)
@@ -85,7 +94,9 @@ def train(run: ckpt.Run, options: Options) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, warmup=20, steps=options.steps)
     )
-    loader = Windows(read_corpus(), options.shape, rank=run.rank, world_size=run.world_size, seed=options.seed)
+    loader = Windows(
+        read_corpus(), options.shape, rank=run.rank, world_size=run.world_size, seed=options.seed
+    )
 
     run.track(model=model, optimizer=optimizer, scheduler=scheduler, loader=loader)
     say(run, "starts fresh" if run.restored is None else f"restored step {run.restored.step}")
@@ -116,11 +127,12 @@ def train(run: ckpt.Run, options: Options) -> None:
 def warm_up(model: DistributedDataParallel, shape: Shape, device: torch.device) -> None:
     """Let DDP settle its buckets before anything is restored.
 
-    DDP guesses in which order gradients arrive, watches the first backward and regroups its buckets at the second
-    forward. At three and more ranks the grouping decides in which order floats are added up. A run that never stopped
-    regrouped long ago; a restarted one would take its first step with the guess, and differ in the last bits. Two
-    rounds on dummy bytes put both in the same state. No optimizer step is taken, and the random state that dropout used
-    up is put back by the restore, or is the same in every fresh start.
+    DDP guesses in which order gradients arrive, watches the first backward and regroups its buckets
+    at the second forward. At three and more ranks the grouping decides in which order floats are
+    added up. A run that never stopped regrouped long ago; a restarted one would take its first step
+    with the guess, and differ in the last bits. Two rounds on dummy bytes put both in the same
+    state. No optimizer step is taken, and the random state that dropout used up is put back by the
+    restore, or is the same in every fresh start.
     """
     dummy = torch.zeros(1, shape.context, dtype=torch.long, device=device)
     for _ in range(2):
@@ -129,7 +141,8 @@ def warm_up(model: DistributedDataParallel, shape: Shape, device: torch.device) 
 
 
 def mean_over_ranks(loss: torch.Tensor, world_size: int) -> float:
-    """The loss of the whole batch. One more collective a step, so that the number vouches for every rank."""
+    """The loss of the whole batch. One more collective a step, so that the number vouches for every
+    rank."""
     if world_size > 1:
         dist.all_reduce(loss)
         loss /= world_size
@@ -147,7 +160,10 @@ def weights_digest(model: nn.Module) -> str:
 def list_snapshots(store: str) -> None:
     with contextlib.closing(ckpt.Checkpointer(store)) as checkpointer:
         for info in checkpointer.snapshots():
-            print(f"saved step {info.step} bytes={info.size_bytes} new_bytes={info.new_bytes}", flush=True)
+            print(
+                f"saved step {info.step} bytes={info.size_bytes} new_bytes={info.new_bytes}",
+                flush=True,
+            )
 
 
 def say(run: ckpt.Run, text: str) -> None:

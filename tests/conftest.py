@@ -1,8 +1,9 @@
 """What holds for all tests: no test touches the user's keepers, and most run without any.
 
-Tests of one room run in place and make their snapshots durable themselves, as a process without keeper does: they look at
-that process's own work. Those that show the whole (FULL) run as a user's program does.
-No test depends on the signals that whoever started pytest ignored, and no property on how fast a busy machine is.
+Tests of one room run in place and make their snapshots durable themselves, as a process without
+keeper does: they look at that process's own work. Those that show the whole (FULL) run as a user's
+program does. No test depends on the signals that whoever started pytest ignored, and no property on
+how fast a busy machine is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from hypothesis import HealthCheck, settings
 from ckpt.ipc.cluster_spec import NODES_VARIABLE
 
 ROOT = Path(__file__).parent
-FULL = ("scenarios/nodes", "scenarios/one_node", "examples", "docs", "keeper", "ipc", "elastic/supervised")
+FULL = (
+    "scenarios/nodes",
+    "scenarios/one_node",
+    "examples",
+    "docs",
+    "keeper",
+    "ipc",
+    "elastic/supervised",
+)
 
 SLOW_IN_CONTRACT = frozenset(
     {
@@ -44,7 +53,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """What modules of tests hold stays to the end, and a look for garbage that goes through it takes half a second."""
+    """What modules of tests hold stays to the end, and a look for garbage that goes through it
+    takes half a second."""
     gc.disable()
     try:
         return (yield)
@@ -72,7 +82,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _keepers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ.pop(NODES_VARIABLE, None)  # a launcher's, left behind by a test of launchers in this process
+    os.environ.pop(
+        NODES_VARIABLE, None
+    )  # a launcher's, left behind by a test of launchers in this process
     patch = request.getfixturevalue("monkeypatch")
     patch.setenv("CKPT_RUNTIME_DIR", str(tmp_path_factory.getbasetemp() / "keepers"))
     folder = request.path.parent.relative_to(ROOT).as_posix()

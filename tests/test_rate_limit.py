@@ -1,4 +1,5 @@
-"""A token bucket by a clock of the test's own: never faster than its rate, never slower than it must be."""
+"""A token bucket by a clock of the test's own: never faster than its rate, never slower than it
+must be."""
 
 from __future__ import annotations
 
@@ -28,19 +29,25 @@ def sent(sends: list[tuple[float, int]], rate: float | None = RATE) -> list[tupl
 
 
 @given(SENDS)
-def test_in_no_time_goes_more_than_its_rate_a_burst_and_a_block(sends: list[tuple[float, int]]) -> None:
+def test_in_no_time_goes_more_than_its_rate_a_burst_and_a_block(
+    sends: list[tuple[float, int]],
+) -> None:
     found = sent(sends)
     for first in range(len(found)):
         for last in range(first, len(found)):
             took_s = found[last][0] - found[first][0]
-            between = sum(size for _, size in found[first:last])  # the last block is let go once nothing is owed
+            between = sum(
+                size for _, size in found[first:last]
+            )  # the last block is let go once nothing is owed
             assert between <= RATE * (took_s + BURST_S) + 1e-6 * (1 + between)
 
 
 @given(SENDS)
 def test_nobody_waits_longer_than_for_what_went_before(sends: list[tuple[float, int]]) -> None:
     now_s = 0.0
-    for (at_s, _), (pause_s, _), before in zip(sent(sends), sends, [0, *(size for _, size in sends)], strict=False):
+    for (at_s, _), (pause_s, _), before in zip(
+        sent(sends), sends, [0, *(size for _, size in sends)], strict=False
+    ):
         assert at_s <= now_s + max(pause_s, before / RATE) + 1e-6
         now_s = at_s
 

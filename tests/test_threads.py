@@ -54,12 +54,16 @@ queue.submit(lambda: ({call}, print("done", flush=True)))
 @pytest.mark.slow
 def test_exit_waits_for_a_call_that_was_not_closed() -> None:
     code = EXIT.format(limit=WAIT_S, call="time.sleep(0.2)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_S, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_S, check=True
+    )
     assert done.stdout == "done\n"
 
 
 @pytest.mark.slow
 def test_exit_does_not_wait_for_ever() -> None:
     code = EXIT.format(limit=0.2, call="threading.Event().wait()")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_S, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_S, check=True
+    )
     assert done.stdout == ""

@@ -28,7 +28,9 @@ def test_path_and_file_url_open_a_folder(url: str, path: str) -> None:
     assert store.url == path
 
 
-def test_relative_and_home_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_and_home_paths_are_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     assert open_backend("runs/a").url == str(tmp_path / "runs/a")

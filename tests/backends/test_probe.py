@@ -1,4 +1,5 @@
-"""Whether a store creates once is asked of it, and nothing else that a store does is taken for a yes."""
+"""Whether a store creates once is asked of it, and nothing else that a store does is taken for a
+yes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,14 @@ from collections.abc import Callable
 import pytest
 
 from ckpt.backends.probe import CreateOnceProbe, creates_once, interpret_outcomes
-from ckpt.errors import KeyExistsError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
+from ckpt.errors import (
+    KeyExistsError,
+    NotFoundError,
+    StoreDeniedError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
 
 
 def caused(cause: Exception) -> UnavailableError:
@@ -54,7 +62,9 @@ def test_only_a_refusal_because_the_key_is_taken_means_yes(
     assert removed == [1]
 
 
-@pytest.mark.parametrize("error", [StoreDeniedError("403"), UnavailableError("503"), NotFoundError("404")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [StoreDeniedError("403"), UnavailableError("503"), NotFoundError("404")], ids=repr
+)
 def test_store_that_deletes_nothing_still_tells(error: Exception) -> None:
     assert creates_once(acts(None, KeyExistsError("412")), acts(error)) is True
 

@@ -72,7 +72,9 @@ class TestProbe:
 
     @pytest.mark.parametrize("status", [401, 403, 404, 409, 500, 503])
     def test_refusal_for_another_reason_is_no_yes_and_is_asked_again(self, status: int) -> None:
-        self.proxy.rule = scripted([None] + [Answer(status, "Whatever")] * 9, when=lambda seen: seen.method == "PUT")
+        self.proxy.rule = scripted(
+            [None] + [Answer(status, "Whatever")] * 9, when=lambda seen: seen.method == "PUT"
+        )
         assert not self.store.capabilities().create_only
         with pytest.raises(UsageError, match="only once"):
             self.store.put("log/1", [b"x"], create_only=True)
@@ -87,7 +89,9 @@ class TestProbe:
         assert self.bucket.server.client().list_objects_v2(Bucket=self.bucket.name)["KeyCount"] == 0
 
     def test_store_that_refuses_to_delete_still_tells(self) -> None:
-        self.proxy.rule = always(Answer(403, "AccessDenied"), when=lambda seen: seen.method == "DELETE")
+        self.proxy.rule = always(
+            Answer(403, "AccessDenied"), when=lambda seen: seen.method == "DELETE"
+        )
         assert self.store.capabilities().create_only
         assert keys(self.store) == []
 

@@ -1,4 +1,5 @@
-"""What the network and the server do wrong becomes the right error or is healed; no wrong data, no harm to other objects."""
+"""What the network and the server do wrong becomes the right error or is healed; no wrong data, no
+harm to other objects."""
 
 from __future__ import annotations
 
@@ -26,7 +27,14 @@ from kit.servers.rules import (
 from kit.servers.s3 import S3Server
 
 from ckpt.backends.base import Backend
-from ckpt.errors import CkptError, KeyExistsError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError
+from ckpt.errors import (
+    CkptError,
+    KeyExistsError,
+    NotFoundError,
+    StoreDeniedError,
+    StoreFullError,
+    UnavailableError,
+)
 from ckpt.testing.contract import create, keys, read
 
 pytestmark = pytest.mark.slow
@@ -47,13 +55,18 @@ class World:
 
 @pytest.fixture(params=["gateway", "moto"])
 def server(request: pytest.FixtureRequest) -> S3Server:
-    server: S3Server = request.getfixturevalue("s3_server" if request.param == "gateway" else "moto_server")
+    server: S3Server = request.getfixturevalue(
+        "s3_server" if request.param == "gateway" else "moto_server"
+    )
     return server
 
 
 @pytest.fixture
 def make(
-    server: S3Server, client: str, fault_proxy: Callable[..., FaultProxy], monkeypatch: pytest.MonkeyPatch
+    server: S3Server,
+    client: str,
+    fault_proxy: Callable[..., FaultProxy],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., World]]:
     bucket = server.bucket()
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)  # beside botocore's, which options name
@@ -61,7 +74,9 @@ def make(
 
         def make(**options: object) -> World:
             proxy = fault_proxy(server.endpoint)
-            store = open_with(client, monkeypatch, bucket.url, through(bucket, proxy.endpoint, **options))
+            store = open_with(
+                client, monkeypatch, bucket.url, through(bucket, proxy.endpoint, **options)
+            )
             direct = open_with(client, monkeypatch, bucket.url, bucket.options)
             for one in (store, direct):
                 ending.callback(one.close)
@@ -76,11 +91,19 @@ def world(make: Callable[..., World]) -> World:
     return make(config_kwargs=HASTY)
 
 
-BROKEN = [ResetBefore(), ResetAfter(), Answer(503, "SlowDown"), Answer(500, "InternalError"), Delay(100)]
+BROKEN = [
+    ResetBefore(),
+    ResetAfter(),
+    Answer(503, "SlowDown"),
+    Answer(500, "InternalError"),
+    Delay(100),
+]
 
 
 @pytest.mark.parametrize("fault", BROKEN, ids=repr)
-def test_store_that_never_answers_is_unavailable_in_every_operation(world: World, fault: Fault) -> None:
+def test_store_that_never_answers_is_unavailable_in_every_operation(
+    world: World, fault: Fault
+) -> None:
     world.store.put("a", [BODY])
     world.proxy.rule = always(fault)
     acts: list[Callable[[], object]] = [
@@ -100,12 +123,16 @@ def test_store_that_never_answers_is_unavailable_in_every_operation(world: World
 
 
 @pytest.mark.parametrize(
-    "fault", [ResetBefore(), ResetAfter(), Answer(503, "SlowDown"), Truncate(0), Truncate(300)], ids=repr
+    "fault",
+    [ResetBefore(), ResetAfter(), Answer(503, "SlowDown"), Truncate(0), Truncate(300)],
+    ids=repr,
 )
 def test_one_failure_is_healed_by_repeating(make: Callable[..., World], fault: Fault) -> None:
     world = make()
     for number, method in enumerate(("PUT", "GET", "HEAD", "DELETE")):
-        world.proxy.rule = first(1, fault, when=lambda request, method=method: request.method == method)
+        world.proxy.rule = first(
+            1, fault, when=lambda request, method=method: request.method == method
+        )
         key = f"k{number}"
         world.store.put(key, [BODY])
         assert read(world.store, key) == BODY
@@ -147,7 +174,9 @@ def test_reply_that_always_breaks_off_is_unavailable_and_never_short_data(world:
         world.store.read_into("a", memoryview(bytearray(len(BODY))))
 
 
-def test_reply_that_breaks_off_again_and_again_arrives_whole_in_pieces(make: Callable[..., World]) -> None:
+def test_reply_that_breaks_off_again_and_again_arrives_whole_in_pieces(
+    make: Callable[..., World],
+) -> None:
     world = make()
     world.store.put("a", [LARGE])
     world.proxy.rule = first(3, Truncate(5 << 20), when=lambda request: request.method == "GET")
@@ -174,8 +203,12 @@ def test_byte_that_changes_on_its_way_in_is_refused_by_a_server_that_checks(
     assert keys(world.direct) == ["a"]
 
 
-def test_upload_in_parts_that_fails_leaves_no_object_and_no_parts(world: World, server: S3Server) -> None:
-    world.proxy.rule = always(Answer(503), when=lambda request: request.query.get("partNumber") == "2")
+def test_upload_in_parts_that_fails_leaves_no_object_and_no_parts(
+    world: World, server: S3Server
+) -> None:
+    world.proxy.rule = always(
+        Answer(503), when=lambda request: request.query.get("partNumber") == "2"
+    )
     with pytest.raises(UnavailableError):
         world.store.put("large", [LARGE])
     assert keys(world.direct) == []
@@ -193,7 +226,9 @@ def test_lost_reply_to_a_creation_is_settled_by_reading(world: World) -> None:
     assert read(world.store, "log/1") == BODY
 
 
-def test_frozen_server_is_unavailable_and_serves_again_afterwards(world: World, server: S3Server) -> None:
+def test_frozen_server_is_unavailable_and_serves_again_afterwards(
+    world: World, server: S3Server
+) -> None:
     world.store.put("a", [BODY])
     server.freeze()
     try:
@@ -220,13 +255,19 @@ def test_killed_server_is_unavailable_and_has_all_that_was_put_once_it_is_back(
     assert read(world.store, "large") == LARGE
 
 
-def test_random_faults_lose_nothing_that_was_acknowledged_and_give_no_wrong_byte(make: Callable[..., World]) -> None:
+def test_random_faults_lose_nothing_that_was_acknowledged_and_give_no_wrong_byte(
+    make: Callable[..., World],
+) -> None:
     print(f"CKPT_SEED={SEED}")
     world = make(config_kwargs={"retries": {"max_attempts": 1}})
     chances: dict[Fault, float] = {
-        ResetBefore(): 0.1, ResetAfter(): 0.1, Answer(503): 0.1, Answer(500, "InternalError"): 0.05, Truncate(7): 0.1,
+        ResetBefore(): 0.1,
+        ResetAfter(): 0.1,
+        Answer(503): 0.1,
+        Answer(500, "InternalError"): 0.05,
+        Truncate(7): 0.1,
         Delay(0.05): 0.1,
-    }  # fmt: skip
+    }
     world.proxy.rule = seeded(SEED, chances)
     acknowledged: dict[str, bytes] = {}
     maybe: dict[str, list[bytes]] = {}

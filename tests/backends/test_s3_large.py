@@ -37,7 +37,9 @@ def body() -> bytes:
     return random.Random(1).randbytes(SIZE)
 
 
-def test_object_in_several_parts_is_read_back_in_parallel_ranges(store: tuple[Backend, S3Server]) -> None:
+def test_object_in_several_parts_is_read_back_in_parallel_ranges(
+    store: tuple[Backend, S3Server],
+) -> None:
     backend, _ = store
     whole = body()
     cuts = [0, 5, 17 * MIB, 17 * MIB + 1, 40 * MIB, len(whole)]
@@ -66,7 +68,9 @@ def test_several_large_puts_at_once_are_all_whole(store: tuple[Backend, S3Server
         assert read(backend, f"packs/{number}") == whole[number : number + 33 * MIB]
 
 
-def test_listing_of_more_than_one_page_is_whole_and_in_order(store: tuple[Backend, S3Server]) -> None:
+def test_listing_of_more_than_one_page_is_whole_and_in_order(
+    store: tuple[Backend, S3Server],
+) -> None:
     backend, _ = store
     names = [f"log/{number:020d}.json" for number in range(1050)] + ["log.x", "logs/1", "packs/1"]
     with ThreadPoolExecutor(8) as pool:
@@ -75,7 +79,9 @@ def test_listing_of_more_than_one_page_is_whole_and_in_order(store: tuple[Backen
     assert keys(backend, "log/") == names[:1050]
     assert keys(backend, "log/", names[1020]) == names[1021:1050]
     assert keys(backend, "log/0000000000000000010") == names[100:110]
-    assert [entry.key for entry, _ in zip(backend.list("log/"), range(3), strict=False)] == names[:3]
+    assert [entry.key for entry, _ in zip(backend.list("log/"), range(3), strict=False)] == names[
+        :3
+    ]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(backend.delete, names[900:]))
     assert keys(backend) == names[:900]

@@ -1,4 +1,5 @@
-"""Credentials, endpoints, encryption, certificates and proxies as users of fsspec give them, with both clients."""
+"""Credentials, endpoints, encryption, certificates and proxies as users of fsspec give them, with
+both clients."""
 
 from __future__ import annotations
 
@@ -53,9 +54,25 @@ def works(client: str, patch: pytest.MonkeyPatch, url: str, options: dict[str, o
 GIVEN: list[dict[str, object]] = [
     {"key": KEY, "secret": SECRET, "endpoint_url": "E"},
     {"username": KEY, "password": SECRET, "client_kwargs": {"endpoint_url": "E"}},
-    {"client_kwargs": {"endpoint_url": "E", "aws_access_key_id": KEY, "aws_secret_access_key": SECRET}},
-    {"key": KEY, "secret": SECRET, "endpoint_url": "E", "client_kwargs": {"region_name": "us-east-1"}},
-    {"key": KEY, "secret": SECRET, "endpoint_url": "E", "config_kwargs": {"s3": {"addressing_style": "path"}}},
+    {
+        "client_kwargs": {
+            "endpoint_url": "E",
+            "aws_access_key_id": KEY,
+            "aws_secret_access_key": SECRET,
+        }
+    },
+    {
+        "key": KEY,
+        "secret": SECRET,
+        "endpoint_url": "E",
+        "client_kwargs": {"region_name": "us-east-1"},
+    },
+    {
+        "key": KEY,
+        "secret": SECRET,
+        "endpoint_url": "E",
+        "config_kwargs": {"s3": {"addressing_style": "path"}},
+    },
 ]
 
 
@@ -71,7 +88,9 @@ def test_options_reach_the_server(
     works(client, monkeypatch, s3_bucket.url, {name: at(value) for name, value in options.items()})
 
 
-def test_environment_reaches_the_server(client: str, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_reaches_the_server(
+    client: str, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_bucket.server.endpoint)
@@ -81,7 +100,9 @@ def test_environment_reaches_the_server(client: str, s3_bucket: Bucket, monkeypa
 def test_profile_in_files_reaches_the_server(
     client: str, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "credentials").write_text(f"[mine]\naws_access_key_id={KEY}\naws_secret_access_key={SECRET}\n")
+    (tmp_path / "credentials").write_text(
+        f"[mine]\naws_access_key_id={KEY}\naws_secret_access_key={SECRET}\n"
+    )
     (tmp_path / "config").write_text("[profile mine]\nregion=us-east-1\n")
     endpoint = s3_bucket.server.endpoint
     works(client, monkeypatch, s3_bucket.url, {"profile": "mine", "endpoint_url": endpoint})
@@ -93,7 +114,12 @@ def test_wrong_and_missing_credentials_are_denied(
     client: str, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endpoint = s3_bucket.server.endpoint
-    for options in ({"key": KEY, "secret": "wrong"}, {"key": "nobody", "secret": "x"}, {"anon": True}, {}):
+    for options in (
+        {"key": KEY, "secret": "wrong"},
+        {"key": "nobody", "secret": "x"},
+        {"anon": True},
+        {},
+    ):
         store = open_with(client, monkeypatch, s3_bucket.url, {"endpoint_url": endpoint, **options})
         with pytest.raises(StoreDeniedError):
             store.put("a", [b"x"])
@@ -105,7 +131,10 @@ def test_wrong_and_missing_credentials_are_denied(
         ({"ServerSideEncryption": "AES256"}, {"x-amz-server-side-encryption": "AES256"}),
         (
             {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "key-1"},
-            {"x-amz-server-side-encryption": "aws:kms", "x-amz-server-side-encryption-aws-kms-key-id": "key-1"},
+            {
+                "x-amz-server-side-encryption": "aws:kms",
+                "x-amz-server-side-encryption-aws-kms-key-id": "key-1",
+            },
         ),
     ],
     ids=["AES256", "kms"],
@@ -127,7 +156,8 @@ def test_encryption_is_asked_for_with_every_object(
     begins = [
         seen.request
         for seen in proxy.seen
-        if (seen.request.method == "PUT" and not seen.request.query) or "uploads" in seen.request.query
+        if (seen.request.method == "PUT" and not seen.request.query)
+        or "uploads" in seen.request.query
     ]
     assert {request.path.rpartition("/")[2] for request in begins} >= {"small", "large", "1"}
     for request in begins:
@@ -137,7 +167,8 @@ def test_encryption_is_asked_for_with_every_object(
 
 @pytest.fixture
 def authority(tmp_path: Path) -> tuple[Path, ssl.SSLContext]:
-    """A certificate authority of one's own, and a server's context with a certificate for 127.0.0.1 by it."""
+    """A certificate authority of one's own, and a server's context with a certificate for 127.0.0.1
+    by it."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ckpt tests")])
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -149,14 +180,21 @@ def authority(tmp_path: Path) -> tuple[Path, ssl.SSLContext]:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            critical=False,
+        )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
     ca, secret = tmp_path / "ca.pem", tmp_path / "key.pem"
     ca.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     secret.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(ca, secret)
@@ -195,11 +233,19 @@ def test_certificates_are_not_looked_at_where_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     proxy = fault_proxy(s3_bucket.server.endpoint, tls=authority[1])
-    works(client, monkeypatch, s3_bucket.url, through(s3_bucket, proxy.endpoint, client_kwargs={"verify": False}))
+    works(
+        client,
+        monkeypatch,
+        s3_bucket.url,
+        through(s3_bucket, proxy.endpoint, client_kwargs={"verify": False}),
+    )
 
 
 def test_requests_go_through_a_proxy(
-    client: str, s3_bucket: Bucket, fault_proxy: Callable[..., FaultProxy], monkeypatch: pytest.MonkeyPatch
+    client: str,
+    s3_bucket: Bucket,
+    fault_proxy: Callable[..., FaultProxy],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     proxy = fault_proxy(s3_bucket.server.endpoint)
     config = {"config_kwargs": {"proxies": {"http": proxy.endpoint}}}
@@ -217,14 +263,19 @@ def test_client_is_chosen_by_what_was_asked(
 ) -> None:
     caplog.set_level(logging.DEBUG, "ckpt")
     monkeypatch.delenv(CLIENT_VARIABLE, raising=False)
-    odd: dict[str, object] = {**s3_bucket.options, "s3_additional_kwargs": {"StorageClass": "STANDARD"}}
+    odd: dict[str, object] = {
+        **s3_bucket.options,
+        "s3_additional_kwargs": {"StorageClass": "STANDARD"},
+    }
     assert isinstance(open_backend(s3_bucket.url, s3_bucket.options), ForkAwareBackend)
     assert not caplog.records
     assert isinstance(open_backend(s3_bucket.url, odd), FsspecBackend)
     assert [record.levelname for record in caplog.records] == ["DEBUG"]
     assert "StorageClass" in caplog.text
     assert SECRET not in caplog.text
-    assert isinstance(open_with("s3fs", monkeypatch, s3_bucket.url, s3_bucket.options), FsspecBackend)
+    assert isinstance(
+        open_with("s3fs", monkeypatch, s3_bucket.url, s3_bucket.options), FsspecBackend
+    )
     with pytest.raises(UsageError, match="StorageClass"):
         open_with("obstore", monkeypatch, s3_bucket.url, odd)
     with pytest.raises(UsageError, match="no such client"):
@@ -249,7 +300,15 @@ print(store.client, sorted(found.key for found in store.list("")))
 
 
 def test_child_of_a_fork_goes_on_with_the_other_client(s3_bucket: Bucket) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", FORKING, s3_bucket.url, repr(s3_bucket.options)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        FORKING,
+        s3_bucket.url,
+        repr(s3_bucket.options),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "obstore ['child', 'parent']\n"
@@ -257,6 +316,10 @@ def test_child_of_a_fork_goes_on_with_the_other_client(s3_bucket: Bucket) -> Non
 
 def test_neither_client_is_imported_before_a_store_needs_it() -> None:
     names = ("obstore", "s3fs", "botocore", "torch")
-    code = f"import sys, ckpt.backends.open; print([name for name in {names} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    code = (
+        f"import sys, ckpt.backends.open; print([name for name in {names} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout == "[]\n"

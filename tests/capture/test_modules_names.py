@@ -1,4 +1,5 @@
-"""Names of module leaves are those of torch.distributed.checkpoint.state_dict, for every wrapper."""
+"""Names of module leaves are those of torch.distributed.checkpoint.state_dict, for every
+wrapper."""
 
 from __future__ import annotations
 
@@ -122,7 +123,11 @@ def test_module_leaves_are_named_as_torch_names_them(make: object, world: World)
     net = make()  # type: ignore[operator]
     expected = get_model_state_dict(net)
     found = {one.leaf.name: one for one in capture({"model": net}, world=world).tensors}
-    tensors = {f"model/{name}": value for name, value in expected.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        f"model/{name}": value
+        for name, value in expected.items()
+        if isinstance(value, torch.Tensor)
+    }
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].leaf.shape == tuple(tensor.shape)
@@ -147,7 +152,10 @@ def test_ddp_optimizer_state_follows_its_parameter(world: World) -> None:
     optimizer.step()
     found = capture({"model": net, "optimizer": optimizer}, world=world).tensors
     state = [one for one in found if one.leaf.name.startswith("optimizer/")]
-    assert {one.leaf.name for one in state} >= {"optimizer/state/weight/exp_avg", "optimizer/state/bias/step"}
+    assert {one.leaf.name for one in state} >= {
+        "optimizer/state/weight/exp_avg",
+        "optimizer/state/bias/step",
+    }
     assert all(one.leaf.rank is None and one.replicas == (0, 1, 2, 3) for one in state)
 
 
@@ -158,7 +166,11 @@ def test_sharded_parameter_has_its_box_and_step_is_shared(world: World) -> None:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     found = {one.leaf.name: one for one in capture({"m": net, "o": optimizer}, world=world).tensors}
-    weight, moment, step = found["m/weight"], found["o/state/weight/exp_avg"], found["o/state/weight/step"]
+    weight, moment, step = (
+        found["m/weight"],
+        found["o/state/weight/exp_avg"],
+        found["o/state/weight/step"],
+    )
     assert (weight.box.offsets, weight.box.sizes, weight.leaf.shape) == ((2, 0), (2, 3), (6, 3))
     assert (moment.box, moment.leaf.rank, moment.replicas) == (weight.box, None, (RANK,))
     assert (step.leaf.shape, step.leaf.rank, step.replicas) == ((), None, (0, 1, 2, 3))

@@ -39,7 +39,9 @@ def test_every_element_is_owned_by_exactly_one_rank(leaves: list[ReplicatedBox])
         for rank, mine in owners:
             assert rank in leaves[index].replicas
             low = [a - b for a, b in zip(mine.offsets, box.offsets, strict=True)]
-            assert all(at >= 0 and at + n <= m for at, n, m in zip(low, mine.sizes, box.sizes, strict=True))
+            assert all(
+                at >= 0 and at + n <= m for at, n, m in zip(low, mine.sizes, box.sizes, strict=True)
+            )
             count[tuple(slice(at, at + n) for at, n in zip(low, mine.sizes, strict=True))] += 1
         assert (count == 1).all()
         if box.elements == 0:
@@ -54,7 +56,9 @@ def test_every_element_is_owned_by_exactly_one_rank(leaves: list[ReplicatedBox])
 )
 def test_shares_differ_by_a_row_or_one_percent(shapes: list[tuple[int, int]], ranks: int) -> None:
     leaves = [ReplicatedBox(Box.whole(shape), 4, tuple(range(ranks))) for shape in shapes]
-    shares = [sum(one.box.elements * 4 for one in owned_boxes(leaves, rank=rank)) for rank in range(ranks)]
+    shares = [
+        sum(one.box.elements * 4 for one in owned_boxes(leaves, rank=rank)) for rank in range(ranks)
+    ]
     total = sum(leaf.box.elements * 4 for leaf in leaves)
     row = max((cols if rows > 1 else 1) * 4 for rows, cols in shapes)
     assert sum(shares) == total
@@ -68,7 +72,10 @@ def test_cuts_fall_on_the_chunk_grid_where_it_costs_little() -> None:
 
 
 def test_cuts_fall_on_leaf_ends_where_it_costs_little() -> None:
-    leaves = [ReplicatedBox(Box.whole((1 << 20,)), 4, (0, 1)), ReplicatedBox(Box.whole(((1 << 20) + 5,)), 4, (0, 1))]
+    leaves = [
+        ReplicatedBox(Box.whole((1 << 20,)), 4, (0, 1)),
+        ReplicatedBox(Box.whole(((1 << 20) + 5,)), 4, (0, 1)),
+    ]
     assert owned_boxes(leaves, rank=0) == [OwnedBox(0, leaves[0].box)]
     assert owned_boxes(leaves, rank=1) == [OwnedBox(1, leaves[1].box)]
 

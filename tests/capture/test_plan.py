@@ -174,7 +174,9 @@ def test_tied_parameters_are_one_leaf_and_an_alias() -> None:
 def test_overlapping_views_are_stored_by_value() -> None:
     base = torch.zeros(6)
     found = by_name(
-        capture({"d": {"a": base, "b": base[:3], "c": base.view(2, 3), "e": base[:0]}}, world=WORLD).tensors
+        capture(
+            {"d": {"a": base, "b": base[:3], "c": base.view(2, 3), "e": base[:0]}}, world=WORLD
+        ).tensors
     )
     assert all(one.leaf.alias_of is None for one in found.values())
 

@@ -30,13 +30,20 @@ def test_each_dtype_is_recorded_by_its_name(name: str) -> None:
         tensor = torch.empty(shape, dtype=dtype)
         assert tensor.element_size() == DTYPE_BYTES[name]
         found = one(tensor)
-        assert (found.leaf.dtype, found.leaf.shape, found.leaf.rank, found.replicas) == (name, shape, 2, (2,))  # type: ignore[attr-defined]
+        assert (found.leaf.dtype, found.leaf.shape, found.leaf.rank, found.replicas) == (
+            name,
+            shape,
+            2,
+            (2,),
+        )  # type: ignore[attr-defined]
 
 
 def test_every_dtype_of_torch_is_known_or_is_quantized_or_bits() -> None:
     every = {dtype_name(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
     left = {name for name in every - DTYPE_BYTES.keys() if not name.startswith(("q", "bits"))}
-    assert left <= {"bcomplex32"}  # which torch calls experimental; a tensor of it is refused by name, as those are
+    assert left <= {
+        "bcomplex32"
+    }  # which torch calls experimental; a tensor of it is refused by name, as those are
 
 
 def test_strided_view_shares_memory() -> None:
@@ -69,7 +76,9 @@ class Wrapped(torch.Tensor):
     """Data elsewhere."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> object:
+    def __torch_dispatch__(
+        cls, func: object, types: object, args: object = (), kwargs: object = None
+    ) -> object:
         raise AssertionError("not reached")
 
 
@@ -99,7 +108,9 @@ def nested() -> torch.Tensor:
         (wrapped, "plain tensors inside"),
     ],
 )
-def test_tensor_that_cannot_be_stored_is_refused_with_name_and_remedy(make: object, remedy: str) -> None:
+def test_tensor_that_cannot_be_stored_is_refused_with_name_and_remedy(
+    make: object, remedy: str
+) -> None:
     with pytest.raises(UsageError, match=remedy) as caught:
         one(make())  # type: ignore[operator]
     assert "leaf='d/t'" in str(caught.value)

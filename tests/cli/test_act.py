@@ -38,14 +38,19 @@ def test_verify_tells_all_damage_and_exits_20(ckpt, store) -> None:
     done = ckpt("verify", store.url, "--json")
     assert done.code == 20
     damaged = done.json["snapshots"][0]["damaged"]
-    assert {tuple(one["leaves"]) for one in damaged} == {("model/fc.weight",), ("optimizer/state/fc.weight/exp_avg",)}
+    assert {tuple(one["leaves"]) for one in damaged} == {
+        ("model/fc.weight",),
+        ("optimizer/state/fc.weight/exp_avg",),
+    }
     assert {one["what"] for one in damaged} == {"mismatch"}
     assert damaged[0]["key"] == pack
     text = ckpt("verify", store.url).out
     assert "DAMAGED" in text
     assert pack in text
     assert ckpt("verify", store.url, "--step", 20).code == 0
-    assert [one["ok"] for one in ckpt("verify", store.url, "--all", "--json").json["snapshots"]] == [False, True, True]
+    assert [
+        one["ok"] for one in ckpt("verify", store.url, "--all", "--json").json["snapshots"]
+    ] == [False, True, True]
 
 
 def test_verify_tells_a_damaged_part(ckpt, store) -> None:
@@ -86,12 +91,22 @@ def test_restored_optimizer_loads_into_a_real_one(ckpt, store, tmp_path: Path) -
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((10, 16), (48, 32), (48,))]
     optimizer = torch.optim.Adam(parameters)
     optimizer.load_state_dict(state)
-    assert np.array_equal(optimizer.state[parameters[1]]["exp_avg"].numpy(), sample_state(30).momentum)
+    assert np.array_equal(
+        optimizer.state[parameters[1]]["exp_avg"].numpy(), sample_state(30).momentum
+    )
 
 
 def test_restore_as_safetensors_of_all_ranks(ckpt, store, tmp_path: Path) -> None:
     done = ckpt(
-        "restore", store.url, "--to", tmp_path / "o", "--format", "safetensors", "--all-ranks", "--memory", "16MiB"
+        "restore",
+        store.url,
+        "--to",
+        tmp_path / "o",
+        "--format",
+        "safetensors",
+        "--all-ranks",
+        "--memory",
+        "16MiB",
     )
     assert done.code == 0
     for rank in (0, 1):
@@ -112,11 +127,15 @@ def test_restore_falls_back_from_damage_and_says_so(ckpt, store, tmp_path: Path)
 
 def test_restore_falls_back_from_a_lost_manifest(ckpt, store, tmp_path: Path) -> None:
     store.delete(next(stat.key for stat in store.list("manifests/") if "0030-" in stat.key))
-    assert ckpt("restore", store.url, "--to", tmp_path / "a", "--json").json["snapshot"]["step"] == 20
+    assert (
+        ckpt("restore", store.url, "--to", tmp_path / "a", "--json").json["snapshot"]["step"] == 20
+    )
 
 
 @pytest.mark.parametrize("arguments", [("--strict",), ("--step", 30), ("--tag", "newest-tag")])
-def test_restore_of_exactly_one_damaged_snapshot_exits_20(ckpt, store, tmp_path: Path, arguments) -> None:
+def test_restore_of_exactly_one_damaged_snapshot_exits_20(
+    ckpt, store, tmp_path: Path, arguments
+) -> None:
     ckpt("tag", store.url, "newest-tag")
     spoil(store, 30)
     done = ckpt("restore", store.url, "--to", tmp_path / "a", *arguments)
@@ -132,7 +151,12 @@ def test_restore_with_nothing_sound_left_exits_20(ckpt, store, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--memory", "much"), ("--memory", "1KiB"), ("--rank", 0, "--all-ranks"), ("--format", "pickle")],
+    [
+        ("--memory", "much"),
+        ("--memory", "1KiB"),
+        ("--rank", 0, "--all-ranks"),
+        ("--format", "pickle"),
+    ],
 )
 def test_restore_with_bad_options_exits_2(ckpt, store, tmp_path: Path, arguments) -> None:
     assert ckpt("restore", store.url, "--to", tmp_path / "a", *arguments).code == 2

@@ -8,12 +8,22 @@ import pytest
 from kit.keepers.standin import job_report, rank_report
 from msgspec.structs import replace as changed
 
-from ckpt.cli.jobs import KeeperIdentity, ReportSample, choose_keeper, human_seconds, recovery_rows, steps_per_s
+from ckpt.cli.jobs import (
+    KeeperIdentity,
+    ReportSample,
+    choose_keeper,
+    human_seconds,
+    recovery_rows,
+    steps_per_s,
+)
 from ckpt.errors import NotFoundError, UsageError
 
 
 def samples(*points: tuple[float, int, int]) -> list[ReportSample]:
-    return [ReportSample(at_s, job_report(completed=done, attempt=attempt)) for at_s, done, attempt in points]
+    return [
+        ReportSample(at_s, job_report(completed=done, attempt=attempt))
+        for at_s, done, attempt in points
+    ]
 
 
 def test_pace_is_taken_from_the_oldest_sample_of_the_same_trainer() -> None:
@@ -37,7 +47,14 @@ def test_recoveries_are_shown_newest_first_and_bear_missing_facts() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(-1, "0 ms"), (0.0123, "12 ms"), (1, "1.0 s"), (59.9, "59.9 s"), (75, "1 min 15 s"), (7500, "2 h 5 min")],
+    [
+        (-1, "0 ms"),
+        (0.0123, "12 ms"),
+        (1, "1.0 s"),
+        (59.9, "59.9 s"),
+        (75, "1 min 15 s"),
+        (7500, "2 h 5 min"),
+    ],
 )
 def test_seconds_for_people(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text

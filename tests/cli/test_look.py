@@ -105,7 +105,10 @@ def test_read_gives_rows_as_numbers(ckpt, store, tmp_path: Path) -> None:
     done = ckpt("read", store.url, "model/fc.bias", "--rows", "3:5", "--json")
     assert done.json["values"] == [3.0, 4.0]
     file = tmp_path / "w.npy"
-    assert ckpt("read", store.url, "model/fc.weight", "--step", 10, "--rows", "-2:", "-o", file).code == 0
+    assert (
+        ckpt("read", store.url, "model/fc.weight", "--step", 10, "--rows", "-2:", "-o", file).code
+        == 0
+    )
     assert np.array_equal(np.load(file), sample_state(10).weight[-2:])
     assert ckpt("read", store.url, "model/fc.weight", "-o", file).code == 2
     assert ckpt("read", store.url, "model/fc.weight", "-o", file, "--force").code == 0
@@ -115,7 +118,9 @@ def test_read_gives_rows_as_numbers(ckpt, store, tmp_path: Path) -> None:
 def test_read_of_bfloat16_prints_numbers_and_stores_bits(ckpt, store, tmp_path: Path) -> None:
     bits = sample_state(30).embed_bits
     values = ckpt("read", store.url, "model/embed.weight", "--json").json["values"]
-    assert np.array_equal(np.array(values, np.float32), (bits.astype(np.uint32) << 16).view(np.float32))
+    assert np.array_equal(
+        np.array(values, np.float32), (bits.astype(np.uint32) << 16).view(np.float32)
+    )
     done = ckpt("read", store.url, "model/embed.weight", "-o", tmp_path / "e.npy")
     assert "raw bits" in done.err
     assert np.array_equal(np.load(tmp_path / "e.npy"), bits)
@@ -123,7 +128,12 @@ def test_read_of_bfloat16_prints_numbers_and_stores_bits(ckpt, store, tmp_path: 
 
 def test_read_of_an_object_prints_its_structure(ckpt, store, tmp_path: Path) -> None:
     done = ckpt("read", store.url, "progress", "--rank", 1, "--json")
-    assert done.json["values"] == {"step": 30, "rank": 1, "loss": {"$float": "inf"}, "seen": {"$tuple": [1, 2]}}
+    assert done.json["values"] == {
+        "step": 30,
+        "rank": 1,
+        "loss": {"$float": "inf"},
+        "seen": {"$tuple": [1, 2]},
+    }
     assert '"rank": 1' in ckpt("read", store.url, "progress", "--rank", 1).out
     assert ckpt("read", store.url, "progress", "-o", tmp_path / "p.json").code == 0
     assert ckpt("read", store.url, "progress", "--rows", "0:1").code == 2
@@ -138,7 +148,9 @@ def test_read_of_an_unknown_leaf_names_close_ones(ckpt, store) -> None:
 
 def test_read_of_a_damaged_leaf_exits_20(ckpt, store) -> None:
     place = (
-        load_index(store, Journal.open(store).refresh(), SnapshotId(1, 30)).shards("model/fc.weight")[0].locations[0]
+        load_index(store, Journal.open(store).refresh(), SnapshotId(1, 30))
+        .shards("model/fc.weight")[0]
+        .locations[0]
     )
     damage(store, place.pack, place.offset_bytes)
     done = ckpt("read", store.url, "model/fc.weight", "--json")
@@ -150,7 +162,9 @@ def test_float8_is_spelled_as_torch_spells_it() -> None:
     torch = pytest.importorskip("torch")
     bits = np.arange(256, dtype=np.uint8)
     for name in ("float8_e4m3fn", "float8_e5m2"):
-        expected = torch.from_numpy(bits.copy()).view(getattr(torch, name)).to(torch.float32).numpy()
+        expected = (
+            torch.from_numpy(bits.copy()).view(getattr(torch, name)).to(torch.float32).numpy()
+        )
         assert np.array_equal(readable(LeafValues(bits, name)), expected, equal_nan=True)
 
 
@@ -183,7 +197,11 @@ def test_diff_tells_added_removed_and_retyped(ckpt, tmp_path: Path) -> None:
     writer.write(SnapshotId(epoch, 1), [[tensor("a", ones), tensor("b", ones)]])
     writer.write(SnapshotId(epoch, 2), [[tensor("b", np.ones(5, np.float32)), tensor("c", ones)]])
     found = ckpt("diff", tmp_path / "s", 1, 2, "--json", "--values").json["leaves"]
-    assert [(one["name"], one["change"]) for one in found] == [("a", "removed"), ("b", "retyped"), ("c", "added")]
+    assert [(one["name"], one["change"]) for one in found] == [
+        ("a", "removed"),
+        ("b", "retyped"),
+        ("c", "added"),
+    ]
 
 
 def test_diff_with_an_unknown_name_exits_10(ckpt, store) -> None:

@@ -43,7 +43,9 @@ def test_no_arguments_prints_help(ckpt) -> None:
     assert "Commands:" in done.out
 
 
-@pytest.mark.parametrize("arguments", [("frobnicate",), ("ls",), ("ls", "x", "--frob"), ("restore", "x"), ("--frob",)])
+@pytest.mark.parametrize(
+    "arguments", [("frobnicate",), ("ls",), ("ls", "x", "--frob"), ("restore", "x"), ("--frob",)]
+)
 def test_bad_command_line_exits_2(ckpt, arguments: tuple[str, ...]) -> None:
     done = ckpt(*arguments)
     assert done.code == 2
@@ -93,9 +95,16 @@ def test_completion_prints_the_shells_script(ckpt, shell: str) -> None:
 
 @pytest.mark.slow
 def test_completion_answers_the_shell() -> None:
-    env = {**os.environ, "_CKPT_COMPLETE": "bash_complete", "COMP_WORDS": "ckpt res", "COMP_CWORD": "1"}
+    env = {
+        **os.environ,
+        "_CKPT_COMPLETE": "bash_complete",
+        "COMP_WORDS": "ckpt res",
+        "COMP_CWORD": "1",
+    }
     code = "import sys; sys.argv = ['ckpt']; from ckpt.cli.main import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
+    )
     assert done.stdout.split() == ["plain,restore"]
 
 
@@ -144,7 +153,9 @@ def test_program_runs_as_a_module(store) -> None:
 @pytest.mark.slow
 def test_closed_pipe_is_no_error(store) -> None:
     child = subprocess.Popen(
-        [*CKPT, "read", store.url, "model/fc.weight", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*CKPT, "read", store.url, "model/fc.weight", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert child.stdout is not None
     assert child.stderr is not None
@@ -170,7 +181,10 @@ sys.argv = ["ckpt", "ls", sys.argv[1]]
 main()
 """
     child = subprocess.Popen(
-        [sys.executable, "-c", code, store.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, store.url],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert child.stdout is not None
     assert child.stdout.readline() == b"reading\n"

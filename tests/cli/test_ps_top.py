@@ -14,7 +14,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from kit.keepers.standin import RECOVERY, STORE, StandIn, dead_folder, folder_of, job_report, rank_report
+from kit.keepers.standin import (
+    RECOVERY,
+    STORE,
+    StandIn,
+    dead_folder,
+    folder_of,
+    job_report,
+    rank_report,
+)
 from msgspec.structs import replace as changed
 
 from ckpt.cli import jobs
@@ -67,8 +75,31 @@ def test_ps_shows_job_ranks_processes_and_slots(ckpt, keeper) -> None:
     ):
         assert text in done.out.splitlines()
     [head, first, second] = [line.split() for line in done.out.splitlines()[-3:]]
-    assert head == ["RANK", "SUPERVISOR", "TRAINER", "STEP", "PHASE", "IDLE", "STAGED", "SKIPPED", "SLOTS"]
-    assert first == ["0", "4000", "5000", "120", "training", "250", "ms", "12", "1", "5:119*", "5:120", "-"]
+    assert head == [
+        "RANK",
+        "SUPERVISOR",
+        "TRAINER",
+        "STEP",
+        "PHASE",
+        "IDLE",
+        "STAGED",
+        "SKIPPED",
+        "SLOTS",
+    ]
+    assert first == [
+        "0",
+        "4000",
+        "5000",
+        "120",
+        "training",
+        "250",
+        "ms",
+        "12",
+        "1",
+        "5:119*",
+        "5:120",
+        "-",
+    ]
     assert second[:3] == ["1", "4001", "5001"]
     assert one.roles == ["tool"]
 
@@ -114,7 +145,12 @@ def test_ps_json_has_all_of_the_report(ckpt, keeper) -> None:
         "staged": 12,
         "skipped": 1,
     }
-    assert slots[0] == {"index": 0, "size_bytes": 1 << 20, "snapshot": {"epoch": 5, "step": 119}, "held": True}
+    assert slots[0] == {
+        "index": 0,
+        "size_bytes": 1 << 20,
+        "snapshot": {"epoch": 5, "step": 119},
+        "held": True,
+    }
     assert slots[2] == {"index": 2, "size_bytes": 1 << 20, "snapshot": None, "held": False}
 
 
@@ -125,7 +161,18 @@ def test_ps_shows_what_is_not_there_yet_as_a_dash_or_null(ckpt, keeper) -> None:
     assert "complete  -" in out
     assert "durable   -" in out
     assert "epoch" not in out
-    assert out.splitlines()[-1].split() == ["0", "-", "5000", "-", "training", "250", "ms", "12", "1", "-"]
+    assert out.splitlines()[-1].split() == [
+        "0",
+        "-",
+        "5000",
+        "-",
+        "training",
+        "250",
+        "ms",
+        "12",
+        "1",
+        "-",
+    ]
     [job] = ckpt("ps", "--json").json["jobs"]
     assert (job["complete"], job["durable"]) == (None, None)
     assert (job["ranks"][0]["supervisor_pid"], job["ranks"][0]["completed"]) == (None, None)
@@ -146,7 +193,9 @@ def test_ps_names_the_folder_of_a_dead_keeper_and_leaves_it(ckpt) -> None:
     folder = dead_folder("gone")
     before = sorted(folder.path.iterdir())
     document = ckpt("ps", "--json").json
-    assert document["dead"] == [{"job": "gone", "store": STORE, "pid": os.getpid(), "folder": str(folder.path)}]
+    assert document["dead"] == [
+        {"job": "gone", "store": STORE, "pid": os.getpid(), "folder": str(folder.path)}
+    ]
     done = ckpt("ps")
     assert done.code == 0
     assert done.out.splitlines()[0] == "folders of dead keepers:"
@@ -178,7 +227,9 @@ def test_ps_with_a_keeper_that_does_not_answer_exits_11_and_shows_the_others(
 @pytest.mark.parametrize(
     ("options", "reports", "word"), [({"refuses": True}, (), "version"), ({}, (None,), "no ranks")]
 )
-def test_ps_says_why_a_keeper_tells_nothing(ckpt, keeper, options: dict, reports: tuple, word: str) -> None:
+def test_ps_says_why_a_keeper_tells_nothing(
+    ckpt, keeper, options: dict, reports: tuple, word: str
+) -> None:
     keeper(folder_of(), *reports, **options)
     done = ckpt("ps", "--json")
     assert done.code == 11
@@ -254,7 +305,12 @@ def test_top_goes_on_with_the_next_keeper(ckpt, keeper) -> None:
     folder = folder_of()
 
     def follow() -> None:
-        keeper(folder, job_report(completed=0, attempt=3), answers_max=1, on_end=lambda: shutil.rmtree(folder.path))
+        keeper(
+            folder,
+            job_report(completed=0, attempt=3),
+            answers_max=1,
+            on_end=lambda: shutil.rmtree(folder.path),
+        )
 
     keeper(folder, job_report(completed=50), answers_max=2, on_end=follow)
     done = ckpt("top", "--interval", "0.01", "--json")
@@ -265,7 +321,9 @@ def test_top_goes_on_with_the_next_keeper(ckpt, keeper) -> None:
 
 
 @pytest.mark.slow
-def test_top_exits_11_when_the_keeper_died_and_no_other_comes(ckpt, keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_exits_11_when_the_keeper_died_and_no_other_comes(
+    ckpt, keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(top, "LOST_S_MAX", 2.0)
     keeper(folder_of(), job_report(), answers_max=2)
     done = ckpt("top", "--interval", "0.01")

@@ -19,12 +19,18 @@ def secret_file(path: Path, content: bytes, mode: int) -> Path:
 
 def test_secret_is_the_files_content_without_its_line_end(tmp_path: Path) -> None:
     text = b"0123456789abcdef" * 4
-    assert read_secret(secret_file(tmp_path / "s", text + b"\n", 0o600)) == bytes.fromhex(text.decode())
+    assert read_secret(secret_file(tmp_path / "s", text + b"\n", 0o600)) == bytes.fromhex(
+        text.decode()
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "mode", "why"),
-    [(b"01" * 32, 0o640, "others"), (b"01" * 32, 0o604, "others"), (b"01" * 31, 0o600, "not a secret")],
+    [
+        (b"01" * 32, 0o640, "others"),
+        (b"01" * 32, 0o604, "others"),
+        (b"01" * 31, 0o600, "not a secret"),
+    ],
 )
 def test_file_that_others_can_read_or_that_holds_no_secret_is_refused(
     tmp_path: Path, content: bytes, mode: int, why: str

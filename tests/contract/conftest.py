@@ -21,7 +21,11 @@ def s3_endpoint() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).parents[1] / "kit" / "servers" / "moto_app.py"), str(port)]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "kit" / "servers" / "moto_app.py"),
+        str(port),
+    ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until_listening(port, server)

@@ -18,7 +18,9 @@ from ckpt.testing.sample import write_sample_store
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = sorted(path.parent.name for path in (ROOT / "ckpt").glob("*/__init__.py"))
-KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CkptError)]
+KINDS = [
+    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CkptError)
+]
 
 LINES = {
     "ls": [],
@@ -40,7 +42,8 @@ def page(name: str) -> str:
 
 
 def outer_members(row: str) -> list[str]:
-    """The names in the first code span of a table row, without those of documents inside the document."""
+    """The names in the first code span of a table row, without those of documents inside the
+    document."""
     text = row[2:].partition("`")[0]
     while (shorter := re.sub(r"\{[^{}]*\}", "", text)) != text:
         text = shorter
@@ -64,7 +67,11 @@ def exists(name: str) -> bool:
         return False
     body = ast.parse(module.read_text()).body
     for part in parts:
-        defined = {node.name: node.body for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        defined = {
+            node.name: node.body
+            for node in body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
         if part not in defined:
             return False
         body = defined[part]
@@ -87,7 +94,10 @@ def test_command_of_the_command_line_is_in_its_page_and_the_changelog() -> None:
 
 @pytest.mark.parametrize("command", sorted(LINES))
 def test_json_of_the_command_has_the_members_that_its_page_names(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_sample_store(FileBackend(tmp_path / "store"))
@@ -102,7 +112,9 @@ def test_readme_and_command_page_give_the_exit_code_of_each_error() -> None:
     for kind in KINDS:
         if kind is CkptError:
             continue
-        assert re.search(rf"^\|.*`{kind.__name__}`.*\| {kind.exit_code} \|$", readme, re.MULTILINE), kind
+        assert re.search(
+            rf"^\|.*`{kind.__name__}`.*\| {kind.exit_code} \|$", readme, re.MULTILINE
+        ), kind
         assert re.search(rf"^\| {kind.exit_code} \|.*`{kind.code}`", cli, re.MULTILINE), kind
 
 
@@ -115,7 +127,12 @@ def test_dependency_has_a_line_that_says_what_it_replaces() -> None:
 
 def test_word_of_the_glossary_is_explained_once() -> None:
     words = re.findall(r"^\| ([\w, ]+?) \| ", page("docs/glossary.md"), re.MULTILINE)
-    single = [word for words_of_line in words if words_of_line != "word" for word in words_of_line.split(", ")]
+    single = [
+        word
+        for words_of_line in words
+        if words_of_line != "word"
+        for word in words_of_line.split(", ")
+    ]
     assert sorted(single) == sorted(set(single))
 
 

@@ -1,4 +1,5 @@
-"""The README runs: its programs are written to the files that they name, its commands are run, their output is compared."""
+"""The README runs: its programs are written to the files that they name, its commands are run,
+their output is compared."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 RUN_S_MAX = 300
 KILLED = 137
 BLOCK = re.compile(
-    r"(?:<!-- not-run: (?P<why>[^\n]+) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?:<!-- not-run: (?P<why>[^\n]+) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 FIGURES = re.compile(r"[-+]?\d[\d.,:e+\-]*(?: ?[KMG]?i?B\b)?")
 
@@ -29,7 +31,9 @@ class Command:
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    return [(match["kind"], match["text"]) for match in BLOCK.finditer(text) if match["why"] is None]
+    return [
+        (match["kind"], match["text"]) for match in BLOCK.finditer(text) if match["why"] is None
+    ]
 
 
 def commands(text: str) -> list[Command]:
@@ -42,11 +46,17 @@ def commands(text: str) -> list[Command]:
 
 def loose(line: str) -> str:
     """A line without what differs from run to run: figures, dates, widths of columns."""
-    return re.sub(r"[\s─-]+", " ", FIGURES.sub("#", line)).replace("[ ", "[").replace(" ]", "]").strip()
+    return (
+        re.sub(r"[\s─-]+", " ", FIGURES.sub("#", line))
+        .replace("[ ", "[")
+        .replace(" ]", "]")
+        .strip()
+    )
 
 
 def first_missing(shown: tuple[str, ...], printed: str) -> str | None:
-    """The first shown line that was not printed behind the one before it; ``...`` stands for any lines."""
+    """The first shown line that was not printed behind the one before it; ``...`` stands for any
+    lines."""
     lines = iter([loose(line) for line in printed.splitlines()])
     last = ""
     for line in shown:
@@ -60,7 +70,12 @@ def first_missing(shown: tuple[str, ...], printed: str) -> str | None:
 
 
 def test_first_missing_ignores_figures_and_elided_lines() -> None:
-    assert first_missing(("step 1 loss 0.5", "step 2 loss 0.4", "...", "done"), "step 7 loss 1e-3\nx\ndone\n") is None
+    assert (
+        first_missing(
+            ("step 1 loss 0.5", "step 2 loss 0.4", "...", "done"), "step 7 loss 1e-3\nx\ndone\n"
+        )
+        is None
+    )
     assert first_missing(("one", "two"), "two\none\n") == "two"
 
 
@@ -101,18 +116,34 @@ def test_readme_runs_and_prints_what_it_shows(tmp_path: Path) -> None:
             else:
                 assert done.returncode == 0, f"$ {command.line}\n{done.stdout}{done.stderr}"
                 missing = first_missing(command.shown, done.stdout)
-                assert missing is None, f"$ {command.line}\nnot printed: {missing}\n{done.stdout}{done.stderr}"
+                assert missing is None, (
+                    f"$ {command.line}\nnot printed: {missing}\n{done.stdout}{done.stderr}"
+                )
             ran += 1
     assert ran > 10
 
 
 @pytest.mark.slow
 def test_store_of_ones_own_in_contributing_is_a_test_that_pytest_collects(tmp_path: Path) -> None:
-    [program] = [text for kind, text in blocks((ROOT / "CONTRIBUTING.md").read_text()) if kind == "python"]
+    [program] = [
+        text for kind, text in blocks((ROOT / "CONTRIBUTING.md").read_text()) if kind == "python"
+    ]
     path = tmp_path / "test_store_of_ones_own.py"
     path.write_text(program)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "create", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_S_MAX, check=False, cwd=tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "create",
+        str(path),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=RUN_S_MAX, check=False, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -120,7 +151,9 @@ def local_links(page: Path) -> list[str]:
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in link]
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name
+)
 def test_links_of_the_page_lead_somewhere(page: Path) -> None:
     for link in local_links(page):
         path, _, section = link.partition("#")
@@ -128,4 +161,6 @@ def test_links_of_the_page_lead_somewhere(page: Path) -> None:
         assert target.exists(), link
         if section:
             headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
-            assert section in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], link
+            assert section in [
+                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+            ], link

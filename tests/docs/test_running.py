@@ -1,4 +1,5 @@
-"""The pages about many machines: every command line parses, every script is valid, alarms and paths that are named exist."""
+"""The pages about many machines: every command line parses, every script is valid, alarms and paths
+that are named exist."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from ckpt.ipc.messages import Policy
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "running.md"
 PAGES = [PAGE, *sorted((ROOT / "integrations").glob("*/README.md"))]
-SCRIPTS = [*sorted((ROOT / "integrations").rglob("*.sh")), *sorted((ROOT / "integrations").rglob("*.sbatch"))]
+SCRIPTS = [
+    *sorted((ROOT / "integrations").rglob("*.sh")),
+    *sorted((ROOT / "integrations").rglob("*.sbatch")),
+]
 
 
 def lines(page: Path) -> list[str]:
@@ -36,7 +40,9 @@ def words(line: str) -> list[str]:
 
 
 ALL = [(page.parent.name, line) for page in PAGES for line in lines(page)]
-LAUNCHES = [line for _, line in ALL if words(line)[:2] == ["ckpt", "run"] or words(line)[:1] == ["torchrun"]]
+LAUNCHES = [
+    line for _, line in ALL if words(line)[:2] == ["ckpt", "run"] or words(line)[:1] == ["torchrun"]
+]
 OTHERS = [line for _, line in ALL if words(line)[:1] == ["ckpt"] and words(line)[1] != "run"]
 
 
@@ -70,7 +76,11 @@ def test_script_is_valid_bash(script: Path) -> None:
 @pytest.mark.parametrize(("folder", "line"), ALL)
 def test_files_of_this_project_that_a_command_names_exist(folder: str, line: str) -> None:
     here = ROOT if folder == "docs" else ROOT / "integrations" / folder
-    found = [word for word in words(line) if re.match(r"(\.\./|\./|integrations/)[\w./-]+\.(sh|sbatch|yaml)$", word)]
+    found = [
+        word
+        for word in words(line)
+        if re.match(r"(\.\./|\./|integrations/)[\w./-]+\.(sh|sbatch|yaml)$", word)
+    ]
     for word in found:
         places = [here / word, *(folder / word for folder in (ROOT / "integrations").iterdir())]
         assert any(place.exists() for place in places), word
@@ -78,7 +88,9 @@ def test_files_of_this_project_that_a_command_names_exist(folder: str, line: str
 
 def test_alarms_that_are_named_are_told_by_the_code() -> None:
     code = "\n".join(path.read_text() for path in (ROOT / "ckpt").rglob("*.py"))
-    rows = re.findall(r"^\| (`[\w-]+`.*?) \| ", PAGE.read_text().partition("## What to watch")[2], re.MULTILINE)
+    rows = re.findall(
+        r"^\| (`[\w-]+`.*?) \| ", PAGE.read_text().partition("## What to watch")[2], re.MULTILINE
+    )
     named = [name for row in rows for name in re.findall(r"`([a-z-]+)`", row)]
     assert len(named) > 4
     assert [name for name in named if f'"{name}"' not in code] == []
@@ -91,7 +103,10 @@ def test_times_are_those_of_the_code() -> None:
     assert settings is not None and settings.nodes is not None
     nodes = settings.nodes
     for name, seconds in (
-        ("--ttl", nodes.ttl_s), ("last_call_timeout", nodes.last_call_s), ("shrink_timeout", nodes.shrink_wait_s),
-        ("grow_timeout", nodes.grow_wait_s), ("join_timeout", settings.join_s),
-    ):  # fmt: skip
+        ("--ttl", nodes.ttl_s),
+        ("last_call_timeout", nodes.last_call_s),
+        ("shrink_timeout", nodes.shrink_wait_s),
+        ("grow_timeout", nodes.grow_wait_s),
+        ("join_timeout", settings.join_s),
+    ):
         assert re.search(rf"`{name}`? ?\({seconds:.0f} s\)", text), name

@@ -19,7 +19,10 @@ SIMULATED = (64, 256)
 
 
 def printed(
-    program: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+    program: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *arguments: str,
 ) -> list[str]:
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     program.main()  # type: ignore[attr-defined]
@@ -43,23 +46,31 @@ def test_table_of_the_simulation_is_what_it_prints(
 
 @pytest.mark.slow
 def test_sizes_that_the_model_takes_are_those_that_are_measured() -> None:
-    sizes = {one.what: one.size_bytes for one in (*scale_sizes.constant(1), *scale_sizes.growing(1000, 1))}
+    sizes = {
+        one.what: one.size_bytes
+        for one in (*scale_sizes.constant(1), *scale_sizes.growing(1000, 1))
+    }
     assert sizes["a node's record"] == scale_model.NODE_BYTES
     assert sizes["a receipt posted: said"] == scale_model.RECEIPT_BYTES
     for what, each, count in (
-        ("epoch record: made", scale_model.PLACE_BYTES, 1000), ("manifest: made", scale_model.PART_REF_BYTES, 1000),
+        ("epoch record: made", scale_model.PLACE_BYTES, 1000),
+        ("manifest: made", scale_model.PART_REF_BYTES, 1000),
         ("sources, one word: said", scale_model.SOURCE_BYTES, 1000),
-    ):  # fmt: skip
+    ):
         assert sizes[what] == pytest.approx(each * count, rel=0.03), what
     costs = gather_sim.Costs()
-    assert sizes["what a node holds: said"] == pytest.approx(costs.ask_bytes + 5 * costs.holding_bytes, rel=0.03)
+    assert sizes["what a node holds: said"] == pytest.approx(
+        costs.ask_bytes + 5 * costs.holding_bytes, rel=0.03
+    )
     assert costs.source_bytes == scale_model.SOURCE_BYTES
 
 
 def test_files_and_names_that_the_page_names_exist() -> None:
     names = re.findall(r"`((?:keeper|benchmarks|tests)/[\w/]+\.py)`", PAGE)
     assert names
-    assert [name for name in names if not ((ROOT / name).exists() or (ROOT / "ckpt" / name).exists())] == []
+    assert [
+        name for name in names if not ((ROOT / name).exists() or (ROOT / "ckpt" / name).exists())
+    ] == []
     code = "\n".join(path.read_text() for path in (ROOT / "ckpt").rglob("*.py"))
     for name in re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", PAGE):
         assert name in code, name

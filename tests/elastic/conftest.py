@@ -32,7 +32,11 @@ class Training:
     began_at: list[int] = field(default_factory=list)
 
     def start(
-        self, store: Backend, *, crash_at: int | None = None, in_body: Callable[[ckpt.Run, int], None] | None = None
+        self,
+        store: Backend,
+        *,
+        crash_at: int | None = None,
+        in_body: Callable[[ckpt.Run, int], None] | None = None,
     ) -> str:
         """Run until the end, or until ``crash_at`` in the middle of that step's body."""
         self.starts += 1
@@ -42,7 +46,9 @@ class Training:
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-        model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Dropout(0.3), nn.Linear(12, 2))
+        model = nn.Sequential(
+            nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Dropout(0.3), nn.Linear(12, 2)
+        )
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.7)
         generator = torch.Generator().manual_seed(seed)
@@ -55,7 +61,11 @@ class Training:
             for step in run.steps(self.total):
                 if not self.began_at or len(self.began_at) < self.starts:
                     self.began_at.append(step)
-                x = torch.randn(4, 6, generator=generator) + float(np.random.rand()) + random.random()
+                x = (
+                    torch.randn(4, 6, generator=generator)
+                    + float(np.random.rand())
+                    + random.random()
+                )
                 loss = model(x).square().mean() / self.accumulate
                 loss.backward()
                 if step == crash_at:
@@ -92,7 +102,11 @@ def same(a: object, b: object) -> bool:
         case torch.Tensor():
             return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
         case dict():
-            return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+            return (
+                isinstance(b, dict)
+                and a.keys() == b.keys()
+                and all(same(a[key], b[key]) for key in a)
+            )
         case list() | tuple():
             return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     return a == b

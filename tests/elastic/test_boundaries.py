@@ -1,4 +1,5 @@
-"""At which boundaries memory alone takes a snapshot: rank 0's word, found by every rank in time or not at all."""
+"""At which boundaries memory alone takes a snapshot: rank 0's word, found by every rank in time or
+not at all."""
 
 from __future__ import annotations
 
@@ -36,14 +37,18 @@ def boundary(tiers: list[MemoryTier], step: int, since: int | None = None) -> li
     return wants
 
 
-@pytest.mark.parametrize(("every", "wanted"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4]), (0, [])])
+@pytest.mark.parametrize(
+    ("every", "wanted"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4]), (0, [])]
+)
 def test_every_rank_stages_the_same_boundaries(board: Board, every: int, wanted: list[int]) -> None:
     both = tiers(board, every)
     staged = [step for step in range(1, 7) if boundary(both, step) == [True, True]]
     assert staged == wanted
 
 
-def test_a_loop_that_counts_several_steps_at_once_stages_where_it_passes_the_word(board: Board) -> None:
+def test_a_loop_that_counts_several_steps_at_once_stages_where_it_passes_the_word(
+    board: Board,
+) -> None:
     both = tiers(board, 1)
     assert boundary(both, 5, since=0) == [True, True]
     assert boundary(both, 10, since=5) == [True, True]
@@ -80,7 +85,8 @@ def test_a_snapshot_that_another_node_passed_by_is_not_waited_for(board: Board) 
     board.has_remote_ranks = True
     told: dict[int, int] = {}
     first, second = (
-        MemoryTier(board, rank=rank, every=1, leads=rank == 0, forward_decision=told.__setitem__) for rank in range(2)
+        MemoryTier(board, rank=rank, every=1, leads=rank == 0, forward_decision=told.__setitem__)
+        for rank in range(2)
     )
     first.begin(0)
     second.begin(0)
@@ -98,7 +104,11 @@ def test_a_snapshot_that_another_node_passed_by_is_not_waited_for(board: Board) 
 def test_the_board_shows_phase_steps_and_counts(board: Board) -> None:
     first, _ = tiers(board, 1, completed=7)
     words = board.rank(0)
-    assert (words.completed, words.phase, words.first_step_done) == (7, TrainerPhase.TRAINING, False)
+    assert (words.completed, words.phase, words.first_step_done) == (
+        7,
+        TrainerPhase.TRAINING,
+        False,
+    )
     first.complete_boundary(8, staged=True)
     first.count_skipped()
     assert (words.completed, words.staged, words.skipped, words.first_step_done) == (8, 1, 1, True)

@@ -27,7 +27,9 @@ class Watch:
             try:
                 yield step
             except GeneratorExit:
-                self.left.append("break" if left_by_break(sys._getframe(1), consumer=asking) else "torn")
+                self.left.append(
+                    "break" if left_by_break(sys._getframe(1), consumer=asking) else "torn"
+                )
                 raise
         self.left.append("ended")
 
@@ -98,7 +100,9 @@ def test_return_of_nothing(watch: Watch) -> None:
     assert watch.left == ["break"]
 
 
-@pytest.mark.parametrize("wrap", [_progress, Bar, lambda steps: _progress(_progress(steps)), enumerate, iter])
+@pytest.mark.parametrize(
+    "wrap", [_progress, Bar, lambda steps: _progress(_progress(steps)), enumerate, iter]
+)
 def test_break_through_wrappers(watch: Watch, wrap) -> None:
     for n, _ in enumerate(wrap(watch.steps())):
         if n == 3:
@@ -377,7 +381,10 @@ def test_break_in_a_trace_of_every_line(watch: Watch) -> None:
 
 
 def test_break_at_module_level_of_a_script(watch: Watch) -> None:
-    exec(compile("for step in watch.steps():\n    if step == 3: break", "script", "exec"), {"watch": watch})  # noqa: S102
+    exec(  # noqa: S102
+        compile("for step in watch.steps():\n    if step == 3: break", "script", "exec"),
+        {"watch": watch},
+    )
     assert watch.left == ["break"]
 
 

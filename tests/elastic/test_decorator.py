@@ -44,7 +44,9 @@ def test_function_that_tracks_nothing_touches_no_store() -> None:
     assert store.calls() == []
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("x"), KeyboardInterrupt(), SystemExit(3), ckpt.UsageError("mine")])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("x"), KeyboardInterrupt(), SystemExit(3), ckpt.UsageError("mine")]
+)
 def test_exceptions_pass_through_and_what_was_staged_becomes_durable(error: BaseException) -> None:
     store = MemoryBackend()
     state = {"n": 0}
@@ -65,7 +67,9 @@ def test_exceptions_pass_through_and_what_was_staged_becomes_durable(error: Base
 
 
 def test_exception_of_the_function_is_not_replaced_by_a_failing_store() -> None:
-    store = FaultyBackend(MemoryBackend(), [Fault(harm=Harm.FULL, op="put", key="packs/", times=None)])
+    store = FaultyBackend(
+        MemoryBackend(), [Fault(harm=Harm.FULL, op="put", key="packs/", times=None)]
+    )
 
     @ckpt.resilient(store=store, every=1)
     def train(run: ckpt.Run) -> None:
@@ -173,10 +177,20 @@ def test_missing_item_is_an_error_unless_it_may_keep_its_value() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"every": 0}, {"every": "soon"}, {"every": None}, {"slots": 0}, {"compression": "max"}, {"only": "model"},
-        {"only": [1]}, {"missing": "maybe"}, {"max_stale": "10"}, {"job": ""}, {"store": None}, {"store": 7},
+        {"every": 0},
+        {"every": "soon"},
+        {"every": None},
+        {"slots": 0},
+        {"compression": "max"},
+        {"only": "model"},
+        {"only": [1]},
+        {"missing": "maybe"},
+        {"max_stale": "10"},
+        {"job": ""},
+        {"store": None},
+        {"store": 7},
     ],
-)  # fmt: skip
+)
 def test_option_that_can_not_work_is_refused_where_the_function_is_decorated(options: dict) -> None:
     with pytest.raises(ckpt.UsageError):
         ckpt.resilient(**{"store": MemoryBackend(), **options})

@@ -25,23 +25,33 @@ SEAT = TrainerProcess(attempt=2, port=1, how="fork", pid=1, report_fd=9)
 @pytest.mark.parametrize(
     ("error", "dies"),
     [
-        (ValueError("x"), True), (UnavailableError("x"), True), (SystemExit(3), True), (SystemExit("no data"), True),
-        (SystemExit(0), False), (SystemExit(), False), (KeyboardInterrupt(), False), (UsageError("x"), False),
-        (FencedError("x"), False), (Preempted(3), False),
+        (ValueError("x"), True),
+        (UnavailableError("x"), True),
+        (SystemExit(3), True),
+        (SystemExit("no data"), True),
+        (SystemExit(0), False),
+        (SystemExit(), False),
+        (KeyboardInterrupt(), False),
+        (UsageError("x"), False),
+        (FencedError("x"), False),
+        (Preempted(3), False),
     ],
-)  # fmt: skip
+)
 def test_trainer_dies_of_what_a_new_attempt_may_not_meet(error: BaseException, dies: bool) -> None:
     assert ends_process(error, SEAT, Policy(), outermost=True) is dies
     assert not ends_process(error, None, Policy(), outermost=True), "in place"
     assert not ends_process(error, SEAT, Policy(), outermost=False), "the outer call may catch it"
-    assert not ends_process(error, SEAT, Policy(same_error_max=1), outermost=True), "there is no next attempt"
+    assert not ends_process(error, SEAT, Policy(same_error_max=1), outermost=True), (
+        "there is no next attempt"
+    )
     assert ends_process(error, replace(SEAT, attempt=0), Policy(), outermost=True), "a prepared one"
 
 
 def died(body: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """How a process ends that dies at the border of what ``body`` raises."""
     program = (
-        "import atexit, sys\nfrom ckpt.elastic.failure import die\natexit.register(print, 'exit handler')\n"
+        "import atexit, sys\nfrom ckpt.elastic.failure import die\natexit.register(print, 'exit "
+        "handler')\n"
         "def words(): print('last words', flush=True)\n"
         "def broken(): raise OSError('no words')\n"
         "last = words\nprint('buffered')\ntry:\n    try:\n"
@@ -49,9 +59,17 @@ def died(body: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
         + "\n    except BaseException as error:\n        die(error, last_words=last)\nfinally:\n    print('unwound')\n"
     )
     return run(
-        [sys.executable, "-c", program], timeout=WAIT_S, capture_output=True, text=True, check=False,
-        env={**os.environ, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json"), "PYTHONUNBUFFERED": ""},
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        timeout=WAIT_S,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json"),
+            "PYTHONUNBUFFERED": "",
+        },
+    )
 
 
 @pytest.mark.slow
@@ -61,12 +79,18 @@ def test_death_says_what_python_would_say_and_unwinds_nothing(tmp_path: Path) ->
     assert done.stdout.split("\n") == ["buffered", "last words", ""]
     assert "Traceback" in done.stderr
     assert "ValueError: bad batch" in done.stderr
-    assert "bad batch" in json.loads((tmp_path / "error.json").read_text())["message"]["message"], "torchrun's report"
+    assert "bad batch" in json.loads((tmp_path / "error.json").read_text())["message"]["message"], (
+        "torchrun's report"
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("code", "status", "said"), [("3", 3, ""), ("256", 1, ""), ("'no data'", 1, "no data\n")])
-def test_exit_keeps_its_status_and_has_no_traceback(tmp_path: Path, code: str, status: int, said: str) -> None:
+@pytest.mark.parametrize(
+    ("code", "status", "said"), [("3", 3, ""), ("256", 1, ""), ("'no data'", 1, "no data\n")]
+)
+def test_exit_keeps_its_status_and_has_no_traceback(
+    tmp_path: Path, code: str, status: int, said: str
+) -> None:
     done = died(f"sys.exit({code})", tmp_path)
     assert (done.returncode, done.stderr) == (status, said)
 

@@ -1,4 +1,5 @@
-"""What counts as a boundary: loops left in the middle, several steps at once, items tracked late."""
+"""What counts as a boundary: loops left in the middle, several steps at once, items tracked
+late."""
 
 import itertools
 

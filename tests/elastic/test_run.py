@@ -16,7 +16,13 @@ def _steps(store) -> list[int]:
     return [info.step for info in ckpt.Checkpointer(store).snapshots()]
 
 
-def _counting(store, body: Callable[[ckpt.Run, int], None] = lambda run, step: None, *, total: int = 10, **options):
+def _counting(
+    store,
+    body: Callable[[ckpt.Run, int], None] = lambda run, step: None,
+    *,
+    total: int = 10,
+    **options,
+):
     """A training that counts its steps in tracked state; returns the state at its end."""
     state = {"n": 0, "t": torch.zeros(3)}
 
@@ -37,7 +43,9 @@ def _counting(store, body: Callable[[ckpt.Run, int], None] = lambda run, step: N
 
 
 @pytest.mark.parametrize("crashes", [(7,), (0,), (4,), (5,), (19,), (3, 8, 8, 13), (12, 11, 19)])
-def test_crashed_training_ends_as_an_uninterrupted_one(training, equal, crash, crashes: tuple[int, ...]) -> None:
+def test_crashed_training_ends_as_an_uninterrupted_one(
+    training, equal, crash, crashes: tuple[int, ...]
+) -> None:
     whole = training()
     whole.start(MemoryBackend())
     broken, store = training(), MemoryBackend()
@@ -51,7 +59,9 @@ def test_crashed_training_ends_as_an_uninterrupted_one(training, equal, crash, c
 
 
 @pytest.mark.parametrize("crashes", [(7,), (14, 17), (11, 12)])
-def test_accumulating_training_is_resumed_at_a_step_of_its_optimizer(training, equal, crash, crashes) -> None:
+def test_accumulating_training_is_resumed_at_a_step_of_its_optimizer(
+    training, equal, crash, crashes
+) -> None:
     whole = training(accumulate=4, every=5)
     whole.start(MemoryBackend())
     broken, store = training(accumulate=4, every=5), MemoryBackend()
@@ -132,7 +142,14 @@ def test_items_tracked_in_two_calls_come_from_one_snapshot_after_damage() -> Non
         def train(run: ckpt.Run) -> None:
             run.track(a=a)
             run.track(b=b)
-            seen.append((run.completed_steps, a["v"][0].item(), b["v"][0].item(), run.restored and run.restored.step))
+            seen.append(
+                (
+                    run.completed_steps,
+                    a["v"][0].item(),
+                    b["v"][0].item(),
+                    run.restored and run.restored.step,
+                )
+            )
             for step in run.steps(total):
                 a["v"].fill_(step + 1)
                 b["v"].fill_(-step - 1)
@@ -289,9 +306,12 @@ def test_total_below_zero_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("every", "total", "wanted"), [(5, 12, [5, 10, 12]), (5, 10, [5, 10]), (1, 3, [1, 2, 3]), (9, 4, [4])]
+    ("every", "total", "wanted"),
+    [(5, 12, [5, 10, 12]), (5, 10, [5, 10]), (1, 3, [1, 2, 3]), (9, 4, [4])],
 )
-def test_snapshots_are_taken_when_due_and_once_at_the_end(every: int, total: int, wanted: list[int]) -> None:
+def test_snapshots_are_taken_when_due_and_once_at_the_end(
+    every: int, total: int, wanted: list[int]
+) -> None:
     store = MemoryBackend()
     _counting(store, total=total, every=every, slots=20)
     assert _steps(store) == wanted

@@ -19,7 +19,13 @@ def _steps(store) -> list[int]:
     return [info.step for info in ckpt.Checkpointer(store).snapshots()]
 
 
-def _counting(store, body: Callable[[ckpt.Run, int], None] = lambda run, step: None, *, total: int = 10, **options):
+def _counting(
+    store,
+    body: Callable[[ckpt.Run, int], None] = lambda run, step: None,
+    *,
+    total: int = 10,
+    **options,
+):
     """A training that counts its steps in tracked state; returns the state at its end."""
     state = {"n": 0, "t": torch.zeros(3)}
 
@@ -77,7 +83,10 @@ def test_request_after_the_loop_tags_its_last_snapshot() -> None:
         run.save(tag="final")
 
     train()
-    assert [(info.step, info.tags) for info in ckpt.Checkpointer(store).snapshots()] == [(5, ()), (7, ("final",))]
+    assert [(info.step, info.tags) for info in ckpt.Checkpointer(store).snapshots()] == [
+        (5, ()),
+        (7, ("final",)),
+    ]
 
 
 def test_request_from_another_thread() -> None:
@@ -162,7 +171,9 @@ def test_latest_logged_values_travel_with_the_next_snapshot() -> None:
     facts = [dict(info.metadata) for info in ckpt.Checkpointer(store).snapshots()]
     assert [round(fact["loss"], 5) for fact in facts] == [0.2, 0.1]
     assert [fact["step"] for fact in facts] == [4, 9]
-    assert all(fact["once"] is True and fact["nothing"] is None and fact["scalar"] == 7 for fact in facts)
+    assert all(
+        fact["once"] is True and fact["nothing"] is None and fact["scalar"] == 7 for fact in facts
+    )
     assert all(fact["nan"] != fact["nan"] for fact in facts)
 
 
@@ -175,8 +186,12 @@ def test_what_can_not_be_logged_is_refused_by_name(value: object) -> None:
 # --- stores that fail -------------------------------------------------------------------------------------------------
 
 
-def test_dead_store_raises_alarms_while_training_goes_on_and_the_end_tells(caplog: pytest.LogCaptureFixture) -> None:
-    store = FaultyBackend(MemoryBackend(), [Fault(harm=Harm.LOST_REQUEST, op="put", key="packs/", times=None)])
+def test_dead_store_raises_alarms_while_training_goes_on_and_the_end_tells(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = FaultyBackend(
+        MemoryBackend(), [Fault(harm=Harm.LOST_REQUEST, op="put", key="packs/", times=None)]
+    )
     ran: list[int] = []
     with caplog.at_level(logging.WARNING, "ckpt"), pytest.raises(ckpt.UnavailableError):
         _counting(store, lambda run, step: ran.append(step), every=2)
@@ -191,7 +206,9 @@ def test_store_that_comes_back_is_used_again_and_nothing_is_raised() -> None:
     assert _steps(inner) == [10]
 
 
-def test_slow_store_skips_due_snapshots_and_never_the_last(caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_store_skips_due_snapshots_and_never_the_last(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     gate = threading.Event()
 
     class Gated(MemoryBackend):
@@ -215,10 +232,18 @@ def test_slow_store_skips_due_snapshots_and_never_the_last(caplog: pytest.LogCap
 
 
 def test_staleness_budget_stops_training_with_the_remedy() -> None:
-    store = FaultyBackend(MemoryBackend(), [Fault(harm=Harm.DENIED, op="put", key="packs/", times=None)])
+    store = FaultyBackend(
+        MemoryBackend(), [Fault(harm=Harm.DENIED, op="put", key="packs/", times=None)]
+    )
     began_s = time.monotonic()
     with pytest.raises(ckpt.UnavailableError, match="max_stale_s") as caught:
-        _counting(store, lambda run, step: threading.Event().wait(0.01), every=1, max_stale="100ms", total=100_000)
+        _counting(
+            store,
+            lambda run, step: threading.Event().wait(0.01),
+            every=1,
+            max_stale="100ms",
+            total=100_000,
+        )
     assert isinstance(caught.value.__cause__, ckpt.StoreDeniedError)
     assert time.monotonic() - began_s < 60
 
@@ -262,7 +287,13 @@ def test_facts_of_a_run() -> None:
     def train(run: ckpt.Run) -> None:
         run.track(x={"v": 1})
         told.append(
-            (run.rank, run.local_rank, run.world_size, run.membership_epoch, run.restored and run.restored.step)
+            (
+                run.rank,
+                run.local_rank,
+                run.world_size,
+                run.membership_epoch,
+                run.restored and run.restored.step,
+            )
         )
         assert run.device.type in ("cpu", "cuda")
         for _ in run.steps(5):
@@ -294,7 +325,9 @@ def test_tracking_nothing_twice_or_a_reserved_name_is_refused() -> None:
 
 def test_tracking_after_a_completed_step_is_refused() -> None:
     with pytest.raises(ckpt.UsageError, match="track everything before the first step"):
-        _counting(MemoryBackend(), lambda run, step: run.track(late={"v": 1}) if step == 3 else None)
+        _counting(
+            MemoryBackend(), lambda run, step: run.track(late={"v": 1}) if step == 3 else None
+        )
 
 
 def test_stored_item_that_nobody_tracks_raises_an_alarm(caplog: pytest.LogCaptureFixture) -> None:
@@ -303,4 +336,7 @@ def test_stored_item_that_nobody_tracks_raises_an_alarm(caplog: pytest.LogCaptur
         c.save({"state": {"n": 3, "t": torch.zeros(3)}, "ema": {"v": 1}, "gan": {"v": 2}}, step=3)
     with caplog.at_level(logging.WARNING, "ckpt"):
         _counting(store, missing="keep")
-    assert any("are not tracked" in record.message and "ema, gan" in record.message for record in caplog.records)
+    assert any(
+        "are not tracked" in record.message and "ema, gan" in record.message
+        for record in caplog.records
+    )

@@ -6,13 +6,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.elastic.schedule import AUTO_S, EverySeconds, EverySteps, is_due, next_due, parse_duration, parse_every
+from ckpt.elastic.schedule import (
+    AUTO_S,
+    EverySeconds,
+    EverySteps,
+    is_due,
+    next_due,
+    parse_duration,
+    parse_every,
+)
 from ckpt.errors import UsageError
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("30s", 30.0), ("500ms", 0.5), ("5m", 300.0), ("5min", 300.0), ("2h", 7200.0), ("1d", 86400.0), (" 1.5 s ", 1.5)],
+    [
+        ("30s", 30.0),
+        ("500ms", 0.5),
+        ("5m", 300.0),
+        ("5min", 300.0),
+        ("2h", 7200.0),
+        ("1d", 86400.0),
+        (" 1.5 s ", 1.5),
+    ],
 )
 def test_duration_is_read(text: str, seconds: float) -> None:
     assert parse_duration(text, name="every") == pytest.approx(seconds)

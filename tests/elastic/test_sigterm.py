@@ -1,4 +1,5 @@
-"""SIGTERM in a process without supervisor: asked once, however often it comes at once; a later one ends."""
+"""SIGTERM in a process without supervisor: asked once, however often it comes at once; a later one
+ends."""
 
 from __future__ import annotations
 
@@ -50,9 +51,14 @@ def test_terms_soon_after_the_first_are_the_same(monkeypatch: pytest.MonkeyPatch
 def ended(answer: str, *lines: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, answer], input="\n".join(lines) + "\n", env=kept, timeout=WAIT_S,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", PROGRAM, answer],
+        input="\n".join(lines) + "\n",
+        env=kept,
+        timeout=WAIT_S,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_sigterm_that_comes_twice_at_once_is_asked_once() -> None:

@@ -86,19 +86,35 @@ class Launcher:
         return str(self.folder / "run")
 
     def run(self, ranks: int = 2, **case: object) -> list[dict]:
-        """Each rank's report. A hang fails after ``WAIT_S`` seconds and kills only what it started."""
+        """Each rank's report. A hang fails after ``WAIT_S`` seconds and kills only what it
+        started."""
         self.launches += 1
         out = self.folder / f"out{self.launches}"
         out.mkdir()
         program = self.folder / "program.py"
         program.write_text(PROGRAM)
         facts = json.dumps({"store": self.store, "out": str(out), "total": 10, **case})
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
+        environment = {
+            **os.environ,
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         process = Program(
-            [*command, str(program), facts], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*command, str(program), facts],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             said, _ = process.communicate(timeout=WAIT_S)
         except subprocess.TimeoutExpired:
@@ -119,7 +135,9 @@ def launch(tmp_path: Path) -> Launcher:
 
 
 @pytest.mark.slow
-def test_training_that_goes_on_after_a_normal_end_is_bit_exact(launch: Launcher, tmp_path: Path) -> None:
+def test_training_that_goes_on_after_a_normal_end_is_bit_exact(
+    launch: Launcher, tmp_path: Path
+) -> None:
     whole = launch.run(total=14, store=str(tmp_path / "whole"))
     first = launch.run(total=6)
     second = launch.run(total=14, seed=5)
@@ -131,7 +149,9 @@ def test_training_that_goes_on_after_a_normal_end_is_bit_exact(launch: Launcher,
 
 
 @pytest.mark.slow
-def test_request_of_one_rank_is_one_snapshot_of_all_and_break_ends_all_alike(launch: Launcher) -> None:
+def test_request_of_one_rank_is_one_snapshot_of_all_and_break_ends_all_alike(
+    launch: Launcher,
+) -> None:
     reports = launch.run(total=50, every=100, save=[1, 3], pause_s=0.1, **{"break": 20})
     assert [report["done"] for report in reports] == [21, 21]
     infos = ckpt.Checkpointer(launch.store).snapshots()
@@ -163,7 +183,9 @@ def test_function_without_a_process_group_works_through_the_launchers_store_or_s
 
 
 @pytest.mark.slow
-def test_process_group_that_is_destroyed_before_the_function_returns_loses_nothing(launch: Launcher) -> None:
+def test_process_group_that_is_destroyed_before_the_function_returns_loses_nothing(
+    launch: Launcher,
+) -> None:
     reports = launch.run(destroy=True)
     assert [report.get("error") for report in reports] == [None, None], reports
     assert launch.steps() == [4, 8, 10]

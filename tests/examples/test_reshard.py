@@ -1,4 +1,5 @@
-"""Sharded over two ranks, continued by one, and by two again: the weights are the same bytes each time."""
+"""Sharded over two ranks, continued by one, and by two again: the weights are the same bytes each
+time."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ RUN_S_MAX = 150
 
 def run(folder: Path, *, ranks: int, steps: int) -> tuple[str, str]:
     """Train to ``steps`` and return the weights' digests at the start and at the end."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else []
+    )
     done = run_program(
         [sys.executable, *launcher, reshard.__file__, f"--steps={steps}"],
         cwd=folder,

@@ -1,4 +1,5 @@
-"""Each small example is interrupted in its middle, by an exception and by SIGKILL, and must end as if it never had been."""
+"""Each small example is interrupted in its middle, by an exception and by SIGKILL, and must end as
+if it never had been."""
 
 from __future__ import annotations
 
@@ -36,7 +37,14 @@ TRAIN: dict[str, Train] = {
     "own_loop": lambda report: own_loop.train(3, report=report),
     "plain_checkpointer": lambda report: plain_checkpointer.train(70, report=report),
 }
-CUT_AFTER = {"gan": 70, "accumulate": 90, "early_stop": 47, "nested": 95, "own_loop": 40, "plain_checkpointer": 55}
+CUT_AFTER = {
+    "gan": 70,
+    "accumulate": 90,
+    "early_stop": 47,
+    "nested": 95,
+    "own_loop": 40,
+    "plain_checkpointer": 55,
+}
 """How many reports come before the interruption: behind a snapshot, and between two."""
 
 DRIVER = """
@@ -67,7 +75,8 @@ def store_of(example: str) -> str:
 
 
 class Reports:
-    """What an example reports: the last value for each step, exact; raises after ``cut_after`` reports."""
+    """What an example reports: the last value for each step, exact; raises after ``cut_after``
+    reports."""
 
     def __init__(self, cut_after: int | None = None) -> None:
         self.values: dict[tuple[object, ...], float] = {}
@@ -85,7 +94,8 @@ class Reports:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums have one order whatever the machine has to do, and threads of tests that run side by side don't wait for cores."""
+    """Sums have one order whatever the machine has to do, and threads of tests that run side by
+    side don't wait for cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -124,7 +134,9 @@ def test_example_interrupted_by_an_exception_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_example_killed_goes_on_bit_for_bit(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_killed_goes_on_bit_for_bit(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calm = undisturbed(example, tmp_path / "calm", monkeypatch)
     monkeypatch.chdir(tmp_path)
     paths = f"import sys; sys.path[:0] = [{str(EXAMPLES)!r}, {str(Path(__file__).parent)!r}]"
@@ -147,7 +159,8 @@ def test_example_killed_goes_on_bit_for_bit(example: str, tmp_path: Path, monkey
 def test_own_loop_goes_on_bit_for_bit_wherever_it_is_cut(
     cut_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An epoch is 28 steps and a snapshot is due every 7: cut before, at and behind the end of an epoch."""
+    """An epoch is 28 steps and a snapshot is due every 7: cut before, at and behind the end of an
+    epoch."""
     calm = undisturbed("own_loop", tmp_path / "calm", monkeypatch)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InterruptionError):
@@ -166,7 +179,8 @@ def test_accumulation_takes_snapshots_behind_optimizer_steps_alone(
 
     def report(step: int, loss: float) -> None:
         deadline_s = time.monotonic() + RUN_S_MAX
-        # Steps of microseconds: without a pause the store would be behind, and the next one skipped.
+        # Steps of microseconds: without a pause the store would be behind, and the next one
+        # skipped.
         while step == 60 and ckpt.Checkpointer(accumulate.STORE).latest() is None:
             assert time.monotonic() < deadline_s, f"no snapshot became durable. loss={loss}"
 
@@ -193,7 +207,9 @@ def test_early_stop_started_again_stays_stopped_and_keeps_its_best(
 
 
 @pytest.mark.slow
-def test_nested_search_done_once_trains_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nested_search_done_once_trains_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     losses = nested.search(report=Reports())
     assert list(losses) == list(nested.RATES)

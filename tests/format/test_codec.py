@@ -17,7 +17,9 @@ from ckpt.values import CHUNK_BYTES, ChunkLocation, Codec
 
 
 def place(encoded: EncodedChunk, raw_bytes: int) -> ChunkLocation:
-    return ChunkLocation("p", 0, len(encoded.data), raw_bytes, encoded.codec, encoded.itemsize_bytes)
+    return ChunkLocation(
+        "p", 0, len(encoded.data), raw_bytes, encoded.codec, encoded.itemsize_bytes
+    )
 
 
 def decode(stored: bytes, location: ChunkLocation) -> bytes:
@@ -36,7 +38,9 @@ def test_encoded_chunk_decodes_to_itself(unit: bytes, times: int, itemsize: int)
 
 
 def test_byte_planes_shrink_what_zstd_alone_does_not() -> None:
-    raw = memoryview(np.random.default_rng(0).normal(0, 0.02, CHUNK_BYTES // 4).astype(np.float32).tobytes())
+    raw = memoryview(
+        np.random.default_rng(0).normal(0, 0.02, CHUNK_BYTES // 4).astype(np.float32).tobytes()
+    )
     planes, plain = encode_chunk(raw, itemsize_bytes=4), encode_chunk(raw, itemsize_bytes=1)
     assert planes is not None
     assert planes.codec is Codec.PLANES_ZSTD
@@ -65,7 +69,12 @@ def test_flipped_bit_gives_that_size_or_an_integrity_error(at: int, bit: int) ->
         assert len(decode(bytes(data), AT)) == len(RAW)
 
 
-@given(st.binary(max_size=200), st.sampled_from(list(Codec)), st.integers(0, 20), st.integers(0, CHUNK_BYTES + 1))
+@given(
+    st.binary(max_size=200),
+    st.sampled_from(list(Codec)),
+    st.integers(0, 20),
+    st.integers(0, CHUNK_BYTES + 1),
+)
 def test_garbage_is_refused(data: bytes, codec: Codec, itemsize: int, raw_bytes: int) -> None:
     location = ChunkLocation("p", 0, len(data), raw_bytes, codec, itemsize)
     if codec is Codec.RAW and len(data) == raw_bytes:

@@ -23,7 +23,9 @@ def writer(rank: int) -> str:
     return keys.writer_name(f"node{rank}", "0123456789abcdef")
 
 
-def leaf(name: str, shape: tuple[int, ...], *, rank: int | None = None, dtype: str = "uint8") -> Leaf:
+def leaf(
+    name: str, shape: tuple[int, ...], *, rank: int | None = None, dtype: str = "uint8"
+) -> Leaf:
     return Leaf(name=name, kind=LeafKind.TENSOR, dtype=dtype, shape=shape, rank=rank)
 
 
@@ -31,10 +33,14 @@ def alias(name: str, of: str, shape: tuple[int, ...] = (4,), rank: int | None = 
     return replace(leaf(name, shape, rank=rank), alias_of=of)
 
 
-def shard(found: Leaf, offsets: tuple[int, ...], sizes: tuple[int, ...], mark: int = 0) -> StoredShard:
+def shard(
+    found: Leaf, offsets: tuple[int, ...], sizes: tuple[int, ...], mark: int = 0
+) -> StoredShard:
     box = Box(offsets, sizes)
     size = box.elements
-    place = ChunkLocation(keys.pack_key(SnapshotId(1, 1), writer(0), mark), 0, size, size, Codec.RAW)
+    place = ChunkLocation(
+        keys.pack_key(SnapshotId(1, 1), writer(0), mark), 0, size, size, Codec.RAW
+    )
     return StoredShard(
         leaf=found,
         box=box,
@@ -45,7 +51,14 @@ def shard(found: Leaf, offsets: tuple[int, ...], sizes: tuple[int, ...], mark: i
 
 
 def part(rank: int, shards: list[StoredShard], aliases: tuple[Leaf, ...] = ()) -> Part:
-    made = Part(snapshot=PAIR, writer=writer(rank), rank=rank, world_size=WORLD, shards=tuple(shards), aliases=aliases)
+    made = Part(
+        snapshot=PAIR,
+        writer=writer(rank),
+        rank=rank,
+        world_size=WORLD,
+        shards=tuple(shards),
+        aliases=aliases,
+    )
     return decode_part(encode_part(made))
 
 
@@ -55,7 +68,13 @@ def manifest() -> Manifest:
         for rank in range(WORLD)
     )
     return Manifest(
-        job="j", snapshot=PAIR, world_size=WORLD, parts=parts, size_bytes=1, new_bytes=1, created_unix_s=0.0
+        job="j",
+        snapshot=PAIR,
+        world_size=WORLD,
+        parts=parts,
+        size_bytes=1,
+        new_bytes=1,
+        created_unix_s=0.0,
     )
 
 
@@ -72,14 +91,25 @@ def test_leaves_and_shards_are_found_by_name_and_rank() -> None:
         part(0, [shard(W, (0,), (3,), 1), shard(own[0], (0,), (2,), 2)], (alias("tied", "w"),)),
         part(1, [shard(W, (3,), (1,), 3), shard(own[1], (0,), (2,), 4)], (alias("tied", "w"),)),
     )
-    assert [(one.name, one.rank) for one in found.leaves()] == [("rng", 0), ("rng", 1), ("tied", None), ("w", None)]
-    assert found.leaf("rng", 1) == own[1] and found.leaf("rng", None) is None and found.leaf("rng", 2) is None
+    assert [(one.name, one.rank) for one in found.leaves()] == [
+        ("rng", 0),
+        ("rng", 1),
+        ("tied", None),
+        ("w", None),
+    ]
+    assert (
+        found.leaf("rng", 1) == own[1]
+        and found.leaf("rng", None) is None
+        and found.leaf("rng", 2) is None
+    )
     assert [one.box.offsets for one in found.shards("w")] == [(0,), (3,)]
     assert found.shards("tied") == found.shards("w") and found.target("tied") == W
     assert found.shards("rng", 0)[0].leaf == own[0] and found.shards("none") == ()
     assert found.ranks == (0, 1) and len(found.parts) == 2
     assert set(found.locations()) == {bytes([mark]) * 16 for mark in (1, 2, 3, 4)}
-    assert found.packs() == {keys.pack_key(SnapshotId(1, 1), writer(0), mark) for mark in (1, 2, 3, 4)}
+    assert found.packs() == {
+        keys.pack_key(SnapshotId(1, 1), writer(0), mark) for mark in (1, 2, 3, 4)
+    }
 
 
 @pytest.mark.parametrize(
@@ -109,7 +139,10 @@ def test_an_empty_leaf_and_empty_shards_are_fine() -> None:
 
 def test_parts_that_disagree_on_a_leaf_are_refused() -> None:
     with pytest.raises(IntegrityError, match="disagree"):
-        index(part(0, [shard(W, (0,), (2,))]), part(1, [shard(leaf("w", (4,), dtype="int8"), (2,), (2,))]))
+        index(
+            part(0, [shard(W, (0,), (2,))]),
+            part(1, [shard(leaf("w", (4,), dtype="int8"), (2,), (2,))]),
+        )
     with pytest.raises(IntegrityError, match="disagree"):
         index(part(0, [shard(W, (0,), (4,))]), part(1, [], (alias("w", "v"),)))
 
@@ -158,21 +191,32 @@ boxes = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.in
 def test_cover_agrees_with_counting_every_element(found: list[Box]) -> None:
     count = dict.fromkeys(product(range(4), range(4)), 0)
     for box in found:
-        for cell in product(*(range(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))):
+        for cell in product(
+            *(range(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+        ):
             count[cell] += 1
     assert (cover_problem((4, 4), found) is None) == all(times == 1 for times in count.values())
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 6), max_size=3), st.lists(st.integers(0, 6), max_size=3), st.integers(0, 9))
-def test_a_grid_of_cuts_covers_and_no_longer_does_when_one_box_goes(rows: list[int], cols: list[int], n: int) -> None:
+@given(
+    st.lists(st.integers(0, 6), max_size=3),
+    st.lists(st.integers(0, 6), max_size=3),
+    st.integers(0, 9),
+)
+def test_a_grid_of_cuts_covers_and_no_longer_does_when_one_box_goes(
+    rows: list[int], cols: list[int], n: int
+) -> None:
     def cuts(at: list[int]) -> list[tuple[int, int]]:
         edges = sorted({0, 6, *at})
         return [(low, high - low) for low, high in pairwise(edges)]
 
     grid = [Box((r, c), (h, w)) for r, h in cuts(rows) for c, w in cuts(cols)]
     assert cover_problem((6, 6), grid) is None
-    assert cover_problem((6, 6), [box for place, box in enumerate(grid) if place != n % len(grid)]) is not None
+    assert (
+        cover_problem((6, 6), [box for place, box in enumerate(grid) if place != n % len(grid)])
+        is not None
+    )
 
 
 def test_a_scalar_is_covered_once() -> None:

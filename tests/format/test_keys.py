@@ -19,8 +19,15 @@ def test_the_digest_is_xxh3_128_big_endian() -> None:
     assert digest(memoryview(b"ckpt")).hex() == digest_hex(bytearray(b"ckpt"))
 
 
-@given(st.text(max_size=200), st.integers(0, 10**8 - 1), st.integers(0, 10**10 - 1), st.integers(0, 10**14 - 1))
-def test_every_key_is_one_that_backends_take_and_parses_back(node: str, n: int, epoch: int, step: int) -> None:
+@given(
+    st.text(max_size=200),
+    st.integers(0, 10**8 - 1),
+    st.integers(0, 10**10 - 1),
+    st.integers(0, 10**14 - 1),
+)
+def test_every_key_is_one_that_backends_take_and_parses_back(
+    node: str, n: int, epoch: int, step: int
+) -> None:
     writer = keys.writer_name(node, BOOT)
     pair = SnapshotId(epoch, step)
     made = {
@@ -39,18 +46,34 @@ def test_every_key_is_one_that_backends_take_and_parses_back(node: str, n: int, 
 @pytest.mark.parametrize(
     "key",
     [
-        "", "packs/", "packs/../x", f"{PACKS}/a-{BOOT}-00000001.pack\n", f"/{PACKS}/a-{BOOT}-00000001.pack",
-        f"{PACKS}/../a-{BOOT}-00000001.pack", f"{PACKS}/.a-{BOOT}-00000001.pack", f"{PACKS}/a-{BOOT}-1.pack",
-        f"{PACKS}/a-{BOOT.upper()}-00000001.pack", f"{PACKS}/a-{BOOT}-٠٠٠٠٠٠٠١.pack", f"packs/a-{BOOT}-00000001.pack",
-        f"packs/1-2/a-{BOOT}-00000001.pack", "log/1.json",
-        "log/99999999999999999999.json", "log/0000000000000000000a.json", "folds/00000000000000000001.json.tmp",
-        f"parts/0000000001-00000000000001/../a-{BOOT}.mpk.zst", "manifests/0000000001-00000000000001.json",
+        "",
+        "packs/",
+        "packs/../x",
+        f"{PACKS}/a-{BOOT}-00000001.pack\n",
+        f"/{PACKS}/a-{BOOT}-00000001.pack",
+        f"{PACKS}/../a-{BOOT}-00000001.pack",
+        f"{PACKS}/.a-{BOOT}-00000001.pack",
+        f"{PACKS}/a-{BOOT}-1.pack",
+        f"{PACKS}/a-{BOOT.upper()}-00000001.pack",
+        f"{PACKS}/a-{BOOT}-٠٠٠٠٠٠٠١.pack",
+        f"packs/a-{BOOT}-00000001.pack",
+        f"packs/1-2/a-{BOOT}-00000001.pack",
+        "log/1.json",
+        "log/99999999999999999999.json",
+        "log/0000000000000000000a.json",
+        "folds/00000000000000000001.json.tmp",
+        f"parts/0000000001-00000000000001/../a-{BOOT}.mpk.zst",
+        "manifests/0000000001-00000000000001.json",
     ],
-)  # fmt: skip
+)
 def test_a_key_that_is_not_exactly_ours_parses_to_nothing(key: str) -> None:
     parsers = (
-        keys.parse_pack_key, keys.parse_part_key, keys.parse_manifest_key, keys.parse_log_key, keys.parse_fold_key,
-    )  # fmt: skip
+        keys.parse_pack_key,
+        keys.parse_part_key,
+        keys.parse_manifest_key,
+        keys.parse_log_key,
+        keys.parse_fold_key,
+    )
     assert [parse(key) for parse in parsers] == [None] * 5
 
 

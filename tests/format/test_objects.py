@@ -30,7 +30,10 @@ from ckpt.format.objects import (
 any_text = st.text(st.characters(), max_size=40)
 text_with_surrogates = st.text(st.characters(codec=None, categories=None), max_size=20)
 numbers = st.one_of(
-    st.integers(-(1 << 200), 1 << 200), st.integers(-40, 200), st.floats(), st.complex_numbers(allow_nan=True)
+    st.integers(-(1 << 200), 1 << 200),
+    st.integers(-40, 200),
+    st.floats(),
+    st.complex_numbers(allow_nan=True),
 )
 hashable = st.recursive(
     st.one_of(
@@ -46,13 +49,24 @@ hashable = st.recursive(
 )
 arrays = hnp.arrays(
     st.one_of(
-        hnp.boolean_dtypes(), hnp.integer_dtypes(), hnp.unsigned_integer_dtypes(), hnp.floating_dtypes(),
-        hnp.complex_number_dtypes(), hnp.datetime64_dtypes(), hnp.unicode_string_dtypes(), hnp.byte_string_dtypes(),
+        hnp.boolean_dtypes(),
+        hnp.integer_dtypes(),
+        hnp.unsigned_integer_dtypes(),
+        hnp.floating_dtypes(),
+        hnp.complex_number_dtypes(),
+        hnp.datetime64_dtypes(),
+        hnp.unicode_string_dtypes(),
+        hnp.byte_string_dtypes(),
     ),
     hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
-)  # fmt: skip
+)
 values = st.recursive(
-    st.one_of(hashable, arrays, st.builds(Ref, any_text, any_text, any_text), st.builds(EnumNode, any_text, any_text)),
+    st.one_of(
+        hashable,
+        arrays,
+        st.builds(Ref, any_text, any_text, any_text),
+        st.builds(EnumNode, any_text, any_text),
+    ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=4),
         st.lists(inner, max_size=4).map(tuple),
@@ -79,7 +93,8 @@ def same(a: object, b: object) -> bool:
             return a.dtype.str == b.dtype.str and a.shape == b.shape and a.tobytes() == b.tobytes()
         case dict(), dict():
             return len(a) == len(b) and all(
-                same(k, m) and same(v, n) for (k, v), (m, n) in zip(a.items(), b.items(), strict=True)
+                same(k, m) and same(v, n)
+                for (k, v), (m, n) in zip(a.items(), b.items(), strict=True)
             )
         case (set() | frozenset(), _):
             return sorted(map(encode_object, a)) == sorted(map(encode_object, b))
@@ -122,7 +137,15 @@ def test_damaged_bytes_decode_or_give_integrity_error(value: object, data: st.Da
 
 
 @pytest.mark.parametrize(
-    "bits", [0x7FF8000000000001, 0xFFF8000000000000, 0x7FF0000000000000, 0x8000000000000000, 1, 0x7FF0000000000001]
+    "bits",
+    [
+        0x7FF8000000000001,
+        0xFFF8000000000000,
+        0x7FF0000000000000,
+        0x8000000000000000,
+        1,
+        0x7FF0000000000001,
+    ],
 )
 def test_float_bits_are_kept(bits: int) -> None:
     (value,) = struct.unpack(">d", bits.to_bytes(8, "big"))
@@ -158,7 +181,14 @@ class Pair(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    "value", [Pair(1), np.array([object()]), np.zeros(2, dtype=[("a", "f4")]), type("Sub", (dict,), {})(), lambda: 0]
+    "value",
+    [
+        Pair(1),
+        np.array([object()]),
+        np.zeros(2, dtype=[("a", "f4")]),
+        type("Sub", (dict,), {})(),
+        lambda: 0,
+    ],
 )
 def test_what_would_come_back_as_something_else_is_refused(value: object) -> None:
     with pytest.raises(UsageError):
@@ -187,7 +217,9 @@ def test_deepest_allowed_value_comes_back() -> None:
         b"\xc6\xff\xff\xff\xff",
         b"\xc9\xff\xff\xff\xff\x09",
         b"\x91" * 100_000,
-        b"\xc9" + struct.pack(">IB", 12, 9) + b"\xa3<f8\x91\xd3\x0f\xff\xff\xff\xff\xff\xff\xff"[:12],
+        b"\xc9"
+        + struct.pack(">IB", 12, 9)
+        + b"\xa3<f8\x91\xd3\x0f\xff\xff\xff\xff\xff\xff\xff"[:12],
         b"\xc9" + struct.pack(">IB", 6, 9) + b"\xa3|O8\x90\x00",
         b"\xc1",
         b"\x82\x01\x01\x01\x02",

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.format import keys, part
 from ckpt.format.part import Part, StoredShard, chunk_sizes, decode_part, encode_part
-from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId
+from ckpt.values import (
+    CHUNK_BYTES,
+    DTYPE_BYTES,
+    Box,
+    ChunkLocation,
+    Codec,
+    Leaf,
+    LeafKind,
+    SnapshotId,
+)
 
 WRITER = keys.writer_name("node-a", "0123456789abcdef")
 PAIR = SnapshotId(3, 40)
@@ -62,7 +71,9 @@ def parts(draw: st.DrawFn) -> Part:
     found = draw(st.lists(shards(rank, ranks), max_size=4))
     alias = Leaf(name="other", kind=LeafKind.TENSOR, dtype="int8", shape=(2,), alias_of="x")
     return Part(
-        snapshot=SnapshotId(draw(st.integers(0, keys.EPOCH_MAX)), draw(st.integers(0, keys.STEP_MAX))),
+        snapshot=SnapshotId(
+            draw(st.integers(0, keys.EPOCH_MAX)), draw(st.integers(0, keys.STEP_MAX))
+        ),
         writer=WRITER,
         rank=rank,
         ranks=ranks,
@@ -75,9 +86,15 @@ def parts(draw: st.DrawFn) -> Part:
 def small_part() -> Part:
     leaf = Leaf(name="model/w", kind=LeafKind.TENSOR, dtype="float32", shape=(4, 3))
     place = ChunkLocation(keys.pack_key(PAIR, WRITER, 0), 4096, 48, 48, Codec.RAW)
-    shard = StoredShard(leaf=leaf, box=Box.whole((4, 3)), size_bytes=48, digests=(b"d" * 16,), locations=(place,))
-    alias = Leaf(name="model/tied", kind=LeafKind.TENSOR, dtype="float32", shape=(4, 3), alias_of="model/w")
-    return Part(snapshot=PAIR, writer=WRITER, rank=0, world_size=2, shards=(shard,), aliases=(alias,))
+    shard = StoredShard(
+        leaf=leaf, box=Box.whole((4, 3)), size_bytes=48, digests=(b"d" * 16,), locations=(place,)
+    )
+    alias = Leaf(
+        name="model/tied", kind=LeafKind.TENSOR, dtype="float32", shape=(4, 3), alias_of="model/w"
+    )
+    return Part(
+        snapshot=PAIR, writer=WRITER, rank=0, world_size=2, shards=(shard,), aliases=(alias,)
+    )
 
 
 def wire_of(value: Part) -> dict[str, object]:
@@ -100,7 +117,9 @@ def test_a_part_comes_back_equal_and_spelled_alike(value: Part) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 255), st.integers(0, 40))
-def test_mutated_stored_bytes_give_the_equal_part_or_an_integrity_error(at: int, byte: int, cut: int) -> None:
+def test_mutated_stored_bytes_give_the_equal_part_or_an_integrity_error(
+    at: int, byte: int, cut: int
+) -> None:
     data = bytearray(encode_part(small_part()))
     data[at % len(data)] = byte
     if cut:
@@ -112,7 +131,9 @@ def test_mutated_stored_bytes_give_the_equal_part_or_an_integrity_error(at: int,
 @pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
-def test_mutated_payload_gives_a_valid_part_or_an_integrity_error(changes: list[tuple[int, int]]) -> None:
+def test_mutated_payload_gives_a_valid_part_or_an_integrity_error(
+    changes: list[tuple[int, int]],
+) -> None:
     raw = bytearray(zstandard.ZstdDecompressor().decompress(encode_part(small_part())))
     for at, byte in changes:
         raw[at % len(raw)] = byte
@@ -133,8 +154,13 @@ def test_arbitrary_bytes_are_an_integrity_error(data: bytes) -> None:
 
 
 def test_a_declared_size_over_the_limit_is_refused_before_anything_is_allocated() -> None:
-    # A frame header alone: magic, an 8-byte content size and a checksum flag; one single-segment frame.
-    header = b"\x28\xb5\x2f\xfd" + bytes([0b11100100]) + (part.PART_RAW_BYTES_MAX + 1).to_bytes(8, "little")
+    # A frame header alone: magic, an 8-byte content size and a checksum flag; one single-segment
+    # frame.
+    header = (
+        b"\x28\xb5\x2f\xfd"
+        + bytes([0b11100100])
+        + (part.PART_RAW_BYTES_MAX + 1).to_bytes(8, "little")
+    )
     with pytest.raises(IntegrityError, match="declares too large"):
         decode_part(header + b"\x01\x00\x00" + b"\x00" * 4)
 
@@ -205,7 +231,11 @@ def test_a_field_that_contradicts_is_an_integrity_error(field: str, value: objec
 def test_a_doubled_member_is_an_integrity_error() -> None:
     raw = zstandard.ZstdDecompressor().decompress(encode_part(small_part()))
     doubled = bytes([raw[0], raw[1], raw[2] + 1]) if raw[0] == 0xDE else bytes([raw[0] + 1])
-    body = raw[len(doubled) :] + msgspec.msgpack.encode("v") + msgspec.msgpack.encode(part.PART_VERSION)
+    body = (
+        raw[len(doubled) :]
+        + msgspec.msgpack.encode("v")
+        + msgspec.msgpack.encode(part.PART_VERSION)
+    )
     with pytest.raises(IntegrityError):
         decode_part(zstandard.ZstdCompressor(write_checksum=True).compress(doubled + body))
 
@@ -221,7 +251,11 @@ def test_an_invalid_part_is_refused_by_the_writer_too() -> None:
                 world_size=1,
                 shards=(
                     StoredShard(
-                        leaf=bad.leaf, box=bad.box, size_bytes=44, digests=bad.digests, locations=bad.locations
+                        leaf=bad.leaf,
+                        box=bad.box,
+                        size_bytes=44,
+                        digests=bad.digests,
+                        locations=bad.locations,
                     ),
                 ),
             )

@@ -25,15 +25,34 @@ def part(rank: int, *, world: int = 8) -> Part:
     writer = keys.writer_name("node-a", f"{rank:016x}")
     shards = []
     for leaf, box in ((whole, Box((rank * 8,), (8,))), (own, Box.whole(own.shape))):
-        place = ChunkLocation(keys.pack_key(PAIR, writer, 0), 4096 * len(shards), box.elements, box.elements, Codec.RAW)
+        place = ChunkLocation(
+            keys.pack_key(PAIR, writer, 0),
+            4096 * len(shards),
+            box.elements,
+            box.elements,
+            Codec.RAW,
+        )
         digest = bytes([rank, len(shards)]) * 8
-        shards.append(StoredShard(leaf=leaf, box=box, size_bytes=box.elements, digests=(digest,), locations=(place,)))
-    return Part(snapshot=PAIR, writer=writer, rank=rank, world_size=world, shards=tuple(shards), aliases=(TIED,))
+        shards.append(
+            StoredShard(
+                leaf=leaf, box=box, size_bytes=box.elements, digests=(digest,), locations=(place,)
+            )
+        )
+    return Part(
+        snapshot=PAIR,
+        writer=writer,
+        rank=rank,
+        world_size=world,
+        shards=tuple(shards),
+        aliases=(TIED,),
+    )
 
 
 @settings(deadline=None)
 @given(st.integers(0, 5), st.integers(1, 3), st.data())
-def test_merged_part_is_stored_whole_whatever_was_merged_first(first: int, count: int, data: st.DataObject) -> None:
+def test_merged_part_is_stored_whole_whatever_was_merged_first(
+    first: int, count: int, data: st.DataObject
+) -> None:
     parts = [part(rank) for rank in range(first, first + count)]
     whole = merge_parts(parts, writer=WRITER)
     assert (whole.rank, whole.ranks, whole.writer) == (first, count, WRITER)

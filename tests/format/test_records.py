@@ -13,21 +13,39 @@ from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import INT_MAX, Manifest, PartRef
-from ckpt.format.records import Commit, Drop, Open, Record, Stores, Tag, Untag, decode_record, make_record
+from ckpt.format.records import (
+    Commit,
+    Drop,
+    Open,
+    Record,
+    Stores,
+    Tag,
+    Untag,
+    decode_record,
+    make_record,
+)
 from ckpt.format.store import JobRecord
 from ckpt.values import SnapshotId
 
 WRITER = keys.writer_name("node", "0123456789abcdef")
 pairs = st.builds(SnapshotId, st.integers(0, keys.EPOCH_MAX), st.integers(0, keys.STEP_MAX))
 hexes = st.binary(min_size=16, max_size=16).map(bytes.hex)
-names = st.text(min_size=1, max_size=20).filter(lambda text: text.isprintable() and text == text.strip())
+names = st.text(min_size=1, max_size=20).filter(
+    lambda text: text.isprintable() and text == text.strip()
+)
 bodies = st.one_of(
     st.builds(Open, st.integers(1, keys.EPOCH_MAX), st.none() | pairs),
     st.builds(Commit, pairs, hexes, st.none() | pairs).filter(lambda c: c.base != c.snapshot),
-    st.builds(Drop, st.sets(pairs, min_size=1, max_size=4).map(lambda s: tuple(sorted(s))), st.none() | pairs),
+    st.builds(
+        Drop,
+        st.sets(pairs, min_size=1, max_size=4).map(lambda s: tuple(sorted(s))),
+        st.none() | pairs,
+    ),
     st.builds(Tag, names, pairs),
     st.builds(Untag, names),
-    st.lists(hexes, min_size=1, max_size=5, unique=True).map(lambda ids: Stores(tuple(ids), len(ids) // 2 + 1)),
+    st.lists(hexes, min_size=1, max_size=5, unique=True).map(
+        lambda ids: Stores(tuple(ids), len(ids) // 2 + 1)
+    ),
 )
 records = st.builds(
     lambda body, seq, epoch, write_id, prev: make_record(
@@ -39,12 +57,20 @@ records = st.builds(
     st.from_regex(r"[0-9a-zA-Z_-]{1,64}", fullmatch=True),
     hexes,
 )
-scalars = st.none() | st.booleans() | st.integers(-INT_MAX - 1, INT_MAX) | st.floats() | st.text(max_size=10)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-INT_MAX - 1, INT_MAX)
+    | st.floats()
+    | st.text(max_size=10)
+)
 metadatas = st.dictionaries(st.text(max_size=10), scalars, max_size=6)
 changes = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=3)
 
 
-def make_manifest(metadata: dict[str, bool | int | float | str | None] | None = None, world: int = 2) -> Manifest:
+def make_manifest(
+    metadata: dict[str, bool | int | float | str | None] | None = None, world: int = 2
+) -> Manifest:
     pair = SnapshotId(2, 30)
     parts = tuple(
         PartRef(
@@ -70,12 +96,15 @@ def make_manifest(metadata: dict[str, bool | int | float | str | None] | None = 
 
 def same(a: object, b: object) -> bool:
     if isinstance(a, float) and isinstance(b, float):
-        return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
+        return (math.isnan(a) and math.isnan(b)) or (
+            a == b and math.copysign(1, a) == math.copysign(1, b)
+        )
     return type(a) is type(b) and a == b
 
 
 def resealed(data: bytes, **fields: object) -> bytes:
-    """``data`` with members replaced (None-like ``...`` removes) and its digest made right again."""
+    """``data`` with members replaced (None-like ``...`` removes) and its digest made right
+    again."""
     found = json.loads(data) | fields
     found = {key: value for key, value in found.items() if value is not ... and key != "digest"}
     found["digest"] = digest_hex(msgspec.json.encode(found, order="sorted"))
@@ -109,7 +138,9 @@ def test_a_manifest_comes_back_equal_also_with_floats_that_json_lacks(
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(records, changes, st.integers(0, 30))
-def test_a_mutated_record_is_equal_or_refused(record: Record, changed: list[tuple[int, int]], cut: int) -> None:
+def test_a_mutated_record_is_equal_or_refused(
+    record: Record, changed: list[tuple[int, int]], cut: int
+) -> None:
     data = bytearray(record.encode())
     for at, byte in changed:
         data[at % len(data)] = byte
@@ -200,9 +231,22 @@ def test_doubled_keys_blanks_and_unknown_members_are_refused() -> None:
         {"body": {"kind": "open", "epoch": 0, "from": None}},
         {"body": {"kind": "open", "epoch": 2, "from": {"epoch": -1, "step": 0}}},
         {"body": {"kind": "open", "epoch": 2, "from": {"epoch": 1, "step": 0, "novel": 1}}},
-        {"body": {"kind": "commit", "snapshot": {"epoch": 1, "step": 1}, "manifest_digest": "../x", "base": None}},
+        {
+            "body": {
+                "kind": "commit",
+                "snapshot": {"epoch": 1, "step": 1},
+                "manifest_digest": "../x",
+                "base": None,
+            }
+        },
         {"body": {"kind": "drop", "snapshots": [], "floor": None}},
-        {"body": {"kind": "drop", "snapshots": [{"epoch": 2, "step": 1}, {"epoch": 1, "step": 1}], "floor": None}},
+        {
+            "body": {
+                "kind": "drop",
+                "snapshots": [{"epoch": 2, "step": 1}, {"epoch": 1, "step": 1}],
+                "floor": None,
+            }
+        },
         {"body": {"kind": "tag", "name": "a\n", "snapshot": {"epoch": 1, "step": 1}}},
         {"body": {"kind": "untag", "name": " "}},
         {"body": {"kind": "stores", "ids": ["0" * 32, "1" * 32], "write_quorum": 1}},
@@ -229,9 +273,14 @@ def test_a_newer_version_names_both_and_the_remedy() -> None:
     for decode, data in (
         (decode_record, resealed(record, v=2, novel=1)),
         (Manifest.decode, resealed(make_manifest().encode(), format_version=3, parts="elsewhere")),
-        (JobRecord.decode, resealed(JobRecord(job="j", store_id="0" * 32).encode(), format_version=2)),
+        (
+            JobRecord.decode,
+            resealed(JobRecord(job="j", store_id="0" * 32).encode(), format_version=2),
+        ),
     ):
-        with pytest.raises(FormatVersionError, match=r"found=(2 known=1|3 known=2) upgrade torch-ckpt"):
+        with pytest.raises(
+            FormatVersionError, match=r"found=(2 known=1|3 known=2) upgrade torch-ckpt"
+        ):
             decode(data)
 
 
@@ -300,7 +349,16 @@ def test_each_rank_is_in_one_part(counts: list[int], more: int, data: st.DataObj
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"a": [1]}, {"a": 2**63}, {"a": "\ud800"}, {"\ud800": 1}, {1: 1}, {"a": "x" * (1 << 20)}, {"a": 1j}]
+    "metadata",
+    [
+        {"a": [1]},
+        {"a": 2**63},
+        {"a": "\ud800"},
+        {"\ud800": 1},
+        {1: 1},
+        {"a": "x" * (1 << 20)},
+        {"a": 1j},
+    ],
 )
 def test_metadata_that_is_not_flat_and_small_is_a_usage_error(metadata: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="metadata"):

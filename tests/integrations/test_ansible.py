@@ -1,4 +1,5 @@
-"""The playbook, run against this machine below a temporary folder: what it writes works, and a second run changes nothing."""
+"""The playbook, run against this machine below a temporary folder: what it writes works, and a
+second run changes nothing."""
 
 from __future__ import annotations
 
@@ -60,32 +61,61 @@ class Site:
         for name in MEMBERS:
             [line] = self.unit(name, "ckpt-etcd")["ExecStart"]
             ready = f"http://127.0.0.1:{self.ports[name]['metrics']}/health"
-            servers.append(ServerProcess(shlex.split(line), ready_url=ready, log=self.folder / f"{name}.log", env={}))
+            servers.append(
+                ServerProcess(
+                    shlex.split(line), ready_url=ready, log=self.folder / f"{name}.log", env={}
+                )
+            )
         return servers
 
 
 def recap(output: str) -> dict[str, dict[str, int]]:
     """Ansible's last lines: how much was done on each host."""
     lines = re.findall(r"^(\w+) +: (ok=.*)$", output, re.MULTILINE)
-    return {host: {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", facts)} for host, facts in lines}
+    return {
+        host: {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", facts)}
+        for host, facts in lines
+    }
 
 
 def tried(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
     """A command, run where the playbook lies."""
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "ANSIBLE_HOME": str(folder / "ansible"), "LC_ALL": "C.UTF-8"}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "ANSIBLE_HOME": str(folder / "ansible"),
+        "LC_ALL": "C.UTF-8",
+    }
     return subprocess.run(
-        [*map(str, command)], cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=PLAY_S, check=False
+        [*map(str, command)],
+        cwd=FOLDER,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PLAY_S,
+        check=False,
     )
 
 
 def play(folder: Path, *options: object) -> list[object]:
     """The command that runs the playbook."""
-    return [BIN / "ansible-playbook", "-i", folder / "inventory.yaml", "-f", "1", *options, "site.yaml"]
+    return [
+        BIN / "ansible-playbook",
+        "-i",
+        folder / "inventory.yaml",
+        "-f",
+        "1",
+        *options,
+        "site.yaml",
+    ]
 
 
 def tls_files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / "etc" / name).read_bytes() for name in ("node.crt", "node.key", "nodes-ca.crt")}
+    return {
+        name: (folder / "etc" / name).read_bytes()
+        for name in ("node.crt", "node.key", "nodes-ca.crt")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -106,32 +136,62 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Site:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    run(BIN / "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder / "dist", source)
+    run(
+        BIN / "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder / "dist",
+        source,
+    )
     [wheel] = (folder / "dist").glob("*.whl")
     run(ROOT / "integrations" / "kubernetes" / "make-secrets.sh", folder / "secrets")
-    ports = {name: {kind: free_port() for kind in ("client", "peer", "metrics")} for name in MEMBERS}
+    ports = {
+        name: {kind: free_port() for kind in ("client", "peer", "metrics")} for name in MEMBERS
+    }
     for host in (*MEMBERS, "n1"):
         (folder / f"units-{host}").mkdir()
     user = run("id", "-un").strip()
     settings = {
-        "ansible_connection": "local", "ansible_python_interpreter": sys.executable, "ansible_host": "127.0.0.1",
-        "ckpt_become": False, "ckpt_users": False, "ckpt_packages": False, "ckpt_services": False,
-        "ckpt_user": user, "ckpt_etcd_user": user, "ckpt_etcd_listen": "127.0.0.1",
-        "ckpt_etcd_binary": shutil.which("etcd"), "ckpt_units": str(folder) + "/units-{{ inventory_hostname }}",
-        "ckpt_prefix": str(folder / "opt"), "ckpt_config": str(folder / "etc"), "ckpt_state": str(folder / "var"),
-        "ckpt_secrets": str(folder / "secrets"), "ckpt_wheel": str(wheel), "ckpt_extras": "",
-        "ckpt_pip_arguments": "--no-deps", "ckpt_python": sys.executable,
-        "ckpt_job": JOB, "ckpt_nodes": "1", "ckpt_ranks": 1, "ckpt_program": str(folder / "program.py"),
-        "ckpt_program_arguments": ["--lr", "0.1"], "ckpt_environment": {"TRIED": "two words"},
-    }  # fmt: skip
+        "ansible_connection": "local",
+        "ansible_python_interpreter": sys.executable,
+        "ansible_host": "127.0.0.1",
+        "ckpt_become": False,
+        "ckpt_users": False,
+        "ckpt_packages": False,
+        "ckpt_services": False,
+        "ckpt_user": user,
+        "ckpt_etcd_user": user,
+        "ckpt_etcd_listen": "127.0.0.1",
+        "ckpt_etcd_binary": shutil.which("etcd"),
+        "ckpt_units": str(folder) + "/units-{{ inventory_hostname }}",
+        "ckpt_prefix": str(folder / "opt"),
+        "ckpt_config": str(folder / "etc"),
+        "ckpt_state": str(folder / "var"),
+        "ckpt_secrets": str(folder / "secrets"),
+        "ckpt_wheel": str(wheel),
+        "ckpt_extras": "",
+        "ckpt_pip_arguments": "--no-deps",
+        "ckpt_python": sys.executable,
+        "ckpt_job": JOB,
+        "ckpt_nodes": "1",
+        "ckpt_ranks": 1,
+        "ckpt_program": str(folder / "program.py"),
+        "ckpt_program_arguments": ["--lr", "0.1"],
+        "ckpt_environment": {"TRIED": "two words"},
+    }
     members = {
         name: {
-            "ckpt_etcd_client_port": ports[name]["client"], "ckpt_etcd_peer_port": ports[name]["peer"],
+            "ckpt_etcd_client_port": ports[name]["client"],
+            "ckpt_etcd_peer_port": ports[name]["peer"],
             "ckpt_etcd_metrics": f"http://127.0.0.1:{ports[name]['metrics']}",
-            "ckpt_etcd_config": str(folder / f"etc-{name}"), "ckpt_etcd_data": str(folder / f"data-{name}"),
+            "ckpt_etcd_config": str(folder / f"etc-{name}"),
+            "ckpt_etcd_data": str(folder / f"data-{name}"),
         }
         for name in MEMBERS
-    }  # fmt: skip
+    }
     groups = {"etcd": {"hosts": members}, "nodes": {"hosts": {"n1": {"ckpt_domain": "rack-a"}}}}
     (folder / "inventory.yaml").write_text(yaml.safe_dump({"ckpt": {"children": groups}}))
     (folder / "group_vars").mkdir()
@@ -161,15 +221,26 @@ def test_second_run_changes_nothing(made: Site) -> None:
     assert first.keys() == {*MEMBERS, "n1"}
     assert second.keys() == {"m1", "n1"}
     assert all(host["changed"] > 3 for host in first.values()), first
-    assert all(host["failed"] == host["unreachable"] == 0 for host in (*first.values(), *second.values()))
+    assert all(
+        host["failed"] == host["unreachable"] == 0 for host in (*first.values(), *second.values())
+    )
     assert all(host["changed"] == 0 for host in second.values()), second
 
 
 def test_what_is_secret_is_private(made: Site) -> None:
     private = [*(made.folder / "etc").iterdir(), *(made.folder / "etc-m1").iterdir()]
-    assert {path.name for path in private} >= {"job.secret", "client.key", "ca.crt", "etcd.key", "node.key", "node.crt"}
+    assert {path.name for path in private} >= {
+        "job.secret",
+        "client.key",
+        "ca.crt",
+        "etcd.key",
+        "node.key",
+        "node.crt",
+    }
     assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
-    assert read_secret(made.folder / "etc" / "job.secret") == read_secret(made.folder / "secrets" / "job.secret")
+    assert read_secret(made.folder / "etc" / "job.secret") == read_secret(
+        made.folder / "secrets" / "job.secret"
+    )
 
 
 def test_key_of_a_node_stays_there_and_the_authoritys_on_the_other_side(made: Site) -> None:
@@ -179,14 +250,22 @@ def test_key_of_a_node_stays_there_and_the_authoritys_on_the_other_side(made: Si
     assert stat.S_IMODE(authority.stat().st_mode) == 0o700
     assert not [path for path in (made.folder / "etc").iterdir() if path.name.endswith("ca.key")]
     key = (made.folder / "etc" / "node.key").read_bytes()
-    elsewhere = [path for path in made.folder.rglob("*") if path.is_file() and path.suffix in ("", ".key", ".crt")]
+    elsewhere = [
+        path
+        for path in made.folder.rglob("*")
+        if path.is_file() and path.suffix in ("", ".key", ".crt")
+    ]
     assert [path.name for path in elsewhere if path.read_bytes() == key] == ["node.key"]
 
 
-def test_certificate_of_a_node_is_one_that_others_accept_at_its_address_and_a_second_run_keeps_it(made: Site) -> None:
+def test_certificate_of_a_node_is_one_that_others_accept_at_its_address_and_a_second_run_keeps_it(
+    made: Site,
+) -> None:
     first, second = made.certificates
     assert first == second
-    _, settings = launch_of(["ckpt", *shlex.split(made.unit("n1", f"ckpt-{JOB}")["ExecStart"][0])[1:]])
+    _, settings = launch_of(
+        ["ckpt", *shlex.split(made.unit("n1", f"ckpt-{JOB}")["ExecStart"][0])[1:]]
+    )
     assert settings is not None and settings.nodes is not None
     assert settings.nodes.host == "127.0.0.1"
     ends_s = check_tls(settings.nodes, "127.0.0.1")
@@ -196,7 +275,9 @@ def test_certificate_of_a_node_is_one_that_others_accept_at_its_address_and_a_se
             check_tls(settings.nodes, host)
 
 
-def test_certificate_that_ends_soon_is_renewed_and_one_of_the_users_own_is_examined(made: Site) -> None:
+def test_certificate_that_ends_soon_is_renewed_and_one_of_the_users_own_is_examined(
+    made: Site,
+) -> None:
     before = tls_files(made.folder)
     only = ("--limit", "n1", "--tags", "certificates")
     done = tried(made.folder, *play(made.folder, *only, "-e", "ckpt_tls_renew_days=366"))
@@ -204,14 +285,18 @@ def test_certificate_that_ends_soon_is_renewed_and_one_of_the_users_own_is_exami
     assert recap(done.stdout)["n1"]["changed"] == 1
     after = tls_files(made.folder)
     assert {name for name in after if after[name] != before[name]} == {"node.crt"}
-    _, settings = launch_of(["ckpt", *shlex.split(made.unit("n1", f"ckpt-{JOB}")["ExecStart"][0])[1:]])
+    _, settings = launch_of(
+        ["ckpt", *shlex.split(made.unit("n1", f"ckpt-{JOB}")["ExecStart"][0])[1:]]
+    )
     assert settings is not None and settings.nodes is not None
     assert check_tls(settings.nodes, "127.0.0.1") is not None
 
     own = ("-e", "ckpt_tls_make=false")
     done = tried(made.folder, *play(made.folder, *only, *own))
     assert done.returncode == 0, done.stdout + done.stderr
-    done = tried(made.folder, *play(made.folder, *only, *own, "-e", "ckpt_tls_names=IP:127.0.0.1,DNS:gpu-1"))
+    done = tried(
+        made.folder, *play(made.folder, *only, *own, "-e", "ckpt_tls_names=IP:127.0.0.1,DNS:gpu-1")
+    )
     assert done.returncode != 0
     assert "it does not name DNS:gpu-1" in done.stdout
     assert tls_files(made.folder) == after
@@ -222,11 +307,23 @@ def test_etcd_that_was_set_up_is_one_healthy_cluster(made: Site, etcd: list[Serv
     endpoints = ",".join(f"https://127.0.0.1:{made.ports[name]['client']}" for name in MEMBERS)
     secrets = made.folder / "secrets"
     done = subprocess.run(
-        ["etcdctl", f"--endpoints={endpoints}", f"--cacert={secrets / 'ca.crt'}", f"--cert={secrets / 'client.crt'}",
-         f"--key={secrets / 'client.key'}", "--command-timeout=60s", "--dial-timeout=30s",
-         "endpoint", "health", "--write-out=json"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [
+            "etcdctl",
+            f"--endpoints={endpoints}",
+            f"--cacert={secrets / 'ca.crt'}",
+            f"--cert={secrets / 'client.crt'}",
+            f"--key={secrets / 'client.key'}",
+            "--command-timeout=60s",
+            "--dial-timeout=30s",
+            "endpoint",
+            "health",
+            "--write-out=json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert [one["health"] for one in json.loads(done.stdout)] == [True] * len(MEMBERS)
 
@@ -239,23 +336,33 @@ def test_unit_of_a_node_runs_its_program(made: Site, etcd: list[ServerProcess]) 
     assert args.training_script_args == ["--lr", "0.1"]
     assert settings is not None and settings.nodes is not None
     assert settings.nodes.domain == "rack-a" and not settings.nodes.plaintext
-    assert [f"127.0.0.1:{made.ports[name]['client']}" for name in MEMBERS] == settings.nodes.where[7:].split(",")
+    assert [f"127.0.0.1:{made.ports[name]['client']}" for name in MEMBERS] == settings.nodes.where[
+        7:
+    ].split(",")
 
     said = made.folder / "said.json"
     (made.folder / "program.py").write_text(
         "import json, os, pathlib, sys\n"
         "env = os.environ\n"
-        "facts = [env['TRIED'], env['RANK'], env['WORLD_SIZE'], 'CKPT_NODES' in env, sys.argv[1:]]\n"
+        "facts = [env['TRIED'], env['RANK'], env['WORLD_SIZE'], 'CKPT_NODES' in env, "
+        "sys.argv[1:]]\n"
         f"pathlib.Path({str(said)!r}).write_text(json.dumps(facts))\n"
     )
     # The wheel was installed without what it depends on: that is here already.
     [packages] = (made.folder / "opt" / "venv" / "lib").glob("python*/site-packages")
     (packages / "tried.pth").write_text("\n".join(site.getsitepackages()))
-    settings_of_unit = dict(word.split("=", 1) for text in unit["Environment"] for word in shlex.split(text))
+    settings_of_unit = dict(
+        word.split("=", 1) for text in unit["Environment"] for word in shlex.split(text)
+    )
     done = subprocess.run(
-        command, env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **settings_of_unit}, cwd=unit["WorkingDirectory"][0],
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        command,
+        env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **settings_of_unit},
+        cwd=unit["WorkingDirectory"][0],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(said.read_text()) == ["two words", "0", "1", True, ["--lr", "0.1"]]
 
@@ -265,9 +372,17 @@ def test_units_are_valid(made: Site) -> None:
         pytest.skip("systemd-analyze is not installed (Debian: apt-get install systemd)")
     for host, name in (("m1", "ckpt-etcd"), ("n1", f"ckpt-{JOB}")):
         done = subprocess.run(
-            ["systemd-analyze", "verify", "--man=no", made.folder / f"units-{host}" / f"{name}.service"],
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            [
+                "systemd-analyze",
+                "verify",
+                "--man=no",
+                made.folder / f"units-{host}" / f"{name}.service",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         about_ours = [line for line in done.stderr.splitlines() if name in line]
         assert done.returncode == 0, done.stderr
         assert about_ours == [], done.stderr
@@ -280,7 +395,9 @@ def test_variables_of_the_example_are_known() -> None:
     hosts = [facts for group in groups.values() for facts in group["hosts"].values()]
     used = {name for facts in (settings, *hosts) for name in facts if name.startswith("ckpt_")}
     assert used <= known.keys()
-    assert not any(set(group) - {"hosts"} for group in groups.values()), "weaker than group_vars/all.yaml"
+    assert not any(set(group) - {"hosts"} for group in groups.values()), (
+        "weaker than group_vars/all.yaml"
+    )
     texts = [path.read_text() for path in (*FOLDER.glob("*.yaml"), *FOLDER.glob("templates/*"))]
     named = {name for text in texts for name in re.findall(r"\bckpt_\w+", text)}
     registered = {name for text in texts for name in re.findall(r"register: (ckpt_\w+)", text)}

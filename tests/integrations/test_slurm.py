@@ -1,4 +1,5 @@
-"""The Slurm script: valid, its launch parses, and it runs: with stand-ins for ``srun`` and ``scontrol``, all else real."""
+"""The Slurm script: valid, its launch parses, and it runs: with stand-ins for ``srun`` and
+``scontrol``, all else real."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ WAIT_S = 300.0
 
 
 class Allocation:
-    """A job's allocation of three hosts, on this machine. ``start`` runs the script there, as often as it is queued."""
+    """A job's allocation of three hosts, on this machine. ``start`` runs the script there, as often
+    as it is queued."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,26 +48,54 @@ class Allocation:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(
-        self, *arguments: object, program: Path = PROGRAMS / "counting.py", first: str = "", **more: str
+        self,
+        *arguments: object,
+        program: Path = PROGRAMS / "counting.py",
+        first: str = "",
+        **more: str,
     ) -> subprocess.Popen[bytes]:
-        """``first``: a folder whose commands come before all others; ``more``: variables of the script."""
-        places = [first, str(HERE / "slurm_standins"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        """``first``: a folder whose commands come before all others; ``more``: variables of the
+        script."""
+        places = [
+            first,
+            str(HERE / "slurm_standins"),
+            str(Path(sys.executable).parent),
+            os.environ["PATH"],
+        ]
         path = os.pathsep.join(filter(None, places))
         # It runs as a user's program does, not in place and without keepers as most of the suite.
-        outside = {name: value for name, value in os.environ.items() if name not in ("CKPT_KEEPER", "CKPT_IN_PLACE")}
+        outside = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("CKPT_KEEPER", "CKPT_IN_PLACE")
+        }
         environment = {
             **outside,
-            "PATH": path, "STANDIN_FOLDER": str(self.folder), "OMP_NUM_THREADS": "1",
-            "SLURM_JOB_ID": JOB, "SLURM_JOB_NAME": "train", "SLURM_JOB_NODELIST": " ".join(HOSTS),
-            "SLURM_RESTART_COUNT": str(self.starts), "NODES": "2", "RANKS": "1", "PORT": str(self.port),
+            "PATH": path,
+            "STANDIN_FOLDER": str(self.folder),
+            "OMP_NUM_THREADS": "1",
+            "SLURM_JOB_ID": JOB,
+            "SLURM_JOB_NAME": "train",
+            "SLURM_JOB_NODELIST": " ".join(HOSTS),
+            "SLURM_RESTART_COUNT": str(self.starts),
+            "NODES": "2",
+            "RANKS": "1",
+            "PORT": str(self.port),
             "MAKE_SECRETS": str(ROOT / "integrations" / "kubernetes" / "make-secrets.sh"),
-            "CKPT_CONF": "last_call_timeout=2", "HOSTS_BY": "name", **more,
-        }  # fmt: skip
+            "CKPT_CONF": "last_call_timeout=2",
+            "HOSTS_BY": "name",
+            **more,
+        }
         with (self.folder / "job.txt").open("ab") as out:
             self.process = subprocess.Popen(
-                ["bash", SCRIPT, program, self.folder, *map(str, arguments)], env=environment, cwd=self.folder,
-                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-            )  # fmt: skip
+                ["bash", SCRIPT, program, self.folder, *map(str, arguments)],
+                env=environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
         self.starts += 1
         return self.process
 
@@ -81,7 +111,9 @@ class Allocation:
         return max(map(int, path.read_text().split()), default=0) if path.exists() else 0
 
     def output(self) -> str:
-        return "\n".join(f"--- {path}\n{path.read_text()[-4000:]}" for path in sorted(self.folder.rglob("*.txt")))
+        return "\n".join(
+            f"--- {path}\n{path.read_text()[-4000:]}" for path in sorted(self.folder.rglob("*.txt"))
+        )
 
     def keepers(self) -> str:
         """What the nodes' keepers said."""
@@ -103,16 +135,22 @@ class Allocation:
 def make_certificates(folder: Path, *hosts: str, **variables: str) -> str:
     """What the script that makes them says."""
     done = subprocess.run(
-        [MAKE_CERTIFICATES, folder, *hosts], env={**os.environ, **variables}, capture_output=True, text=True, timeout=60,
+        [MAKE_CERTIFICATES, folder, *hosts],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def nodes_of(folder: Path, host: str) -> NodesSpec:
     cert, key, ca = (str(folder / name) for name in (f"{host}.crt", f"{host}.key", "ca.crt"))
-    return NodesSpec(where="/f", job="j", nodes_min=2, nodes_max=2, tls_cert=cert, tls_key=key, tls_ca=ca)
+    return NodesSpec(
+        where="/f", job="j", nodes_min=2, nodes_max=2, tls_cert=cert, tls_key=key, tls_ca=ca
+    )
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +193,9 @@ def test_script_is_valid_bash_and_asks_slurm_for_what_it_relies_on() -> None:
 
 
 @pytest.mark.slow
-def test_certificates_name_hosts_and_addresses_are_private_and_stay_until_they_end_soon(tmp_path: Path) -> None:
+def test_certificates_name_hosts_and_addresses_are_private_and_stay_until_they_end_soon(
+    tmp_path: Path,
+) -> None:
     require("openssl")
     folder = tmp_path / "certificates"
     hosts = ("gpu1=10.0.0.1,fd00::1", "127.0.0.2")
@@ -171,10 +211,14 @@ def test_certificates_name_hosts_and_addresses_are_private_and_stay_until_they_e
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert make_certificates(folder, "gpu1=10.0.0.2", "127.0.0.2").count("made ") == 1  # it moved
     assert check_tls(nodes_of(folder, "gpu1"), "10.0.0.2") is not None
-    assert make_certificates(folder, "127.0.0.2", RENEW_DAYS="366").count("made ") == 1  # it ends sooner
+    assert (
+        make_certificates(folder, "127.0.0.2", RENEW_DAYS="366").count("made ") == 1
+    )  # it ends sooner
     assert (folder / "ca.crt").read_bytes() == before["ca.crt"]
     assert (folder / "127.0.0.2.key").read_bytes() == before["127.0.0.2.key"]
-    assert make_certificates(folder, "127.0.0.2", DAYS="4000") != ""  # longer than the authority holds: that is renewed
+    assert (
+        make_certificates(folder, "127.0.0.2", DAYS="4000") != ""
+    )  # longer than the authority holds: that is renewed
     assert (folder / "ca.crt").read_bytes() != before["ca.crt"]
     for host, name in (("gpu1", "10.0.0.2"), ("127.0.0.2", "127.0.0.2")):
         assert check_tls(nodes_of(folder, host), name) is not None, "it is the same authority"
@@ -202,7 +246,9 @@ def test_job_that_could_not_speak_tls_ends_before_anything_starts(
     assert allocation.start(STEPS, **more).wait(60) == 2
     said = (allocation.folder / "job.txt").read_text()
     assert said.startswith("train.sbatch: ") and says in said and len(said.splitlines()) == 1
-    assert {path.name for path in allocation.folder.iterdir()} == {"certificates", "job.txt"}, "nothing was started"
+    assert {path.name for path in allocation.folder.iterdir()} == {"certificates", "job.txt"}, (
+        "nothing was started"
+    )
 
 
 @pytest.mark.slow
@@ -212,14 +258,21 @@ def test_node_speaks_tls_by_its_own_certificate_and_in_the_clear_only_when_asked
 ) -> None:
     commands = tmp_path / "commands"
     commands.mkdir()
-    (commands / "ckpt").write_text('#!/bin/sh\nprintf "%s\\0" "$@" >"$STANDIN_FOLDER/$SLURMD_NODENAME/words"\n')
+    (commands / "ckpt").write_text(
+        '#!/bin/sh\nprintf "%s\\0" "$@" >"$STANDIN_FOLDER/$SLURMD_NODENAME/words"\n'
+    )
     (commands / "ckpt").chmod(0o755)
     more = {
         "TLS": {"HOSTS_BY": ""},
         "TLS by name": {"HOSTS_BY": "name"},
         "plaintext": {"HOSTS_BY": "", "PLAINTEXT": "1", "CERTIFICATES": "/nowhere"},
     }[how]
-    outside = {"ETCD": "127.0.0.1:2379", "SECRETS": "/etc/ckpt", "CKPT_CONF": "", "first": str(commands)}
+    outside = {
+        "ETCD": "127.0.0.1:2379",
+        "SECRETS": "/etc/ckpt",
+        "CKPT_CONF": "",
+        "first": str(commands),
+    }
     process = allocation.start("--lr", "0.1", **outside, **more)
     assert process.wait(60) == 0, allocation.output()
     for host in HOSTS:
@@ -230,7 +283,10 @@ def test_node_speaks_tls_by_its_own_certificate_and_in_the_clear_only_when_asked
         assert settings.nodes.plaintext == (how == "plaintext")
         assert settings.nodes.host == (host if how == "TLS by name" else "")
         assert args.training_script_args == [str(tmp_path), "--lr", "0.1"]
-        assert settings.nodes.ca_file == "/etc/ckpt/ca.crt" and settings.nodes.secret == "/etc/ckpt/job.secret"
+        assert (
+            settings.nodes.ca_file == "/etc/ckpt/ca.crt"
+            and settings.nodes.secret == "/etc/ckpt/job.secret"
+        )
         if how == "plaintext":
             assert not settings.nodes.tls_cert
         else:
@@ -238,7 +294,9 @@ def test_node_speaks_tls_by_its_own_certificate_and_in_the_clear_only_when_asked
 
 
 @pytest.mark.slow
-def test_job_that_is_told_of_its_end_stops_durable_is_queued_again_and_goes_on(allocation: Allocation) -> None:
+def test_job_that_is_told_of_its_end_stops_durable_is_queued_again_and_goes_on(
+    allocation: Allocation,
+) -> None:
     process = allocation.start(STEPS)
     allocation.wait_step(BEGUN)
     process.send_signal(signal.SIGTERM)
@@ -260,7 +318,9 @@ def test_job_that_is_told_of_its_end_stops_durable_is_queued_again_and_goes_on(a
 
 
 @pytest.mark.slow
-def test_every_nodes_agent_is_started_with_options_that_parse(allocation: Allocation, tmp_path: Path) -> None:
+def test_every_nodes_agent_is_started_with_options_that_parse(
+    allocation: Allocation, tmp_path: Path
+) -> None:
     program = tmp_path / "program.py"
     program.write_text("import time\ntime.sleep(600)\n")
     allocation.start("--lr", "0.1", program=program)
@@ -271,7 +331,9 @@ def test_every_nodes_agent_is_started_with_options_that_parse(allocation: Alloca
         for pid in allocation.members():
             try:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
-                host = re.search(rb"SLURMD_NODENAME=([\d.]+)", Path(f"/proc/{pid}/environ").read_bytes())
+                host = re.search(
+                    rb"SLURMD_NODENAME=([\d.]+)", Path(f"/proc/{pid}/environ").read_bytes()
+                )
             except OSError:  # it has ended
                 continue
             if host and any(word.endswith("/ckpt") for word in words[:2]) and "run" in words[:3]:
@@ -281,6 +343,9 @@ def test_every_nodes_agent_is_started_with_options_that_parse(allocation: Alloca
         args, settings = launch_of(words)
         assert settings is not None and settings.nodes is not None, shlex.join(words)
         assert settings.nodes.domain == f"core.rack-{host[-1]}"
-        assert check_tls(settings.nodes, settings.nodes.host) is not None and settings.nodes.host == host
+        assert (
+            check_tls(settings.nodes, settings.nodes.host) is not None
+            and settings.nodes.host == host
+        )
         assert (settings.nodes.nodes_max, settings.nodes.job) == (2, f"train-{JOB}")
         assert args.training_script_args == [str(tmp_path), "--lr", "0.1"]

@@ -59,7 +59,11 @@ def test_what_one_mapping_writes_another_reads(board: Board) -> None:
         mine.staged, mine.skipped, mine.longest_step_ns = 5, 6, 7
         theirs = other.rank(2)
         assert (other.attempt, other.act_until_ns) == (4, 1 << 62)
-        assert (theirs.attempt, theirs.phase, theirs.first_step_done) == (4, TrainerPhase.TRAINING, True)
+        assert (theirs.attempt, theirs.phase, theirs.first_step_done) == (
+            4,
+            TrainerPhase.TRAINING,
+            True,
+        )
         assert (theirs.staged, theirs.skipped, theirs.longest_step_ns) == (5, 6, 7)
         assert (other.rank(0).attempt, other.rank(1).attempt) == (0, 0)
 
@@ -102,15 +106,31 @@ def test_any_decision_is_read_back(attempt: int, boundary: int, flags: int) -> N
 def test_a_new_attempt_resets_counters_and_decisions_and_keeps_slots(board: Board) -> None:
     board.begin_attempt(1)
     mine = board.rank(1)
-    mine.attempt, mine.phase, mine.first_step_done, mine.staged, mine.skipped = 1, TrainerPhase.TRAINING, True, 2, 3
+    mine.attempt, mine.phase, mine.first_step_done, mine.staged, mine.skipped = (
+        1,
+        TrainerPhase.TRAINING,
+        True,
+        2,
+        3,
+    )
     mine.beat(9)
     mine.publish(2, SnapshotId(1, 8), 5)
     mine.hold(2)
     board.decide(10, STAGE)
     board.begin_attempt(2)
     assert board.attempt == 2
-    assert (mine.attempt, mine.completed, mine.beat_ns, mine.phase) == (0, None, 0, TrainerPhase.STARTING)
-    assert (mine.first_step_done, mine.longest_step_ns, mine.staged, mine.skipped) == (False, 0, 0, 0)
+    assert (mine.attempt, mine.completed, mine.beat_ns, mine.phase) == (
+        0,
+        None,
+        0,
+        TrainerPhase.STARTING,
+    )
+    assert (mine.first_step_done, mine.longest_step_ns, mine.staged, mine.skipped) == (
+        False,
+        0,
+        0,
+        0,
+    )
     assert mine.slot(2) == BoardSlot(2, SnapshotId(1, 8), 5, True)
     board.attempt = 1
     assert board.decision(10) is None
@@ -271,7 +291,9 @@ def test_another_process_sees_beats_and_slots_and_its_death_leaves_them(board: B
     board.begin_attempt(7)
     ours, theirs = socket.socketpair()
     with ours:
-        child = subprocess.Popen([sys.executable, "-c", OTHER, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        child = subprocess.Popen(
+            [sys.executable, "-c", OTHER, str(theirs.fileno())], pass_fds=[theirs.fileno()]
+        )
         theirs.close()
         socket.send_fds(ours, [b"b"], [board.fd])
         mine, last = board.rank(1), 0
@@ -290,7 +312,9 @@ def test_another_process_sees_beats_and_slots_and_its_death_leaves_them(board: B
         child.kill()
         child.wait(10)
     assert (mine.attempt, mine.completed, mine.phase) == (7, 20000, TrainerPhase.TRAINING)
-    assert [word.snapshot for word in mine.slots()[:3]] == [SnapshotId(7, step) for step in (19998, 19999, 20000)]
+    assert [word.snapshot for word in mine.slots()[:3]] == [
+        SnapshotId(7, step) for step in (19998, 19999, 20000)
+    ]
 
 
 # ---- attaching

@@ -17,9 +17,28 @@ import pytest
 
 from ckpt.errors import InternalError, UnavailableError, UsageError
 from ckpt.ipc import client
-from ckpt.ipc.client import HungUpError, KeeperClient, KeeperSpec, connect_with_hello, ensure_keeper, exchange_hello
+from ckpt.ipc.client import (
+    HungUpError,
+    KeeperClient,
+    KeeperSpec,
+    connect_with_hello,
+    ensure_keeper,
+    exchange_hello,
+)
 from ckpt.ipc.frames import MessageSocket
-from ckpt.ipc.messages import Bye, Count, Done, GetStatus, Hello, Message, Number, Peek, RemoteError, Value, Welcome
+from ckpt.ipc.messages import (
+    Bye,
+    Count,
+    Done,
+    GetStatus,
+    Hello,
+    Message,
+    Number,
+    Peek,
+    RemoteError,
+    Value,
+    Welcome,
+)
 from ckpt.ipc.runtime_dir import JobFolder
 
 KEEPER = textwrap.dedent("""
@@ -85,7 +104,12 @@ def program(tmp_path: Path) -> tuple[str, ...]:
 
 
 def spec(job: str = "gpt") -> KeeperSpec:
-    return KeeperSpec(job=job, store="/data/runs", storage_options={"key": "secret", "retries": 3}, compression="off")
+    return KeeperSpec(
+        job=job,
+        store="/data/runs",
+        storage_options={"key": "secret", "retries": 3},
+        compression="off",
+    )
 
 
 def starts(job: str = "gpt") -> int:
@@ -161,7 +185,10 @@ def test_many_processes_at_once_start_one_keeper(program) -> None:
         "calls.forget_after_fork()"
     )
     starters = [
-        subprocess.Popen([sys.executable, "-c", script, *program], stdout=subprocess.PIPE, text=True) for _ in range(6)
+        subprocess.Popen(
+            [sys.executable, "-c", script, *program], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(6)
     ]
     said = {starter.communicate(timeout=60)[0] for starter in starters}
     assert len(said) == 1
@@ -297,7 +324,9 @@ def endings() -> Iterator[Callable[..., Endings]]:
 WELCOME = Welcome(id=1, boot="b", pid=2, attempt=3)
 
 
-def test_a_keeper_that_is_just_ending_is_followed_by_the_next(endings, no_descriptor_is_left_open) -> None:
+def test_a_keeper_that_is_just_ending_is_followed_by_the_next(
+    endings, no_descriptor_is_left_open
+) -> None:
     keepers = endings(None, None, WELCOME)
     wire, welcome = connect_with_hello(keepers.connect, HELLO)
     assert welcome == WELCOME
@@ -311,7 +340,9 @@ def test_keepers_that_all_hang_up_are_given_up(endings, no_descriptor_is_left_op
         connect_with_hello(endings(None, None).connect, HELLO, wait_s=0.0)
 
 
-def test_what_a_keeper_has_against_a_peer_is_raised_at_once(endings, no_descriptor_is_left_open) -> None:
+def test_what_a_keeper_has_against_a_peer_is_raised_at_once(
+    endings, no_descriptor_is_left_open
+) -> None:
     refused = Done(id=1, error=RemoteError("unavailable", "still at it", -1))
     keepers = endings(refused, WELCOME)
     with pytest.raises(UnavailableError, match="still at it") as caught:

@@ -13,7 +13,19 @@ import pytest
 from ckpt.errors import FencedError, IntegrityError, UnavailableError
 from ckpt.ipc.client import KeeperClient
 from ckpt.ipc.frames import MessageSocket, close_fds
-from ckpt.ipc.messages import Bye, Done, Fenced, GetBoard, Message, Number, Peek, Post, RemoteError, SlotCreated, Value
+from ckpt.ipc.messages import (
+    Bye,
+    Done,
+    Fenced,
+    GetBoard,
+    Message,
+    Number,
+    Peek,
+    Post,
+    RemoteError,
+    SlotCreated,
+    Value,
+)
 
 
 @pytest.fixture
@@ -55,7 +67,9 @@ def test_answers_that_overtake_each_other_find_their_callers(ends_of_a_wire) -> 
 
 def test_many_threads_share_one_connection(ends_of_a_wire) -> None:
     calls, keeper = ends_of_a_wire
-    thread = served(keeper, lambda message, _: keeper.send(Value(id=message.id, value=message.key.encode())))
+    thread = served(
+        keeper, lambda message, _: keeper.send(Value(id=message.id, value=message.key.encode()))
+    )
 
     def ask(name: int) -> None:
         for at in range(200):
@@ -69,7 +83,9 @@ def test_many_threads_share_one_connection(ends_of_a_wire) -> None:
 
 def test_descriptors_travel_both_ways(ends_of_a_wire) -> None:
     calls, keeper = ends_of_a_wire
-    thread = served(keeper, lambda message, fds: (keeper.send(Done(id=message.id), fds), close_fds(fds))[1])
+    thread = served(
+        keeper, lambda message, fds: (keeper.send(Done(id=message.id), fds), close_fds(fds))[1]
+    )
     fd = os.memfd_create("slot")
     os.write(fd, b"slot")
     reply, came = calls.call_fds(SlotCreated(index=0, size_bytes=4), [fd])
@@ -86,7 +102,9 @@ def test_a_failed_call_raises_the_keepers_error(ends_of_a_wire) -> None:
     calls, keeper = ends_of_a_wire
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(calls.ask, Peek(key="k"), Value)
-        keeper.send(Done(id=take(keeper).id, error=RemoteError("fenced", "a newer epoch is open.", 2)))
+        keeper.send(
+            Done(id=take(keeper).id, error=RemoteError("fenced", "a newer epoch is open.", 2))
+        )
         with pytest.raises(FencedError, match="a newer epoch is open"):
             asked.result(20)
 

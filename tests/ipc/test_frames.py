@@ -1,4 +1,5 @@
-"""Frames come out as they went in, however the stream is cut, and every descriptor with its own message."""
+"""Frames come out as they went in, however the stream is cut, and every descriptor with its own
+message."""
 
 from __future__ import annotations
 
@@ -62,14 +63,18 @@ def read_until(inbox: Inbox, sock: socket.socket, count: int) -> list[tuple[Mess
 
 
 plans = st.lists(
-    st.tuples(st.integers(0, 300) | st.integers(60_000, 70_000), st.integers(0, 3)), min_size=1, max_size=12
+    st.tuples(st.integers(0, 300) | st.integers(60_000, 70_000), st.integers(0, 3)),
+    min_size=1,
+    max_size=12,
 )
 
 
 @pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(plan=plans, read_bytes=st.sampled_from([1, 3, 7, 64, 1000, 65536]), data=st.data())
-def test_messages_and_descriptors_arrive_together_however_the_stream_is_cut(plan, read_bytes, data) -> None:
+def test_messages_and_descriptors_arrive_together_however_the_stream_is_cut(
+    plan, read_bytes, data
+) -> None:
     one, other = socket.socketpair()
     outbox, inbox = Outbox(), Inbox(read_bytes=read_bytes)
     if read_bytes < 64:
@@ -173,7 +178,9 @@ def test_garbage_behind_descriptors_closes_them(pair: Pair) -> None:
         Inbox().read(other)
 
 
-@pytest.mark.parametrize("body", [b"", b"\x80", b"\xc1", b"\x81\xa4type\xa7Unknown", b"\x91" * 100_000])
+@pytest.mark.parametrize(
+    "body", [b"", b"\x80", b"\xc1", b"\x81\xa4type\xa7Unknown", b"\x91" * 100_000]
+)
 def test_a_body_that_is_no_message_is_refused(pair: Pair, body: bytes) -> None:
     pair[0].sendall(len(body).to_bytes(4, "little") + body)
     with pytest.raises(IntegrityError):

@@ -41,7 +41,9 @@ def wires() -> Iterator[tuple[MessageSocket, MessageSocket]]:
     other.close()
 
 
-def test_what_came_before_the_end_is_given_first(wires: tuple[MessageSocket, MessageSocket]) -> None:
+def test_what_came_before_the_end_is_given_first(
+    wires: tuple[MessageSocket, MessageSocket],
+) -> None:
     one, other = wires
     one.send(Post(key="a", value=b"1"))
     one.send(Bye())
@@ -72,7 +74,9 @@ def test_closing_wakes_who_waits(wires: tuple[MessageSocket, MessageSocket]) -> 
     assert wires[0].fileno() == -1
 
 
-def test_a_peer_that_reads_nothing_is_given_up(monkeypatch, wires: tuple[MessageSocket, MessageSocket]) -> None:
+def test_a_peer_that_reads_nothing_is_given_up(
+    monkeypatch, wires: tuple[MessageSocket, MessageSocket]
+) -> None:
     monkeypatch.setattr(frames, "SEND_WAIT_S", 0.05)
     with pytest.raises(UnavailableError, match="doesn't read"):
         wires[0].send(Post(key="k", value=bytes(4 << 20)))
@@ -80,7 +84,9 @@ def test_a_peer_that_reads_nothing_is_given_up(monkeypatch, wires: tuple[Message
         wires[0].send(Bye())
 
 
-def test_a_signal_that_cuts_a_frame_ends_the_connection(wires: tuple[MessageSocket, MessageSocket]) -> None:
+def test_a_signal_that_cuts_a_frame_ends_the_connection(
+    wires: tuple[MessageSocket, MessageSocket],
+) -> None:
     class CutError(Exception):
         pass
 
@@ -110,7 +116,9 @@ def test_arrived_gives_all_that_is_there(wires: tuple[MessageSocket, MessageSock
         one.send(Post(key=str(number), value=b""))
     assert other.receive(5) == (Post(key="0", value=b""), [])
     rest, ended = other.receive_available()
-    assert [message for message, _ in rest] == [Post(key=str(number), value=b"") for number in range(1, 5)]
+    assert [message for message, _ in rest] == [
+        Post(key=str(number), value=b"") for number in range(1, 5)
+    ]
     assert not ended
     one.close()
     assert other.receive_available() == ([], True)
@@ -179,7 +187,9 @@ def test_many_threads_send_whole_messages(wires: tuple[MessageSocket, MessageSoc
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_leaves_the_connection_to_its_parent(wires: tuple[MessageSocket, MessageSocket]) -> None:
+def test_a_forked_child_leaves_the_connection_to_its_parent(
+    wires: tuple[MessageSocket, MessageSocket],
+) -> None:
     one, other = wires
     child = os.fork()
     if child == 0:

@@ -8,13 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ckpt.errors import UnavailableError
-from ckpt.ipc.mailbox import InProcessMailbox, InProcessRoom, SoloMailbox, WaitingMailbox, wait_for_message
+from ckpt.ipc.mailbox import (
+    InProcessMailbox,
+    InProcessRoom,
+    SoloMailbox,
+    WaitingMailbox,
+    wait_for_message,
+)
 
 WAIT_S = 60.0
 
 
 def test_waiting_too_long_names_what_was_waited_for() -> None:
-    with pytest.raises(UnavailableError, match=r"waiting for rank 3's answer\. rank=0 timeout_s=0.01; a rank is dead"):
+    with pytest.raises(
+        UnavailableError,
+        match=r"waiting for rank 3's answer\. rank=0 timeout_s=0.01; a rank is dead",
+    ):
         wait_for_message(SoloMailbox(), "never", timeout_s=0.01, awaited="rank 3's answer")
 
 
@@ -22,7 +31,12 @@ def test_waiting_stops_when_told() -> None:
     told = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(
-            wait_for_message, SoloMailbox(), "never", timeout_s=None, awaited="a word", stop=told.is_set
+            wait_for_message,
+            SoloMailbox(),
+            "never",
+            timeout_s=None,
+            awaited="a word",
+            stop=told.is_set,
         )
         told.set()
         with pytest.raises(UnavailableError, match="stopped while waiting for a word"):
@@ -32,7 +46,9 @@ def test_waiting_stops_when_told() -> None:
 def test_message_that_is_there_counts_even_when_told_to_stop() -> None:
     channel = SoloMailbox()
     channel.post("key", b"x")
-    assert wait_for_message(channel, "key", timeout_s=0.0, awaited="a word", stop=lambda: True) == b"x"
+    assert (
+        wait_for_message(channel, "key", timeout_s=0.0, awaited="a word", stop=lambda: True) == b"x"
+    )
 
 
 def test_solo_channel_keeps_messages_and_counts() -> None:
@@ -83,7 +99,9 @@ def test_waiting_in_a_room_stops_when_told() -> None:
     told = threading.Event()
     channel = InProcessMailbox(InProcessRoom(), rank=1, size=2)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(wait_for_message, channel, "never", timeout_s=None, awaited="a word", stop=told.is_set)
+        waiting = pool.submit(
+            wait_for_message, channel, "never", timeout_s=None, awaited="a word", stop=told.is_set
+        )
         told.set()
         with pytest.raises(UnavailableError, match="stopped while waiting for a word"):
             waiting.result(WAIT_S)

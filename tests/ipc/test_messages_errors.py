@@ -8,7 +8,9 @@ from ckpt import errors
 from ckpt.errors import CkptError, InternalError
 from ckpt.ipc.messages import RemoteError, from_error, to_error
 
-KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CkptError)]
+KINDS = [
+    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CkptError)
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,7 +37,9 @@ def test_the_root_is_made_private(root: Path) -> None:
     assert runtime_root() == root
 
 
-def test_the_root_of_a_login_session_serves_only_where_there_is_no_tmp(tmp_path: Path, monkeypatch) -> None:
+def test_the_root_of_a_login_session_serves_only_where_there_is_no_tmp(
+    tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.delenv("CKPT_RUNTIME_DIR")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert runtime._root_of_environment() == Path(f"/tmp/ckpt-{os.getuid()}")
@@ -54,7 +56,9 @@ def test_a_folder_without_room_for_stacks_is_entered_all_the_same(folder: JobFol
 
 
 @pytest.mark.parametrize("session", [None, "", "missing", "file", "foreign"])
-def test_the_root_without_a_usable_login_session(tmp_path: Path, monkeypatch, session: str | None) -> None:
+def test_the_root_without_a_usable_login_session(
+    tmp_path: Path, monkeypatch, session: str | None
+) -> None:
     monkeypatch.delenv("CKPT_RUNTIME_DIR")
     monkeypatch.setattr(runtime, "TMP", tmp_path / "no-tmp")
     (tmp_path / "file").touch()
@@ -105,7 +109,10 @@ def test_a_root_that_cannot_be_made_names_the_remedy(tmp_path: Path, monkeypatch
 
 
 def test_each_job_and_store_has_a_folder_of_its_own(root: Path) -> None:
-    paths = {JobFolder(store, job).path for store, job in [("/a", "b"), ("/a", "c"), ("/b", "b"), ("/ab", "")]}
+    paths = {
+        JobFolder(store, job).path
+        for store, job in [("/a", "b"), ("/a", "c"), ("/b", "b"), ("/ab", "")]
+    }
     assert len(paths) == 4
     assert all(path.parent == root and len(path.name) == 16 for path in paths)
     assert JobFolder("/a", "b") == JobFolder("/a", "b") == JobFolder.at(JobFolder("/a", "b").path)
@@ -166,7 +173,9 @@ def test_a_lock_outlives_the_process_that_took_it_in_its_child(folder: JobFolder
         "JobFolder.at(Path(sys.argv[1])).try_lock()\n"
         "if os.fork(): os._exit(0)\nsys.stdin.read()"
     )
-    with subprocess.Popen([sys.executable, "-c", program, str(folder.path)], stdin=subprocess.PIPE) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(folder.path)], stdin=subprocess.PIPE
+    ) as parent:
         assert parent.wait(30) == 0
         assert folder.has_keeper()
         watch = os.open(folder.lock_path, os.O_RDWR)
@@ -267,7 +276,9 @@ def test_sweeping_removes_only_folders_that_nobody_uses(root: Path) -> None:
     assert list_jobs() == []
 
 
-def test_a_folder_that_is_swept_under_who_enters_is_made_again(folder: JobFolder, monkeypatch) -> None:
+def test_a_folder_that_is_swept_under_who_enters_is_made_again(
+    folder: JobFolder, monkeypatch
+) -> None:
     lock = fcntl.flock
     swept = []
 

@@ -17,7 +17,18 @@ from kit.keepers.served import WAIT_S, Served, open_epoch, until
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import ConflictError, UsageError
 from ckpt.ipc.client import KeeperClient
-from ckpt.ipc.messages import WIRE_VERSION, Choices, Count, Done, GetChoices, GetSlots, Number, Policy, Slots, Welcome
+from ckpt.ipc.messages import (
+    WIRE_VERSION,
+    Choices,
+    Count,
+    Done,
+    GetChoices,
+    GetSlots,
+    Number,
+    Policy,
+    Slots,
+    Welcome,
+)
 from ckpt.keeper import daemon as daemon_module
 from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
@@ -63,7 +74,9 @@ def test_tools_do_not_keep_it_alive(serve: Serve) -> None:
     tool.close()
 
 
-def test_a_peer_that_says_nothing_keeps_it_for_a_while_only(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_says_nothing_keeps_it_for_a_while_only(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = serve()
     mute = served.wire()
     served.trainer().leave()
@@ -113,7 +126,9 @@ def test_a_keeper_that_nobody_speaks_to_ends(serve: Serve, monkeypatch: pytest.M
 def test_another_launch_is_refused_while_the_first_lives(serve: Serve) -> None:
     served = serve()
     first = served.trainer(launch="a")
-    with pytest.raises(ConflictError, match=rf"running already on this node.*pids=\[{os.getpid()}\]; stop it first"):
+    with pytest.raises(
+        ConflictError, match=rf"running already on this node.*pids=\[{os.getpid()}\]; stop it first"
+    ):
         served.trainer(launch="b")
     with pytest.raises(ConflictError):
         served.trainer(0, 2, launch="a")
@@ -182,7 +197,9 @@ def test_a_garbled_trainer_is_cut_off_alone(serve: Serve) -> None:
     well.leave()
 
 
-def test_an_abandoned_job_is_made_durable_and_its_slots_wait_for_the_next_launch(serve: Serve) -> None:
+def test_an_abandoned_job_is_made_durable_and_its_slots_wait_for_the_next_launch(
+    serve: Serve,
+) -> None:
     served = serve(LINGERS)
     first = served.trainer(launch="a")
     open_epoch(first)
@@ -193,7 +210,10 @@ def test_an_abandoned_job_is_made_durable_and_its_slots_wait_for_the_next_launch
     second = served.trainer(launch="b")
     assert len(second.calls.ask(GetSlots(rank=0), Slots).slots) == 1
     found = second.calls.ask(GetChoices(), Choices).choices
-    assert [(choice.snapshot, choice.tier) for choice in found] == [(PAIR, "staged"), (PAIR, "durable")]
+    assert [(choice.snapshot, choice.tier) for choice in found] == [
+        (PAIR, "staged"),
+        (PAIR, "durable"),
+    ]
     assert open_epoch(second, PAIR) == 2
     second.leave()
     assert served.ends(), "the end of the second launch was planned"
@@ -245,7 +265,9 @@ def test_a_launch_of_another_size_waits_for_what_the_old_one_left(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, write = threading.Event(), Journal.commit
-    monkeypatch.setattr(Journal, "commit", lambda *args, **named: go_on.wait(WAIT_S) and write(*args, **named))
+    monkeypatch.setattr(
+        Journal, "commit", lambda *args, **named: go_on.wait(WAIT_S) and write(*args, **named)
+    )
     served = serve(LINGERS)
     first = served.trainer(launch="a")
     open_epoch(first)
@@ -291,7 +313,9 @@ def test_what_cannot_be_settled_keeps_no_launch_of_another_size_out(serve: Serve
     first = served.trainer(launch="a")
     open_epoch(first)
     first.stage(PAIR)
-    Journal.open(FileBackend(served.store)).open_epoch(resume=None)  # somebody else goes on with the job
+    Journal.open(FileBackend(served.store)).open_epoch(
+        resume=None
+    )  # somebody else goes on with the job
     first.leave(planned=False)
     until(lambda: served.report().state == "lingering" and served.daemon._job.state.uploads.idle)
     served.trainer(0, 3, launch="b").leave()

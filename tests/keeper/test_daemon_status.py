@@ -23,9 +23,19 @@ PAIR = SnapshotId(1, 5)
 def test_a_keeper_without_a_job_tells_of_itself(serve: Serve) -> None:
     served = serve()
     report = served.report()
-    assert (report.job, report.store, report.pid, report.boot) == ("job", str(served.store), os.getpid(), "b00t")
+    assert (report.job, report.store, report.pid, report.boot) == (
+        "job",
+        str(served.store),
+        os.getpid(),
+        "b00t",
+    )
     assert (report.launch, report.attempt, report.epoch, report.state) == ("", 0, 0, "lingering")
-    assert (report.complete, report.durable, report.ranks, report.recoveries) == (None, None, (), ())
+    assert (report.complete, report.durable, report.ranks, report.recoveries) == (
+        None,
+        None,
+        (),
+        (),
+    )
     assert (report.uploads, report.slot_bytes) == (0, 0)
     assert report.rss_bytes > 1 << 20
     assert 0 <= report.since_s < 60
@@ -44,7 +54,12 @@ def test_a_job_in_place_shows_ranks_slots_and_what_is_durable(serve: Serve) -> N
     mine.phase, mine.staged, mine.skipped = TrainerPhase.PAUSED, 3, 1
     mine.beat(6)
     report = served.report()
-    assert (report.state, report.launch, report.epoch, report.complete) == ("in place", "l1", 1, PAIR)
+    assert (report.state, report.launch, report.epoch, report.complete) == (
+        "in place",
+        "l1",
+        1,
+        PAIR,
+    )
     assert report.durable is not None
     assert report.durable.id == PAIR
     assert report.slot_bytes == 2 * SLOT_BYTES
@@ -52,8 +67,15 @@ def test_a_job_in_place_shows_ranks_slots_and_what_is_durable(serve: Serve) -> N
     assert (first.rank, first.supervisor_pid, first.trainer_pid) == (0, 0, 100)
     assert (first.completed, first.phase, first.staged, first.skipped) == (6, "paused", 3, 1)
     assert 0 <= first.idle_s < 10
-    assert (second.trainer_pid, second.completed, second.phase, second.idle_s) == (101, -1, "starting", 0.0)
-    assert [(slot.index, slot.size_bytes, slot.snapshot) for slot in second.slots] == [(2, SLOT_BYTES, PAIR)]
+    assert (second.trainer_pid, second.completed, second.phase, second.idle_s) == (
+        101,
+        -1,
+        "starting",
+        0.0,
+    )
+    assert [(slot.index, slot.size_bytes, slot.snapshot) for slot in second.slots] == [
+        (2, SLOT_BYTES, PAIR)
+    ]
     for trainer in (one, two):
         trainer.leave(planned=False)
     until(lambda: served.report().state == "lingering")

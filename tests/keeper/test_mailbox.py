@@ -10,7 +10,13 @@ import pytest
 from ckpt.cluster.mesh import messages as said
 from ckpt.errors import UsageError
 from ckpt.keeper.mailbox import COUNT_MAX, LocalMailbox
-from ckpt.keeper.nodes.remote_mailbox import EARLY_MAX, RemoteMailbox, RemoteMailboxes, attempt_mailbox, uploads_mailbox
+from ckpt.keeper.nodes.remote_mailbox import (
+    EARLY_MAX,
+    RemoteMailbox,
+    RemoteMailboxes,
+    attempt_mailbox,
+    uploads_mailbox,
+)
 
 
 class Answers:
@@ -75,7 +81,8 @@ class Net:
         self.on_the_way: deque[tuple[str, str, said.MeshMessage]] = deque()
         self.up = True
         self.ends = {
-            name: RemoteMailboxes(lambda to, word, name=name: self._say(name, to, word)) for name in ("root", "far")
+            name: RemoteMailboxes(lambda to, word, name=name: self._say(name, to, word))
+            for name in ("root", "far")
         }
 
     def _say(self, source: str, target: str, word: said.MeshMessage) -> bool:
@@ -136,7 +143,9 @@ def test_words_of_a_dead_attempt_reach_no_later_room(net: Net) -> None:
     net.carry()
     first.post("never", b"x")
     net.carry()
-    RemoteMailbox(net.ends["far"], attempt_mailbox(2), "root").peek("k", wait_s=0.0, owner=None, answer=answers)
+    RemoteMailbox(net.ends["far"], attempt_mailbox(2), "root").peek(
+        "k", wait_s=0.0, owner=None, answer=answers
+    )
     net.carry()
     assert answers.got == [None]
 

@@ -1,4 +1,5 @@
-"""An epoch's identity from the log to the slots and back: numbers alone are given out by several keepers."""
+"""An epoch's identity from the log to the slots and back: numbers alone are given out by several
+keepers."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 
-def test_trainers_are_told_the_id_of_the_record_that_opens_their_epoch(serve: Callable[..., Served]) -> None:
+def test_trainers_are_told_the_id_of_the_record_that_opens_their_epoch(
+    serve: Callable[..., Served],
+) -> None:
     served = serve()
     trainer = served.trainer()
     for expected in (1, 2):
@@ -33,7 +36,12 @@ def test_slots_of_two_openings_of_one_number_make_no_pair() -> None:
     board = Board.create(2)
     table = SlotTable(board, lambda call: call(), dropped=lambda *_: None)
     made = []
-    for rank, index, snapshot, origin in ((0, 0, pair, "x"), (1, 0, pair, "y"), (0, 1, other, "x"), (1, 1, other, "x")):
+    for rank, index, snapshot, origin in (
+        (0, 0, pair, "x"),
+        (1, 0, pair, "y"),
+        (0, 1, other, "x"),
+        (1, 1, other, "x"),
+    ):
         made.append(MadeSlot())
         made[-1].seal(snapshot, rank=rank, origin=origin)
         table.add(rank, index, made[-1].given(), made[-1].size_bytes)

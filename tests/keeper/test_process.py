@@ -1,4 +1,5 @@
-"""A keeper as a process of its own: how quickly it is there, how little it takes, and that nothing of it is left."""
+"""A keeper as a process of its own: how quickly it is there, how little it takes, and that nothing
+of it is left."""
 
 from __future__ import annotations
 
@@ -32,7 +33,16 @@ WITH_STORES = (
     "from ckpt.keeper.__main__ import main\n"
     "sys.exit(main())",
 )
-HELLO = Hello(id=1, version=words.WIRE_VERSION, role="trainer", pid=1, launch="l", rank=0, ranks=1, policy=POLICY)
+HELLO = Hello(
+    id=1,
+    version=words.WIRE_VERSION,
+    role="trainer",
+    pid=1,
+    launch="l",
+    rank=0,
+    ranks=1,
+    policy=POLICY,
+)
 
 
 @pytest.fixture
@@ -57,7 +67,10 @@ def test_a_keeper_answers_soon_after_its_start_began(spec: KeeperSpec) -> None:
         took_s.append(time.monotonic() - began_s)
         calls.close()
         until(lambda: not JobFolder(spec.store, spec.job).path.exists())
-    print(f"keeper started: best {min(took_s):.3f} s, worst {max(took_s):.3f} s, wanted {START_S_WANTED} s")
+    print(
+        f"keeper started: best {min(took_s):.3f} s, worst {max(took_s):.3f} s, wanted "
+        f"{START_S_WANTED} s"
+    )
     assert min(took_s) < START_S_MAX
 
 
@@ -80,7 +93,9 @@ def test_a_keeper_takes_little_memory_besides_its_slots(spec: KeeperSpec) -> Non
 
 
 @pytest.mark.slow
-def test_a_keeper_stays_through_a_terminals_signals_and_removes_its_folder(spec: KeeperSpec) -> None:
+def test_a_keeper_stays_through_a_terminals_signals_and_removes_its_folder(
+    spec: KeeperSpec,
+) -> None:
     calls = KeeperClient(ensure_keeper(spec))
     pid = calls.ask(HELLO, Welcome, timeout_s=WAIT_S).pid
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):

@@ -27,7 +27,9 @@ def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon_module, "TICK_S_MAX", 0.05)
 
 
-def test_whoever_found_it_just_before_it_hid_is_served_by_it(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_found_it_just_before_it_hid_is_served_by_it(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = serve()
     home = served.home
     assert home is not None
@@ -89,7 +91,9 @@ def test_a_keeper_whose_folder_was_taken_away_is_found_again(
     assert served.ends()
 
 
-def test_a_small_thing_that_is_missing_is_made_again(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_thing_that_is_missing_is_made_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(daemon_module, "FOLDER_CHECK_S", 0.05)
     served = serve(LINGERS)
     one = served.trainer()
@@ -123,7 +127,9 @@ def test_a_keeper_whose_folder_another_one_took_over_goes_on_with_those_it_has(
 
 
 @pytest.mark.slow
-def test_no_descriptor_for_a_connection_is_waited_out_quietly(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_descriptor_for_a_connection_is_waited_out_quietly(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = serve(LINGERS)
     one = served.trainer()
     home = served.home

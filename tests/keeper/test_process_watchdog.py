@@ -1,4 +1,5 @@
-"""A keeper whose loop hangs ends, and says where it stood; one that goes on, or has ended, is left alone."""
+"""A keeper whose loop hangs ends, and says where it stood; one that goes on, or has ended, is left
+alone."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ loop_that_hangs()
 
 
 def test_hung_loop_ends_its_process_which_says_where_it_stood() -> None:
-    done = subprocess.run([sys.executable, "-c", HUNG], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", HUNG], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == -signal.SIGKILL
     assert "loop_that_hangs" in done.stderr
     assert "has hung" in done.stderr

@@ -24,14 +24,20 @@ class Held:
         self.board = Board.create(2)
         self.posted: list[Callable[[], object]] = []
         self.dropped: list[tuple[int, int]] = []
-        self.table = SlotTable(self.board, self.posted.append, dropped=lambda *at: self.dropped.append(at))
+        self.table = SlotTable(
+            self.board, self.posted.append, dropped=lambda *at: self.dropped.append(at)
+        )
         self.made: dict[tuple[int, int], MadeSlot] = {}
 
-    def add(self, rank: int, index: int, snapshot: SnapshotId | None = None, *, ranks: int = 2) -> MadeSlot:
+    def add(
+        self, rank: int, index: int, snapshot: SnapshotId | None = None, *, ranks: int = 2
+    ) -> MadeSlot:
         """A rank's slot; published where it is sealed."""
         made = self.made[rank, index] = MadeSlot()
         if snapshot is not None:
-            self.board.rank(rank).publish(index, snapshot, made.seal(snapshot, rank=rank, ranks=ranks))
+            self.board.rank(rank).publish(
+                index, snapshot, made.seal(snapshot, rank=rank, ranks=ranks)
+            )
         self.table.add(rank, index, made.given(), made.size_bytes)
         return made
 
@@ -60,7 +66,11 @@ def test_what_a_slot_holds_is_read_from_its_memory(held: Held) -> None:
     sealed = held.table.hold_snapshot(0, OLD)
     assert sealed is not None
     assert sealed.index.snapshot == OLD
-    assert bytes(sealed.data[:4]) == bytes(made.memory[HEADER_BYTES : HEADER_BYTES + 4]) == bytes([4] * 4)
+    assert (
+        bytes(sealed.data[:4])
+        == bytes(made.memory[HEADER_BYTES : HEADER_BYTES + 4])
+        == bytes([4] * 4)
+    )
     assert held.table.hold_snapshot(1, OLD) is None
 
 
@@ -80,7 +90,9 @@ def test_an_upload_holds_its_slot_until_the_loop_hears_that_it_let_go(held: Held
 
 
 @pytest.mark.parametrize("how", ["another generation", "begun again", "no slot"])
-def test_a_slot_that_is_not_as_it_was_told_is_no_upload_and_loses_its_mark(held: Held, how: str) -> None:
+def test_a_slot_that_is_not_as_it_was_told_is_no_upload_and_loses_its_mark(
+    held: Held, how: str
+) -> None:
     made = held.add(0, 0, OLD)
     held.board.rank(0).hold(0)
     if how == "begun again":
@@ -145,7 +157,9 @@ def test_slots_of_another_number_of_ranks_are_not_complete(held: Held) -> None:
     assert held.table.complete_snapshots(2) == []
 
 
-@pytest.mark.parametrize(("resume", "left"), [(NEWER, [NEWER, NEW, OLD]), (NEW, [NEW, OLD]), (OLD, [OLD]), (None, [])])
+@pytest.mark.parametrize(
+    ("resume", "left"), [(NEWER, [NEWER, NEW, OLD]), (NEW, [NEW, OLD]), (OLD, [OLD]), (None, [])]
+)
 def test_what_was_captured_after_the_resumed_pair_is_forgotten(
     held: Held, resume: SnapshotId | None, left: list
 ) -> None:
@@ -199,9 +213,17 @@ def test_an_upload_reads_on_after_the_table_is_closed(held: Held) -> None:
 
 @pytest.mark.parametrize(
     ("rank", "index", "size_bytes"),
-    [(0, 0, SLOT_BYTES), (0, SLOTS_MAX, SLOT_BYTES), (0, -1, SLOT_BYTES), (2, 1, SLOT_BYTES), (-1, 1, SLOT_BYTES),
-     (0, 1, SLOT_BYTES + PAGE_BYTES), (0, 1, 0), (0, 1, -4096)],
-)  # fmt: skip
+    [
+        (0, 0, SLOT_BYTES),
+        (0, SLOTS_MAX, SLOT_BYTES),
+        (0, -1, SLOT_BYTES),
+        (2, 1, SLOT_BYTES),
+        (-1, 1, SLOT_BYTES),
+        (0, 1, SLOT_BYTES + PAGE_BYTES),
+        (0, 1, 0),
+        (0, 1, -4096),
+    ],
+)
 def test_a_slot_that_cannot_be_is_refused_and_its_descriptor_closed(
     held: Held, rank: int, index: int, size_bytes: int
 ) -> None:
@@ -223,13 +245,16 @@ def test_what_is_no_memory_is_refused(held: Held) -> None:
     os.close(write)
 
 
-def test_a_slot_beyond_the_nodes_memory_is_refused_in_clear_words(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_beyond_the_nodes_memory_is_refused_in_clear_words(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The first slot's pages are promised, but hardly taken: they count.
     held.add(0, 0)
     monkeypatch.setattr(slots_module, "available_bytes", lambda: 2 * SLOT_BYTES - 4 * PAGE_BYTES)
     other = MadeSlot()
     with pytest.raises(
-        UsageError, match=r"not enough memory for another slot.* rank=1 slot_bytes=65536 .*allow fewer slots"
+        UsageError,
+        match=r"not enough memory for another slot.* rank=1 slot_bytes=65536 .*allow fewer slots",
     ):
         held.table.add(1, 0, other.given(), SLOT_BYTES)
     monkeypatch.setattr(slots_module, "available_bytes", lambda: 2 * SLOT_BYTES)
@@ -237,7 +262,9 @@ def test_a_slot_beyond_the_nodes_memory_is_refused_in_clear_words(held: Held, mo
     other.close()
 
 
-def test_pages_that_are_taken_already_are_not_counted_twice(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_that_are_taken_already_are_not_counted_twice(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = MadeSlot()
     made.memory[:] = bytes(SLOT_BYTES)
     monkeypatch.setattr(slots_module, "available_bytes", lambda: 0)
@@ -249,12 +276,19 @@ def test_tools_see_what_the_board_says(held: Held) -> None:
     held.add(1, 2, NEW)
     held.board.rank(1).hold(2)
     (report,) = held.table.report(1)
-    assert (report.index, report.size_bytes, report.snapshot, report.held) == (2, SLOT_BYTES, NEW, True)
+    assert (report.index, report.size_bytes, report.snapshot, report.held) == (
+        2,
+        SLOT_BYTES,
+        NEW,
+        True,
+    )
     assert held.table.report(0) == ()
     assert [(entry.index, entry.size_bytes) for entry in held.table.entries(1)] == [(2, SLOT_BYTES)]
 
 
-def test_a_slot_that_was_given_up_and_uploads_on_does_not_take_its_number_from_the_next(held: Held) -> None:
+def test_a_slot_that_was_given_up_and_uploads_on_does_not_take_its_number_from_the_next(
+    held: Held,
+) -> None:
     held.add(0, 0, OLD)
     old = held.made[0, 0]
     uploading = held.table.hold_snapshot(0, OLD)
@@ -263,7 +297,9 @@ def test_a_slot_that_was_given_up_and_uploads_on_does_not_take_its_number_from_t
     assert held.dropped == []
     before = descriptors([old])
     held.add(0, 0, NEW)
-    assert held.dropped == [(0, 0)], "supervisors know slots by number: the old one goes before the new one comes"
+    assert held.dropped == [(0, 0)], (
+        "supervisors know slots by number: the old one goes before the new one comes"
+    )
     held.board.rank(0).publish(0, NEW, 1)
     assert not held.word().held
     assert held.table.total_bytes == 2 * SLOT_BYTES

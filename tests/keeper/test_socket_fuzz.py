@@ -1,8 +1,10 @@
-"""Whatever comes over a keeper's socket, it lives, takes no more than is stated, and the job beside it notices nothing.
+"""Whatever comes over a keeper's socket, it lives, takes no more than is stated, and the job beside
+it notices nothing.
 
-What strangers may cost: for each connection that is open STRANGER_BYTES_MAX of a frame, a chunk of 64 KiB, and
-TOOL_WAITING_BYTES_MAX of answers that are not read. The tests hold CONNECTIONS_MAX open and check GROWTH_BYTES_MAX, in which
-what the allocator keeps is counted too. A rank of the job itself may cost what a frame (FRAME_BYTES_MAX) and its slots take.
+What strangers may cost: for each connection that is open STRANGER_BYTES_MAX of a frame, a chunk of
+64 KiB, and TOOL_WAITING_BYTES_MAX of answers that are not read. The tests hold CONNECTIONS_MAX open
+and check GROWTH_BYTES_MAX, in which what the allocator keeps is counted too. A rank of the job
+itself may cost what a frame (FRAME_BYTES_MAX) and its slots take.
 """
 
 from __future__ import annotations
@@ -58,14 +60,20 @@ from ckpt.keeper.connection import TOOL_WAITING_BYTES_MAX, UNADMITTED_BYTES_MAX
 from ckpt.values import SnapshotId
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
-SEEDS = range(int(os.environ.get("CKPT_SEED", "1")), int(os.environ.get("CKPT_SEED", "1")) + (40 if SOAK else 2))
+SEEDS = range(
+    int(os.environ.get("CKPT_SEED", "1")),
+    int(os.environ.get("CKPT_SEED", "1")) + (40 if SOAK else 2),
+)
 TURNS = 3000 if SOAK else 250
 PAIR = SnapshotId(3, 17)
-GROWTH_BYTES_MAX = CONNECTIONS_MAX * (UNADMITTED_BYTES_MAX + READ_BYTES + TOOL_WAITING_BYTES_MAX) + (64 << 20)
+GROWTH_BYTES_MAX = CONNECTIONS_MAX * (
+    UNADMITTED_BYTES_MAX + READ_BYTES + TOOL_WAITING_BYTES_MAX
+) + (64 << 20)
 
 
 class Live:
-    """A keeper process, and rank 0 of a job in place of two ranks, with a sealed slot and something said in its room."""
+    """A keeper process, and rank 0 of a job in place of two ranks, with a sealed slot and something
+    said in its room."""
 
     def __init__(self, tmp_path: Path) -> None:
         self.spec = KeeperSpec(job="job", store=str(tmp_path / "store"))
@@ -75,7 +83,9 @@ class Live:
         _, fds = self.calls.call_fds(GetBoard())
         self.board = Board.attach(fds[0])
         self.slot = MadeSlot()
-        self.calls.call(SlotCreated(index=0, size_bytes=self.slot.size_bytes), [self.slot.fd], timeout_s=WAIT_S)
+        self.calls.call(
+            SlotCreated(index=0, size_bytes=self.slot.size_bytes), [self.slot.fd], timeout_s=WAIT_S
+        )
         generation = self.slot.seal(PAIR, rank=0, ranks=2)
         self.board.rank(0).publish(0, PAIR, generation)
         self.bytes = bytes(self.slot.memory)
@@ -106,11 +116,14 @@ class Live:
         return report
 
     def check(self) -> None:
-        """Nothing of rank 0 has changed: what it staged, what it said, and who it is to its keeper."""
+        """Nothing of rank 0 has changed: what it staged, what it said, and who it is to its
+        keeper."""
         reply, fds = self.calls.call_fds(GetSlots(rank=0))
         assert isinstance(reply, Slots)
         try:
-            assert [(one.index, one.size_bytes) for one in reply.slots] == [(0, self.slot.size_bytes)]
+            assert [(one.index, one.size_bytes) for one in reply.slots] == [
+                (0, self.slot.size_bytes)
+            ]
             with os.fdopen(os.dup(fds[0]), "rb") as file:
                 file.seek(0)
                 assert file.read() == self.bytes
@@ -118,7 +131,10 @@ class Live:
             close_fds(fds)
         assert self.board.rank(0).slot(0).snapshot == PAIR
         assert self.calls.ask(Peek(key="said"), Value, timeout_s=WAIT_S).value == b"before"
-        assert self.calls.ask(Count(key="counted", amount=0), answers.Number, timeout_s=WAIT_S).number == 3
+        assert (
+            self.calls.ask(Count(key="counted", amount=0), answers.Number, timeout_s=WAIT_S).number
+            == 3
+        )
         report = self.report()
         assert (report.pid, report.state, report.launch) == (self.pid, "in place", "l")
 
@@ -174,9 +190,13 @@ def test_peers_that_are_none_are_hung_up_on(live: Live) -> None:
     rng = random.Random(0)
     too_long = struct.pack("<I", UNADMITTED_BYTES_MAX + 1)
     for raw in (
-        b"\xff\xff\xff\xff", too_long, tool_hello(rng) + too_long, framed(b"no msgpack"), framed(any_message(rng)[:-1]),
+        b"\xff\xff\xff\xff",
+        too_long,
+        tool_hello(rng) + too_long,
+        framed(b"no msgpack"),
+        framed(any_message(rng)[:-1]),
         tool_hello(rng) + framed(b"\xc1"),
-    ):  # fmt: skip
+    ):
         assert ends(live, lambda sock, raw=raw: sock.sendall(raw)), raw
     with live.connect() as sock:
         sock.settimeout(WAIT_S)
@@ -217,9 +237,18 @@ def ends(live: Live, speak: Callable[[socket.socket], object]) -> bool:
 
 
 def test_tool_may_only_ask(live: Live) -> None:
-    """It has a socket, and no part in the job: whatever a rank may say is refused, with descriptors and without."""
+    """It has a socket, and no part in the job: whatever a rank may say is refused, with descriptors
+    and without."""
     rng = random.Random(1)
-    fields = {"attempt": 0, "key": "said", "value": b"changed", "amount": 5, "index": 0, "rank": 0, "size_bytes": 4096}
+    fields = {
+        "attempt": 0,
+        "key": "said",
+        "value": b"changed",
+        "amount": 5,
+        "index": 0,
+        "rank": 0,
+        "size_bytes": 4096,
+    }
     with live.connect() as sock:
         sock.settimeout(WAIT_S)
         sock.sendall(tool_hello(rng))
@@ -235,8 +264,20 @@ def test_tool_may_only_ask(live: Live) -> None:
             "Failing",
             "OpenEpoch",
         ):
-            body = {"type": kind, "id": 0, **fields, "status": 1, "at_s": 0.0, "grace_s": 0.0, "resume": None, "kind": "k",
-                    "text": "t", "fingerprint": "f", "step": 1, "final": True}  # fmt: skip
+            body = {
+                "type": kind,
+                "id": 0,
+                **fields,
+                "status": 1,
+                "at_s": 0.0,
+                "grace_s": 0.0,
+                "resume": None,
+                "kind": "k",
+                "text": "t",
+                "fingerprint": "f",
+                "step": 1,
+                "final": True,
+            }
             sock.sendall(framed(msgpack(body)))
         with any_fds(rng, 1) as fds:
             send_fds(sock, framed(msgpack({"type": "SlotMade", "id": 5, **fields})), fds)
@@ -246,11 +287,30 @@ def test_tool_may_only_ask(live: Live) -> None:
 
 
 INSIDERS_SAY = (
-    words.Post, words.Peek, words.Count, words.GetBoard, words.GetSlots, words.SlotCreated, words.SlotReleased, words.VerifiedChunks,
-    words.Persist, words.Refuse, words.Phase, words.Decided, words.GetSources, words.GetChoices, words.Hello, answers.Done,
-    words.Start, words.Kill, words.Keep, words.PrintLine, words.Outcome,
-)  # fmt: skip
-"""What a rank says of itself. Left out is what ends, restarts or re-opens the job, as any rank may."""
+    words.Post,
+    words.Peek,
+    words.Count,
+    words.GetBoard,
+    words.GetSlots,
+    words.SlotCreated,
+    words.SlotReleased,
+    words.VerifiedChunks,
+    words.Persist,
+    words.Refuse,
+    words.Phase,
+    words.Decided,
+    words.GetSources,
+    words.GetChoices,
+    words.Hello,
+    answers.Done,
+    words.Start,
+    words.Kill,
+    words.Keep,
+    words.PrintLine,
+    words.Outcome,
+)
+"""What a rank says of itself. Left out is what ends, restarts or re-opens the job, as any rank
+may."""
 
 
 @pytest.mark.slow

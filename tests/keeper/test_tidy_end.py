@@ -25,11 +25,14 @@ def _rarely(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def steps(served: Served) -> list[int]:
-    return [entry.snapshot.step for entry in Journal.open(FileBackend(served.store)).refresh().snapshots]
+    return [
+        entry.snapshot.step for entry in Journal.open(FileBackend(served.store)).refresh().snapshots
+    ]
 
 
 def save(trainer, epoch: int, *some: int, slots: int = 0) -> None:
-    """In three slots, the first of which is ``slots``: a keeper still has those of earlier launches."""
+    """In three slots, the first of which is ``slots``: a keeper still has those of earlier
+    launches."""
     for step in some:
         trainer.hand_in(SnapshotId(epoch, step), index=slots + step % 3)
         assert trainer.outcome().error is None
@@ -63,7 +66,13 @@ def test_launch_that_comes_to_a_lingering_keeper_brings_its_own_policy(serve: Se
     first.leave(planned=False)
     until(lambda: served.report().state == "lingering")
     second = served.trainer(launch="b")
-    save(second, open_epoch(second, SnapshotId(1, 4), retention=Retention(keep="last=5", grace_s=0.0)), 5, 6, slots=3)
+    save(
+        second,
+        open_epoch(second, SnapshotId(1, 4), retention=Retention(keep="last=5", grace_s=0.0)),
+        5,
+        6,
+        slots=3,
+    )
     second.leave()
     assert served.ends()
     assert steps(served) == [2, 3, 4, 5, 6]

@@ -66,12 +66,18 @@ def test_a_waiting_question_is_answered_when_the_message_comes(pair) -> None:
     _, one, two = pair
     answers: list[bytes | None] = []
     asked = [
-        threading.Thread(target=lambda who=who: answers.append(who.calls.ask(Peek(key="k", wait_s=30), Value).value))
+        threading.Thread(
+            target=lambda who=who: answers.append(
+                who.calls.ask(Peek(key="k", wait_s=30), Value).value
+            )
+        )
         for who in (one, one, two)
     ]
     for thread in asked:
         thread.start()
-    assert two.calls.ask(Count(key="c", amount=1), Number).number == 1, "others are answered meanwhile"
+    assert two.calls.ask(Count(key="c", amount=1), Number).number == 1, (
+        "others are answered meanwhile"
+    )
     two.calls.send(Post(key="k", value=b"late"))
     for thread in asked:
         thread.join(10)
@@ -127,8 +133,9 @@ def test_what_all_hand_in_becomes_durable_and_all_hear_of_it(pair) -> None:
     assert isinstance(one.calls.call(SetTag(name="good", snapshot=SnapshotId(1, 5))), Done)
     found = one.calls.ask(GetChoices(), Choices).choices
     assert [(choice.snapshot, choice.tier) for choice in found] == [
-        (SnapshotId(1, 5), "staged"), (SnapshotId(1, 5), "durable"),
-    ]  # fmt: skip
+        (SnapshotId(1, 5), "staged"),
+        (SnapshotId(1, 5), "durable"),
+    ]
     state = Journal.open(FileBackend(served.store)).refresh()
     assert [entry.snapshot for entry in state.snapshots] == [SnapshotId(1, 5)]
 
@@ -149,7 +156,9 @@ def test_what_one_rank_refuses_fails_on_all(pair) -> None:
     _, one, two = pair
     open_epoch(one)
     one.hand_in(SnapshotId(1, 1))
-    two.calls.send(Refuse(snapshot=SnapshotId(1, 1), error=RemoteError("integrity", "a leaf changed", 1)))
+    two.calls.send(
+        Refuse(snapshot=SnapshotId(1, 1), error=RemoteError("integrity", "a leaf changed", 1))
+    )
     errors = [trainer.outcome().error for trainer in (one, two)]
     assert all(error is not None and "a leaf changed" in error.text for error in errors)
 

@@ -1,4 +1,5 @@
-"""What happens to a job's membership when something happens to etcd: to one member, to the leader, to all, to the data."""
+"""What happens to a job's membership when something happens to etcd: to one member, to the leader,
+to all, to the data."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def make(etcd_three: EtcdCluster, job: str) -> Iterator[Make]:
 
     def join(first: int | None = None, ttl_s: float = TTL_S) -> KeyspaceMembership:
         first = len(made) % 3 if first is None else first
-        made.append(KeyspaceMembership(EtcdKeyspace(options(etcd_three, first), job), job, ttl_s=ttl_s))
+        made.append(
+            KeyspaceMembership(EtcdKeyspace(options(etcd_three, first), job), job, ttl_s=ttl_s)
+        )
         made[-1].join(info())
         return made[-1]
 
@@ -59,7 +62,8 @@ def node_of(member: KeyspaceMembership) -> str:
 
 
 def held_over(members: list[KeyspaceMembership]) -> None:
-    """All go on as members, at every moment until keepalives that were sent from now on have been answered."""
+    """All go on as members, at every moment until keepalives that were sent from now on have been
+    answered."""
     now_s = boottime_s()
 
     def renewed() -> bool:
@@ -84,11 +88,17 @@ def still_works(members: list[KeyspaceMembership]) -> None:
 
 
 def harm(cluster: EtcdCluster, which: str) -> EtcdMember:
-    return cluster.leader() if which == "leader" else next(one for one in cluster.members if one != cluster.leader())
+    return (
+        cluster.leader()
+        if which == "leader"
+        else next(one for one in cluster.members if one != cluster.leader())
+    )
 
 
 @pytest.mark.parametrize("which", ["leader", "follower"])
-def test_a_member_of_etcd_dies_and_nobody_loses_its_membership(etcd_three: EtcdCluster, make: Make, which: str) -> None:
+def test_a_member_of_etcd_dies_and_nobody_loses_its_membership(
+    etcd_three: EtcdCluster, make: Make, which: str
+) -> None:
     members = [make() for _ in range(3)]
     still_works(members)
     harm(etcd_three, which).kill()
@@ -97,7 +107,9 @@ def test_a_member_of_etcd_dies_and_nobody_loses_its_membership(etcd_three: EtcdC
 
 
 @pytest.mark.parametrize("which", ["leader", "follower"])
-def test_a_member_of_etcd_hangs_and_another_one_is_asked(etcd_three: EtcdCluster, make: Make, which: str) -> None:
+def test_a_member_of_etcd_hangs_and_another_one_is_asked(
+    etcd_three: EtcdCluster, make: Make, which: str
+) -> None:
     hung = harm(etcd_three, which)
     members = [make(etcd_three.members.index(hung)) for _ in range(3)]
     still_works(members)
@@ -108,7 +120,9 @@ def test_a_member_of_etcd_hangs_and_another_one_is_asked(etcd_three: EtcdCluster
     still_works(members)
 
 
-def test_all_of_etcd_starts_anew_and_memberships_and_epoch_are_still_there(etcd_three: EtcdCluster, make: Make) -> None:
+def test_all_of_etcd_starts_anew_and_memberships_and_epoch_are_still_there(
+    etcd_three: EtcdCluster, make: Make
+) -> None:
     members = [make(ttl_s=8.0) for _ in range(2)]
     still_works(members)
     epoch = members[0].view().epoch
@@ -141,23 +155,30 @@ def test_etcd_is_gone_for_longer_than_a_lease_and_the_node_stops_acting_in_time(
     assert standing.act_until_s <= boottime_s()
     assert "etcd did not answer" in standing.reason
     etcd_three.start()
-    # A new leader of etcd lets every lease begin anew, so this one may come back; if not, the node learns that.
+    # A new leader of etcd lets every lease begin anew, so this one may come back; if not, the node
+    # learns that.
     until(lambda: member.lease_status().state is not LeaseState.LAPSED)
     assert member.keepalive._thread is not None
     if member.lease_status().state is LeaseState.VALID:
         still_works([member])
 
 
-def test_no_majority_answers_no_read_though_the_member_is_up(etcd_three: EtcdCluster, make: Make) -> None:
+def test_no_majority_answers_no_read_though_the_member_is_up(
+    etcd_three: EtcdCluster, make: Make
+) -> None:
     member = make(0)
     still_works([member])
     for other in etcd_three.members[1:]:
         other.process.freeze()
     until(lambda: _quiet(member.view) is None)  # an answer may have been on its way
-    assert revision_of(etcd_three.members[0].endpoint) > 0  # what a serializable read would have believed
+    assert (
+        revision_of(etcd_three.members[0].endpoint) > 0
+    )  # what a serializable read would have believed
 
 
-def test_a_dead_node_is_seen_by_others_within_its_ttl_and_a_second(etcd_three: EtcdCluster, make: Make) -> None:
+def test_a_dead_node_is_seen_by_others_within_its_ttl_and_a_second(
+    etcd_three: EtcdCluster, make: Make
+) -> None:
     ttl_s, watcher, late_s = 2.0, make(), 2.0
     for _ in range(3):  # a machine that is busy for a moment says nothing about etcd
         dead = make(ttl_s=ttl_s)
@@ -190,7 +211,9 @@ def test_a_watch_survives_compaction(etcd_three: EtcdCluster, make: Make) -> Non
         client.compact(other.view().revision, physical=True)
     late = EtcdKeyspace(options(etcd_three), one._job)
     try:
-        assert late.wait((Keys("said/", "said0"),), revision, timeout_s=DEADLINE_S)  # began before what is left
+        assert late.wait(
+            (Keys("said/", "said0"),), revision, timeout_s=DEADLINE_S
+        )  # began before what is left
         now = one.view().revision
         other.put_fact("holdings", b"last")
         assert late.wait((Keys("said/", "said0"),), now, timeout_s=DEADLINE_S)
@@ -210,7 +233,12 @@ def test_a_watch_moves_on_when_the_member_it_listens_to_is_lost(
         etcd_three.members[0].kill()
     else:
         etcd_three.members[0].process.freeze()
-    until(lambda: _quiet(lambda: other.put_fact("holdings", b"1")) is None and other.read_facts("holdings"))
+    until(
+        lambda: (
+            _quiet(lambda: other.put_fact("holdings", b"1")) is None
+            and other.read_facts("holdings")
+        )
+    )
     assert one.wait_change(revision, timeout_s=DEADLINE_S)
 
 
@@ -226,13 +254,17 @@ def test_a_wiped_etcd_knows_no_epoch_and_the_next_one_exceeds_all_that_were_seen
     assert not old.wait_change(view.revision, timeout_s=0.1)
     cluster.wipe()
     until(lambda: old.lease_status().state is LeaseState.LOST)
-    assert old.wait_change(view.revision, timeout_s=DEADLINE_S)  # what was seen is not there any more
+    assert old.wait_change(
+        view.revision, timeout_s=DEADLINE_S
+    )  # what was seen is not there any more
     fresh = KeyspaceMembership(EtcdKeyspace(options(cluster), job), job, ttl_s=TTL_S)
     fresh.join(info())
     assert fresh.lead() == Leading()
     view = fresh.view()
     assert (view.epoch, view.epoch_revision) == (None, 0)
-    decided = decide(view, WaitTimers(), MembershipOptions(nodes_min=1, nodes_max=1, epoch_floor=3), boottime_s())
+    decided = decide(
+        view, WaitTimers(), MembershipOptions(nodes_min=1, nodes_max=1, epoch_floor=3), boottime_s()
+    )
     assert isinstance(decided, NewEpoch)
     assert decided.record.number == 4
     # A zombie of the old cluster can do nothing to the new one, whatever its revisions were.
@@ -252,12 +284,15 @@ def etcd_one_of_ours(tmp_path: Path, etcd_one: EtcdCluster) -> Iterator[EtcdClus
         yield cluster
 
 
-def test_a_zombie_has_stopped_by_its_own_clock_and_is_refused(etcd_three: EtcdCluster, make: Make, job: str) -> None:
+def test_a_zombie_has_stopped_by_its_own_clock_and_is_refused(
+    etcd_three: EtcdCluster, make: Make, job: str
+) -> None:
     zombie_is_refused(",".join(etcd_three.endpoints), make(), job, ttl_s=2.0)
 
 
 def test_two_leaders_that_do_not_know_of_each_other_open_one_epoch(make: Make) -> None:
-    """The one that is not leader any more has the older view; both publish at the same moment, many times."""
+    """The one that is not leader any more has the older view; both publish at the same moment, many
+    times."""
     one, other, witness = make(), make(), make()
     for _ in range(5):
         open_epoch(one, node_of(one))

@@ -44,7 +44,9 @@ def test_two_silent_endpoints_do_not_hide_the_third(etcd_one: EtcdCluster, job: 
         for _ in range(2):
             listener = open_sockets.enter_context(socket.create_server(("127.0.0.1", 0)))
             silent.append(f"127.0.0.1:{listener.getsockname()[1]}")
-        keyspace = EtcdKeyspace(EtcdOptions(endpoints=(*silent, *etcd_one.endpoints), call_s=0.3), job)
+        keyspace = EtcdKeyspace(
+            EtcdOptions(endpoints=(*silent, *etcd_one.endpoints), call_s=0.3), job
+        )
         began_s = time.monotonic()
         put(keyspace, "a", b"1")
         assert time.monotonic() - began_s < 5.0
@@ -85,13 +87,18 @@ def test_what_etcd_can_not_take_is_the_callers_mistake(etcd_one: EtcdCluster, jo
         put(keyspace, "a", bytes(1_600_000))
     with pytest.raises(NotFoundError):
         put(keyspace, "a", b"", 12345)
-    assert keyspace.transact(Transaction(then=tuple(Put(f"k{n}", b"") for n in range(100)))).succeeded
+    assert keyspace.transact(
+        Transaction(then=tuple(Put(f"k{n}", b"") for n in range(100)))
+    ).succeeded
     keyspace.close()
 
 
 def test_two_jobs_share_no_keys(etcd_one: EtcdCluster) -> None:
     name = secrets.token_hex(4)
-    one, other = EtcdKeyspace(options(etcd_one), name), EtcdKeyspace(options(etcd_one), f"{name}/nodes")
+    one, other = (
+        EtcdKeyspace(options(etcd_one), name),
+        EtcdKeyspace(options(etcd_one), f"{name}/nodes"),
+    )
     put(one, "nodes/a", b"1")
     assert get(other, "a") is None
     assert other.transact(Transaction(reads=(Keys("", "~"),))).found == ((),)
@@ -125,7 +132,13 @@ def test_a_keepalive_thread_outlives_whatever_is_raised(etcd_one: EtcdCluster, j
     keyspace.errors = []
     member = KeyspaceMembership(keyspace, job, ttl_s=TTL_S)
     member.join(info())
-    keyspace.errors = [RuntimeError("a"), CkptError("b"), UnavailableError("c"), ValueError("d"), OSError("e")]
+    keyspace.errors = [
+        RuntimeError("a"),
+        CkptError("b"),
+        UnavailableError("c"),
+        ValueError("d"),
+        OSError("e"),
+    ]
     until(lambda: not keyspace.errors)
     first_s = member.lease_status().act_until_s
     until(lambda: member.lease_status().act_until_s > first_s)
@@ -155,7 +168,9 @@ def test_a_user_needs_the_right_password(tmp_path: Path, etcd_one: EtcdCluster, 
         member.put_fact("holdings", b"1")
         assert member.wait_change(view.revision, timeout_s=DEADLINE_S)
         member.leave()
-        wrong = EtcdKeyspace(EtcdOptions(endpoints=cluster.endpoints, user="root", password="no", call_s=5.0), job)
+        wrong = EtcdKeyspace(
+            EtcdOptions(endpoints=cluster.endpoints, user="root", password="no", call_s=5.0), job
+        )
         with pytest.raises(StoreDeniedError):
             get(wrong, "a")
         wrong.close()
@@ -170,12 +185,21 @@ def test_calls_and_watches_go_over_tls_with_certificates_on_both_sides(
 ) -> None:
     files = make_certificates(tmp_path)
     more = (
-        "--cert-file", str(files["server"]), "--key-file", str(files["server-key"]),
-        "--trusted-ca-file", str(files["ca"]), "--client-cert-auth",
-    )  # fmt: skip
+        "--cert-file",
+        str(files["server"]),
+        "--key-file",
+        str(files["server-key"]),
+        "--trusted-ca-file",
+        str(files["ca"]),
+        "--client-cert-auth",
+    )
     with EtcdCluster(tmp_path / "tls", 1, scheme="https", more=more) as cluster:
         good = EtcdOptions(
-            endpoints=cluster.endpoints, ca=files["ca"], cert=files["client"], key=files["client-key"], call_s=5.0
+            endpoints=cluster.endpoints,
+            ca=files["ca"],
+            cert=files["client"],
+            key=files["client-key"],
+            call_s=5.0,
         )
         member = KeyspaceMembership(EtcdKeyspace(good, job), job, ttl_s=TTL_S)
         member.join(info())
@@ -197,17 +221,46 @@ def test_calls_and_watches_go_over_tls_with_certificates_on_both_sides(
 
 def make_certificates(folder: Path) -> dict[str, Path]:
     """An authority, a server and a client, with OpenSSL."""
-    files = {name: folder / f"{name}.pem" for name in ("ca", "ca-key", "server", "server-key", "client", "client-key")}
+    files = {
+        name: folder / f"{name}.pem"
+        for name in ("ca", "ca-key", "server", "server-key", "client", "client-key")
+    }
 
     def openssl(*words: str) -> None:
         subprocess.run([require("openssl"), *words], check=True, capture_output=True)
 
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-    openssl("req", "-x509", *key, "-subj", "/CN=ca", "-keyout", str(files["ca-key"]), "-out", str(files["ca"]))
+    openssl(
+        "req",
+        "-x509",
+        *key,
+        "-subj",
+        "/CN=ca",
+        "-keyout",
+        str(files["ca-key"]),
+        "-out",
+        str(files["ca"]),
+    )
     for name in ("server", "client"):
         openssl(
-            "req", "-x509", *key, "-subj", f"/CN={name}", "-keyout", str(files[f"{name}-key"]), "-out", str(files[name]),
-            "-CA", str(files["ca"]), "-CAkey", str(files["ca-key"]), "-addext", "subjectAltName=IP:127.0.0.1",
-            "-addext", "basicConstraints=CA:FALSE", "-addext", "extendedKeyUsage=serverAuth,clientAuth",
-        )  # fmt: skip
+            "req",
+            "-x509",
+            *key,
+            "-subj",
+            f"/CN={name}",
+            "-keyout",
+            str(files[f"{name}-key"]),
+            "-out",
+            str(files[name]),
+            "-CA",
+            str(files["ca"]),
+            "-CAkey",
+            str(files["ca-key"]),
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-addext",
+            "basicConstraints=CA:FALSE",
+            "-addext",
+            "extendedKeyUsage=serverAuth,clientAuth",
+        )
     return files

@@ -26,7 +26,9 @@ class NoCalls(EtcdClient):
 @pytest.fixture
 def watch() -> Iterator[EtcdWatch]:
     """Of all after revision 100."""
-    made = EtcdWatch(NoCalls(EtcdOptions(endpoints=("h:1",))), "/ckpt/j/", (Keys("a"),), after=100, beat_s=1.0)
+    made = EtcdWatch(
+        NoCalls(EtcdOptions(endpoints=("h:1",))), "/ckpt/j/", (Keys("a"),), after=100, beat_s=1.0
+    )
     yield made
     made.close()
 
@@ -80,7 +82,8 @@ def test_a_cancelled_watch_begins_anew(watch: EtcdWatch) -> None:
 
 
 class Streams:
-    """In the place of etcd's watches: streams that live, say nothing, and note what they are asked."""
+    """In the place of etcd's watches: streams that live, say nothing, and note what they are
+    asked."""
 
     def __init__(self, channel: str) -> None:
         self._channel = channel
@@ -111,7 +114,9 @@ class TwoEndpoints(EtcdClient):
 
 
 @pytest.mark.slow
-def test_watch_follows_where_calls_go_though_its_stream_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_follows_where_calls_go_though_its_stream_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(etcdrpc, "WatchStub", Streams)
     OPENED.clear()
     calls = TwoEndpoints(EtcdOptions(endpoints=("h:1", "h:2")))

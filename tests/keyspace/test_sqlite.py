@@ -38,10 +38,12 @@ def test_processes_see_each_other_come_go_and_die(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", JOINS, str(path), f"n{number}"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for number in range(3)
-    ]  # fmt: skip
+    ]
     watcher = open_membership(path, "j", ttl_s=2.0)
     try:
         for process in processes:
@@ -84,7 +86,9 @@ def test_leases_do_not_outlive_the_boot_that_they_were_granted_in(tmp_path: Path
     assert after.renew(lease_id) == 0
 
 
-def test_who_looked_too_long_ago_is_told_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_looked_too_long_ago_is_told_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embedded, "CHANGES_KEPT", 8)
     keyspace = SqliteKeyspace(tmp_path / "job.sqlite3", clock_ns=lambda: 0, boot="one")
     first = put(keyspace, "a", b"")

@@ -1,4 +1,5 @@
-"""Agents in this process, each of which waits for its round in a thread of its own; and an etcd to meet in."""
+"""Agents in this process, each of which waits for its round in a thread of its own; and an etcd to
+meet in."""
 
 from __future__ import annotations
 
@@ -69,13 +70,22 @@ class Waiting:
 class Agents:
     """Makes handlers of one job, and ends them."""
 
-    def __init__(self, endpoint: str, job: str, nodes_min: int, nodes_max: int, config: Mapping[str, object]) -> None:
-        self.endpoint, self.job, self.range, self.config = endpoint, job, (nodes_min, nodes_max), config
+    def __init__(
+        self, endpoint: str, job: str, nodes_min: int, nodes_max: int, config: Mapping[str, object]
+    ) -> None:
+        self.endpoint, self.job, self.range, self.config = (
+            endpoint,
+            job,
+            (nodes_min, nodes_max),
+            config,
+        )
         self.made: list[Rendezvous] = []
 
     def make(self, **config: object) -> Rendezvous:
         """One more agent, which has not come yet."""
-        parameters = RendezvousParameters("ckpt", self.endpoint, self.job, *self.range, **{**self.config, **config})
+        parameters = RendezvousParameters(
+            "ckpt", self.endpoint, self.job, *self.range, **{**self.config, **config}
+        )
         self.made.append(handler_of(parameters))
         return self.made[-1]
 
@@ -110,24 +120,50 @@ class Etcd:
         client, peer, metrics = (f"http://127.0.0.1:{port}" for port in self._ports)
         self._process = ServerProcess(
             [
-                "etcd", "--name", "one", "--data-dir", str(self._folder / "data"),
-                "--listen-client-urls", client, "--advertise-client-urls", client,
-                "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"one={peer}",
-                "--listen-metrics-urls", metrics, "--unsafe-no-fsync", "--logger", "zap", "--log-level", "error",
+                "etcd",
+                "--name",
+                "one",
+                "--data-dir",
+                str(self._folder / "data"),
+                "--listen-client-urls",
+                client,
+                "--advertise-client-urls",
+                client,
+                "--listen-peer-urls",
+                peer,
+                "--initial-advertise-peer-urls",
+                peer,
+                "--initial-cluster",
+                f"one={peer}",
+                "--listen-metrics-urls",
+                metrics,
+                "--unsafe-no-fsync",
+                "--logger",
+                "zap",
+                "--log-level",
+                "error",
             ],
-            ready_url=f"{metrics}/health", log=self._folder / "log", env={},
-        )  # fmt: skip
+            ready_url=f"{metrics}/health",
+            log=self._folder / "log",
+            env={},
+        )
         self._process.wait_ready()
 
     def leases(self) -> list[int]:
         """Those of nodes: all but the stores of rounds, which live for an hour."""
         found = [int(one["ID"]) for one in self._ask("lease/leases", {}).get("leases", ())]
-        ttls = [self._ask("lease/timetolive", {"ID": str(one)}).get("grantedTTL", 0) for one in found]
+        ttls = [
+            self._ask("lease/timetolive", {"ID": str(one)}).get("grantedTTL", 0) for one in found
+        ]
         return [one for one, ttl_s in zip(found, ttls, strict=True) if 0 < int(ttl_s) < ROUND_TTL_S]
 
     def _ask(self, what: str, body: dict) -> dict:  # type: ignore[type-arg]
-        request = urllib.request.Request(f"http://{self.endpoint}/v3/{what}", data=json.dumps(body).encode())
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as reply:
+        request = urllib.request.Request(
+            f"http://{self.endpoint}/v3/{what}", data=json.dumps(body).encode()
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            request, timeout=10
+        ) as reply:
             return dict(json.load(reply))
 
     def kill(self) -> None:

@@ -1,4 +1,5 @@
-"""A job's processes over one store in memory: they save with dedup, die, come back late, and drop and sweep meanwhile."""
+"""A job's processes over one store in memory: they save with dedup, die, come back late, and drop
+and sweep meanwhile."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ class ClockedStore:
 
 
 class Watched:
-    """One process's way to a store: ``before(op, key)`` is asked before each operation, and may raise Death."""
+    """One process's way to a store: ``before(op, key)`` is asked before each operation, and may
+    raise Death."""
 
     def __init__(self, inner: Backend, before: Callable[[str, str], None]) -> None:
         self._inner = inner
@@ -114,7 +116,8 @@ class Watched:
 
 @dataclass
 class InFlight:
-    """A snapshot whose bytes are in the store, or part of them, and that nobody has committed yet."""
+    """A snapshot whose bytes are in the store, or part of them, and that nobody has committed
+    yet."""
 
     manifest: Manifest
     locations: dict[Digest, ChunkLocation]
@@ -123,7 +126,8 @@ class InFlight:
 
 @dataclass
 class Process:
-    """One start of a job's writer: its epoch, its last state, what it may refer to, and what it has yet to commit."""
+    """One start of a job's writer: its epoch, its last state, what it may refer to, and what it has
+    yet to commit."""
 
     world: World
     journal: Journal
@@ -137,7 +141,8 @@ class Process:
     in_flight: list[InFlight] = field(default_factory=list)
 
     def capture(self, store: Backend) -> None:
-        """Train on, and write the new chunks and the parts of one snapshot; it is not committed yet."""
+        """Train on, and write the new chunks and the parts of one snapshot; it is not committed
+        yet."""
         dice = self.world.dice
         for place in dice.sample(range(LEAVES), dice.randint(1, LEAVES // 2)):
             self.values[place] = self.world.fresh()
@@ -153,21 +158,36 @@ class Process:
             known = {one: place for one, place in self.known.items() if one in wanted}
             if dice.random() < 0.5:
                 sizes = {place.pack: 4 * 4096 for place in known.values()}
-                known = dict(plan_repacking(known, wanted, sizes, budget_bytes=1 << 20).stored_chunks)
+                known = dict(
+                    plan_repacking(known, wanted, sizes, budget_bytes=1 << 20).stored_chunks
+                )
             self.packs += LEAVES
             done = persist(
-                staged, data, stored_chunks=known, backend=store, writer=f"{self.writer[:-1]}{rank}",
-                pack_start=self.packs, compression=NO_COMPRESSION, limits=PersistLimits(pack_bytes_max=PACK_BYTES, puts_max=1),
-            )  # fmt: skip
+                staged,
+                data,
+                stored_chunks=known,
+                backend=store,
+                writer=f"{self.writer[:-1]}{rank}",
+                pack_start=self.packs,
+                compression=NO_COMPRESSION,
+                limits=PersistLimits(pack_bytes_max=PACK_BYTES, puts_max=1),
+            )
             parts.append(done.part)
             found |= done.locations
             size += sum(shard.size_bytes for shard in staged.shards)
         nodes = [parts] if dice.random() < 0.5 else [[part] for part in parts]
         refs = [put_part(node, backend=store, writer=node[0].writer) for node in nodes]
         manifest = Manifest(
-            job=JOB, snapshot=pair, world_size=ranks, parts=tuple(refs), size_bytes=size, new_bytes=0,
-            created_unix_s=self.world.now, base=self.base, metadata={"loss": dice.random()},
-        )  # fmt: skip
+            job=JOB,
+            snapshot=pair,
+            world_size=ranks,
+            parts=tuple(refs),
+            size_bytes=size,
+            new_bytes=0,
+            created_unix_s=self.world.now,
+            base=self.base,
+            metadata={"loss": dice.random()},
+        )
         self.in_flight.append(InFlight(manifest, found, frozenset(found)))
 
     captured: int = 0
@@ -175,10 +195,14 @@ class Process:
 
     def pieces(self, rank: int, ranks: int) -> list[Piece]:
         mine = [place for place in range(LEAVES) if place % ranks == rank]
-        return [tensor(f"leaf{place}", np.full(LEAF_BYTES, self.values[place], np.int32)) for place in mine]
+        return [
+            tensor(f"leaf{place}", np.full(LEAF_BYTES, self.values[place], np.int32))
+            for place in mine
+        ]
 
     def commit(self) -> None:
-        """Commit the oldest that is in flight; what the log refuses is given up, as a persister does."""
+        """Commit the oldest that is in flight; what the log refuses is given up, as a persister
+        does."""
         if not self.in_flight:
             return
         one = self.in_flight.pop(0)
@@ -191,7 +215,8 @@ class Process:
         self.base, self.known = one.manifest.snapshot, one.locations
 
     def open_again(self) -> None:
-        """As a keeper that was cut off and comes back: what its trainer captured goes on under a new epoch."""
+        """As a keeper that was cut off and comes back: what its trainer captured goes on under a
+        new epoch."""
         resume = SnapshotId(self.captured, self.step)
         self.epoch = self.journal.open_epoch(resume=resume)
         if self.world.dice.random() < 0.5:
@@ -226,16 +251,22 @@ class World:
         return Journal.open(self.store).refresh()
 
     def start(self) -> Process:
-        """A new process takes over: it restores some snapshot, mostly the newest, and opens an epoch from it."""
+        """A new process takes over: it restores some snapshot, mostly the newest, and opens an
+        epoch from it."""
         journal = Journal.open(self.store)
         state = journal.refresh()
         held = [entry.snapshot for entry in state.snapshots]
         resume = self.dice.choice([state.newest()] * 6 + [*held, None])
         epoch = journal.open_epoch(resume=resume)
         process = Process(
-            self, journal, epoch, [self.fresh() for _ in range(LEAVES)], resume.step if resume else 0,
-            keys.writer_name("node", f"{self.dice.getrandbits(60):015x}0"), captured=epoch,
-        )  # fmt: skip
+            self,
+            journal,
+            epoch,
+            [self.fresh() for _ in range(LEAVES)],
+            resume.step if resume else 0,
+            keys.writer_name("node", f"{self.dice.getrandbits(60):015x}0"),
+            captured=epoch,
+        )
         if resume is not None and self.dice.random() < 0.7:
             # It read and verified some of what it restored, and may refer to that.
             self._remember(process, resume)
@@ -252,7 +283,9 @@ class World:
             for shard in index.shards(f"leaf{name}"):
                 data = bytearray(shard.size_bytes)
                 self.store.read_into(
-                    shard.locations[0].pack, memoryview(data), offset_bytes=shard.locations[0].offset_bytes
+                    shard.locations[0].pack,
+                    memoryview(data),
+                    offset_bytes=shard.locations[0].offset_bytes,
                 )
                 process.values[name] = int(np.frombuffer(data, np.int32)[0])
 
@@ -263,11 +296,15 @@ class World:
         for entry in state.snapshots:
             index = load_index(self.store, state, entry.snapshot)
             found = index.locations()
-            assert frozenset(found) == self.content[entry.snapshot], f"seed={self.seed} {entry.snapshot}"
+            assert frozenset(found) == self.content[entry.snapshot], (
+                f"seed={self.seed} {entry.snapshot}"
+            )
             for wanted, place in found.items():
                 data = bytearray(place.stored_bytes)
                 self.store.read_into(place.pack, memoryview(data), offset_bytes=place.offset_bytes)
-                assert digest(memoryview(data)) == wanted, f"seed={self.seed} {entry.snapshot} {place.pack}"
+                assert digest(memoryview(data)) == wanted, (
+                    f"seed={self.seed} {entry.snapshot} {place.pack}"
+                )
 
     def needed(self) -> set[str]:
         """The keys that the snapshots that exist refer to."""

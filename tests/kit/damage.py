@@ -33,7 +33,11 @@ def bytes_of(store: Backend, key: str) -> bytes | None:
 
 def objects_of(store: Backend, *prefixes: str) -> dict[str, bytes | None]:
     """Every object but ckpt.json, which each store has its own of."""
-    return {stat.key: bytes_of(store, stat.key) for prefix in prefixes or PREFIXES for stat in store.list(prefix)}
+    return {
+        stat.key: bytes_of(store, stat.key)
+        for prefix in prefixes or PREFIXES
+        for stat in store.list(prefix)
+    }
 
 
 def record_of(store: Backend) -> JobRecord:
@@ -43,7 +47,8 @@ def record_of(store: Backend) -> JobRecord:
 
 
 def replicate(source: Path, target: Path, number: int | None) -> FileBackend:
-    """A copy in another folder; with ``number`` a replica with an id of its own, but for number 0."""
+    """A copy in another folder; with ``number`` a replica with an id of its own, but for number
+    0."""
     shutil.copytree(source, target)
     record = JobRecord.decode((source / keys.JOB_KEY).read_bytes())
     if number:
@@ -52,7 +57,8 @@ def replicate(source: Path, target: Path, number: int | None) -> FileBackend:
 
 
 def harm(root: str, key: str, rng: random.Random) -> str:
-    """Flip a bit of an object's file, cut it short, empty it, fill it with noise, lengthen it, or remove it."""
+    """Flip a bit of an object's file, cut it short, empty it, fill it with noise, lengthen it, or
+    remove it."""
     path = Path(root) / key
     data = bytearray(path.read_bytes())
     how = rng.choice(("flip", "flip", "cut", "empty", "noise", "longer", "remove"))
@@ -87,7 +93,8 @@ def folded(store: Backend) -> LogState:
 
 
 def faults_of(store: Backend, truth: Backend) -> list[str]:
-    """What ``store`` alone does not have as ``truth`` has it: records byte for byte, packs chunk for chunk."""
+    """What ``store`` alone does not have as ``truth`` has it: records byte for byte, packs chunk
+    for chunk."""
     small = (keys.PARTS, keys.MANIFESTS, keys.LOG, keys.FOLDS)
     mine, right = objects_of(store, *small), objects_of(truth, *small)
     wrong = [key for key in right if mine.get(key) != right[key]]

@@ -30,7 +30,9 @@ def require(program: str = "etcd") -> str:
 class EtcdMember:
     """One member of a cluster."""
 
-    def __init__(self, name: str, folder: Path, *, scheme: str = "http", more: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, name: str, folder: Path, *, scheme: str = "http", more: tuple[str, ...] = ()
+    ) -> None:
         self.name = name
         self.folder = folder
         self.client_port = free_port()
@@ -56,15 +58,36 @@ class EtcdMember:
         metrics_url = f"http://127.0.0.1:{self.metrics_port}"
         self._process = ServerProcess(
             [
-                binary, "--name", self.name, "--data-dir", str(self.folder / "data"),
-                "--listen-client-urls", client_url, "--advertise-client-urls", client_url,
-                "--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url,
-                "--listen-metrics-urls", metrics_url,
-                "--initial-cluster", initial, "--initial-cluster-state", "new", "--unsafe-no-fsync",
-                "--logger", "zap", "--log-level", "error", *self._more,
+                binary,
+                "--name",
+                self.name,
+                "--data-dir",
+                str(self.folder / "data"),
+                "--listen-client-urls",
+                client_url,
+                "--advertise-client-urls",
+                client_url,
+                "--listen-peer-urls",
+                self.peer_url,
+                "--initial-advertise-peer-urls",
+                self.peer_url,
+                "--listen-metrics-urls",
+                metrics_url,
+                "--initial-cluster",
+                initial,
+                "--initial-cluster-state",
+                "new",
+                "--unsafe-no-fsync",
+                "--logger",
+                "zap",
+                "--log-level",
+                "error",
+                *self._more,
             ],
-            ready_url=f"{metrics_url}/health", log=self.folder / "log", env={},
-        )  # fmt: skip
+            ready_url=f"{metrics_url}/health",
+            log=self.folder / "log",
+            env={},
+        )
 
     @property
     def process(self) -> ServerProcess:
@@ -99,9 +122,13 @@ class EtcdMember:
 class EtcdCluster:
     """Members that know each other; use as a context."""
 
-    def __init__(self, folder: Path, count: int, *, scheme: str = "http", more: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, count: int, *, scheme: str = "http", more: tuple[str, ...] = ()
+    ) -> None:
         self.folder = folder
-        self.members = [EtcdMember(f"m{n}", folder / f"m{n}", scheme=scheme, more=more) for n in range(count)]
+        self.members = [
+            EtcdMember(f"m{n}", folder / f"m{n}", scheme=scheme, more=more) for n in range(count)
+        ]
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -153,7 +180,8 @@ class EtcdCluster:
 def revision_of(endpoint: str) -> int:
     """The revision of a member's own data."""
     request = urllib.request.Request(
-        f"http://{endpoint}/v3/kv/range", data=json.dumps({"key": "AA==", "serializable": True}).encode()
+        f"http://{endpoint}/v3/kv/range",
+        data=json.dumps({"key": "AA==", "serializable": True}).encode(),
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=5) as reply:

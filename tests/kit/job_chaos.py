@@ -20,18 +20,21 @@ NAP_S = 0.7
 """How long a process is stopped that is let go on again: less than counts as a hang."""
 
 TRAINER = ("kill", "segv", "exit", "oom", "stop")
-"""What ends a trainer: at most one step is done again for each. ``oom`` kills whom the kernel would choose."""
+"""What ends a trainer: at most one step is done again for each. ``oom`` kills whom the kernel would
+choose."""
 
 HARMLESS = ("nap-trainer", "nap-keeper")
 """Nobody dies of these, and nothing is done again."""
 
 OTHERS = ("supervisor", "keeper")
-"""A torchrun that restarts everything, and a keeper that another must follow; these may cost more than one step."""
+"""A torchrun that restarts everything, and a keeper that another must follow; these may cost more
+than one step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Strike:
-    """One blow at ``rank``. ``steps``: new steps to wait for first; None: strike while the job still recovers from the last.
+    """One blow at ``rank``. ``steps``: new steps to wait for first; None: strike while the job
+    still recovers from the last.
 
     ``delay_s``: waited before, so that a blow falls anywhere in a step.
     """
@@ -42,8 +45,11 @@ class Strike:
     delay_s: float
 
 
-def plan(kinds: Sequence[str], chance: random.Random, *, steps_max: int, doubles: float) -> list[Strike]:
-    """A strike of each kind in a random order. A share of ``doubles`` come on the heels of another, never three in a row.
+def plan(
+    kinds: Sequence[str], chance: random.Random, *, steps_max: int, doubles: float
+) -> list[Strike]:
+    """A strike of each kind in a random order. A share of ``doubles`` come on the heels of another,
+    never three in a row.
 
     A hang is always left to be found out: nothing comes on its heels.
     """
@@ -54,7 +60,9 @@ def plan(kinds: Sequence[str], chance: random.Random, *, steps_max: int, doubles
         again = bool(strikes) and strikes[-1].steps is not None and chance.random() < doubles
         again = again and kind in TRAINER and strikes[-1].kind not in (*HARMLESS, "stop")
         steps = None if again else chance.randint(2, steps_max)
-        strikes.append(Strike(kind, chance.randrange(2), steps, chance.uniform(0.0, 0.3 if again else 0.02)))
+        strikes.append(
+            Strike(kind, chance.randrange(2), steps, chance.uniform(0.0, 0.3 if again else 0.02))
+        )
     return strikes
 
 
@@ -81,7 +89,10 @@ class Campaign:
             self.wait_beyond(self.job.completed + 2, group[-1], entered)
             cost = self.redone() - before
             names = "+".join(f"{strike.kind}@{strike.rank}" for strike in group)
-            print(f"{number + 1}/{len(groups)} {names} redone={cost} seconds={time.monotonic() - begin_s:.2f}")
+            print(
+                f"{number + 1}/{len(groups)} {names} redone={cost} "
+                f"seconds={time.monotonic() - begin_s:.2f}"
+            )
             allowed = allowance(group)
             if allowed is not None and cost > allowed:
                 wrong.append(f"{names}: {cost} steps were done again, {allowed} are allowed")
@@ -103,7 +114,9 @@ class Campaign:
 
         wait_for(once, f"a living target for {strike}", wait_s=RECOVER_S_MAX, say=self.say)
         if not hit[0]:
-            pytest.fail(f"the job ended before {strike}. status={self.job.process.returncode}\n{self.say()}")
+            pytest.fail(
+                f"the job ended before {strike}. status={self.job.process.returncode}\n{self.say()}"
+            )
 
     def wait_beyond(self, completed: int, strike: Strike, entered: int) -> None:
         """Wait until the job is further than it was, and was started again where somebody died."""
@@ -135,8 +148,11 @@ class Campaign:
                 victim = self._likeliest()
                 return victim in self._trainers() and send(victim, signal.SIGKILL)
             case "supervisor":
-                # Only where it has a trainer: while it is being replaced, the file still names the one before.
-                return self.fleet.is_member(trainer) and send(self.job.supervisor(strike.rank), signal.SIGKILL)
+                # Only where it has a trainer: while it is being replaced, the file still names the
+                # one before.
+                return self.fleet.is_member(trainer) and send(
+                    self.job.supervisor(strike.rank), signal.SIGKILL
+                )
             case "keeper":
                 return send(self.fleet.keeper(self.job.folder / "store"), signal.SIGKILL)
             case "nap-trainer":
@@ -152,7 +168,9 @@ class Campaign:
         return self.fleet.send(pid, signal.SIGCONT)
 
     def _trainers(self) -> list[int]:
-        return [pid for pid in (self.job.trainer(0), self.job.trainer(1)) if self.fleet.is_member(pid)]
+        return [
+            pid for pid in (self.job.trainer(0), self.job.trainer(1)) if self.fleet.is_member(pid)
+        ]
 
     def _likeliest(self) -> int:
         """The process of this job that the kernel would kill first where memory runs out."""

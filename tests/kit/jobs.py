@@ -37,8 +37,11 @@ def ranks(program: str, *arguments: object, restarts: int = 0) -> list[str]:
     return [*launcher, f"--max-restarts={restarts}", *plain(program, *arguments)[1:]]
 
 
-def wait_for(until: Callable[[], bool], what: str, *, wait_s: float = WAIT_S, say: Callable[[], str] = str) -> None:
-    """Wait for a condition. Fails the test where it does not come true in time; ``say`` adds what people need then."""
+def wait_for(
+    until: Callable[[], bool], what: str, *, wait_s: float = WAIT_S, say: Callable[[], str] = str
+) -> None:
+    """Wait for a condition. Fails the test where it does not come true in time; ``say`` adds what
+    people need then."""
     deadline_s = time.monotonic() + wait_s
     while not until():
         if time.monotonic() > deadline_s:
@@ -48,7 +51,8 @@ def wait_for(until: Callable[[], bool], what: str, *, wait_s: float = WAIT_S, sa
 
 @dataclass
 class Losses:
-    """A loss file as it grows: all that was computed for each step. A step done again has several entries."""
+    """A loss file as it grows: all that was computed for each step. A step done again has several
+    entries."""
 
     path: Path
     of_step: dict[int, list[str]] = field(default_factory=dict)
@@ -112,14 +116,21 @@ class Job(Results):
         def there() -> bool:
             if self.completed >= completed:
                 return True
-            assert self.process.poll() is None, f"ended early. status={self.process.returncode}\n{self.output()}"
+            assert self.process.poll() is None, (
+                f"ended early. status={self.process.returncode}\n{self.output()}"
+            )
             return False
 
         wait_for(there, f"{completed} steps", say=self.output)
 
     def wait_end(self, wait_s: float = WAIT_S) -> int:
         """The exit status, or minus a signal."""
-        wait_for(lambda: self.process.poll() is not None, "the program's end", wait_s=wait_s, say=self.output)
+        wait_for(
+            lambda: self.process.poll() is not None,
+            "the program's end",
+            wait_s=wait_s,
+            say=self.output,
+        )
         return int(self.process.returncode)
 
     def trainer(self, rank: int = 0) -> int:
@@ -142,7 +153,8 @@ class Job(Results):
 
 
 class Fleet:
-    """All programs of one test. They share one runtime folder, and are told from other processes by it."""
+    """All programs of one test. They share one runtime folder, and are told from other processes by
+    it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -158,7 +170,8 @@ class Fleet:
         env: Mapping[str, str] | None = None,
         stdin: int = subprocess.DEVNULL,
     ) -> Job:
-        """Start a program that works in the folder ``name``; a second one goes on with the first one's files."""
+        """Start a program that works in the folder ``name``; a second one goes on with the first
+        one's files."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         environment = {
@@ -172,22 +185,30 @@ class Fleet:
         with (folder / "output.txt").open("ab") as output:
             process = Program(
                 [part.replace("{folder}", str(folder)) for part in command],
-                env=environment, stdin=stdin, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
+                env=environment,
+                stdin=stdin,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
         self._started.append(process)
         return Job(process, folder)
 
     def members(self) -> list[int]:
-        """Every living process that was started below this fleet: launchers, supervisors, trainers, keepers, workers."""
+        """Every living process that was started below this fleet: launchers, supervisors, trainers,
+        keepers, workers."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if entry.name.isdecimal() and self._mark in (entry / "environ").read_bytes().split(b"\0"):
+                if entry.name.isdecimal() and self._mark in (entry / "environ").read_bytes().split(
+                    b"\0"
+                ):
                     found.append(int(entry.name))
         return found
 
     def is_member(self, pid: int) -> bool:
-        """Whether ``pid`` is one of ours and alive: a number from a file may by now be another process's."""
+        """Whether ``pid`` is one of ours and alive: a number from a file may by now be another
+        process's."""
         try:
             return pid > 0 and self._mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:
@@ -203,7 +224,8 @@ class Fleet:
         return 0
 
     def send(self, pid: int, what: signal.Signals) -> bool:
-        """Send a signal to a process of this fleet; False where it is gone. Never hits a stranger with a reused number."""
+        """Send a signal to a process of this fleet; False where it is gone. Never hits a stranger
+        with a reused number."""
         try:
             handle = os.pidfd_open(pid)
         except OSError:
@@ -219,17 +241,26 @@ class Fleet:
         return True
 
     def wait_gone(self, wait_s: float = WAIT_S) -> None:
-        """Wait until no process is left, then look that nothing else is: no job's folder, no shared memory by name."""
-        wait_for(lambda: not self.members(), "the end of all processes", wait_s=wait_s, say=self.describe)
+        """Wait until no process is left, then look that nothing else is: no job's folder, no shared
+        memory by name."""
+        wait_for(
+            lambda: not self.members(), "the end of all processes", wait_s=wait_s, say=self.describe
+        )
         left = (
-            [str(path.relative_to(self.runtime)) for path in self.runtime.rglob("*")] if self.runtime.exists() else []
+            [str(path.relative_to(self.runtime)) for path in self.runtime.rglob("*")]
+            if self.runtime.exists()
+            else []
         )
         assert left == [], left
         # Another test may have something of its own there for a moment.
         wait_for(
-            lambda: not [path for path in Path("/dev/shm").iterdir() if "ckpt" in path.name.lower()],
-            "the end of shared memory by name", wait_s=wait_s, say=lambda: str(sorted(Path("/dev/shm").iterdir())),
-        )  # fmt: skip
+            lambda: (
+                not [path for path in Path("/dev/shm").iterdir() if "ckpt" in path.name.lower()]
+            ),
+            "the end of shared memory by name",
+            wait_s=wait_s,
+            say=lambda: str(sorted(Path("/dev/shm").iterdir())),
+        )
 
     def describe(self) -> str:
         """The processes that are left, for people."""
@@ -255,14 +286,21 @@ class Fleet:
 
 
 def differences(calm: Results, disturbed: Results, *, world_size: int) -> list[str]:
-    """Where a disturbed run strays from the undisturbed one, in losses first; empty where they are equal to the last bit."""
+    """Where a disturbed run strays from the undisturbed one, in losses first; empty where they are
+    equal to the last bit."""
     wrong = []
     for rank in range(world_size):
         wanted, found = calm.losses[rank].poll().of_step, disturbed.losses[rank].poll().of_step
-        wrong += [f"rank {rank} misses step {step}" for step in sorted(wanted.keys() - found.keys())]
+        wrong += [
+            f"rank {rank} misses step {step}" for step in sorted(wanted.keys() - found.keys())
+        ]
         for step, values in sorted(found.items()):
             if set(values) != set(wanted.get(step, ())):
                 wrong.append(f"rank {rank} step {step}: {values}, undisturbed {wanted.get(step)}")
         ends = calm.finals(rank), disturbed.finals(rank)
-        wrong += [f"rank {rank}: {name} differs at the end" for name in ends[0] if ends[0][name] != ends[1].get(name)]
+        wrong += [
+            f"rank {rank}: {name} differs at the end"
+            for name in ends[0]
+            if ends[0][name] != ends[1].get(name)
+        ]
     return wrong[:8]

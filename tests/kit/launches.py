@@ -13,7 +13,8 @@ from ckpt.elastic.rendezvous.options import RendezvousSettings, parse_settings
 
 
 def launch_of(words: Sequence[str]) -> tuple[argparse.Namespace, RendezvousSettings | None]:
-    """What ``ckpt run ...`` or ``torchrun ...`` asks for; the settings where it meets by ckpt's rendezvous.
+    """What ``ckpt run ...`` or ``torchrun ...`` asks for; the settings where it meets by ckpt's
+    rendezvous.
 
     Raises UsageError, or SystemExit, where the options can't work.
     """
@@ -26,11 +27,17 @@ def launch_of(words: Sequence[str]) -> tuple[argparse.Namespace, RendezvousSetti
         return args, None
     least, most = torchrun.parse_min_max_nnodes(args.nnodes)
     settings = parse_settings(
-        args.rdzv_id, args.rdzv_endpoint, agents_min=least, agents_max=most,
-        config=_parse_rendezvous_config(args.rdzv_conf), local_addr=args.local_addr or "",
-    )  # fmt: skip
+        args.rdzv_id,
+        args.rdzv_endpoint,
+        agents_min=least,
+        agents_max=most,
+        config=_parse_rendezvous_config(args.rdzv_conf),
+        local_addr=args.local_addr or "",
+    )
     nodes = settings.nodes
-    if nodes is not None and nodes.where.startswith("etcd://"):  # what a keeper would refuse before it asks anybody
+    if nodes is not None and nodes.where.startswith(
+        "etcd://"
+    ):  # what a keeper would refuse before it asks anybody
         assert nodes.secret, f"no secret: {words}"
         assert nodes.plaintext or nodes.tls_cert, f"neither TLS nor plaintext: {words}"
     return args, settings

@@ -1,4 +1,5 @@
-"""Several "machines" on this one: each with a runtime folder of its own, one rank, and everything that belongs to it."""
+"""Several "machines" on this one: each with a runtime folder of its own, one rank, and everything
+that belongs to it."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ class Machine:
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if entry.name.isdecimal() and self.mark in (entry / "environ").read_bytes().split(b"\0"):
+                if entry.name.isdecimal() and self.mark in (entry / "environ").read_bytes().split(
+                    b"\0"
+                ):
                     found.append(int(entry.name))
         return found
 
@@ -74,52 +77,87 @@ class Machine:
     def output(self) -> str:
         """What its program and its keeper said."""
         texts = [self.folder / "output.txt", *self.folder.glob("runtime/*/keeper.log")]
-        return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-5000:]}" for path in texts if path.exists())
+        return "\n".join(
+            f"--- {path}\n{path.read_text(errors='replace')[-5000:]}"
+            for path in texts
+            if path.exists()
+        )
 
 
 class Cluster:
     """The machines of one job. ``where``: the membership, an etcd address or a file."""
 
     def __init__(
-        self, folder: Path, *, nodes: str, where: str = "", secret: Path | None = None, mirrors: int = 1
+        self,
+        folder: Path,
+        *,
+        nodes: str,
+        where: str = "",
+        secret: Path | None = None,
+        mirrors: int = 1,
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         least, _, most = nodes.partition(":")
         self._spec = {
-            "where": where or str(folder / "members.db"), "job": "job",
-            "nodes_min": int(least), "nodes_max": int(most or least),
-            "last_call_s": 1.0, "shrink_wait_s": 0.5, "grow_wait_s": 2.0, "ttl_s": TTL_S, "mirrors": mirrors,
+            "where": where or str(folder / "members.db"),
+            "job": "job",
+            "nodes_min": int(least),
+            "nodes_max": int(most or least),
+            "last_call_s": 1.0,
+            "shrink_wait_s": 0.5,
+            "grow_wait_s": 2.0,
+            "ttl_s": TTL_S,
+            "mirrors": mirrors,
             **({"secret": str(secret)} if secret is not None else {}),
-        }  # fmt: skip
+        }
         self.machines: list[Machine] = []
         self.results = folder / "out"
         self.results.mkdir(exist_ok=True)
 
     def start(
-        self, *arguments: object, program: str = "steady.py", before: Sequence[str] = (), host: str = "",
+        self,
+        *arguments: object,
+        program: str = "steady.py",
+        before: Sequence[str] = (),
+        host: str = "",
         more: Mapping[str, object] | None = None,
-    ) -> Machine:  # fmt: skip
-        """Start the program on one more machine. ``before``: what puts it there; ``host``: its address there; ``more``: what
-        its launcher says besides."""
+    ) -> Machine:
+        """Start the program on one more machine. ``before``: what puts it there; ``host``: its
+        address there; ``more``: what its launcher says besides."""
         number = len(self.machines)
         machine = Machine(f"m{number}", self.folder / f"m{number}")
         machine.folder.mkdir()
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0",
-            "RANK": str(number), "WORLD_SIZE": str(self._spec["nodes_max"]),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "LOCAL_WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "RANK": str(number),
+            "WORLD_SIZE": str(self._spec["nodes_max"]),
             "CKPT_NODES": json.dumps(
-                {**self._spec, "domain": machine.name, "host": host, "plaintext": bool(host), **(more or {})}
+                {
+                    **self._spec,
+                    "domain": machine.name,
+                    "host": host,
+                    "plaintext": bool(host),
+                    **(more or {}),
+                }
             ),
-            "CKPT_RUNTIME_DIR": str(machine.folder / "runtime"), "CKPT_STATE_DIR": str(machine.folder / "state"),
+            "CKPT_RUNTIME_DIR": str(machine.folder / "runtime"),
+            "CKPT_STATE_DIR": str(machine.folder / "state"),
             **({"GLOO_SOCKET_IFNAME": "eth0"} if host else {}),
-        }  # fmt: skip
+        }
         with (machine.folder / "output.txt").open("ab") as output:
             machine.process = Program(
-                [*before, *plain(program, self.results, *arguments)], env=environment, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
+                [*before, *plain(program, self.results, *arguments)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
         self.machines.append(machine)
         return machine
 
@@ -140,29 +178,45 @@ class Cluster:
     def wait_steps(self, completed: int) -> None:
         """Until rank 0 took so many steps."""
         job = self.job
-        wait_for(lambda: job.completed >= completed or self.ended(), f"{completed} steps", say=self.output)
+        wait_for(
+            lambda: job.completed >= completed or self.ended(),
+            f"{completed} steps",
+            say=self.output,
+        )
         assert job.completed >= completed, self.output()
 
     def ended(self) -> bool:
         """Whether no program runs any more."""
-        return all(machine.process is None or machine.process.poll() is not None for machine in self.machines)
+        return all(
+            machine.process is None or machine.process.poll() is not None
+            for machine in self.machines
+        )
 
     def nodes_of(self, machine: Machine) -> list[dict[str, object]]:
         """What ``ckpt standby`` says there of the job's nodes."""
         environment = {**os.environ, "CKPT_RUNTIME_DIR": str(machine.folder / "runtime")}
         done = run(
-            [sys.executable, "-m", "ckpt", "standby", "--json"], env=environment, capture_output=True, text=True,
-            timeout=WAIT_S, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "ckpt", "standby", "--json"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
         assert done.returncode in (0, 11), done.stderr
         return [node for job in json.loads(done.stdout)["jobs"] for node in job["nodes"]]
 
     def wait_end(self, wait_s: float = WAIT_S, *, hurry: bool = False) -> dict[str, int]:
-        """How each machine's program ended, once all did. ``hurry``: without pauses from here on."""
+        """How each machine's program ended, once all did. ``hurry``: without pauses from here
+        on."""
         if hurry:
             (self.results / "hurry").touch()
         wait_for(self.ended, "the end of all programs", wait_s=wait_s, say=self.output)
-        return {one.name: int(one.process.returncode) for one in self.machines if one.process is not None}
+        return {
+            one.name: int(one.process.returncode)
+            for one in self.machines
+            if one.process is not None
+        }
 
     def wait_gone(self, wait_s: float = WAIT_S) -> None:
         """Until nothing of any machine lives."""
@@ -193,11 +247,16 @@ def cluster(folder: Path, **how: object) -> Iterator[Cluster]:
 
 
 def calm(factory: pytest.TempPathFactory, nodes: int, arguments: Sequence[object]) -> Results:
-    """The same job undisturbed, on as many nodes as hold ranks. Computed once for all tests, whichever process runs them.
+    """The same job undisturbed, on as many nodes as hold ranks. Computed once for all tests,
+    whichever process runs them.
 
     Without the pauses between steps, which change nothing in what is computed.
     """
-    shared = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    shared = (
+        factory.getbasetemp().parent
+        if "PYTEST_XDIST_WORKER" in os.environ
+        else factory.getbasetemp()
+    )
     folder = shared / f"calm-{nodes}-{'-'.join(str(one).lstrip('-') for one in arguments)}"
     with (shared / "calm.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -18,7 +18,12 @@ class Node:
     """One keeper's lines, and all that it heard."""
 
     def __init__(
-        self, name: str, *, secret: bytes = SECRET, listen: str = "127.0.0.1:0", tls: TlsContexts | None = None
+        self,
+        name: str,
+        *,
+        secret: bytes = SECRET,
+        listen: str = "127.0.0.1:0",
+        tls: TlsContexts | None = None,
     ) -> None:
         self.name = name
         self.words: list[tuple[str, MeshMessage]] = []
@@ -61,5 +66,6 @@ def acquaint(*nodes: Node) -> None:
         one.lines.set_targets(addresses)
     for one in nodes:
         one.wait(
-            lambda one=one: one.lines.connected_nodes() == addresses.keys() - {one.name}, f"the lines of {one.name}"
+            lambda one=one: one.lines.connected_nodes() == addresses.keys() - {one.name},
+            f"the lines of {one.name}",
         )

@@ -1,4 +1,5 @@
-"""Machines with addresses of their own: network namespaces on one bridge, whose links can be pulled."""
+"""Machines with addresses of their own: network namespaces on one bridge, whose links can be
+pulled."""
 
 from __future__ import annotations
 
@@ -14,19 +15,24 @@ SUBNET = "10.213.77"
 """Addresses that exist in these namespaces alone; nothing is routed there."""
 
 NOBODY = "02:00:00:00:00:01"
-"""A hardware address that no link here has: the bridge passes what is sent to it on to all, and nobody takes it."""
+"""A hardware address that no link here has: the bridge passes what is sent to it on to all, and
+nobody takes it."""
 
 
 def require() -> None:
-    """Skips the test where namespaces can't be made; where CI runs as root, a missing program is a failure."""
+    """Skips the test where namespaces can't be made; where CI runs as root, a missing program is a
+    failure."""
     if os.geteuid() != 0:
         pytest.skip("only root makes network namespaces")
     if shutil.which("ip") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("ip is not installed (Debian: apt-get install iproute2)")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "ip is not installed (Debian: apt-get install iproute2)"
+        )
 
 
 class Network:
-    """``count`` hosts, numbered from 1, each in a namespace with one link to a bridge in another namespace."""
+    """``count`` hosts, numbered from 1, each in a namespace with one link to a bridge in another
+    namespace."""
 
     def __init__(self, count: int) -> None:
         self._tag = f"ckpt{os.getpid() % 100_000}"
@@ -57,10 +63,21 @@ class Network:
         self._ip("-n", self._hub, "link", "set", f"port{host}", "up")
 
     def lose(self, host: int, to: int) -> None:
-        """All that ``host`` sends to ``to`` is lost, and nobody is told; what comes the other way arrives."""
+        """All that ``host`` sends to ``to`` is lost, and nobody is told; what comes the other way
+        arrives."""
         self._ip(
-            "-n", self.space(host), "neigh", "replace", self.address(to), "lladdr", NOBODY, "nud", "permanent", "dev", "eth0",
-        )  # fmt: skip
+            "-n",
+            self.space(host),
+            "neigh",
+            "replace",
+            self.address(to),
+            "lladdr",
+            NOBODY,
+            "nud",
+            "permanent",
+            "dev",
+            "eth0",
+        )
 
     def deliver(self, host: int, to: int) -> None:
         """It arrives again."""
@@ -74,7 +91,18 @@ class Network:
             space = self.space(host)
             self._ip("netns", "add", space)
             self._ip(
-                "-n", self._hub, "link", "add", f"port{host}", "type", "veth", "peer", "name", "eth0", "netns", space
+                "-n",
+                self._hub,
+                "link",
+                "add",
+                f"port{host}",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                space,
             )
             self._ip("-n", self._hub, "link", "set", f"port{host}", "master", "hub")
             self._ip("-n", self._hub, "link", "set", f"port{host}", "up")

@@ -14,11 +14,13 @@ NUMBER_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """One program. Descriptors travel beside it: standard input, output and error, then those in ``keep``.
+    """One program. Descriptors travel beside it: standard input, output and error, then those in
+    ``keep``.
 
-    Texts are the system's, decoded by ``os.fsdecode``. ``parent``: whose child it is to be. ``keep``: the numbers that
-    further descriptors have in it. ``group``: its process group, 0 for one of its own, unless it gets a new session.
-    ``network``: the name of its network namespace, "" for the usual one.
+    Texts are the system's, decoded by ``os.fsdecode``. ``parent``: whose child it is to be.
+    ``keep``: the numbers that further descriptors have in it. ``group``: its process group, 0 for
+    one of its own, unless it gets a new session. ``network``: the name of its network namespace, ""
+    for the usual one.
     """
 
     words: list[str]
@@ -39,13 +41,17 @@ class Order:
 
 
 def arguments_of(words: Sequence[str]) -> list[str]:
-    """What follows an interpreter's own options in a command: a script, or -m or -c, and arguments. Empty where a fork cannot
-    be what the options say."""
+    """What follows an interpreter's own options in a command: a script, or -m or -c, and arguments.
+    Empty where a fork cannot be what the options say."""
     at = 1
     while at < len(words) and words[at] in ("-u", "-W"):
         at += 2 if words[at] == "-W" else 1
     rest = list(words[at:])
-    return rest if rest and (not rest[0].startswith("-") or (rest[0] in ("-m", "-c") and len(rest) > 1)) else []
+    return (
+        rest
+        if rest and (not rest[0].startswith("-") or (rest[0] in ("-m", "-c") and len(rest) > 1))
+        else []
+    )
 
 
 def send(peer: socket.socket, order: Order, fds: Sequence[int]) -> None:

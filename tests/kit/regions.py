@@ -1,4 +1,5 @@
-"""The stores of one job, each in a place of its own: buckets of real S3 servers and folders, lost and brought back by tests."""
+"""The stores of one job, each in a place of its own: buckets of real S3 servers and folders, lost
+and brought back by tests."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class Region:
         return {key: self.read(key) for key in self.keys()}
 
     def harm(self, key: str, chance: random.Random) -> None:
-        """Change some bytes of an object. Of a pack the first one too, with which a chunk begins: nothing counts in between."""
+        """Change some bytes of an object. Of a pack the first one too, with which a chunk begins:
+        nothing counts in between."""
         data = bytearray(self.read(key))
         places = {chance.randrange(len(data)) for _ in range(chance.randint(1, HARM_BYTES_MAX))}
         for place in places | ({0} if key.startswith("packs/") else set()):
@@ -71,7 +73,9 @@ class Folder(Region):
         self._away = path.with_name(f"{path.name}.away")
 
     def keys(self) -> list[str]:
-        return sorted(str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file())
+        return sorted(
+            str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file()
+        )
 
     def read(self, key: str) -> bytes:
         return (self.path / key).read_bytes()
@@ -89,7 +93,8 @@ class Folder(Region):
 
 
 class S3(Region):
-    """A bucket of a server, reached by the job through a proxy where there is one, and by the test directly."""
+    """A bucket of a server, reached by the job through a proxy where there is one, and by the test
+    directly."""
 
     def __init__(self, bucket: Bucket, proxy: FaultProxy | None = None) -> None:
         self.server = bucket.server
@@ -107,10 +112,16 @@ class S3(Region):
     def keys(self) -> list[str]:
         pages = self.server.client().get_paginator("list_objects_v2")
         found = pages.paginate(Bucket=self._bucket.name, Prefix=self._prefix)
-        return [one["Key"].removeprefix(self._prefix) for page in found for one in page.get("Contents", [])]
+        return [
+            one["Key"].removeprefix(self._prefix)
+            for page in found
+            for one in page.get("Contents", [])
+        ]
 
     def read(self, key: str) -> bytes:
-        body = self.server.client().get_object(Bucket=self._bucket.name, Key=self._prefix + key)["Body"]
+        body = self.server.client().get_object(Bucket=self._bucket.name, Key=self._prefix + key)[
+            "Body"
+        ]
         data: bytes = body.read()
         return data
 
@@ -142,7 +153,9 @@ class Regions:
 
     def but(self, *lost: Region) -> Regions:
         """The same without some of them."""
-        return Regions(tuple(store for store in self.stores if store not in lost), self.quorum, self.key)
+        return Regions(
+            tuple(store for store in self.stores if store not in lost), self.quorum, self.key
+        )
 
     def only(self, store: Region) -> Regions:
         """One of them, as if it were alone."""
@@ -163,9 +176,11 @@ class Regions:
         """One that has no part in the job."""
         several = len(self.stores) > 1
         return ckpt.Checkpointer(
-            self.urls, storage_options=[store.options for store in self.stores],
-            write_quorum=self.quorum if several else None, encryption_key=self.key,
-        )  # fmt: skip
+            self.urls,
+            storage_options=[store.options for store in self.stores],
+            write_quorum=self.quorum if several else None,
+            encryption_key=self.key,
+        )
 
     def newest_step(self) -> int:
         """The step of the newest snapshot; -1 for none."""
@@ -174,14 +189,24 @@ class Regions:
         return -1 if newest is None else newest.step
 
     def ask(self, *words: str, new: Region | None = None) -> tuple[int, dict[str, Any]]:
-        """Run a command that names one store and its ``--replica``: its exit status, and what it or its error says."""
+        """Run a command that names one store and its ``--replica``: its exit status, and what it or
+        its error says."""
         stores = [self.urls[0]]
         for url in self.urls[1:]:
             stores += ["--replica", url]
-        there = [*words, *stores, "--json", *_option_words([store.options for store in self.stores])]
+        there = [
+            *words,
+            *stores,
+            "--json",
+            *_option_words([store.options for store in self.stores]),
+        ]
         there += ["--write-quorum", str(self.quorum)] if len(self.stores) > 1 else []
         if new is not None:
-            there += ["--store", new.url, *_option_words([new.options], name="--store-option", numbered=False)]
+            there += [
+                "--store",
+                new.url,
+                *_option_words([new.options], name="--store-option", numbered=False),
+            ]
         return ask(*there, key=self.key)
 
     def ask_all(self, *words: str) -> tuple[int, dict[str, Any]]:
@@ -191,22 +216,33 @@ class Regions:
         return ask(*words, *self.urls, "--json", *options, *quorum, key=self.key)
 
     def counting(self) -> dict[str, str]:
-        """The id of each store that counts, by its address; empty where they can't be asked at this moment."""
+        """The id of each store that counts, by its address; empty where they can't be asked at this
+        moment."""
         status, said = self.ask("stores", "show")
-        return {} if status else {one["url"]: one["store_id"] for one in said["stores"] if one["counts"]}
+        return (
+            {}
+            if status
+            else {one["url"]: one["store_id"] for one in said["stores"] if one["counts"]}
+        )
 
 
 def ask(*words: str, key: str | None = None) -> tuple[int, dict[str, Any]]:
-    """Run one command line of ``ckpt`` in this process: its exit status, and its document (of an error, the error's)."""
+    """Run one command line of ``ckpt`` in this process: its exit status, and its document (of an
+    error, the error's)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = run([*words, *(["--encryption-key", key] if key else [])])
-    said = out.getvalue() or next((line for line in err.getvalue().splitlines() if line.startswith('{"error"')), "{}")
+    said = out.getvalue() or next(
+        (line for line in err.getvalue().splitlines() if line.startswith('{"error"')), "{}"
+    )
     return status, {**json.loads(said), "stderr": err.getvalue()}
 
 
 def _option_words(
-    options: Sequence[Mapping[str, object] | None], *, name: str = "--storage-option", numbered: bool = True
+    options: Sequence[Mapping[str, object] | None],
+    *,
+    name: str = "--storage-option",
+    numbered: bool = True,
 ) -> list[str]:
     words = []
     for number, one in enumerate(options, 1):
@@ -216,12 +252,14 @@ def _option_words(
 
 
 def unequal(stores: Collection[Region]) -> list[str]:
-    """What is not the same everywhere. A ``ckpt.json`` is its store's own; a record may be at either of its place's keys."""
+    """What is not the same everywhere. A ``ckpt.json`` is its store's own; a record may be at
+    either of its place's keys."""
     found = [_by_place(store.objects()) for store in stores]
     return [
         f"{key} of {[len(one.get(key, b'')) for one in found]} bytes"
         for key in sorted({key for one in found for key in one})
-        if any(key not in one for one in found) or (key != JOB_KEY and len({one[key] for one in found}) > 1)
+        if any(key not in one for one in found)
+        or (key != JOB_KEY and len({one[key] for one in found}) > 1)
     ]
 
 

@@ -25,7 +25,11 @@ class Work:
             stores = [FileBackend(f"{self.root}/{number}") for number in (0, 1)]
             scrub([*stores, FileBackend(f"{self.root}/2", ops=ops)], 2)
         else:
-            sync(FileBackend(f"{self.root}/0"), FileBackend(f"{self.root}/new", ops=ops), limits=SyncLimits(threads=1))
+            sync(
+                FileBackend(f"{self.root}/0"),
+                FileBackend(f"{self.root}/new", ops=ops),
+                limits=SyncLimits(threads=1),
+            )
 
 
 @dataclass(frozen=True)

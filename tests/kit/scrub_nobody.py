@@ -15,7 +15,8 @@ NOBODY = 65534
 
 @dataclass(frozen=True)
 class AsNobody:
-    """``arguments`` on the command line, what it prints in the file ``out``, as another user where root runs the tests."""
+    """``arguments`` on the command line, what it prints in the file ``out``, as another user where
+    root runs the tests."""
 
     arguments: tuple[str, ...]
     out: str

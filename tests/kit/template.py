@@ -1,10 +1,11 @@
 """Programs that tests start, without what every new interpreter spends on imports.
 
-``Program`` is ``subprocess.Popen`` and ``run`` is ``subprocess.run``, but that a command which begins with this interpreter is
-no new one, whichever network namespace it is put into: it is a fork of a template process that has imported torch and ckpt
-and has done nothing else. The program is a child of the caller all the same, with its own command line, environment, folder,
-descriptors, session and signals, and ends as a program does; see ``template_process`` for what it is not. All other commands
-are started as ever, and an interpreter with options other than -u and -W.
+``Program`` is ``subprocess.Popen`` and ``run`` is ``subprocess.run``, but that a command which
+begins with this interpreter is no new one, whichever network namespace it is put into: it is a fork
+of a template process that has imported torch and ckpt and has done nothing else. The program is a
+child of the caller all the same, with its own command line, environment, folder, descriptors,
+session and signals, and ends as a program does; see ``template_process`` for what it is not. All
+other commands are started as ever, and an interpreter with options other than -u and -W.
 
 ``CKPT_TEST_STARTS=real`` starts every program for real, and so do the long campaigns.
 """
@@ -26,7 +27,11 @@ from typing import IO, Any
 from kit import orders
 from kit.orders import Order
 
-REAL = sys.platform != "linux" or os.environ.get("CKPT_TEST_STARTS") == "real" or os.environ.get("CKPT_SOAK") == "1"
+REAL = (
+    sys.platform != "linux"
+    or os.environ.get("CKPT_TEST_STARTS") == "real"
+    or os.environ.get("CKPT_SOAK") == "1"
+)
 """Whether every program is started for real."""
 
 _SERVES = Path(__file__).with_name("template_process.py")
@@ -49,7 +54,11 @@ class Template:
         """A new one. It ends when this process ends or closes its side."""
         ours, theirs = socket.socketpair()
         said = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR") if name in os.environ}
+        kept = {
+            name: os.environ[name]
+            for name in ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR")
+            if name in os.environ
+        }
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, str(_SERVES), str(theirs.fileno())],
@@ -78,10 +87,12 @@ class Template:
                 self._process.wait()
 
     def fork(self, order: Order, fds: list[int]) -> int:
-        """Start a program and give its process, a child of this one. Raises RuntimeError where the template is gone.
+        """Start a program and give its process, a child of this one. Raises RuntimeError where the
+        template is gone.
 
-        The template forks a process that forks the program and ends; an orphan goes to the nearest process above it that
-        asks for such, which for that moment is this one. The program begins when it has come here.
+        The template forks a process that forks the program and ends; an orphan goes to the nearest
+        process above it that asks for such, which for that moment is this one. The program begins
+        when it has come here.
         """
         with self._lock:
             try:
@@ -98,7 +109,8 @@ class Template:
                 raise RuntimeError(f"no template process: {error}\n{self._last_words()}") from error
         if pid == 0:
             raise RuntimeError(
-                f"the program ended before it began; it may have said why. CKPT_TEST_STARTS=real does without. {order}"
+                "the program ended before it began; it may have said why. CKPT_TEST_STARTS=real "
+                f"does without. {order}"
             )
         return pid
 
@@ -134,7 +146,8 @@ def use(template: Template) -> None:
 
 
 class Program(subprocess.Popen[Any]):
-    """A started program, with all that ``subprocess.Popen`` has. Takes its arguments too, but for ``preexec_fn`` and such."""
+    """A started program, with all that ``subprocess.Popen`` has. Takes its arguments too, but for
+    ``preexec_fn`` and such."""
 
     def _execute_child(self, *arguments: Any) -> None:
         asked = inspect.signature(subprocess.Popen._execute_child).bind(self, *arguments).arguments  # type: ignore[attr-defined]
@@ -146,16 +159,23 @@ class Program(subprocess.Popen[Any]):
             super()._execute_child(*arguments)  # type: ignore[misc]
             return
         told = {
-            name: asked[name] for name in ("executable", "preexec_fn", "gid", "gids", "uid") if asked[name] is not None
+            name: asked[name]
+            for name in ("executable", "preexec_fn", "gid", "gids", "uid")
+            if asked[name] is not None
         }
         if told or asked["umask"] >= 0:
-            raise ValueError(f"a forked program cannot have {sorted(told) or 'umask'}; start it with subprocess.Popen")
+            raise ValueError(
+                f"a forked program cannot have {sorted(told) or 'umask'}; start it with "
+                "subprocess.Popen"
+            )
         environment = os.environ if asked["env"] is None else asked["env"]
         keep = sorted(map(int, asked["pass_fds"]))
         group = asked.get("process_group")
         order = Order(
             words=words,
-            environment={os.fsdecode(name): os.fsdecode(value) for name, value in environment.items()},
+            environment={
+                os.fsdecode(name): os.fsdecode(value) for name, value in environment.items()
+            },
             folder=str(Path(os.fsdecode(asked["cwd"] or ".")).absolute()),
             network=network,
             keep=keep,
@@ -165,14 +185,21 @@ class Program(subprocess.Popen[Any]):
             umask=_umask(),
         )
         ends = [asked[name] for name in ("p2cread", "c2pwrite", "errwrite")]
-        self.pid = here().fork(order, [*(end if end >= 0 else number for number, end in enumerate(ends)), *keep])
+        self.pid = here().fork(
+            order, [*(end if end >= 0 else number for number, end in enumerate(ends)), *keep]
+        )
         self._child_created = True
         names = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(asked[name] for name in names))  # type: ignore[attr-defined]
 
 
 def run(
-    command: Any, *, capture_output: bool = False, timeout: float | None = None, check: bool = False, **how: Any
+    command: Any,
+    *,
+    capture_output: bool = False,
+    timeout: float | None = None,
+    check: bool = False,
+    **how: Any,
 ) -> subprocess.CompletedProcess[Any]:
     """``subprocess.run`` with a ``Program``."""
     told = how.pop("input", None)

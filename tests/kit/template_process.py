@@ -1,12 +1,14 @@
-"""The template process: has imported what programs of tests import, has done nothing else, and forks them.
+"""The template process: has imported what programs of tests import, has done nothing else, and
+forks them.
 
-A forked program differs from a started one in this: torch, ckpt and what they need are imported already (a test of what is
-imported, or of the start of an interpreter, starts one for real); its hash seed is the template's; numpy's BLAS has one
-thread; and it ends without taking the interpreter down, which costs more than all the rest: threads are joined and exit
-functions run, then the process is gone.
+A forked program differs from a started one in this: torch, ckpt and what they need are imported
+already (a test of what is imported, or of the start of an interpreter, starts one for real); its
+hash seed is the template's; numpy's BLAS has one thread; and it ends without taking the interpreter
+down, which costs more than all the rest: threads are joined and exit functions run, then the
+process is gone.
 
-The process stays as it is after the imports: one thread, no parallel operation of torch, no GPU. So a program decides on its
-own start (forked trainers or spawned ones) as a new one would.
+The process stays as it is after the imports: one thread, no parallel operation of torch, no GPU. So
+a program decides on its own start (forked trainers or spawned ones) as a new one would.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ from kit.orders import Order  # noqa: E402
 for _name in ckpt.__all__:
     getattr(ckpt, _name)
 
-_ADDED_ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in _PLAIN_ENVIRONMENT}
+_ADDED_ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if name not in _PLAIN_ENVIRONMENT
+}
 """What imports put there for those who look later."""
 
 _PATH = sys.path[1:]
@@ -65,7 +69,8 @@ _LIBC.sbrk.argtypes = [ctypes.c_ssize_t]
 
 
 def serve(peer: socket.socket) -> Order | None:
-    """Fork programs. Returns in each of them what it is to be, and in the template, once nobody asks any more, None."""
+    """Fork programs. Returns in each of them what it is to be, and in the template, once nobody
+    asks any more, None."""
     while asked := orders.receive(peer):
         order, fds = asked
         number, says_number = os.pipe()
@@ -98,7 +103,8 @@ def serve(peer: socket.socket) -> Order | None:
 
 
 def _arrange(order: Order, fds: Sequence[int], says_number: int, begins: int) -> None:
-    """Everything of a process that a new program inherits or is given; then say its number and wait for its time."""
+    """Everything of a process that a new program inherits or is given; then say its number and wait
+    for its time."""
     if order.new_session:
         os.setsid()
     else:
@@ -120,7 +126,8 @@ def _arrange(order: Order, fds: Sequence[int], says_number: int, begins: int) ->
 
 
 def _place(fds: Sequence[int], numbers: Sequence[int], others: Sequence[int]) -> list[int]:
-    """Give descriptors the numbers that they are to have and close the rest but ``others``, whose new numbers these are."""
+    """Give descriptors the numbers that they are to have and close the rest but ``others``, whose
+    new numbers these are."""
     above = max(numbers) + 1
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in (*fds, *others)]
     for fd, number in zip(high, numbers, strict=False):
@@ -143,16 +150,28 @@ _shown: list[mmap.mmap] = []
 
 
 def _show(words: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Let ``/proc`` show this command line and this environment. Raises OSError where the system does not allow it."""
+    """Let ``/proc`` show this command line and this environment. Raises OSError where the system
+    does not allow it."""
     command = b"".join(os.fsencode(word) + b"\0" for word in words)
-    variables = b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in environment.items())
-    memory = mmap.mmap(-1, len(command) + len(variables) + 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    variables = b"".join(
+        os.fsencode(f"{name}={value}") + b"\0" for name, value in environment.items()
+    )
+    memory = mmap.mmap(
+        -1, len(command) + len(variables) + 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
     memory.write(command + variables)
     begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     _shown[:] = [memory]
     fields = [0, 0, *Path("/proc/self/stat").read_text().rpartition(")")[2].split()]
-    start_code, end_code, stack, start_data, end_data, heap = (int(fields[at]) for at in (25, 26, 27, 44, 45, 46))
-    ends = (begin, begin + len(command), begin + len(command), begin + len(command) + len(variables))
+    start_code, end_code, stack, start_data, end_data, heap = (
+        int(fields[at]) for at in (25, 26, 27, 44, 45, 46)
+    )
+    ends = (
+        begin,
+        begin + len(command),
+        begin + len(command),
+        begin + len(command) + len(variables),
+    )
     places = (start_code, end_code, start_data, end_data, heap, _LIBC.sbrk(0), stack, *ends)
     # struct prctl_mm_map: these addresses, then no auxiliary vector and no other executable.
     told = struct.pack("=11QQIi", *places, 0, 0, -1)
@@ -161,7 +180,8 @@ def _show(words: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 def _launcher() -> Order | None:
-    """Make this process one whose workers are forks, of a template of its own that has seen nothing of what it does.
+    """Make this process one whose workers are forks, of a template of its own that has seen nothing
+    of what it does.
 
     Gives an order in each worker; None in the launcher itself.
     """
@@ -199,7 +219,12 @@ def _become(order: Order) -> NoReturn:
     options, words = _options(order.words)
     behind = order.environment.get("PYTHONPATH")
     sys.path[:] = [*(behind.split(os.pathsep) if behind else ()), *_PATH]
-    _warnings([*order.environment.get("PYTHONWARNINGS", "").split(","), *(one for one in options if one[0] != "-")])
+    _warnings(
+        [
+            *order.environment.get("PYTHONWARNINGS", "").split(","),
+            *(one for one in options if one[0] != "-"),
+        ]
+    )
     _streams(unbuffered="-u" in options or bool(order.environment.get("PYTHONUNBUFFERED")))
     status, interrupted = 1, False
     try:
@@ -223,7 +248,8 @@ def _options(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _warnings(options: Sequence[str]) -> None:
-    """The filters of a new interpreter with these options, then those that imports added before them."""
+    """The filters of a new interpreter with these options, then those that imports added before
+    them."""
     plain = len(warnings.filters) - _PLAIN_FILTERS
     added = warnings.filters[:plain]
     del warnings.filters[:plain]  # type: ignore[attr-defined]

@@ -10,7 +10,18 @@ import botocore.exceptions
 import pytest
 
 from kit.servers.proxy import FaultProxy
-from kit.servers.rules import Answer, Flip, Request, ResetBefore, Truncate, always, first, let_through, scripted, seeded
+from kit.servers.rules import (
+    Answer,
+    Flip,
+    Request,
+    ResetBefore,
+    Truncate,
+    always,
+    first,
+    let_through,
+    scripted,
+    seeded,
+)
 from kit.servers.s3 import Gateway, S3Server
 
 pytestmark = pytest.mark.slow
@@ -53,7 +64,9 @@ def test_server_leaves_no_process_and_no_file(tmp_path: Path) -> None:
         os.kill(pid, 0)
 
 
-def test_proxy_passes_on_records_and_spoils(s3_server: S3Server, fault_proxy: Callable[..., FaultProxy]) -> None:
+def test_proxy_passes_on_records_and_spoils(
+    s3_server: S3Server, fault_proxy: Callable[..., FaultProxy]
+) -> None:
     bucket, proxy = s3_server.bucket(), fault_proxy(s3_server.endpoint)
     body = bytes(range(256)) * 10_000
     s3_server.client().put_object(Bucket=bucket.name, Key="a b", Body=body)
@@ -69,7 +82,10 @@ def test_proxy_passes_on_records_and_spoils(s3_server: S3Server, fault_proxy: Ca
         return got
 
     assert get() == body
-    assert (proxy.seen[0].request.method, proxy.seen[0].request.path) == ("GET", f"/{bucket.name}/a b")
+    assert (proxy.seen[0].request.method, proxy.seen[0].request.path) == (
+        "GET",
+        f"/{bucket.name}/a b",
+    )
     proxy.rule = first(1, Flip(1000))
     spoiled = get()
     assert [at for at in range(len(body)) if spoiled[at] != body[at]] == [1000]

@@ -1,4 +1,5 @@
-"""Forked programs are what started ones are, as far as a test can see from outside and a program from inside."""
+"""Forked programs are what started ones are, as far as a test can see from outside and a program
+from inside."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ pytestmark = pytest.mark.skipif(template.REAL, reason="all programs are started 
 
 
 def real(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT_S, **how)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=WAIT_S, **how
+    )
 
 
 def forked(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
@@ -71,17 +74,29 @@ def forked(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["script", "module", "command"])
 @pytest.mark.parametrize("new_session", [True, False])
-def test_program_finds_itself_as_a_started_one_does(kind: str, new_session: bool, tmp_path: Path) -> None:
+def test_program_finds_itself_as_a_started_one_does(
+    kind: str, new_session: bool, tmp_path: Path
+) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "program.py").write_text(STANDING)
-    words = {"script": ["below/program.py"], "module": ["-m", "below.program"], "command": ["-c", STANDING]}[kind]
+    words = {
+        "script": ["below/program.py"],
+        "module": ["-m", "below.program"],
+        "command": ["-c", STANDING],
+    }[kind]
     environment = {
-        "PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path / "elsewhere"), "OMP_NUM_THREADS": "1", "MINE": "ä\udcff",
-    }  # fmt: skip
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(tmp_path / "elsewhere"),
+        "OMP_NUM_THREADS": "1",
+        "MINE": "ä\udcff",
+    }
     found = []
     for start in (real, forked):
         done = start(
-            [sys.executable, *words, "one", "", "--two"], env=environment, cwd=tmp_path, start_new_session=new_session
+            [sys.executable, *words, "one", "", "--two"],
+            env=environment,
+            cwd=tmp_path,
+            start_new_session=new_session,
         )
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
@@ -96,13 +111,16 @@ def test_program_finds_itself_as_a_started_one_does(kind: str, new_session: bool
 @pytest.mark.parametrize("program", ENDS.values(), ids=ENDS.keys())
 def test_program_ends_as_a_started_one_does(program: str) -> None:
     ends = [start([sys.executable, "-c", program]) for start in (real, forked)]
-    first, second = [(done.returncode, done.stdout, done.stderr.replace("<stdout>", "")) for done in ends]
+    first, second = [
+        (done.returncode, done.stdout, done.stderr.replace("<stdout>", "")) for done in ends
+    ]
     assert second == first
 
 
 @pytest.mark.slow
 def test_modules_note_nothing_of_the_template_at_their_import(tmp_path: Path) -> None:
-    """Else a program would go on with it. What depends on where it was started is what it is in a started one."""
+    """Else a program would go on with it. What depends on where it was started is what it is in a
+    started one."""
     program = """
 import json, pkgutil, sys
 import ckpt, ckpt.cli.main, ckpt.elastic.processes.enter, ckpt.session.keeper.attachment
@@ -115,9 +133,16 @@ print(json.dumps({
 }))
 """
     environment = {
-        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "CKPT_RUNTIME_DIR": str(tmp_path), "RANK": "1", "WORLD_SIZE": "2",
-        "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CKPT_STATE_DIR": str(tmp_path), "CKPT_IN_PLACE": "1",
-    }  # fmt: skip
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "CKPT_RUNTIME_DIR": str(tmp_path),
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "CKPT_STATE_DIR": str(tmp_path),
+        "CKPT_IN_PLACE": "1",
+    }
     first, second = (
         json.loads(start([sys.executable, "-c", program], env=environment, cwd=tmp_path).stdout)
         for start in (real, forked)
@@ -128,7 +153,9 @@ print(json.dumps({
 @pytest.mark.slow
 def test_program_is_talked_to_signalled_and_waited_for() -> None:
     code = "import sys\nfor line in sys.stdin: print(line.upper(), end='', flush=True)"
-    with Program([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with Program(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write("word\n")
         process.stdin.flush()
@@ -163,7 +190,11 @@ def test_program_leads_its_session_and_has_its_descriptors_as_soon_as_it_is_ther
 def test_orphans_of_a_program_are_not_left_to_the_test() -> None:
     code = "import os\nif os.fork(): os._exit(0)\nwhile os.getppid() == {}: pass\nprint(os.getppid() == {}, flush=True)"
     done = forked(
-        [sys.executable, "-c", "import os\nme = os.getpid()\n" + code.replace("{}", "me", 1).format(os.getpid())]
+        [
+            sys.executable,
+            "-c",
+            "import os\nme = os.getpid()\n" + code.replace("{}", "me", 1).format(os.getpid()),
+        ]
     )
     assert done.stdout == "False\n"
 
@@ -174,8 +205,10 @@ def test_workers_of_torchrun_are_its_children_and_lead_sessions(tmp_path: Path) 
     (tmp_path / "worker.py").write_text(
         "import json, os, sys, threading, time\n"
         "rank, folder = int(os.environ['RANK']), sys.argv[1]\n"
-        "facts = [os.getppid(), os.getsid(0) == os.getpid(), len(threading.enumerate()), sys.orig_argv[1:],\n"
-        "  sorted(int(one) for one in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{one}'))]\n"
+        "facts = [os.getppid(), os.getsid(0) == os.getpid(), len(threading.enumerate()), "
+        "sys.orig_argv[1:],\n"
+        "  sorted(int(one) for one in os.listdir('/proc/self/fd') if "
+        "os.path.exists(f'/proc/self/fd/{one}'))]\n"
         "print(f'rank {rank}', flush=True)\n"
         "open(f'{folder}/{rank}.json', 'w').write(json.dumps(facts))\n"
         "while rank == 1 and not os.path.exists(f'{folder}/said'): time.sleep(0.01)\n"
@@ -187,16 +220,33 @@ def test_workers_of_torchrun_are_its_children_and_lead_sessions(tmp_path: Path) 
     for number, start in enumerate((subprocess.Popen, Program)):
         out = tmp_path / str(number)
         out.mkdir()
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py", str(out)]
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "worker.py",
+            str(out),
+        ]
         with start(
-            [sys.executable, *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, *command],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-        ) as agent:  # fmt: skip
+        ) as agent:
             said, _ = agent.communicate(timeout=WAIT_S)
         facts = [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
         assert [one.pop(0) for one in facts] == [agent.pid] * 2
         assert [one[2].pop() for one in facts] == [str(out)] * 2
-        ends.append((agent.returncode, facts, sorted(line for line in said.splitlines() if line.startswith("rank"))))
+        ends.append(
+            (
+                agent.returncode,
+                facts,
+                sorted(line for line in said.splitlines() if line.startswith("rank")),
+            )
+        )
         assert "exitcode  : 5" in said
     assert ends[1] == ends[0]
 

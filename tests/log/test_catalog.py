@@ -18,14 +18,22 @@ from ckpt.values import SnapshotId
 WRITER = keys.writer_name("node", "0123456789abcdef")
 
 
-def commit(store: MemoryBackend, log: Journal, epoch: int, step: int, *, by: int | None = None) -> Manifest:
+def commit(
+    store: MemoryBackend, log: Journal, epoch: int, step: int, *, by: int | None = None
+) -> Manifest:
     pair = SnapshotId(epoch, step)
     data = encode_part(Part(snapshot=pair, writer=WRITER, rank=0, world_size=1, shards=()))
     key = keys.part_key(pair, WRITER)
     store.put(key, [data])
     ref = PartRef(key=key, digest=digest_hex(data), size_bytes=len(data), rank=0)
     found = Manifest(
-        job="run-a", snapshot=pair, world_size=1, parts=(ref,), size_bytes=5, new_bytes=3, created_unix_s=0.0
+        job="run-a",
+        snapshot=pair,
+        world_size=1,
+        parts=(ref,),
+        size_bytes=5,
+        new_bytes=3,
+        created_unix_s=0.0,
     )
     log.commit(found, epoch=by or epoch)
     return found
@@ -38,7 +46,8 @@ def store() -> MemoryBackend:
 
 @pytest.fixture
 def state(store: MemoryBackend) -> LogState:
-    """Epoch 1 took steps 10, 20, 30; epoch 2 went on from 20 with steps 25 and 30; "good" names 1/30, off the line."""
+    """Epoch 1 took steps 10, 20, 30; epoch 2 went on from 20 with steps 25 and 30; "good" names
+    1/30, off the line."""
     log = Journal.open(store, job="run-a", create=True)
     log.open_epoch(resume=None)
     for step in (10, 20, 30):
@@ -71,15 +80,21 @@ def test_what_is_not_there_is_told_with_what_is_near(state: LogState) -> None:
         select(state, tag="good", step=30)
 
 
-@pytest.mark.parametrize("asked", [{"step": 21}, {"step": 25, "epoch": 1}, {"epoch": 7}, {"tag": "bad"}])
-def test_what_too_few_stores_know_of_is_not_said_to_be_nowhere(state: LogState, asked: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "asked", [{"step": 21}, {"step": 25, "epoch": 1}, {"epoch": 7}, {"tag": "bad"}]
+)
+def test_what_too_few_stores_know_of_is_not_said_to_be_nowhere(
+    state: LogState, asked: dict[str, int]
+) -> None:
     with pytest.raises(UnavailableError, match="one of three answered"):
         select(replace(state, short="one of three answered"), **asked)  # type: ignore[arg-type]
     with pytest.raises(UnavailableError):
         select(LogState(job="run-a", short="one of three answered"))
 
 
-def test_a_fresh_line_has_no_newest_and_says_what_lies_off_it(store: MemoryBackend, state: LogState) -> None:
+def test_a_fresh_line_has_no_newest_and_says_what_lies_off_it(
+    store: MemoryBackend, state: LogState
+) -> None:
     log = Journal.open(store)
     log.open_epoch(resume=None)
     with pytest.raises(NotFoundError, match="off_lineage=5"):
@@ -87,10 +102,17 @@ def test_a_fresh_line_has_no_newest_and_says_what_lies_off_it(store: MemoryBacke
 
 
 def test_fallback_goes_down_the_line_newest_first(state: LogState) -> None:
-    assert candidates(state) == (SnapshotId(2, 30), SnapshotId(2, 25), SnapshotId(1, 20), SnapshotId(1, 10))
+    assert candidates(state) == (
+        SnapshotId(2, 30),
+        SnapshotId(2, 25),
+        SnapshotId(1, 20),
+        SnapshotId(1, 10),
+    )
 
 
-def test_all_snapshots_are_listed_in_log_order_also_unreadable_ones(store: MemoryBackend, state: LogState) -> None:
+def test_all_snapshots_are_listed_in_log_order_also_unreadable_ones(
+    store: MemoryBackend, state: LogState
+) -> None:
     entry = state.find(SnapshotId(1, 20))
     assert entry is not None
     store.put(keys.manifest_key(entry.snapshot, entry.manifest_digest), [b"rot"])
@@ -115,7 +137,12 @@ def test_records_are_checked_against_what_names_them(store: MemoryBackend, state
     found = load_manifest(store, state, pair)
     assert info_of(found, state).id == pair
     part = found.parts[0].key
-    for harm in (None, b"", b"x" * found.parts[0].size_bytes, b"x" * (found.parts[0].size_bytes + 1)):
+    for harm in (
+        None,
+        b"",
+        b"x" * found.parts[0].size_bytes,
+        b"x" * (found.parts[0].size_bytes + 1),
+    ):
         store.delete(part)
         if harm is not None:
             store.put(part, [harm])
@@ -126,8 +153,13 @@ def test_records_are_checked_against_what_names_them(store: MemoryBackend, state
         load_index(store, state, pair)
 
 
-def test_a_manifest_swapped_for_another_valid_one_is_refused(store: MemoryBackend, state: LogState) -> None:
-    one, other = load_manifest(store, state, SnapshotId(2, 30)), load_manifest(store, state, SnapshotId(2, 25))
+def test_a_manifest_swapped_for_another_valid_one_is_refused(
+    store: MemoryBackend, state: LogState
+) -> None:
+    one, other = (
+        load_manifest(store, state, SnapshotId(2, 30)),
+        load_manifest(store, state, SnapshotId(2, 25)),
+    )
     store.put(keys.manifest_key(one.snapshot, one.digest), [other.encode()])
     with pytest.raises(IntegrityError, match="differs from what was committed"):
         load_manifest(store, state, SnapshotId(2, 30))

@@ -22,7 +22,9 @@ def pair(epoch: int, step: int) -> SnapshotId:
     return SnapshotId(epoch, step)
 
 
-def chain(bodies: Sequence[tuple[int, Body] | tuple[int, Body, str]], *, job: str = "run-a") -> list[Record]:
+def chain(
+    bodies: Sequence[tuple[int, Body] | tuple[int, Body, str]], *, job: str = "run-a"
+) -> list[Record]:
     records: list[Record] = []
     for seq, (epoch, body, *write_id) in enumerate(bodies):
         prev = records[-1].digest if records else ""
@@ -48,9 +50,13 @@ OPEN1: tuple[int, Body] = (1, Open(1, None))
 
 def test_newest_is_the_greatest_pair_on_the_line_of_the_newest_epoch() -> None:
     state = folded(
-        OPEN1, (1, commit(1, 10)), (1, commit(1, 20)), (2, Open(2, pair(1, 10))), (2, commit(2, 11)),
+        OPEN1,
+        (1, commit(1, 10)),
+        (1, commit(1, 20)),
+        (2, Open(2, pair(1, 10))),
+        (2, commit(2, 11)),
         (3, Open(3, pair(1, 10))),
-    )  # fmt: skip
+    )
     assert state.newest() == pair(1, 10), "1/20 and 2/11 lie beyond what was resumed"
     assert [entry.snapshot for entry in state.snapshots] == [pair(1, 10), pair(1, 20), pair(2, 11)]
     assert state.lineage_from(pair(2, 11)) == (pair(2, 11), pair(1, 10))
@@ -85,51 +91,88 @@ def test_a_resumed_pair_that_was_never_committed_leaves_the_line_below_it() -> N
         ([(1, Tag("x", pair(1, 10)))], "not-committed"),
         ([(1, commit(1, 10, base=pair(1, 9)))], "base-gone"),
         ([(1, commit(1, 10)), (0, Drop((pair(1, 10),), None))], "newest-kept"),
-        ([(1, commit(1, 1)), (1, Tag("x", pair(1, 1))), (1, commit(1, 2)), (0, Drop((pair(1, 1),), None))], "tag-kept"),
+        (
+            [
+                (1, commit(1, 1)),
+                (1, Tag("x", pair(1, 1))),
+                (1, commit(1, 2)),
+                (0, Drop((pair(1, 1),), None)),
+            ],
+            "tag-kept",
+        ),
         ([(1, commit(1, 1)), (0, Drop((pair(1, 9),), None))], "nothing-to-drop"),
         ([(1, commit(1, 1)), (0, Drop((), pair(1, 2)))], "floor-too-high"),
         ([(0, Drop((), pair(1, 2)))], "floor-too-high"),
-        ([(1, commit(1, 5)), (0, Drop((), pair(1, 5))), (0, Drop((), pair(1, 4)))], "nothing-to-drop"),
+        (
+            [(1, commit(1, 5)), (0, Drop((), pair(1, 5))), (0, Drop((), pair(1, 4)))],
+            "nothing-to-drop",
+        ),
         ([(1, commit(1, 10)), (2, Open(2, None)), (0, Drop((pair(1, 10),), None))], "newest-kept"),
     ],
 )
-def test_a_record_that_may_not_count_is_void_and_says_why(bodies: list[tuple[int, Body]], code: str) -> None:
+def test_a_record_that_may_not_count_is_void_and_says_why(
+    bodies: list[tuple[int, Body]], code: str
+) -> None:
     records = chain([OPEN1, *bodies])
     before = fold(empty("run-a"), records[:-1])
     after = fold(before, records[-1:])
     assert codes(after)[-1:] == [(len(bodies), code)]
     assert after.voids[-1].reason and after.voids_total == before.voids_total + 1
     assert void_if_appended(before, records[-1]) == after.voids[-1]
-    assert (after.snapshots, after.opens, after.tagged) == (before.snapshots, before.opens, before.tagged)
+    assert (after.snapshots, after.opens, after.tagged) == (
+        before.snapshots,
+        before.opens,
+        before.tagged,
+    )
 
 
 def test_a_commit_whose_base_is_dropped_before_it_is_void_and_dropping_it_after_is_fine() -> None:
     before = folded(
-        OPEN1, (1, commit(1, 1)), (1, commit(1, 2)), (0, Drop((pair(1, 1),), None)), (1, commit(1, 3, base=pair(1, 1)))
+        OPEN1,
+        (1, commit(1, 1)),
+        (1, commit(1, 2)),
+        (0, Drop((pair(1, 1),), None)),
+        (1, commit(1, 3, base=pair(1, 1))),
     )
     assert codes(before) == [(4, "base-gone")]
-    after = folded(OPEN1, (1, commit(1, 1)), (1, commit(1, 2, base=pair(1, 1))), (0, Drop((pair(1, 1),), None)))
+    after = folded(
+        OPEN1, (1, commit(1, 1)), (1, commit(1, 2, base=pair(1, 1))), (0, Drop((pair(1, 1),), None))
+    )
     assert after.lineage == (pair(1, 2),) and not after.voids
 
 
 def test_a_commit_below_the_floor_is_void() -> None:
-    state = folded(OPEN1, (2, Open(2, pair(1, 9))), (2, commit(2, 10)), (0, Drop((), pair(2, 10))), (2, commit(1, 8)))
+    state = folded(
+        OPEN1,
+        (2, Open(2, pair(1, 9))),
+        (2, commit(2, 10)),
+        (0, Drop((), pair(2, 10))),
+        (2, commit(1, 8)),
+    )
     assert codes(state) == [(4, "below-floor")]
 
 
 def test_a_drop_of_some_that_are_gone_already_counts_for_the_rest() -> None:
     state = folded(
-        OPEN1, (1, commit(1, 1)), (1, commit(1, 2)), (1, commit(1, 3)), (0, Drop((pair(1, 1),), None)),
+        OPEN1,
+        (1, commit(1, 1)),
+        (1, commit(1, 2)),
+        (1, commit(1, 3)),
+        (0, Drop((pair(1, 1),), None)),
         (0, Drop((pair(1, 1), pair(1, 2)), None)),
-    )  # fmt: skip
+    )
     assert state.lineage == (pair(1, 3),) and not state.voids
 
 
 def test_a_tag_moves_and_lets_go_of_what_it_kept() -> None:
     state = folded(
-        OPEN1, (1, commit(1, 1)), (1, Tag("x", pair(1, 1))), (1, commit(1, 2)), (1, Tag("x", pair(1, 2))),
+        OPEN1,
+        (1, commit(1, 1)),
+        (1, Tag("x", pair(1, 1))),
+        (1, commit(1, 2)),
+        (1, Tag("x", pair(1, 2))),
         (0, Drop((pair(1, 1),), None)),
-    )  # fmt: skip
+    )
     assert state.tags == {"x": pair(1, 2)} and not state.voids
 
 
@@ -146,7 +189,9 @@ def test_the_same_write_counts_once() -> None:
 
 def test_a_hole_stops_the_fold_for_good() -> None:
     records = chain([OPEN1, *((1, commit(1, step)) for step in range(1, 5))])
-    foreign = make_record(Open(2, None), job="run-b", seq=3, epoch=2, write_id="x", prev=records[2].digest)
+    foreign = make_record(
+        Open(2, None), job="run-b", seq=3, epoch=2, write_id="x", prev=records[2].digest
+    )
     unchained = make_record(Open(2, None), job="run-a", seq=3, epoch=2, write_id="x", prev=A)
     want = fold(empty("run-a"), records[:3])
     for wrong in (records[4], Unreadable(3, "rot"), foreign, unchained, records[0]):
@@ -160,8 +205,14 @@ def test_a_hole_stops_the_fold_for_good() -> None:
 pairs = st.builds(SnapshotId, st.integers(1, 4), st.integers(1, 6))
 bodies = st.one_of(
     st.builds(Open, st.integers(1, 5), st.none() | pairs),
-    st.builds(Commit, pairs, st.sampled_from([A, B]), st.none() | pairs).filter(lambda c: c.base != c.snapshot),
-    st.builds(Drop, st.sets(pairs, min_size=1, max_size=3).map(lambda s: tuple(sorted(s))), st.none() | pairs),
+    st.builds(Commit, pairs, st.sampled_from([A, B]), st.none() | pairs).filter(
+        lambda c: c.base != c.snapshot
+    ),
+    st.builds(
+        Drop,
+        st.sets(pairs, min_size=1, max_size=3).map(lambda s: tuple(sorted(s))),
+        st.none() | pairs,
+    ),
     st.builds(Tag, st.sampled_from(["x", "y"]), pairs),
     st.builds(Untag, st.sampled_from(["x", "y"])),
     st.just(Stores((A, B), 2)),
@@ -170,7 +221,8 @@ bodies = st.one_of(
 
 @st.composite
 def logs(draw: st.DrawFn) -> list[Record]:
-    """Logs where most records count: opens mostly ascend and writers mostly use the epoch that is open."""
+    """Logs where most records count: opens mostly ascend and writers mostly use the epoch that is
+    open."""
     entries: list[tuple[int, Body, str]] = []
     epoch = 0
     for n in range(draw(st.integers(0, 30))):
@@ -247,7 +299,9 @@ class Naive:
             case Open(epoch, resume):
                 return r.epoch == epoch > highest and (resume is None or resume.epoch in opens)
             case Commit(snapshot, _, base):
-                same = [c.snapshot.step for c in self.committed() if c.snapshot.epoch == snapshot.epoch]
+                same = [
+                    c.snapshot.step for c in self.committed() if c.snapshot.epoch == snapshot.epoch
+                ]
                 floor = self.floor()
                 return (
                     r.epoch == highest
@@ -305,7 +359,9 @@ def test_the_fold_equals_a_naive_model(records: list[Record]) -> None:
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(logs(), st.integers(0, 30), st.integers(1, 30))
-def test_the_fold_is_incremental_also_over_holes_and_stored_folds(records: list[Record], cut: int, drop: int) -> None:
+def test_the_fold_is_incremental_also_over_holes_and_stored_folds(
+    records: list[Record], cut: int, drop: int
+) -> None:
     full = fold(empty("run-a"), records)
     half = fold(empty("run-a"), records[:cut])
     assert fold(half, records[cut:]) == full
@@ -332,8 +388,12 @@ def test_a_state_remembers_the_last_records_only(records: list[Record], limit: i
 
 @pytest.mark.slow
 @settings(max_examples=100, deadline=None)
-@given(logs().filter(bool), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=3))
-def test_a_mutated_fold_is_the_equal_state_or_an_error(records: list[Record], changes: list[tuple[int, int]]) -> None:
+@given(
+    logs().filter(bool), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=3)
+)
+def test_a_mutated_fold_is_the_equal_state_or_an_error(
+    records: list[Record], changes: list[tuple[int, int]]
+) -> None:
     state = fold(empty("run-a"), records)
     data = bytearray(encode_fold(state))
     for at, byte in changes:

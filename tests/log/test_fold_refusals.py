@@ -1,4 +1,5 @@
-"""What a record may and may not do to the log, at the edges of each rule; and what its writer is told."""
+"""What a record may and may not do to the log, at the edges of each rule; and what its writer is
+told."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def folded(*entries: tuple[int, Body]) -> LogState:
     records: list[Record] = []
     for seq, (epoch, body) in enumerate(entries):
         prev = records[-1].digest if records else ""
-        records.append(make_record(body, job="run-a", seq=seq, epoch=epoch, write_id=f"w{seq}", prev=prev))
+        records.append(
+            make_record(body, job="run-a", seq=seq, epoch=epoch, write_id=f"w{seq}", prev=prev)
+        )
     return fold(empty("run-a"), records)
 
 
@@ -40,12 +43,16 @@ TWO_EPOCHS: tuple[tuple[int, Body], ...] = (
     (2, Open(2, pair(1, 9))),
     (2, commit(2, 10)),
 )
-"""Epoch 1 may still commit what it captured up to step 9; 2/10 is the newest."""  # fmt: skip
+"""Epoch 1 may still commit what it captured up to step 9; 2/10 is the newest."""
 
 
 def test_a_tag_that_was_taken_off_keeps_nothing_and_can_be_taken_off_once() -> None:
     state = folded(
-        *TWO_EPOCHS, (2, Tag("x", pair(1, 5))), (2, Untag("x")), (0, Drop((pair(1, 5),), None)), (2, Untag("x"))
+        *TWO_EPOCHS,
+        (2, Tag("x", pair(1, 5))),
+        (2, Untag("x")),
+        (0, Drop((pair(1, 5),), None)),
+        (2, Untag("x")),
     )
     assert state.tags == {} and state.lineage == (pair(2, 10),)
     assert codes(state) == [(7, "no-such-tag")]
@@ -75,7 +82,9 @@ def test_a_floor_may_be_as_high_as_the_newest_and_no_higher() -> None:
 
 
 def test_a_dropped_snapshot_never_comes_back() -> None:
-    state = folded(*TWO_EPOCHS, (0, Drop((pair(1, 5),), None)), (2, commit(1, 5)), (2, commit(1, 6)))
+    state = folded(
+        *TWO_EPOCHS, (0, Drop((pair(1, 5),), None)), (2, commit(1, 5)), (2, commit(1, 6))
+    )
     assert codes(state) == [(5, "step-not-newer")]
     assert state.lineage == (pair(2, 10), pair(1, 6))
 
@@ -99,7 +108,9 @@ def test_a_record_at_the_place_of_another_is_missing_also_where_it_is_unreadable
 
 def test_a_verdict_on_a_record_that_counts_is_none() -> None:
     state = folded(*TWO_EPOCHS)
-    good = make_record(commit(2, 11), job="run-a", seq=4, epoch=2, write_id="x", prev=state.head_digest)
+    good = make_record(
+        commit(2, 11), job="run-a", seq=4, epoch=2, write_id="x", prev=state.head_digest
+    )
     assert void_if_appended(state, good) is None
 
 
@@ -114,7 +125,9 @@ def test_a_verdict_on_a_record_that_counts_is_none() -> None:
         ("epoch-not-new", ConflictError, "code=epoch-not-new"),
     ],
 )
-def test_who_wrote_a_void_record_is_told_what_to_do(code: VoidCode, kind: type[ConflictError], says: str) -> None:
+def test_who_wrote_a_void_record_is_told_what_to_do(
+    code: VoidCode, kind: type[ConflictError], says: str
+) -> None:
     error = void_error(Void(3, code, "the reason."))
     assert type(error) is kind and str(error).startswith("the reason.") and says in str(error)
 

@@ -13,7 +13,11 @@ DOC = Path(__file__).parents[2] / "docs" / "format.md"
 
 
 def test_the_examples_of_the_format_page_are_what_is_read_and_belong_together() -> None:
-    lines = [line.encode() for line in DOC.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+    lines = [
+        line.encode()
+        for line in DOC.read_text(encoding="utf-8").splitlines()
+        if line.startswith("{")
+    ]
     job, opened, committed, stored_fold, manifest = lines
     records = [decode_record(opened), decode_record(committed)]
     state = fold(empty(JobRecord.decode(job).job), records)
@@ -22,6 +26,12 @@ def test_the_examples_of_the_format_page_are_what_is_read_and_belong_together() 
     assert records[1].body.manifest_digest == digest_hex(manifest)
     assert Manifest.decode(manifest).snapshot == state.newest()
     for data in lines:
-        at = data.index(b'"digest":"') if not data.startswith(b'{"body"') else data.index(b',"digest":"') + 1
+        at = (
+            data.index(b'"digest":"')
+            if not data.startswith(b'{"body"')
+            else data.index(b',"digest":"') + 1
+        )
         cut = data[:at] + data[at + len('"digest":"",') + 32 :]
-        assert digest_hex(cut) == data[at + 10 : at + 42].decode(), "the digest covers the text without itself"
+        assert digest_hex(cut) == data[at + 10 : at + 42].decode(), (
+            "the digest covers the text without itself"
+        )

@@ -50,7 +50,9 @@ class FaultyBackend:
         return self.inner.url
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(create_only=self._create_only, read_bytes_best=1 << 16, concurrency_best=2)
+        return Capabilities(
+            create_only=self._create_only, read_bytes_best=1 << 16, concurrency_best=2
+        )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
         fault = self.script.pop(0) if self.script and key.startswith(self.only) else "ok"
@@ -81,7 +83,9 @@ class FaultyBackend:
 def store_part(backend: MemoryBackend | FaultyBackend, pair: SnapshotId) -> PartRef:
     leaf = Leaf(name="model/w", kind=LeafKind.TENSOR, dtype="float32", shape=(3,))
     place = ChunkLocation(keys.pack_key(pair, WRITER, pair.step), 0, 12, 12, Codec.RAW)
-    shard = StoredShard(leaf=leaf, box=Box.whole((3,)), size_bytes=12, digests=(b"d" * 16,), locations=(place,))
+    shard = StoredShard(
+        leaf=leaf, box=Box.whole((3,)), size_bytes=12, digests=(b"d" * 16,), locations=(place,)
+    )
     data = encode_part(Part(snapshot=pair, writer=WRITER, rank=0, world_size=1, shards=(shard,)))
     key = keys.part_key(pair, WRITER)
     backend.put(key, [data])
@@ -89,7 +93,12 @@ def store_part(backend: MemoryBackend | FaultyBackend, pair: SnapshotId) -> Part
 
 
 def manifest(
-    backend: MemoryBackend | FaultyBackend, epoch: int, step: int, *, base: SnapshotId | None = None, note: str = ""
+    backend: MemoryBackend | FaultyBackend,
+    epoch: int,
+    step: int,
+    *,
+    base: SnapshotId | None = None,
+    note: str = "",
 ) -> Manifest:
     pair = SnapshotId(epoch, step)
     return Manifest(
@@ -105,7 +114,9 @@ def manifest(
     )
 
 
-def commit(log: Journal, backend: MemoryBackend | FaultyBackend, epoch: int, step: int) -> SnapshotInfo:
+def commit(
+    log: Journal, backend: MemoryBackend | FaultyBackend, epoch: int, step: int
+) -> SnapshotInfo:
     return log.commit(manifest(backend, epoch, step), epoch=epoch)
 
 
@@ -131,7 +142,9 @@ def test_an_empty_store_is_not_found_unless_it_may_be_made(store: MemoryBackend)
         Journal.open(MemoryBackend(), create=True)
 
 
-def test_a_store_without_create_only_is_read_but_gives_out_no_places(store: MemoryBackend, log: Journal) -> None:
+def test_a_store_without_create_only_is_read_but_gives_out_no_places(
+    store: MemoryBackend, log: Journal
+) -> None:
     log.open_epoch(resume=None)
     commit(log, store, 1, 10)
     weak = FaultyBackend(store, create_only=False)
@@ -151,7 +164,9 @@ def test_a_log_whose_places_another_sequencer_gives_is_only_read(store: MemoryBa
         log.open_epoch(resume=None)
 
 
-def test_a_log_without_its_job_record_is_damage_not_an_empty_store(store: MemoryBackend, log: Journal) -> None:
+def test_a_log_without_its_job_record_is_damage_not_an_empty_store(
+    store: MemoryBackend, log: Journal
+) -> None:
     log.open_epoch(resume=None)
     store.delete(keys.JOB_KEY)
     with pytest.raises(IntegrityError, match=r"a log but no ckpt\.json"):
@@ -164,7 +179,9 @@ def test_a_snapshot_exists_once_its_record_is_there(store: MemoryBackend, log: J
     assert info.id == SnapshotId(1, 10) and info.metadata == {"note": ""} and not info.maybe_stale
     seen = Journal.open(store).refresh()
     assert seen.newest() == SnapshotId(1, 10)
-    assert [leaf.name for leaf in load_index(store, seen, SnapshotId(1, 10)).leaves()] == ["model/w"]
+    assert [leaf.name for leaf in load_index(store, seen, SnapshotId(1, 10)).leaves()] == [
+        "model/w"
+    ]
 
 
 def test_a_manifest_without_a_record_counts_for_nothing(store: MemoryBackend, log: Journal) -> None:
@@ -187,14 +204,18 @@ def test_committing_the_same_manifest_again_is_harmless_also_from_another_epoch(
     assert log.refresh().next_seq == before
 
 
-def test_another_manifest_for_a_committed_pair_is_a_conflict(store: MemoryBackend, log: Journal) -> None:
+def test_another_manifest_for_a_committed_pair_is_a_conflict(
+    store: MemoryBackend, log: Journal
+) -> None:
     log.open_epoch(resume=None)
     commit(log, store, 1, 10)
     with pytest.raises(ConflictError, match="another manifest"):
         log.commit(manifest(store, 1, 10, note="other"), epoch=1)
 
 
-def test_a_writer_of_an_older_epoch_is_fenced_and_leaves_nothing(store: MemoryBackend, log: Journal) -> None:
+def test_a_writer_of_an_older_epoch_is_fenced_and_leaves_nothing(
+    store: MemoryBackend, log: Journal
+) -> None:
     zombie = Journal.open(store)
     zombie.open_epoch(resume=None)
     zombie.refresh()
@@ -206,7 +227,9 @@ def test_a_writer_of_an_older_epoch_is_fenced_and_leaves_nothing(store: MemoryBa
     with pytest.raises(FencedError):
         zombie.append(Commit(SnapshotId(1, 10), late.digest, None), epoch=1)
     assert [stat.key for stat in store.list("")] == before
-    assert log.commit(late, epoch=2).id == SnapshotId(1, 10), "its snapshot is committed by the epoch that is open"
+    assert log.commit(late, epoch=2).id == SnapshotId(1, 10), (
+        "its snapshot is committed by the epoch that is open"
+    )
 
 
 def test_a_lost_reply_is_settled_by_repeating(store: MemoryBackend) -> None:
@@ -235,7 +258,9 @@ def test_silence_is_unknown_and_the_same_call_settles_it(store: MemoryBackend) -
     assert log.refresh().next_seq == 3
 
 
-def test_a_lost_commit_reply_then_a_repeated_commit_gives_one_snapshot(store: MemoryBackend) -> None:
+def test_a_lost_commit_reply_then_a_repeated_commit_gives_one_snapshot(
+    store: MemoryBackend,
+) -> None:
     faulty = FaultyBackend(store)
     log = Journal.open(faulty, job="run-a", create=True)
     log.open_epoch(resume=None)
@@ -280,7 +305,11 @@ def test_a_manifest_of_another_job_is_refused(store: MemoryBackend, log: Journal
 def test_two_writers_take_turns_without_voids(store: MemoryBackend) -> None:
     one = Journal.open(store, job="run-a", create=True)
     two = Journal.open(store)
-    assert (one.open_epoch(resume=None), two.open_epoch(resume=None), one.open_epoch(resume=None)) == (1, 2, 3)
+    assert (
+        one.open_epoch(resume=None),
+        two.open_epoch(resume=None),
+        one.open_epoch(resume=None),
+    ) == (1, 2, 3)
     two.commit(manifest(store, 3, 1), epoch=3)
     one.commit(manifest(store, 3, 2), epoch=3)
     two.tag("best", SnapshotId(3, 2))
@@ -314,7 +343,13 @@ def test_a_hole_stops_writers_and_flags_readers(store: MemoryBackend, log: Journ
     commit(log, store, 1, 20)
     commit(log, store, 1, 30)
     good = read(store, keys.log_key(2))
-    for harm in (b"", good[:-1], good.replace(b'"epoch":1', b'"epoch":2', 1), read(store, keys.log_key(1)), None):
+    for harm in (
+        b"",
+        good[:-1],
+        good.replace(b'"epoch":1', b'"epoch":2', 1),
+        read(store, keys.log_key(1)),
+        None,
+    ):
         store.delete(keys.log_key(2))
         if harm is not None:
             store.put(keys.log_key(2), [harm])
@@ -363,7 +398,9 @@ def test_readers_start_at_the_newest_fold(store: MemoryBackend, folded: Journal)
     assert late.notes == ()
 
 
-def test_a_bad_fold_is_passed_over_for_an_older_one_or_the_log(store: MemoryBackend, folded: Journal) -> None:
+def test_a_bad_fold_is_passed_over_for_an_older_one_or_the_log(
+    store: MemoryBackend, folded: Journal
+) -> None:
     want = folded.refresh()
     good = read(store, keys.fold_key(7))
     lying = good.replace(b'"step":2', b'"step":3', 1)
@@ -388,10 +425,14 @@ def test_a_fold_that_cannot_be_written_is_noted_and_the_append_counts(
     faulty.script = ["full"] + ["down"] * PUT_TRIES_MAX
     assert log.open_epoch(resume=None) == 1
     assert log.open_epoch(resume=None) == 2
-    assert [(note.event, note.key) for note in log.notes] == [("fold not written", keys.fold_key(n)) for n in (0, 1)]
+    assert [(note.event, note.key) for note in log.notes] == [
+        ("fold not written", keys.fold_key(n)) for n in (0, 1)
+    ]
 
 
-def test_a_void_record_of_a_repeated_write_id_is_told_to_its_writer(store: MemoryBackend, log: Journal) -> None:
+def test_a_void_record_of_a_repeated_write_id_is_told_to_its_writer(
+    store: MemoryBackend, log: Journal
+) -> None:
     log.open_epoch(resume=None)
     log.append(Open(2, None), epoch=2, write_id="mine")
     assert log.append(Open(2, None), epoch=2, write_id="mine").epoch == 2
@@ -402,9 +443,15 @@ def test_a_void_record_of_a_repeated_write_id_is_told_to_its_writer(store: Memor
         log.drop([SnapshotId(2, 1)])
 
 
-def test_epoch_that_goes_on_from_what_is_newest_no_more_is_not_opened(store: MemoryBackend, log: Journal) -> None:
+def test_epoch_that_goes_on_from_what_is_newest_no_more_is_not_opened(
+    store: MemoryBackend, log: Journal
+) -> None:
     log.open_epoch(resume=None)
-    nothing, first, second = ResumeChoice(log.refresh().newest()), SnapshotId(1, 10), SnapshotId(1, 20)
+    nothing, first, second = (
+        ResumeChoice(log.refresh().newest()),
+        SnapshotId(1, 10),
+        SnapshotId(1, 20),
+    )
     commit(log, store, 1, 10)
     successor = Journal.open(store)
     chosen = ResumeChoice(successor.refresh().newest())
@@ -428,10 +475,14 @@ def test_epoch_may_go_on_from_an_older_snapshot_that_was_chosen_knowing_the_newe
     )
     commit(log, store, 2, 11)
     assert log.open_epoch(resume=SnapshotId(1, 10)) == 3, "nobody said that it is the newest"
-    assert log.open_epoch(resume=SnapshotId(1, 15), choice=ResumeChoice(None)) == 4, "staged, and newer than all"
+    assert log.open_epoch(resume=SnapshotId(1, 15), choice=ResumeChoice(None)) == 4, (
+        "staged, and newer than all"
+    )
 
 
-def test_epoch_of_a_repeated_call_is_the_one_that_it_opened(store: MemoryBackend, log: Journal) -> None:
+def test_epoch_of_a_repeated_call_is_the_one_that_it_opened(
+    store: MemoryBackend, log: Journal
+) -> None:
     assert log.open_epoch(resume=None, write_id="w", choice=ResumeChoice(None)) == 1
     commit(log, store, 1, 10)
     assert log.open_epoch(resume=None, write_id="w", choice=ResumeChoice(None)) == 1

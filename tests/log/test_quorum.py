@@ -1,4 +1,5 @@
-"""What a place holds and how a claim stands, by what each store was seen to hold: the rules, case by case."""
+"""What a place holds and how a claim stands, by what each store was seen to hold: the rules, case
+by case."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ from ckpt.log.quorum import (
 )
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
-NONE, SILENT, ROT = PositionReading(), PositionReading(answered=False), PositionReading(damaged=True)
+NONE, SILENT, ROT = (
+    PositionReading(),
+    PositionReading(answered=False),
+    PositionReading(damaged=True),
+)
 HAS_A, HAS_B, HAS_C = PositionReading(A), PositionReading(B), PositionReading(C)
 SETTLED_A, BOTH_A = PositionReading(settled=A), PositionReading(A, A)
 
@@ -58,7 +63,11 @@ SETTLED_A, BOTH_A = PositionReading(settled=A), PositionReading(A, A)
         ([ROT, ROT, SILENT, HAS_B, HAS_A], 3, Unclear((A, B))),
         # Damage at the other key than the record's makes one store neither two copies nor none.
         ([PositionReading(A, damaged=True), NONE, NONE], 2, Vacant()),
-        ([PositionReading(A, damaged=True), PositionReading(A, damaged=True), NONE], 2, Taken(A, 2, False)),
+        (
+            [PositionReading(A, damaged=True), PositionReading(A, damaged=True), NONE],
+            2,
+            Taken(A, 2, False),
+        ),
         ([PositionReading(settled=A, damaged=True), NONE, NONE], 2, Vacant()),
         # The second key: W of them, or one whose writer is not done.
         ([BOTH_A, BOTH_A, HAS_B], 2, Taken(A, 2, True)),
@@ -70,11 +79,13 @@ SETTLED_A, BOTH_A = PositionReading(settled=A), PositionReading(A, A)
         ([BOTH_A, HAS_B, HAS_B, SILENT, NONE], 3, Vacant()),
         ([SETTLED_A, PositionReading(settled=B), SILENT], 2, Unclear((A, B))),
     ],
-)  # fmt: skip
+)
 def test_a_record_counts_that_is_or_may_be_on_enough_stores(
     seen: list[PositionReading], quorum: int, found: Position
 ) -> None:
-    for order in set(itertools.permutations(range(len(seen)))) if len(seen) < 4 else [range(len(seen))]:
+    for order in (
+        set(itertools.permutations(range(len(seen)))) if len(seen) < 4 else [range(len(seen))]
+    ):
         assert decide([seen[at] for at in order], quorum) == found
 
 
@@ -127,8 +138,10 @@ def test_a_store_is_sure_of_what_it_holds_where_it_answers_and_nothing_is_damage
         ([A, B, C, "d" * 32, None], 3, Undecided()),
         ([A, B, C, None, None], 3, Undecided()),
     ],
-)  # fmt: skip
-def test_a_claim_is_won_lost_split_or_open(held: list[str | None], quorum: int, found: object) -> None:
+)
+def test_a_claim_is_won_lost_split_or_open(
+    held: list[str | None], quorum: int, found: object
+) -> None:
     assert contest(A, held, quorum) == found
 
 
@@ -144,7 +157,8 @@ def test_of_records_that_split_the_stores_all_find_the_same_winner() -> None:
 
 
 def test_no_two_claims_on_one_place_both_win_whatever_each_of_them_saw() -> None:
-    """Every way to split five stores among three records, every view that leaves some unknown: one winner at most."""
+    """Every way to split five stores among three records, every view that leaves some unknown: one
+    winner at most."""
     for quorum in (3, 4, 5):
         for votes in itertools.product((A, B, C), repeat=5):
             winners = set()
@@ -163,5 +177,11 @@ def test_a_stand_in_looks_like_an_id_and_is_no_stores_id() -> None:
     """It is stored in the log: other releases must know it again."""
     assert placeholder_id(1) == "6e6f2073746f72652079657400000001"
     ids = [placeholder_id(number) for number in range(20)]
-    assert len(set(ids)) == 20 and all(keys.is_digest_hex(one) and is_placeholder(one) for one in ids)
-    assert not is_placeholder(A) and not is_placeholder("0" * 20 + placeholder_id(0)[:12]) and not is_placeholder("")
+    assert len(set(ids)) == 20 and all(
+        keys.is_digest_hex(one) and is_placeholder(one) for one in ids
+    )
+    assert (
+        not is_placeholder(A)
+        and not is_placeholder("0" * 20 + placeholder_id(0)[:12])
+        and not is_placeholder("")
+    )

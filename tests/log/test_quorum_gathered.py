@@ -1,4 +1,5 @@
-"""The log out of what several stores hold: which records are taken, of whom it depends, what is not known and why."""
+"""The log out of what several stores hold: which records are taken, of whom it depends, what is not
+known and why."""
 
 from __future__ import annotations
 
@@ -8,7 +9,15 @@ import pytest
 
 from ckpt.format.records import BY_STORES, Body, Commit, Open, Record, Stores, make_record
 from ckpt.log.fold import empty, fold
-from ckpt.log.quorum import LastRecord, MergedLog, NoAnswer, PositionReading, StoreRecords, merge_stores, placeholder_id
+from ckpt.log.quorum import (
+    LastRecord,
+    MergedLog,
+    NoAnswer,
+    PositionReading,
+    StoreRecords,
+    merge_stores,
+    placeholder_id,
+)
 from ckpt.log.state import LogState, StoreSet
 from ckpt.values import SnapshotId
 
@@ -27,13 +36,18 @@ def commit(step: int) -> Commit:
 
 
 def follow(records: list[Record], *bodies: Body, by: str = "") -> list[Record]:
-    """``records`` and then these; ``by`` tells apart what different writers made of the same bodies."""
+    """``records`` and then these; ``by`` tells apart what different writers made of the same
+    bodies."""
     found = list(records)
     for body in bodies:
         seq = len(found)
-        epoch = int(any(isinstance(one, Open) for one in (body, *(record.body for record in found))))
+        epoch = int(
+            any(isinstance(one, Open) for one in (body, *(record.body for record in found)))
+        )
         prev = found[-1].digest if found else ""
-        found.append(make_record(body, job="run-a", seq=seq, epoch=epoch, write_id=f"w{seq}{by}", prev=prev))
+        found.append(
+            make_record(body, job="run-a", seq=seq, epoch=epoch, write_id=f"w{seq}{by}", prev=prev)
+        )
     return found
 
 
@@ -45,7 +59,10 @@ def held(
     number: int, *records: Record, settled: tuple[Record, ...] = (), damaged: tuple[int, ...] = ()
 ) -> StoreRecords:
     return StoreRecords(
-        IDS[number], {one.seq: one for one in records}, {one.seq: one for one in settled}, frozenset(damaged)
+        IDS[number],
+        {one.seq: one for one in records},
+        {one.seq: one for one in settled},
+        frozenset(damaged),
     )
 
 
@@ -67,7 +84,9 @@ def test_what_all_stores_hold_is_the_log_and_sure() -> None:
 def test_nothing_new_is_nothing_new() -> None:
     found = read(*(held(n) for n in range(3)), state=upto(4))
     assert found == MergedLog(upto(4), frozenset({0, 1, 2}), None, ())
-    assert read(StoreRecords(""), StoreRecords("")) == MergedLog(empty("run-a"), frozenset(), None, ())
+    assert read(StoreRecords(""), StoreRecords("")) == MergedLog(
+        empty("run-a"), frozenset(), None, ()
+    )
 
 
 def test_a_state_is_read_on_from_where_it_ends() -> None:
@@ -96,21 +115,35 @@ def test_a_last_record_on_too_few_stores_is_not_taken_and_leaves_no_hole() -> No
 def test_a_last_record_that_is_followed_is_sure_although_what_follows_it_is_not_taken() -> None:
     found = read(held(0, *LOG), held(1, *LOG[:3]), held(2, *LOG[:2]))
     assert found.state == upto(3) and found.before is None
-    assert found.tail is not None and (found.tail.record, found.tail.copies, found.tail.is_final) == (LOG[2], 2, True)
+    assert found.tail is not None and (
+        found.tail.record,
+        found.tail.copies,
+        found.tail.is_final,
+    ) == (LOG[2], 2, True)
 
 
 def test_a_record_that_is_followed_is_taken_of_whatever_is_left_of_it() -> None:
     found = read(held(0, *LOG), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2], LOG[3]))
     assert found.state == upto(4) and found.underreplicated == (2,) and found.before is None
-    beside = read(held(0, *LOG), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2], LOG[3]), held(5, LOG[2]))
-    assert beside.state == upto(4) and beside.underreplicated == (2,), "a store that does not count is no copy"
-    elsewhere = read(held(0, *LOG[:2], LOG[3]), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2]), held(5, LOG[2]))
+    beside = read(
+        held(0, *LOG), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2], LOG[3]), held(5, LOG[2])
+    )
+    assert beside.state == upto(4) and beside.underreplicated == (2,), (
+        "a store that does not count is no copy"
+    )
+    elsewhere = read(
+        held(0, *LOG[:2], LOG[3]), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2]), held(5, LOG[2])
+    )
     assert elsewhere.state == upto(4), "also where only a store has it that does not count"
     assert elsewhere.full == {0, 1, 2} and elsewhere.underreplicated == (2,)
 
 
 def test_a_place_without_any_record_before_others_is_a_hole_that_says_who_is_silent() -> None:
-    for later in (held(0, *LOG[:2], LOG[3]), held(0, *LOG[:2], settled=(LOG[3],)), held(0, *LOG[:2], damaged=(3,))):
+    for later in (
+        held(0, *LOG[:2], LOG[3]),
+        held(0, *LOG[:2], settled=(LOG[3],)),
+        held(0, *LOG[:2], damaged=(3,)),
+    ):
         found = read(later, held(1, *LOG[:2]), LATE)
         hole = found.state.hole
         assert hole is not None and hole.seq == 2 and found.state.without_hole() == upto(2)
@@ -124,7 +157,9 @@ def test_damage_at_the_end_is_no_hole_where_too_little_is_damaged_to_have_counte
 
 
 def test_damage_where_a_record_may_have_counted_is_a_hole() -> None:
-    found = read(held(0, *LOG[:2], damaged=(2,)), held(1, *LOG[:2], damaged=(2,)), held(2, *LOG[:2]))
+    found = read(
+        held(0, *LOG[:2], damaged=(2,)), held(1, *LOG[:2], damaged=(2,)), held(2, *LOG[:2])
+    )
     assert found.state.hole is not None and found.state.hole.seq == 2
     assert found.state.hole.reason.startswith("stores hold damage there, and too few answered")
 
@@ -143,8 +178,15 @@ def test_two_records_that_may_both_count_are_a_hole() -> None:
 
 
 def test_a_record_at_its_second_key_on_enough_stores_is_sure() -> None:
-    found = read(held(0, *LOG, settled=(LOG[3],)), held(1, *LOG, settled=(LOG[3],)), held(2, *LOG[:3]))
-    assert found.tail is not None and found.tail.settled and found.tail.is_final and found.before is None
+    found = read(
+        held(0, *LOG, settled=(LOG[3],)), held(1, *LOG, settled=(LOG[3],)), held(2, *LOG[:3])
+    )
+    assert (
+        found.tail is not None
+        and found.tail.settled
+        and found.tail.is_final
+        and found.before is None
+    )
 
 
 def test_with_too_few_answers_the_newest_is_not_known() -> None:
@@ -183,7 +225,9 @@ def test_a_new_set_of_stores_holds_from_the_next_record_on() -> None:
     assert found.state == upto(4, log) and found.full == {0, 1, 3}
     assert found.tail is not None and found.tail.members == StoreSet(stores(0, 1, 3).ids, 2)
     before = read(held(0, *log[:3]), held(1, *log[:3]), held(2, *log[:3]), held(3))
-    assert before.tail is not None and before.tail.members == StoreSet(IDS[:3], 2), "the old set decides who comes next"
+    assert before.tail is not None and before.tail.members == StoreSet(IDS[:3], 2), (
+        "the old set decides who comes next"
+    )
     assert before.full == {0, 1, 3} and before.state == upto(3, log)
 
 
@@ -205,7 +249,9 @@ def test_a_change_that_few_of_the_old_set_hold_leaves_it_to_the_old_set_what_is_
     assert found.before == upto(2, log) and "answered=1 stores=3 needed=2" in found.state.short
 
 
-def test_a_change_to_stores_that_are_silent_leaves_the_newest_unknown_although_the_old_set_answers() -> None:
+def test_a_change_to_stores_that_are_silent_leaves_the_newest_unknown_although_the_old_set_answers() -> (
+    None
+):
     log = follow([], stores(0, 1, 2), Open(1, None), stores(3, 4, 5))
     found = read(held(0, *log), held(1, *log[:2]), LATE, LATE, LATE, LATE)
     assert found.state.stores == StoreSet(IDS[3:], 2) and found.before == upto(2, log)
@@ -215,15 +261,24 @@ def test_a_change_to_stores_that_are_silent_leaves_the_newest_unknown_although_t
 def test_before_the_stores_are_named_the_log_is_in_one_store_and_what_is_there_counts() -> None:
     log = follow([], Open(1, None), commit(1))
     alone = read(held(0, *log))
-    assert alone.state == upto(2, log) and alone.full == {0} and alone.tail is not None and alone.tail.is_final
+    assert (
+        alone.state == upto(2, log)
+        and alone.full == {0}
+        and alone.tail is not None
+        and alone.tail.is_final
+    )
     beside = read(StoreRecords(""), held(0, *log))
     assert beside.state == upto(2, log) and beside.full == {1} and beside.state.short == ""
     unknown = read(LATE, held(0, *log), StoreRecords("", elsewhere="e" * 32), StoreRecords(""))
     assert unknown.full == {1} and unknown.state.find(SnapshotId(1, 1)) is not None
     assert unknown.state.short == (
-        "the stores of the log are not known, and other stores may hold it. of_another_log=['u2'] silent=[u0: no answer]"
+        "the stores of the log are not known, and other stores may hold it. of_another_log=['u2'] "
+        "silent=[u0: no answer]"
     )
-    assert "of_another_log=['u0'] silent=[]" in read(StoreRecords("", elsewhere="e" * 32), held(0, *log)).state.short
+    assert (
+        "of_another_log=['u0'] silent=[]"
+        in read(StoreRecords("", elsewhere="e" * 32), held(0, *log)).state.short
+    )
     assert "of_another_log=[] silent=[u1" in read(held(0, *log), LATE).state.short
 
 
@@ -253,7 +308,9 @@ def test_the_first_record_counts_on_the_stores_that_it_names_itself() -> None:
     assert read(held(0, LOG[0]), held(1), held(2)).state.next_seq == 0
     thin = read(held(0, LOG[0]), held(1), LATE)
     assert replace(thin.state, short="") == upto(1) and thin.before == empty("run-a")
-    assert "silent=[u2: no answer]" in thin.state.short, "it may not count, and then nobody knows where the log lies"
+    assert "silent=[u2: no answer]" in thin.state.short, (
+        "it may not count, and then nobody knows where the log lies"
+    )
     assert read(held(3, LOG[0]), held(4, LOG[0]), held(0), held(1)).state.next_seq == 0, (
         "on stores that it does not name"
     )
@@ -265,12 +322,18 @@ def test_of_two_first_records_the_one_that_counts_is_taken_and_two_that_may_are_
     assert clear.state == upto(1) and clear.tail is not None and clear.tail.record == mine
     for order in ((mine, other), (other, mine)):
         unclear = read(held(0, order[0]), held(1, order[1]), LATE)
-        assert unclear.state.hole is not None and unclear.state.hole.seq == 0 and unclear.tail is None
+        assert (
+            unclear.state.hole is not None and unclear.state.hole.seq == 0 and unclear.tail is None
+        )
         assert unclear.state.hole.reason.startswith("stores hold different records there")
     apart = follow([], stores(3, 4, 5), by="x")[0]
     one = read(held(0, mine), held(1, apart), LATE, held(3), held(4), held(5))
-    assert one.state.hole is not None and one.state.next_seq == 0, "the silent store decides, whatever the others name"
-    both = read(held(0, mine), held(1, mine), held(2, mine), held(3, apart), held(4, apart), held(5, apart))
+    assert one.state.hole is not None and one.state.next_seq == 0, (
+        "the silent store decides, whatever the others name"
+    )
+    both = read(
+        held(0, mine), held(1, mine), held(2, mine), held(3, apart), held(4, apart), held(5, apart)
+    )
     assert both.state.hole is not None and both.state.next_seq == 0, "each counts on its own stores"
 
 
@@ -284,7 +347,9 @@ def test_of_two_first_records_the_one_that_counts_is_taken_and_two_that_may_are_
         (held(0, LOG[0], settled=(LOG[1],), damaged=(2, 1)), 2),
     ],
 )
-def test_the_last_place_of_a_store_is_that_of_anything_it_holds(one: StoreRecords, last: int) -> None:
+def test_the_last_place_of_a_store_is_that_of_anything_it_holds(
+    one: StoreRecords, last: int
+) -> None:
     assert one.last() == last
 
 

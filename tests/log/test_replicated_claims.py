@@ -30,7 +30,9 @@ KEY, SETTLED = keys.log_key(SEQ), keys.settled_key(SEQ)
 
 def record(step: int, *, seq: int = SEQ) -> bytes:
     body = Commit(SnapshotId(1, step), "a" * 32, None)
-    return make_record(body, job="run-a", seq=seq, epoch=1, write_id=f"w{step}", prev="b" * 32).encode()
+    return make_record(
+        body, job="run-a", seq=seq, epoch=1, write_id=f"w{step}", prev="b" * 32
+    ).encode()
 
 
 def digest_order() -> list[bytes]:
@@ -63,16 +65,21 @@ class OneByOne:
 
 
 class Stores:
-    """Stores of one log, each with its ``ckpt.json``; the numbers in ``silent`` answer nothing about records."""
+    """Stores of one log, each with its ``ckpt.json``; the numbers in ``silent`` answer nothing
+    about records."""
 
     def __init__(self, *kinds: type[MemoryBackend], silent: Sequence[int] = ()) -> None:
         self.inner = [kind(f"s{number}") for number, kind in enumerate(kinds)]
         self.ids = {number: f"{number:032x}" for number in range(len(kinds))}
         for number, store in enumerate(self.inner):
-            store.put(keys.JOB_KEY, [JobRecord(job="run-a", store_id=self.ids[number], log_id="f" * 32).encode()])
+            store.put(
+                keys.JOB_KEY,
+                [JobRecord(job="run-a", store_id=self.ids[number], log_id="f" * 32).encode()],
+            )
         dead = Fault(harm=Harm.LOST_REQUEST, key=keys.LOG, times=None)
         stores: list[Backend] = [
-            FaultyBackend(one, [dead]) if number in silent else one for number, one in enumerate(self.inner)
+            FaultyBackend(one, [dead]) if number in silent else one
+            for number, one in enumerate(self.inner)
         ]
         self.copies = LogReplicas(stores, OneByOne())
 
@@ -82,13 +89,17 @@ class Stores:
     def at(self, key: str = KEY) -> list[bytes | None]:
         return [_held(store, key) for store in self.inner]
 
-    def claim(self, data: bytes, *, quorum: int, absent: int = 0) -> Appended | KeyTaken | WriteUnknown:
+    def claim(
+        self, data: bytes, *, quorum: int, absent: int = 0
+    ) -> Appended | KeyTaken | WriteUnknown:
         return QuorumSequencer(self.copies, self.ids, quorum, absent=absent).append(SEQ, data)
 
     def claim_filed(
         self, file: MemoryBackend, data: bytes, *, quorum: int, absent: int = 0
     ) -> Appended | KeyTaken | WriteUnknown:
-        return CopyingSequencer(StoreSequencer(file), self.copies, self.ids, quorum, absent=absent).append(SEQ, data)
+        return CopyingSequencer(
+            StoreSequencer(file), self.copies, self.ids, quorum, absent=absent
+        ).append(SEQ, data)
 
 
 def _held(store: Backend, key: str) -> bytes | None:
@@ -121,7 +132,10 @@ def test_a_place_won_while_a_store_is_away_is_settled_too() -> None:
     assert world.claim(SECOND, quorum=2) == Appended()
     assert world.at(SETTLED) == [SECOND, SECOND, None]
     absent = Stores(*THREE[:2])
-    assert absent.claim(SECOND, quorum=2, absent=1) == Appended() and absent.at(SETTLED) == [SECOND] * 2
+    assert (
+        absent.claim(SECOND, quorum=2, absent=1) == Appended()
+        and absent.at(SETTLED) == [SECOND] * 2
+    )
 
 
 def test_a_place_that_another_has_is_lost_and_its_record_told() -> None:
@@ -133,7 +147,9 @@ def test_a_place_that_another_has_is_lost_and_its_record_told() -> None:
 
 
 @pytest.mark.parametrize(("mine", "found"), [(FIRST, Appended()), (SECOND, KeyTaken(FIRST))])
-def test_a_split_place_is_settled_for_the_same_winner_whoever_finds_it(mine: bytes, found: Appended | KeyTaken) -> None:
+def test_a_split_place_is_settled_for_the_same_winner_whoever_finds_it(
+    mine: bytes, found: Appended | KeyTaken
+) -> None:
     world = Stores(*THREE[:2])
     world.give(0, SECOND)
     world.give(1, FIRST)
@@ -142,11 +158,17 @@ def test_a_split_place_is_settled_for_the_same_winner_whoever_finds_it(mine: byt
 
 
 def test_a_split_is_not_settled_while_a_vote_is_not_known() -> None:
-    for world, absent in ((Stores(*THREE, silent=[2]), 0), (Stores(*THREE[:2]), 1), (Stores(*THREE[:2], Plain), 0)):
+    for world, absent in (
+        (Stores(*THREE, silent=[2]), 0),
+        (Stores(*THREE[:2]), 1),
+        (Stores(*THREE[:2], Plain), 0),
+    ):
         world.give(0, SECOND)
         world.give(1, FIRST)
         found = world.claim(FIRST, quorum=2, absent=absent)
-        assert isinstance(found, WriteUnknown) and found.reason.startswith("too few stores answered.")
+        assert isinstance(found, WriteUnknown) and found.reason.startswith(
+            "too few stores answered."
+        )
         assert set(world.at(SETTLED)) == {None}
 
 
@@ -155,12 +177,18 @@ def test_too_few_answers_are_unknown_and_say_who_is_silent() -> None:
     found = world.claim(FIRST, quorum=2)
     assert isinstance(found, WriteUnknown)
     assert "too few stores answered. silent=[memory:s1: the store did not answer." in found.reason
-    assert "; memory:s2: " in found.reason and "memory:s0" not in found.reason and found.reason.endswith("]")
+    assert (
+        "; memory:s2: " in found.reason
+        and "memory:s0" not in found.reason
+        and found.reason.endswith("]")
+    )
 
 
 def test_the_silent_are_named_in_the_users_order() -> None:
     found = {2: NoAnswer("late"), 0: b"x", 1: NoAnswer("dead")}
-    assert silent_stores(Stores(*THREE).copies, found) == "silent=[memory:s1: dead; memory:s2: late]"
+    assert (
+        silent_stores(Stores(*THREE).copies, found) == "silent=[memory:s1: dead; memory:s2: late]"
+    )
 
 
 def test_a_split_that_can_be_settled_on_too_few_stores_is_unknown() -> None:
@@ -170,14 +198,21 @@ def test_a_split_that_can_be_settled_on_too_few_stores_is_unknown() -> None:
     denied = Fault(harm=Harm.LOST_REQUEST, key=SETTLED, times=None)
     copies = LogReplicas([world.inner[0], FaultyBackend(world.inner[1], [denied])], OneByOne())
     found = QuorumSequencer(copies, world.ids, 2, absent=0).append(SEQ, FIRST)
-    assert isinstance(found, WriteUnknown) and "on too few stores yet. silent=[memory:s1" in found.reason
+    assert (
+        isinstance(found, WriteUnknown)
+        and "on too few stores yet. silent=[memory:s1" in found.reason
+    )
     again = world.claim(FIRST, quorum=2)
     assert again == Appended() and world.at(SETTLED) == [FIRST, FIRST]
 
 
 def test_a_file_gives_the_place_and_the_stores_get_the_record() -> None:
     world, file = Stores(Plain, Plain, Plain), MemoryBackend("file")
-    assert world.claim_filed(file, FIRST, quorum=2) == Appended() == world.claim_filed(file, FIRST, quorum=2)
+    assert (
+        world.claim_filed(file, FIRST, quorum=2)
+        == Appended()
+        == world.claim_filed(file, FIRST, quorum=2)
+    )
     assert world.at() == [FIRST] * 3
     assert world.claim_filed(file, SECOND, quorum=2) == KeyTaken(FIRST)
     away = Stores(Plain, Plain, Plain, silent=[1])
@@ -195,7 +230,9 @@ def test_a_record_that_has_its_place_in_the_file_is_copied_for_a_writer_that_die
 def test_a_file_that_does_not_answer_gives_nothing() -> None:
     world = Stores(*THREE)
     dead = FaultyBackend(MemoryBackend("file"), [Fault(harm=Harm.LOST_REQUEST, times=None)])
-    found = CopyingSequencer(StoreSequencer(dead), world.copies, world.ids, 2, absent=0).append(SEQ, FIRST)
+    found = CopyingSequencer(StoreSequencer(dead), world.copies, world.ids, 2, absent=0).append(
+        SEQ, FIRST
+    )
     assert isinstance(found, WriteUnknown) and world.at() == [None] * 3
 
 
@@ -218,7 +255,9 @@ def test_what_the_file_never_gave_out_fences_once_it_leaves_too_few_stores(
     for number in range(others):
         world.give(number, SECOND)
     if fenced:
-        with pytest.raises(FencedError, match=f"another sequencer took over. key={KEY} stop this writer"):
+        with pytest.raises(
+            FencedError, match=f"another sequencer took over. key={KEY} stop this writer"
+        ):
             world.claim_filed(MemoryBackend("file"), FIRST, quorum=quorum, absent=absent)
     else:
         found = world.claim_filed(MemoryBackend("file"), FIRST, quorum=quorum, absent=absent)

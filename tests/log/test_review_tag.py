@@ -12,11 +12,20 @@ from ckpt.values import SnapshotId
 
 def commit(journal: Journal, epoch: int, step: int) -> SnapshotId:
     pair = SnapshotId(epoch, step)
-    part = PartRef(key=part_key(pair, writer_name("n", f"{step:016x}")), digest="0" * 32, size_bytes=1, rank=0)
+    part = PartRef(
+        key=part_key(pair, writer_name("n", f"{step:016x}")), digest="0" * 32, size_bytes=1, rank=0
+    )
     manifest = Manifest(
-        job="j", snapshot=pair, world_size=1, base=None, parts=(part,), size_bytes=1, new_bytes=1, created_unix_s=1.0,
+        job="j",
+        snapshot=pair,
+        world_size=1,
+        base=None,
+        parts=(part,),
+        size_bytes=1,
+        new_bytes=1,
+        created_unix_s=1.0,
         metadata={},
-    )  # fmt: skip
+    )
     return journal.commit(manifest, epoch=epoch).id
 
 

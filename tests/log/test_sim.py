@@ -1,7 +1,9 @@
-"""Several writers on one store, interleaved operation by operation, with lost replies, late puts and deaths.
+"""Several writers on one store, interleaved operation by operation, with lost replies, late puts
+and deaths.
 
-One seed is one run. A writer is stopped in the middle of an operation by running another writer's whole action first; a death
-is an exception that no code catches. What must hold after every action is in ``check``.
+One seed is one run. A writer is stopped in the middle of an operation by running another writer's
+whole action first; a death is an exception that no code catches. What must hold after every action
+is in ``check``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ from hypothesis import strategies as st
 
 from ckpt.backends.base import Buffer, Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
-from ckpt.errors import CommitUnknownError, ConflictError, FencedError, KeyExistsError, UnavailableError
+from ckpt.errors import (
+    CommitUnknownError,
+    ConflictError,
+    FencedError,
+    KeyExistsError,
+    UnavailableError,
+)
 from ckpt.format import keys
 from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.records import Commit, Open, decode_record
@@ -57,7 +65,8 @@ class World:
         return Journal.open(self.store).refresh()
 
     def tick(self) -> None:
-        """Before any operation of any writer: others may act, and puts whose reply was lost may land."""
+        """Before any operation of any writer: others may act, and puts whose reply was lost may
+        land."""
         if self.late and self.dice.random() < 0.3:
             key, data = self.late.pop(self.dice.randrange(len(self.late)))
             with contextlib.suppress(KeyExistsError):  # raised where it came too late
@@ -124,7 +133,8 @@ class SimBackend:
 
 
 class Writer:
-    """A process: opens epochs, commits what it or a dead one captured, drops and tags; starts anew when killed."""
+    """A process: opens epochs, commits what it or a dead one captured, drops and tags; starts anew
+    when killed."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world
@@ -188,9 +198,15 @@ class Writer:
         writer = keys.writer_name(self.name, f"{self.lives:016x}")
         ref = PartRef(key=keys.part_key(pair, writer), digest="0" * 32, size_bytes=1, rank=0)
         found = Manifest(
-            job="sim", snapshot=pair, world_size=1, base=base if base != pair else None, parts=(ref,), size_bytes=1,
-            new_bytes=1, created_unix_s=float(self.epoch),
-        )  # fmt: skip
+            job="sim",
+            snapshot=pair,
+            world_size=1,
+            base=base if base != pair else None,
+            parts=(ref,),
+            size_bytes=1,
+            new_bytes=1,
+            created_unix_s=float(self.epoch),
+        )
         try:
             self.journal.commit(found, epoch=self.epoch)
         except ConflictError:
@@ -210,7 +226,9 @@ def check(world: World) -> None:
     state = world.state()
     assert state.hole is None, "no death or lost reply leaves a hole"
     records = [decode_record(data) for key, data in found.items() if key.startswith(keys.LOG)]
-    assert [record.seq for record in records] == list(range(state.next_seq)), "one record a seq, without gaps"
+    assert [record.seq for record in records] == list(range(state.next_seq)), (
+        "one record a seq, without gaps"
+    )
     assert fold(empty("sim"), records) == state, "stored folds change nothing"
     assert not set(state.voids) - {void for void in state.voids if void.code == "repeat"}, (
         "writers see voids beforehand"
@@ -238,7 +256,9 @@ def check(world: World) -> None:
     newest = state.newest()
     if newest is not None and newest.epoch != state.epoch:
         resume = state.opens[-1].resume
-        assert resume is not None and newest <= resume, "newest is never beyond what training resumed"
+        assert resume is not None and newest <= resume, (
+            "newest is never beyond what training resumed"
+        )
 
 
 def read(store: MemoryBackend, key: str) -> bytes:
@@ -274,4 +294,6 @@ def test_the_log_keeps_its_promises_whatever_dies_or_is_lost(seed: int) -> None:
 def test_the_log_keeps_its_promises_over_many_seeds() -> None:
     worlds = [run(seed, 40) for seed in range(600 if SOAK else 60)]
     assert sum(len(world.committed) for world in worlds) > 3 * len(worlds), "the runs get somewhere"
-    assert sum(writer.lives - 1 for world in worlds for writer in world.writers) > len(worlds) // 2, "deaths happen"
+    assert (
+        sum(writer.lives - 1 for world in worlds for writer in world.writers) > len(worlds) // 2
+    ), "deaths happen"

@@ -1,4 +1,5 @@
-"""A stored fold is believed as far as it can be checked: each number at its limits, each list in its order."""
+"""A stored fold is believed as far as it can be checked: each number at its limits, each list in
+its order."""
 
 from __future__ import annotations
 
@@ -23,17 +24,27 @@ def pair(epoch: int, step: int) -> SnapshotId:
     return SnapshotId(epoch, step)
 
 
-def one(epoch: int, step: int, seq: int, *, writer: int = 2, base: SnapshotId | None = None, by: str = A) -> Committed:
+def one(
+    epoch: int, step: int, seq: int, *, writer: int = 2, base: SnapshotId | None = None, by: str = A
+) -> Committed:
     return Committed(pair(epoch, step), by, base, seq, writer)
 
 
 OPENS = (OpenedEpoch(1, 0, None, 30), OpenedEpoch(2, 9, pair(1, 10), 0), OpenedEpoch(5, 20, None))
 SNAPSHOTS = (one(1, 10, 5), one(1, 30, 6), one(2, 0, 12))
 STATE = LogState(
-    job="run-a", next_seq=NEXT, head_digest=A, opens=OPENS, snapshots=SNAPSHOTS,
-    tagged=(TagEntry("a", pair(1, 30)), TagEntry("b", pair(1, 30))), floor=pair(1, 5), stores=StoreSet((A, B, C), 2),
-    voids=(Void(3, "repeat", "x"), Void(7, "fenced", "y")), voids_total=2, recent=tuple(f"w{n}" for n in range(NEXT)),
-)  # fmt: skip
+    job="run-a",
+    next_seq=NEXT,
+    head_digest=A,
+    opens=OPENS,
+    snapshots=SNAPSHOTS,
+    tagged=(TagEntry("a", pair(1, 30)), TagEntry("b", pair(1, 30))),
+    floor=pair(1, 5),
+    stores=StoreSet((A, B, C), 2),
+    voids=(Void(3, "repeat", "x"), Void(7, "fenced", "y")),
+    voids_total=2,
+    recent=tuple(f"w{n}" for n in range(NEXT)),
+)
 
 
 def believed(state: LogState) -> bool:
@@ -81,7 +92,9 @@ def _opens(*opens: OpenedEpoch) -> dict[str, Any]:
         (_opens(OpenedEpoch(1, 0, None, keys.STEP_MAX + 1)), False),
     ],
 )
-def test_opens_ascend_within_their_limits_and_resume_what_was_opened(changes: dict[str, Any], fine: bool) -> None:
+def test_opens_ascend_within_their_limits_and_resume_what_was_opened(
+    changes: dict[str, Any], fine: bool
+) -> None:
     assert believed(replace(STATE, **changes)) == fine
 
 
@@ -112,7 +125,9 @@ def test_opens_ascend_within_their_limits_and_resume_what_was_opened(changes: di
         ((one(1, 10, 5, by="x"),), False),
     ],
 )
-def test_snapshots_ascend_within_what_was_opened(snapshots: tuple[Committed, ...], fine: bool) -> None:
+def test_snapshots_ascend_within_what_was_opened(
+    snapshots: tuple[Committed, ...], fine: bool
+) -> None:
     assert believed(replace(STATE, snapshots=snapshots, tagged=())) == fine
 
 
@@ -127,7 +142,9 @@ def test_snapshots_ascend_within_what_was_opened(snapshots: tuple[Committed, ...
         ((TagEntry(" a", pair(1, 30)),), False),
     ],
 )
-def test_tags_are_names_in_order_and_name_what_exists(tagged: tuple[TagEntry, ...], fine: bool) -> None:
+def test_tags_are_names_in_order_and_name_what_exists(
+    tagged: tuple[TagEntry, ...], fine: bool
+) -> None:
     assert believed(replace(STATE, tagged=tagged)) == fine
 
 
@@ -156,7 +173,13 @@ def test_two_quorums_of_the_stores_share_one(stores: StoreSet | None, fine: bool
 
 @pytest.mark.parametrize(
     ("floor", "fine"),
-    [(None, True), (pair(0, 0), True), (pair(-1, 0), False), (pair(1, -1), False), (pair(1, keys.STEP_MAX + 1), False)],
+    [
+        (None, True),
+        (pair(0, 0), True),
+        (pair(-1, 0), False),
+        (pair(1, -1), False),
+        (pair(1, keys.STEP_MAX + 1), False),
+    ],
 )
 def test_a_floor_is_a_pair(floor: SnapshotId | None, fine: bool) -> None:
     assert believed(replace(STATE, floor=floor)) == fine
@@ -188,35 +211,64 @@ def test_voids_are_counted_and_ascend(changes: dict[str, Any], fine: bool) -> No
     assert believed(replace(STATE, **changes)) == fine
 
 
-def _long(voids: int, total: int, *, next_seq: int = 2 * RECENT_MAX, recent: int = RECENT_MAX) -> LogState:
+def _long(
+    voids: int, total: int, *, next_seq: int = 2 * RECENT_MAX, recent: int = RECENT_MAX
+) -> LogState:
     return replace(
-        STATE, next_seq=next_seq, recent=tuple(f"w{n}" for n in range(recent)), voids_total=total,
+        STATE,
+        next_seq=next_seq,
+        recent=tuple(f"w{n}" for n in range(recent)),
+        voids_total=total,
         voids=tuple(Void(seq, "repeat", "x") for seq in range(voids)),
-    )  # fmt: skip
+    )
 
 
 def test_of_many_voids_and_write_ids_the_last_1024_are_kept() -> None:
     assert believed(_long(RECENT_MAX, RECENT_MAX)) and believed(_long(RECENT_MAX, RECENT_MAX + 1))
-    assert not believed(_long(RECENT_MAX - 1, RECENT_MAX)) and not believed(_long(RECENT_MAX + 1, RECENT_MAX + 1))
-    assert believed(_long(RECENT_MAX, 2 * RECENT_MAX)) and not believed(_long(RECENT_MAX, 2 * RECENT_MAX + 1))
-    assert not believed(_long(0, 0, recent=RECENT_MAX - 1)) and not believed(_long(0, 0, recent=RECENT_MAX + 1))
-    assert believed(_long(0, 0, next_seq=RECENT_MAX)) and not believed(_long(0, 0, next_seq=RECENT_MAX - 1))
+    assert not believed(_long(RECENT_MAX - 1, RECENT_MAX)) and not believed(
+        _long(RECENT_MAX + 1, RECENT_MAX + 1)
+    )
+    assert believed(_long(RECENT_MAX, 2 * RECENT_MAX)) and not believed(
+        _long(RECENT_MAX, 2 * RECENT_MAX + 1)
+    )
+    assert not believed(_long(0, 0, recent=RECENT_MAX - 1)) and not believed(
+        _long(0, 0, recent=RECENT_MAX + 1)
+    )
+    assert believed(_long(0, 0, next_seq=RECENT_MAX)) and not believed(
+        _long(0, 0, next_seq=RECENT_MAX - 1)
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "fine"), [({"job": ""}, False), ({"head_digest": "x"}, False), ({"job": "b"}, True)]
 )
-def test_the_job_and_the_head_are_what_they_ought_to_be(changes: dict[str, Any], fine: bool) -> None:
+def test_the_job_and_the_head_are_what_they_ought_to_be(
+    changes: dict[str, Any], fine: bool
+) -> None:
     assert believed(replace(STATE, **changes)) == fine
 
 
-@pytest.mark.parametrize(("seq", "fine"), [(0, True), (-1, False), (keys.SEQ_MAX - 1, True), (keys.SEQ_MAX, False)])
-def test_the_last_record_of_a_fold_has_a_place_and_leaves_one_for_the_next(seq: int, fine: bool) -> None:
+@pytest.mark.parametrize(
+    ("seq", "fine"), [(0, True), (-1, False), (keys.SEQ_MAX - 1, True), (keys.SEQ_MAX, False)]
+)
+def test_the_last_record_of_a_fold_has_a_place_and_leaves_one_for_the_next(
+    seq: int, fine: bool
+) -> None:
     recent = ["w"] * min(max(seq, 0) + 1, RECENT_MAX)
     wire = folds._Wire(
-        format_version=1, job="run-a", seq=seq, head_digest=A, opens=[], snapshots=[], tags=[], floor=None, stores=None,
-        voids=[], voids_total=0, recent=recent,
-    )  # fmt: skip
+        format_version=1,
+        job="run-a",
+        seq=seq,
+        head_digest=A,
+        opens=[],
+        snapshots=[],
+        tags=[],
+        floor=None,
+        stores=None,
+        voids=[],
+        voids_total=0,
+        recent=recent,
+    )
     data = seal(wire, label="fold", bytes_max=FOLD_BYTES_MAX)[0]
     if fine:
         assert decode_fold(data).next_seq == seq + 1

@@ -32,7 +32,8 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["lone", "members"])
 def three(request: pytest.FixtureRequest, tmp_path: Path) -> list[FileBackend]:
-    """Three full stores in folders 0, 1 and 2: a lone log and two replicas of it, or a job's three stores."""
+    """Three full stores in folders 0, 1 and 2: a lone log and two replicas of it, or a job's three
+    stores."""
     return copies(request.getfixturevalue(request.param), tmp_path, request.param)
 
 

@@ -79,7 +79,9 @@ def test_scrub_of_lost_damage_exits_20_and_names_it(ckpt: Command, trio: list[Fi
     assert "NOT WELL" in done.out
 
 
-def test_scrub_leaves_an_empty_store_alone_and_fills_it_when_told(ckpt: Command, trio: list[FileBackend]) -> None:
+def test_scrub_leaves_an_empty_store_alone_and_fills_it_when_told(
+    ckpt: Command, trio: list[FileBackend]
+) -> None:
     shutil.rmtree(trio[2].url)
     done = ckpt("scrub", *urls(trio), "--json")
     assert done.code == 11
@@ -108,12 +110,16 @@ def test_scrub_of_what_is_no_store_exits_10_and_of_one_store_twice_2(
 
 
 @pytest.mark.slow
-def test_verify_all_replicas_tells_of_each_store_and_writes_nothing(ckpt: Command, trio: list[FileBackend]) -> None:
+def test_verify_all_replicas_tells_of_each_store_and_writes_nothing(
+    ckpt: Command, trio: list[FileBackend]
+) -> None:
     names = [trio[0].url, "--replica", trio[1].url, "--replica", trio[2].url]
     done = ckpt("verify", *names, "--all-replicas", "--json")
     assert done.code == 0
     assert done.json["snapshots"] == 1
-    assert [one["ok"] for one in done.json["stores"]] == [one["objects"] for one in done.json["stores"]]
+    assert [one["ok"] for one in done.json["stores"]] == [
+        one["objects"] for one in done.json["stores"]
+    ]
     key = next(key for key in objects_of(trio[1], keys.PARTS) if "0030/" in key)
     old = next(key for key in objects_of(trio[2], keys.PARTS) if "0010/" in key)
     flip(trio[1].url, key, 9)
@@ -133,7 +139,9 @@ def test_verify_of_one_store_with_all_replicas_is_of_that_store(ckpt: Command, l
     assert ckpt("verify", lone, "--all-replicas", "--all").code == 0
 
 
-def test_sync_makes_a_replica_and_says_what_it_copied(ckpt: Command, lone: Path, tmp_path: Path) -> None:
+def test_sync_makes_a_replica_and_says_what_it_copied(
+    ckpt: Command, lone: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "new"
     done = ckpt("sync", lone, target, "--json")
     assert done.code == 0
@@ -160,7 +168,9 @@ def test_sync_of_a_damaged_source_exits_20_or_reads_another_store(
     assert faults_of(FileBackend(tmp_path / "two"), trio[1]) == []
 
 
-def test_sync_refuses_another_job_with_2_and_another_log_with_12(ckpt: Command, lone: Path, tmp_path: Path) -> None:
+def test_sync_refuses_another_job_with_2_and_another_log_with_12(
+    ckpt: Command, lone: Path, tmp_path: Path
+) -> None:
     other = FileBackend(tmp_path / "other")
     write_sample_store(other)
     assert ckpt("sync", lone, other.url).code == 12
@@ -186,7 +196,9 @@ def test_encrypted_store_is_not_taken_for_damage(
 
 
 @pytest.mark.slow
-def test_doctor_of_folders_says_what_will_do(ckpt: Command, trio: list[FileBackend], tmp_path: Path) -> None:
+def test_doctor_of_folders_says_what_will_do(
+    ckpt: Command, trio: list[FileBackend], tmp_path: Path
+) -> None:
     done = ckpt("doctor", *urls(trio), "--size", "1", "--json")
     assert done.code == 0
     assert done.json["write_quorum"] == done.json["answers_min"] == 2

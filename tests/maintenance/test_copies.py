@@ -32,11 +32,17 @@ def place(number: int) -> ChunkRef:
 PACK = Pack(KEY, tuple(place(number) for number in range(3)))
 
 
-def test_whole_object_is_copied_from_any_right_copy_to_what_is_missing_or_damaged_and_nowhere_else() -> None:
+def test_whole_object_is_copied_from_any_right_copy_to_what_is_missing_or_damaged_and_nowhere_else() -> (
+    None
+):
     for whats in product(CopyStatus, repeat=3):
         for writable in ({0, 1, 2}, {0}, set()):
             copies = [CopyCheck(what) for what in whats]
-            bad = {n for n, what in enumerate(whats) if what in (CopyStatus.MISSING, CopyStatus.DAMAGED)} & writable
+            bad = {
+                n
+                for n, what in enumerate(whats)
+                if what in (CopyStatus.MISSING, CopyStatus.DAMAGED)
+            } & writable
             match decide_whole(copies, writable=writable):
                 case CopyRepair(source, targets, patches):
                     assert whats[source] is CopyStatus.OK
@@ -54,7 +60,9 @@ def test_whole_object_is_copied_from_any_right_copy_to_what_is_missing_or_damage
 
 def pack_copies() -> st.SearchStrategy[CopyCheck]:
     damaged = st.sets(st.integers(0, 2), min_size=1).map(
-        lambda bad: CopyCheck(CopyStatus.DAMAGED, bad_chunks=frozenset(place(number) for number in bad))
+        lambda bad: CopyCheck(
+            CopyStatus.DAMAGED, bad_chunks=frozenset(place(number) for number in bad)
+        )
     )
     others = st.sampled_from(
         [
@@ -70,7 +78,11 @@ def pack_copies() -> st.SearchStrategy[CopyCheck]:
 def test_pack_that_is_written_has_every_chunk_from_a_copy_that_has_it_right(
     copies: list[CopyCheck], writable: set[int]
 ) -> None:
-    bad = {n for n, copy in enumerate(copies) if copy.status in (CopyStatus.MISSING, CopyStatus.DAMAGED)} & writable
+    bad = {
+        n
+        for n, copy in enumerate(copies)
+        if copy.status in (CopyStatus.MISSING, CopyStatus.DAMAGED)
+    } & writable
     silent = any(copy.status is CopyStatus.UNREADABLE for copy in copies)
     nowhere = [one for one in PACK.chunks if not any(copy.has(one) for copy in copies)]
     match decide_pack(PACK, copies, writable=writable):

@@ -16,7 +16,9 @@ References = list[list[tuple[int, int]]]
 
 def part(references: list[tuple[int, int]]) -> Part:
     leaf = Leaf(name="a", kind=LeafKind.TENSOR, dtype="uint8", shape=(len(references),))
-    places = tuple(ChunkLocation(f"packs/{pack:03d}", chunk * 8, 8, 8, Codec.RAW) for pack, chunk in references)
+    places = tuple(
+        ChunkLocation(f"packs/{pack:03d}", chunk * 8, 8, 8, Codec.RAW) for pack, chunk in references
+    )
     shard = StoredShard(
         leaf=leaf,
         box=Box.whole(leaf.shape),
@@ -27,7 +29,9 @@ def part(references: list[tuple[int, int]]) -> Part:
     return Part(snapshot=SnapshotId(1, 1), writer="w", rank=0, world_size=1, shards=(shard,))
 
 
-def rounds(parts: References, places_max: int) -> tuple[dict[str, Pack], dict[str, frozenset[int]], int, int]:
+def rounds(
+    parts: References, places_max: int
+) -> tuple[dict[str, Pack], dict[str, frozenset[int]], int, int]:
     gathered, found, users, count, most = PackReferences(places_max), {}, {}, 0, 0
     while True:
         for number, references in enumerate(parts):
@@ -43,12 +47,16 @@ def rounds(parts: References, places_max: int) -> tuple[dict[str, Pack], dict[st
         gathered = gathered.next_round()
 
 
-references = st.lists(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), max_size=20), max_size=8)
+references = st.lists(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), max_size=20), max_size=8
+)
 
 
 @pytest.mark.slow
 @given(references, st.integers(1, 30))
-def test_any_limit_finds_every_chunk_of_every_pack_once_within_it(parts: References, places_max: int) -> None:
+def test_any_limit_finds_every_chunk_of_every_pack_once_within_it(
+    parts: References, places_max: int
+) -> None:
     whole, whole_users, _, _ = rounds(parts, 10_000)
     found, users, count, most = rounds(parts, places_max)
     assert found == whole

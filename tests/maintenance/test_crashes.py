@@ -1,4 +1,5 @@
-"""A scrub or a sync may die, or the power go, at any system call: nothing right is lost, and the next one finishes."""
+"""A scrub or a sync may die, or the power go, at any system call: nothing right is lost, and the
+next one finishes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ TARGETS = {"scrub": "2", "sync": "new"}
 
 
 def prepare(members: Path, root: Path, kind: str) -> Path:
-    """Three stores of which, for a scrub, the last has lost its log, and a part and a pack, and has rot in others."""
+    """Three stores of which, for a scrub, the last has lost its log, and a part and a pack, and has
+    rot in others."""
     shutil.copytree(members, root)
     if kind == "scrub":
         store = FileBackend(root / "2")
@@ -36,7 +38,8 @@ def prepare(members: Path, root: Path, kind: str) -> Path:
 
 
 def check(root: Path, target: Path, kind: str) -> None:
-    """What is left names only what is there; the same work, done again, ends with everything right."""
+    """What is left names only what is there; the same work, done again, ends with everything
+    right."""
     truth = FileBackend(root / "0")
     store = FileBackend(target)
     assert faults_of(truth, FileBackend(root / "1")) == []

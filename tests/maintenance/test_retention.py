@@ -42,19 +42,32 @@ def info(
     **metadata: float | int | str | bool | None,
 ) -> SnapshotInfo:
     return SnapshotInfo(
-        epoch=epoch, step=step, world_size=1, size_bytes=1, new_bytes=1, created_unix_s=NOW - age_s, tags=tags,
-        metadata=metadata, problem=problem,
-    )  # fmt: skip
+        epoch=epoch,
+        step=step,
+        world_size=1,
+        size_bytes=1,
+        new_bytes=1,
+        created_unix_s=NOW - age_s,
+        tags=tags,
+        metadata=metadata,
+        problem=problem,
+    )
 
 
 def kept(
-    policy: KeepPolicy, infos: list[SnapshotInfo], line: list[SnapshotId] | None = None, *, now: float = NOW
+    policy: KeepPolicy,
+    infos: list[SnapshotInfo],
+    line: list[SnapshotId] | None = None,
+    *,
+    now: float = NOW,
 ) -> set[int]:
     line = sorted((one.id for one in infos), reverse=True) if line is None else line
     return {pair.step for pair in policy.reasons(infos, line=line, now_unix_s=now)}
 
 
-metrics = st.text(min_size=1, max_size=5).filter(lambda name: name.isprintable() and not set(name) & {":", ","})
+metrics = st.text(min_size=1, max_size=5).filter(
+    lambda name: name.isprintable() and not set(name) & {":", ","}
+)
 spelled = st.one_of(
     st.builds(Last, st.integers(1, 10**15 - 1)),
     st.builds(Every, st.integers(1, 10**15 - 1)),
@@ -67,10 +80,17 @@ rules = st.one_of(
     st.builds(Last, st.integers(1, 6)),
     st.builds(Every, st.integers(1, 7)),
     st.just(Tagged()),
-    st.builds(Best, st.sampled_from(["loss", "val/acc"]), st.integers(1, 4), st.sampled_from(["min", "max"])),
+    st.builds(
+        Best,
+        st.sampled_from(["loss", "val/acc"]),
+        st.integers(1, 4),
+        st.sampled_from(["min", "max"]),
+    ),
     st.builds(For, st.integers(1, 9 * DAY)),
 )
-policies = st.builds(lambda found: KeepPolicy(tuple(found)), st.lists(rules, min_size=1, max_size=4))
+policies = st.builds(
+    lambda found: KeepPolicy(tuple(found)), st.lists(rules, min_size=1, max_size=4)
+)
 numbers = st.none() | st.booleans() | st.text(max_size=2) | st.integers(-5, 5) | st.floats(width=16)
 
 
@@ -79,14 +99,18 @@ def worlds(draw: st.DrawFn) -> tuple[list[SnapshotInfo], list[SnapshotId]]:
     pairs = draw(st.sets(st.tuples(st.integers(1, 3), st.integers(0, 20)), max_size=12))
     infos = [
         info(
-            step, epoch=epoch, age_s=draw(st.floats(-DAY, 10 * DAY)), tags=draw(st.sampled_from([(), ("best",)])),
-            problem=draw(st.sampled_from([None, None, None, "gone"])), **draw(
-                st.dictionaries(st.sampled_from(["loss", "val/acc"]), numbers)
-            ),
+            step,
+            epoch=epoch,
+            age_s=draw(st.floats(-DAY, 10 * DAY)),
+            tags=draw(st.sampled_from([(), ("best",)])),
+            problem=draw(st.sampled_from([None, None, None, "gone"])),
+            **draw(st.dictionaries(st.sampled_from(["loss", "val/acc"]), numbers)),
         )
         for epoch, step in pairs
-    ]  # fmt: skip
-    line = sorted(draw(st.sets(st.sampled_from([one.id for one in infos]))) if infos else (), reverse=True)
+    ]
+    line = sorted(
+        draw(st.sets(st.sampled_from([one.id for one in infos]))) if infos else (), reverse=True
+    )
     return infos, line
 
 
@@ -105,7 +129,11 @@ def test_last_does_not_count_damaged_ones() -> None:
 
 
 def test_every_keeps_multiples_on_the_line_and_off_it() -> None:
-    assert kept(keep_every(1000), [info(0), info(999), info(1000), info(3000, epoch=4)], []) == {0, 1000, 3000}
+    assert kept(keep_every(1000), [info(0), info(999), info(1000), info(3000, epoch=4)], []) == {
+        0,
+        1000,
+        3000,
+    }
 
 
 def test_best_keeps_the_least_or_the_greatest() -> None:
@@ -116,7 +144,13 @@ def test_best_keeps_the_least_or_the_greatest() -> None:
 
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_best_never_counts_nan_missing_text_or_truth(mode) -> None:
-    infos = [info(1, loss=math.nan), info(2), info(3, loss="0"), info(4, loss=True), info(5, loss=None)]
+    infos = [
+        info(1, loss=math.nan),
+        info(2),
+        info(3, loss="0"),
+        info(4, loss=True),
+        info(5, loss=None),
+    ]
     assert kept(keep_best("loss", 9, mode), infos) == set()
     infos.append(info(6, loss=math.inf))
     assert kept(keep_best("loss", 9, mode), infos) == {6}
@@ -171,7 +205,8 @@ def test_applying_a_policy_to_what_it_kept_keeps_all_of_it(policy: KeepPolicy, w
     infos, line = world
     first = policy.reasons(infos, line=line, now_unix_s=NOW)
     left = [one for one in infos if one.id in first]
-    # The newest stays in any case, so a line with snapshots keeps one; without that, `last` would turn to the rest.
+    # The newest stays in any case, so a line with snapshots keeps one; without that, `last` would
+    # turn to the rest.
     if line and not any(pair in first for pair in line):
         return
     again = policy.reasons(left, line=[pair for pair in line if pair in first], now_unix_s=NOW)
@@ -197,10 +232,14 @@ def test_a_wider_rule_keeps_no_less(world, n: int, more: int) -> None:
 @pytest.mark.slow
 @LONG
 @given(worlds(), st.permutations(range(12)), policies)
-def test_the_order_of_the_snapshots_does_not_matter(world, order: list[int], policy: KeepPolicy) -> None:
+def test_the_order_of_the_snapshots_does_not_matter(
+    world, order: list[int], policy: KeepPolicy
+) -> None:
     infos, line = world
     shuffled = [infos[place] for place in order if place < len(infos)]
-    assert policy.reasons(infos, line=line, now_unix_s=NOW) == policy.reasons(shuffled, line=line, now_unix_s=NOW)
+    assert policy.reasons(infos, line=line, now_unix_s=NOW) == policy.reasons(
+        shuffled, line=line, now_unix_s=NOW
+    )
 
 
 @LONG
@@ -212,7 +251,13 @@ def test_text_of_a_policy_reads_back_as_the_same(policy: KeepPolicy) -> None:
 
 def test_text_says_what_the_functions_say() -> None:
     text = "last=5,every=1000, tagged ,best=loss:3,best=acc:3:max,for=7d"
-    policy = keep_last(5) | keep_every(1000) | keep_tagged() | keep_best("loss", 3) | keep_best("acc", 3, "max")
+    policy = (
+        keep_last(5)
+        | keep_every(1000)
+        | keep_tagged()
+        | keep_best("loss", 3)
+        | keep_best("acc", 3, "max")
+    )
     assert parse_policy(text) == policy | keep_for("7d")
     assert str(parse_policy(text)) == "last=5,every=1000,tagged,best=acc:3:max,best=loss:3,for=1w"
     assert parse_policy("best=val/loss") == keep_best("val/loss", 1)
@@ -251,11 +296,19 @@ def test_text_that_is_no_policy_is_refused_and_says_what_is_known(text: str, say
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: keep_last(0), lambda: keep_every(0), lambda: keep_best("", 1), lambda: keep_best("a,b"),
-        lambda: keep_best("a:b"), lambda: keep_best("a", 1, "most"), lambda: keep_for(0), lambda: KeepPolicy(()),
-        lambda: keep_last(True), lambda: keep_last(1.5), lambda: keep_every(10**5000),
+        lambda: keep_last(0),
+        lambda: keep_every(0),
+        lambda: keep_best("", 1),
+        lambda: keep_best("a,b"),
+        lambda: keep_best("a:b"),
+        lambda: keep_best("a", 1, "most"),
+        lambda: keep_for(0),
+        lambda: KeepPolicy(()),
+        lambda: keep_last(True),
+        lambda: keep_last(1.5),
+        lambda: keep_every(10**5000),
     ],
-)  # fmt: skip
+)
 def test_rule_that_says_nothing_is_refused(make) -> None:
     with pytest.raises(UsageError):
         make()
@@ -269,5 +322,10 @@ def test_lengths_of_time_read_back(seconds: int) -> None:
 
 def test_lengths_of_time_have_units() -> None:
     assert [duration_s(text) for text in ("90s", "24h", "7d", "2w", "5m", "0")] == [
-        90, 86400, 604800, 1209600, 300, 0,
-    ]  # fmt: skip
+        90,
+        86400,
+        604800,
+        1209600,
+        300,
+        0,
+    ]

@@ -1,4 +1,5 @@
-"""What the tests of this folder try out lies beside them in ``mutants``, ``mutant_runs`` and ``mutant_campaign``."""
+"""What the tests of this folder try out lies beside them in ``mutants``, ``mutant_runs`` and
+``mutant_campaign``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Mutate, run, and say what survived: ``make mutants``.
 
-Exit 0 where every mutant is killed or explained, 1 where one is not or an explanation is wrong, 2 where the tests themselves
-fail. What is explained stands in ``docs/dev/design/014-mutants.md``, in the tables.
+Exit 0 where every mutant is killed or explained, 1 where one is not or an explanation is wrong, 2
+where the tests themselves fail. What is explained stands in ``docs/dev/design/014-mutants.md``, in
+the tables.
 """
 
 from __future__ import annotations
@@ -58,8 +59,14 @@ class Campaign:
             self.broken.append(target.path)
             print(f"{target.path}: the tests fail without any mutant. {error}", flush=True)
             return
-        said = " ".join(f"{outcome}={counts[outcome]}" for outcome in ("killed", "hung", "equal", "survived", "broken"))
-        print(f"{target.path} mutants={len(chosen)} {said} wall_s={time.monotonic() - begun:.0f}", flush=True)
+        said = " ".join(
+            f"{outcome}={counts[outcome]}"
+            for outcome in ("killed", "hung", "equal", "survived", "broken")
+        )
+        print(
+            f"{target.path} mutants={len(chosen)} {said} wall_s={time.monotonic() - begun:.0f}",
+            flush=True,
+        )
 
     def _judge(self, target: Target, mutant: Mutant, ran: Ran) -> str:
         known = (target.path, mutant.function, mutant.name) in self._known
@@ -73,7 +80,9 @@ class Campaign:
             self.broken.append(f"{where}: {ran.by}")
             print(f"  broken {where}: {ran.by}", flush=True)
         elif known:
-            self.wrong.append(f"{where} is explained as equal, and a test tells it apart. by={ran.by}")
+            self.wrong.append(
+                f"{where} is explained as equal, and a test tells it apart. by={ran.by}"
+            )
         return ran.outcome
 
     def code(self) -> int:
@@ -84,40 +93,62 @@ class Campaign:
 def main(argv: list[str]) -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[], help="modules whose path holds one of these")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="modules whose path holds one of these"
+    )
     parser.add_argument("--function", help="only mutants of functions whose name holds this")
     parser.add_argument("--sample", type=int, help="so many mutants in all, drawn with --seed")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(argv)
-    targets = [one for one in TARGETS if not asked.only or any(part in one.path for part in asked.only)]
+    targets = [
+        one for one in TARGETS if not asked.only or any(part in one.path for part in asked.only)
+    ]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children and the copy go too
     known = explained(EXPLAINED.read_text()) if EXPLAINED.exists() else {}
     with copied(ROOT, COPIED) as root:
-        drawn = [(target, mutant) for target in targets for mutant in target.mutants((root / target.path).read_text())]
+        drawn = [
+            (target, mutant)
+            for target in targets
+            for mutant in target.mutants((root / target.path).read_text())
+        ]
         names = {(target.path, mutant.function, mutant.name) for target, mutant in drawn}
         if asked.function:
             drawn = [pair for pair in drawn if asked.function in pair[1].function]
-        print(f"mutants={len(drawn)} modules={len(targets)} sample={asked.sample} seed={asked.seed}", flush=True)
+        print(
+            f"mutants={len(drawn)} modules={len(targets)} sample={asked.sample} seed={asked.seed}",
+            flush=True,
+        )
         if asked.sample is not None:
             drawn = random.Random(asked.seed).sample(drawn, min(asked.sample, len(drawn)))
         preload()
         campaign = Campaign(root, known)
         paths = {target.path for target in targets}
-        campaign.wrong += [f"{name} is explained, and there is no such mutant" for name in known
-                           if name[0] in paths and name not in names]  # fmt: skip
+        campaign.wrong += [
+            f"{name} is explained, and there is no such mutant"
+            for name in known
+            if name[0] in paths and name not in names
+        ]
         for target in targets:
             chosen = [mutant for of, mutant in drawn if of == target]
             if chosen:
                 campaign.run(target, chosen)
     for line in campaign.wrong:
         print(f"  wrong {line}")
-    print(f"survived={len(campaign.survived)} wrong={len(campaign.wrong)} broken={len(campaign.broken)}")
+    print(
+        f"survived={len(campaign.survived)} wrong={len(campaign.wrong)} "
+        f"broken={len(campaign.broken)}"
+    )
     return campaign.code()
 
 
 if __name__ == "__main__":
     if sys.flags.hash_randomization:
-        # Or the order of a set would decide, each time anew, whether a mutant that doesn't sort it is seen.
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "CKPT_"))}
+        # Or the order of a set would decide, each time anew, whether a mutant that doesn't sort it
+        # is seen.
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PYTEST_", "CKPT_"))
+        }
         os.execve(sys.executable, [sys.executable, *sys.argv], {**kept, "PYTHONHASHSEED": "0"})
     sys.exit(main(sys.argv[1:]))

@@ -17,7 +17,8 @@ from mutants import Mutant
 
 
 def patch(module: ModuleType, mutant: Mutant) -> bool:
-    """Give the live function of ``mutant`` the mutant's code and defaults. Whoever imported it has them then.
+    """Give the live function of ``mutant`` the mutant's code and defaults. Whoever imported it has
+    them then.
 
     Returns whether there is such a function.
     """
@@ -26,7 +27,11 @@ def patch(module: ModuleType, mutant: Mutant) -> bool:
     right, wrong = _function(vars(module), mutant.function), _function(aside, mutant.function)
     if right is None or wrong is None or right.__code__.co_freevars != wrong.__code__.co_freevars:
         return False
-    right.__code__, right.__defaults__, right.__kwdefaults__ = wrong.__code__, wrong.__defaults__, wrong.__kwdefaults__
+    right.__code__, right.__defaults__, right.__kwdefaults__ = (
+        wrong.__code__,
+        wrong.__defaults__,
+        wrong.__kwdefaults__,
+    )
     return True
 
 
@@ -38,7 +43,8 @@ def entry_of(module: ModuleType, mutant: Mutant) -> int:
 
 @contextmanager
 def entered(module: ModuleType) -> Iterator[set[int]]:
-    """The lines of those functions of ``module`` that are entered meanwhile, by any thread that begins meanwhile too."""
+    """The lines of those functions of ``module`` that are entered meanwhile, by any thread that
+    begins meanwhile too."""
     lines: set[int] = set()
 
     def note(frame: FrameType, event: str, arg: object) -> None:
@@ -55,7 +61,8 @@ def entered(module: ModuleType) -> Iterator[set[int]]:
 
 
 def _function(names: dict[str, Any], dotted: str) -> FunctionType | None:
-    """The function that stands there, out of its property; of nested ones the outermost, whose code holds theirs."""
+    """The function that stands there, out of its property; of nested ones the outermost, whose code
+    holds theirs."""
     for name in dotted.split("."):
         found = names[name]
         found = found.fget if isinstance(found, property) else found

@@ -1,8 +1,9 @@
 """Run the tests that concern a module against mutants of it.
 
-A process for each module collects its tests once and then forks for each mutant: the child puts the mutated function's code
-into the live function, and runs the tests until one fails. Mutants of what only an import runs get a process of their own, in
-which the import is answered with the mutant. Either way the child tells whether the mutant was in place; nothing is written.
+A process for each module collects its tests once and then forks for each mutant: the child puts the
+mutated function's code into the live function, and runs the tests until one fails. Mutants of what
+only an import runs get a process of their own, in which the import is answered with the mutant.
+Either way the child tells whether the mutant was in place; nothing is written.
 """
 
 from __future__ import annotations
@@ -31,14 +32,24 @@ from mutant_inject import Imported, entered, entry_of, patch
 from mutants import Mutant, mutants_of
 
 Outcome = Literal["killed", "hung", "survived", "broken"]
-"""``hung`` is a way of being killed; ``broken`` says that the run itself failed and nothing is known."""
+"""``hung`` is a way of being killed; ``broken`` says that the run itself failed and nothing is
+known."""
 
 WALL_S = 120.0
-"""A child that takes longer waits for something: killed. Nothing else looks at the clock, so a busy machine kills nobody."""
+"""A child that takes longer waits for something: killed. Nothing else looks at the clock, so a busy
+machine kills nobody."""
 CPU_MIN_S = 4.0
 """A test may always burn this much processor time."""
 MEMORY_BYTES = 8 << 30
-PRELOADED = ("msgspec", "xxhash", "zstandard", "numpy", "fsspec", "hypothesis", "hypothesis.strategies")
+PRELOADED = (
+    "msgspec",
+    "xxhash",
+    "zstandard",
+    "numpy",
+    "fsspec",
+    "hypothesis",
+    "hypothesis.strategies",
+)
 
 
 class Hang(BaseException):
@@ -63,7 +74,11 @@ class Target:
 
     def mutants(self, source: str) -> list[Mutant]:
         """The mutants of the module's source that count."""
-        return [one for one in mutants_of(source) if not self.only or one.function.partition(".")[0] in self.only]
+        return [
+            one
+            for one in mutants_of(source)
+            if not self.only or one.function.partition(".")[0] in self.only
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +96,11 @@ class BaselineError(Exception):
 def run_all(
     root: Path, target: Target, mutants: Sequence[Mutant], *, cpu_min_s: float = CPU_MIN_S
 ) -> Iterator[tuple[Mutant, Ran]]:
-    """Run the tests on each mutant, and first on none. Raises BaselineError where they fail then already.
+    """Run the tests on each mutant, and first on none. Raises BaselineError where they fail then
+    already.
 
-    A test is stopped that burns ten times the processor time that it burns without a mutant, and ``cpu_min_s``.
+    A test is stopped that burns ten times the processor time that it burns without a mutant, and
+    ``cpu_min_s``.
     """
     live = [one for one in mutants if not one.on_import]
     with tempfile.TemporaryFile() as log:
@@ -91,7 +108,9 @@ def run_all(
             first = told()
             if first is None or first.outcome != "survived":
                 log.seek(0)
-                raise BaselineError(f"by={first and first.by}\n{log.read().decode(errors='replace')}")
+                raise BaselineError(
+                    f"by={first and first.by}\n{log.read().decode(errors='replace')}"
+                )
             for mutant in live:
                 ran = told()
                 if ran is None:
@@ -106,34 +125,47 @@ def run_all(
 
 @contextmanager
 def copied(root: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A copy of these folders and files of a tree, so that a campaign sees one state of it and leaves nothing in it."""
+    """A copy of these folders and files of a tree, so that a campaign sees one state of it and
+    leaves nothing in it."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         for name in names:
             if (root / name).is_dir():
-                shutil.copytree(root / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    root / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__")
+                )
             else:
                 shutil.copy(root / name, Path(folder, name))
         yield Path(folder)
 
 
 def preload() -> None:
-    """Import, once for all children, what no mutant changes; and make property tests repeatable and brief in defeat."""
+    """Import, once for all children, what no mutant changes; and make property tests repeatable and
+    brief in defeat."""
     for name in PRELOADED:
         importlib.import_module(name)
     hypothesis = importlib.import_module("hypothesis")
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
     checks = list(hypothesis.HealthCheck)
     hypothesis.settings.register_profile(
-        "mutants", derandomize=True, database=None, deadline=None, phases=phases, suppress_health_check=checks
+        "mutants",
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=phases,
+        suppress_health_check=checks,
     )
     hypothesis.settings.load_profile("mutants")
 
 
 @contextmanager
-def _session(root: Path, loop: _Loop, imported: Mutant | None, log: IO[bytes]) -> Iterator[Callable[[], Ran | None]]:
-    """A process that has collected the tests and runs them without, then with each mutant. Gives a way to hear of the next.
+def _session(
+    root: Path, loop: _Loop, imported: Mutant | None, log: IO[bytes]
+) -> Iterator[Callable[[], Ran | None]]:
+    """A process that has collected the tests and runs them without, then with each mutant. Gives a
+    way to hear of the next.
 
-    That one says None where the process ended: with ``imported`` in place of the module, because it can't be imported.
+    That one says None where the process ended: with ``imported`` in place of the module, because it
+    can't be imported.
     """
     receive, send = os.pipe()
     child = _fork(log, lambda: _collect(root, loop, imported, send))
@@ -179,7 +211,9 @@ def _collect(root: Path, loop: _Loop, imported: Mutant | None, send: int) -> Non
     if finder:
         sys.meta_path.insert(0, finder)
     options = ["-q", "-m", "not slow", "--tb=short", "--assert=plain", f"--basetemp={root}/tmp"]
-    pytest.main([*options, "-p", "no:cacheprovider", "-p", "no:xdist", *target.tests], plugins=[loop])
+    pytest.main(
+        [*options, "-p", "no:cacheprovider", "-p", "no:xdist", *target.tests], plugins=[loop]
+    )
     if finder and not finder.executed:
         _tell(send, Ran("broken", "nothing imports the module"))
 
@@ -190,16 +224,19 @@ def _tell(send: int, ran: Ran) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a test did without any mutant: processor time, and which functions of the module it entered, by their line."""
+    """What a test did without any mutant: processor time, and which functions of the module it
+    entered, by their line."""
 
     spent_s: float
     entered: frozenset[int]
 
 
 class _Loop:
-    """Instead of pytest's own loop over the tests: one over mutants, and in a child of each one over the tests.
+    """Instead of pytest's own loop over the tests: one over mutants, and in a child of each one
+    over the tests.
 
-    Those that killed most come first, then the quick ones; those that never entered the mutated function are left out.
+    Those that killed most come first, then the quick ones; those that never entered the mutated
+    function are left out.
     """
 
     def __init__(self, target: Target, mutants: Sequence[Mutant], cpu_min_s: float) -> None:
@@ -242,7 +279,10 @@ class _Loop:
             os.waitpid(child, 0)
         outcome, by, seen = json.loads(told or b'["killed", "the end of the process", {}]')
         if mutant is None:
-            self._before = {name: _Seen(spent_s, frozenset(entered)) for name, (spent_s, entered) in seen.items()}
+            self._before = {
+                name: _Seen(spent_s, frozenset(entered))
+                for name, (spent_s, entered) in seen.items()
+            }
         return Ran(outcome, by)
 
     def _test(self, items: list[pytest.Item], mutant: Mutant | None, send: int) -> None:

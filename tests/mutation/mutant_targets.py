@@ -14,7 +14,11 @@ _LOG = (
     "tests/log/test_stored_folds.py",
     "tests/log/test_catalog.py",
 )
-_STORES = ("tests/log/test_quorum.py", "tests/log/test_quorum_gathered.py", "tests/log/test_replicated_claims.py")
+_STORES = (
+    "tests/log/test_quorum.py",
+    "tests/log/test_quorum_gathered.py",
+    "tests/log/test_replicated_claims.py",
+)
 
 TARGETS = (
     Target("ckpt/log/fold.py", _LOG),
@@ -22,8 +26,15 @@ TARGETS = (
     Target("ckpt/log/select.py", _LOG),
     Target("ckpt/log/stored_fold.py", _LOG),
     Target("ckpt/log/quorum.py", _STORES),
-    Target("ckpt/log/replicated.py", _STORES, only=("StoresSequencer", "FiledSequencer", "silent", "_digest")),
-    Target("ckpt/restore/plan.py", ("tests/restore/test_plan.py", "tests/restore/test_planned_reads.py")),
+    Target(
+        "ckpt/log/replicated.py",
+        _STORES,
+        only=("StoresSequencer", "FiledSequencer", "silent", "_digest"),
+    ),
+    Target(
+        "ckpt/restore/plan.py",
+        ("tests/restore/test_plan.py", "tests/restore/test_planned_reads.py"),
+    ),
     Target(
         "ckpt/save/receipts.py",
         ("tests/save/test_receipts_shares.py", "tests/save/test_persister_shares.py"),

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from mutations import Place, Wrong, function_of, signatures_of, variants
 
 TEXT_MIN = 12
-"""A mutation is shown with so much around it that this many characters are seen, or the statement."""
+"""A mutation is shown with so much around it that this many characters are seen, or the
+statement."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One change: in which function, what was there, what is there now, and the whole module with it.
+    """One change: in which function, what was there, what is there now, and the whole module with
+    it.
 
-    ``number`` tells apart mutants of one function that read alike, from 1. ``on_import``: it is in what only an import runs.
+    ``number`` tells apart mutants of one function that read alike, from 1. ``on_import``: it is in
+    what only an import runs.
     """
 
     function: str
@@ -41,7 +44,9 @@ class Mutant:
 def mutants_of(source: str) -> list[Mutant]:
     """Every mutant of a module, in the order of its lines. O(nodes x length of the source)."""
     tree = ast.parse(source)
-    parents = {child: (node, name, at) for node in ast.walk(tree) for child, name, at in _children(node)}
+    parents = {
+        child: (node, name, at) for node in ast.walk(tree) for child, name, at in _children(node)
+    }
     signatures = dict(signatures_of(tree))
     found: list[Mutant] = []
     known = {ast.unparse(tree)}
@@ -76,11 +81,14 @@ def _children(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
 
 
 def _nodes(node: ast.AST, function: str) -> Iterator[tuple[ast.AST, str]]:
-    """Every node that may be changed, with the dotted name of the function or class that it is in."""
+    """Every node that may be changed, with the dotted name of the function or class that it is
+    in."""
     for child, name, _ in _children(node):
         if name in {"annotation", "returns", "decorator_list", "bases", "pattern", "type"}:
             continue
-        if isinstance(child, (ast.Import, ast.ImportFrom, ast.Assert, ast.JoinedStr, ast.expr_context)):
+        if isinstance(
+            child, (ast.Import, ast.ImportFrom, ast.Assert, ast.JoinedStr, ast.expr_context)
+        ):
             continue
         if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
             continue
@@ -117,7 +125,8 @@ def _swap(place: Place, new: Wrong) -> Wrong:
 
 def _shown(node: ast.AST, parents: dict[ast.AST, Place]) -> ast.AST:
     while not isinstance(node, (ast.stmt, ast.match_case)) and (
-        len(ast.unparse(node)) < TEXT_MIN or isinstance(node, (ast.keyword, ast.comprehension, ast.arguments))
+        len(ast.unparse(node)) < TEXT_MIN
+        or isinstance(node, (ast.keyword, ast.comprehension, ast.arguments))
     ):
         node = parents[node][0]
     return node
@@ -132,5 +141,13 @@ class _Brief(ast.NodeTransformer):
 
 def _text(node: Wrong) -> str:
     assert isinstance(node, ast.AST)
-    lines = ast.unparse(ast.fix_missing_locations(_Brief().visit(copy.deepcopy(node)))).strip().splitlines()
-    return lines[0] if isinstance(node, (ast.stmt, ast.match_case)) else " ".join(line.strip() for line in lines)
+    lines = (
+        ast.unparse(ast.fix_missing_locations(_Brief().visit(copy.deepcopy(node))))
+        .strip()
+        .splitlines()
+    )
+    return (
+        lines[0]
+        if isinstance(node, (ast.stmt, ast.match_case))
+        else " ".join(line.strip() for line in lines)
+    )

@@ -1,6 +1,8 @@
-"""What a person in a hurry might write instead: for a place in a syntax tree, what to put there. Pure.
+"""What a person in a hurry might write instead: for a place in a syntax tree, what to put there.
+Pure.
 
-What only repeats another change is left out: a comparison becomes True and False, which is harder to survive than its negation.
+What only repeats another change is left out: a comparison becomes True and False, which is harder
+to survive than its negation.
 """
 
 from __future__ import annotations
@@ -9,18 +11,48 @@ import ast
 from collections.abc import Iterator
 
 BOUNDARIES: dict[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
-}  # fmt: skip
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+}
 NEGATIONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
-}  # fmt: skip
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}
 ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
-    ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr,
-}  # fmt: skip
-TWINS = {"max": "min", "min": "max", "any": "all", "all": "any", "startswith": "endswith", "popleft": "pop"}
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.FloorDiv,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift,
+    ast.BitOr: ast.BitAnd,
+    ast.BitAnd: ast.BitOr,
+}
+TWINS = {
+    "max": "min",
+    "min": "max",
+    "any": "all",
+    "all": "any",
+    "startswith": "endswith",
+    "popleft": "pop",
+}
 WRAPPERS = {"sorted", "reversed", "set", "frozenset", "abs"}
-EMPTY = {"str": "''", "int": "0", "bytes": "b''", "tuple": "()", "list": "[]", "dict": "{}", "frozenset": "frozenset()"}
+EMPTY = {
+    "str": "''",
+    "int": "0",
+    "bytes": "b''",
+    "tuple": "()",
+    "list": "[]",
+    "dict": "{}",
+    "frozenset": "frozenset()",
+}
 WITH_DEFAULT = {"get", "pop", "next", "getattr"}
 Place = tuple[ast.AST, str, int | None]
 """Where a node hangs: its parent, the field there, and the index where that is a list."""
@@ -30,14 +62,28 @@ Wrong = ast.AST | list[ast.keyword] | None
 
 
 def signatures_of(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
-    """What the module's own functions and classes say of their arguments' types: only those of one type are swapped."""
+    """What the module's own functions and classes say of their arguments' types: only those of one
+    type are swapped."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
-            yield node.name, [ast.unparse(arg.annotation) if arg.annotation else "" for arg in node.args.args]
+            yield (
+                node.name,
+                [ast.unparse(arg.annotation) if arg.annotation else "" for arg in node.args.args],
+            )
         elif isinstance(node, ast.ClassDef):
-            fields = [ast.unparse(one.annotation) for one in node.body if isinstance(one, ast.AnnAssign)]
-            made = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
-            args = [ast.unparse(arg.annotation) if arg.annotation else "" for one in made for arg in one.args.args[1:]]
+            fields = [
+                ast.unparse(one.annotation) for one in node.body if isinstance(one, ast.AnnAssign)
+            ]
+            made = [
+                one
+                for one in node.body
+                if isinstance(one, ast.FunctionDef) and one.name == "__init__"
+            ]
+            args = [
+                ast.unparse(arg.annotation) if arg.annotation else ""
+                for one in made
+                for arg in one.args.args[1:]
+            ]
             yield node.name, args or fields
 
 
@@ -57,7 +103,9 @@ def variants(
         yield from _in_expressions(node, here, signatures)
 
 
-def _in_statements(node: ast.stmt, here: Place, parents: dict[ast.AST, Place]) -> Iterator[tuple[Place, Wrong]]:
+def _in_statements(
+    node: ast.stmt, here: Place, parents: dict[ast.AST, Place]
+) -> Iterator[tuple[Place, Wrong]]:
     yield from ((here, wrong) for wrong in _statements(node, parents))
     if isinstance(node, ast.For):
         yield (node, "iter", None), ast.Tuple([], ast.Load())
@@ -67,7 +115,9 @@ def _in_statements(node: ast.stmt, here: Place, parents: dict[ast.AST, Place]) -
         yield (node, "value", None), _nothing(node, parents)
 
 
-def _in_expressions(node: ast.AST, here: Place, signatures: dict[str, list[str]]) -> Iterator[tuple[Place, Wrong]]:
+def _in_expressions(
+    node: ast.AST, here: Place, signatures: dict[str, list[str]]
+) -> Iterator[tuple[Place, Wrong]]:
     match node:
         case ast.Compare():
             yield from _comparisons(node, here)
@@ -106,8 +156,16 @@ def _is_condition(place: Place) -> bool:
 def _is_unordered(place: Place) -> bool:
     """Whether the order of a tuple there means nothing: types, or where ``in`` looks."""
     parent, name, _ = place
-    is_type = isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"
-    return is_type or isinstance(parent, (ast.Compare, ast.Subscript)) or name in {"type", "annotation"}
+    is_type = (
+        isinstance(parent, ast.Call)
+        and isinstance(parent.func, ast.Name)
+        and parent.func.id == "isinstance"
+    )
+    return (
+        is_type
+        or isinstance(parent, (ast.Compare, ast.Subscript))
+        or name in {"type", "annotation"}
+    )
 
 
 def _comparisons(node: ast.Compare, here: Place) -> Iterator[tuple[Place, ast.AST]]:
@@ -118,7 +176,9 @@ def _comparisons(node: ast.Compare, here: Place) -> Iterator[tuple[Place, ast.AS
         for first, last in ((0, -1), (1, None)):
             left = ([node.left, *node.comparators])[first]
             yield here, ast.Compare(left, node.ops[first:last], node.comparators[first:last])
-    if not isinstance(here[0], ast.BoolOp):  # where dropping the operand, and the whole as True or False, say as much
+    if not isinstance(
+        here[0], ast.BoolOp
+    ):  # where dropping the operand, and the whole as True or False, say as much
         yield here, ast.Constant(True)
         yield here, ast.Constant(False)
     elif other := NEGATIONS.get(type(node.ops[0])):
@@ -126,8 +186,11 @@ def _comparisons(node: ast.Compare, here: Place) -> Iterator[tuple[Place, ast.AS
 
 
 def _sums(node: ast.BinOp) -> Iterator[ast.AST]:
-    if any(isinstance(side, (ast.Tuple, ast.List, ast.Constant, ast.JoinedStr)) and not _is_number(side)
-           for side in (node.left, node.right)):  # fmt: skip
+    if any(
+        isinstance(side, (ast.Tuple, ast.List, ast.Constant, ast.JoinedStr))
+        and not _is_number(side)
+        for side in (node.left, node.right)
+    ):
         yield node.left
         yield node.right
     elif other := ARITHMETIC.get(type(node.op)):
@@ -157,7 +220,11 @@ def _calls(node: ast.Call, signatures: dict[str, list[str]]) -> Iterator[ast.AST
         case _:
             name = ""
     if other := TWINS.get(name):
-        swapped = ast.Name(other, ast.Load()) if isinstance(node.func, ast.Name) else _renamed(node.func, other)
+        swapped = (
+            ast.Name(other, ast.Load())
+            if isinstance(node.func, ast.Name)
+            else _renamed(node.func, other)
+        )
         yield ast.Call(swapped, node.args, node.keywords)
     if name in WRAPPERS and len(node.args) == 1:
         yield node.args[0]
@@ -179,7 +246,8 @@ def _swapped(nodes: list[ast.expr], at: int) -> list[ast.expr]:
 
 
 def _statements(node: ast.stmt, parents: dict[ast.AST, Place]) -> Iterator[ast.AST]:
-    """What a whole statement is replaced by: nothing, mostly. Not where its names would then be unknown."""
+    """What a whole statement is replaced by: nothing, mostly. Not where its names would then be
+    unknown."""
     match node:
         case ast.Expr() | ast.AugAssign() | ast.Delete() | ast.Raise():
             yield ast.Pass()

@@ -1,4 +1,5 @@
-"""The campaign on a module that it can judge: it finds what no test sees, and believes only explanations that hold."""
+"""The campaign on a module that it can judge: it finds what no test sees, and believes only
+explanations that hold."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ def campaign(folder: Path, tests: str = TESTS) -> dict[str, Ran]:
 
 
 @pytest.mark.slow
-def test_what_no_test_tells_apart_survives_and_all_else_is_killed_by_the_test_that_does(tmp_path: Path) -> None:
+def test_what_no_test_tells_apart_survives_and_all_else_is_killed_by_the_test_that_does(
+    tmp_path: Path,
+) -> None:
     found = campaign(tmp_path)
     survived = {name for name, ran in found.items() if ran.outcome == "survived"}
     assert survived == {
@@ -66,7 +69,9 @@ def test_what_no_test_tells_apart_survives_and_all_else_is_killed_by_the_test_th
     }
     assert found["small: number < LIMIT → True"] == Ran("killed", "test_toy.py::test_small")
     assert found[": LIMIT = 3 → LIMIT = 2"] == Ran("killed", "test_toy.py::test_small")
-    assert found["Thing.name: return 'thing' → return ''"] == Ran("killed", "test_toy.py::test_name")
+    assert found["Thing.name: return 'thing' → return ''"] == Ran(
+        "killed", "test_toy.py::test_name"
+    )
     assert found["loop: number -= 1 → pass"] == Ran("hung", "test_toy.py::test_loop")
     assert not [ran for ran in found.values() if ran.outcome == "broken"]
 
@@ -84,7 +89,8 @@ def test_explanations_are_read_from_a_page() -> None:
 
 @pytest.mark.slow
 def test_a_sample_of_the_mutants_of_judging_voting_and_planning_is_killed() -> None:
-    """The short form of ``make mutants``, with a seed of its own so that it is the same until the code changes."""
+    """The short form of ``make mutants``, with a seed of its own so that it is the same until the
+    code changes."""
     modules = ["log/fold.py", "log/quorum.py", "restore/plan.py"]
     command = [sys.executable, str(CAMPAIGN), "--sample", "30", "--seed", "1", "--only", *modules]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

@@ -23,7 +23,9 @@ from ckpt.values import CHUNK_BYTES, Box, SnapshotId
 ROWS = 3 * 1024
 
 
-def write(backend, pieces: list[list[Piece]], *, compression: Compression | None = None) -> SnapshotIndex:
+def write(
+    backend, pieces: list[list[Piece]], *, compression: Compression | None = None
+) -> SnapshotIndex:
     writer = SampleWriter(backend, compression=compression or Compression("off"))
     pair = SnapshotId(writer.open_epoch(), 1)
     writer.write(pair, pieces)
@@ -45,7 +47,9 @@ def stored(request: pytest.FixtureRequest, big: np.ndarray) -> tuple[MemoryBacke
     return backend, write(backend, pieces, compression=Compression(mode))
 
 
-@pytest.mark.parametrize("box", [Box((0, 0), (ROWS, 1100)), Box((900, 0), (300, 1100)), Box((10, 500), (2500, 33))])
+@pytest.mark.parametrize(
+    "box", [Box((0, 0), (ROWS, 1100)), Box((900, 0), (300, 1100)), Box((10, 500), (2500, 33))]
+)
 @pytest.mark.parametrize("coalesce", [0, CHUNK_BYTES * 3])
 def test_any_box_arrives_whole(stored, big: np.ndarray, box: Box, coalesce: int) -> None:
     backend, index = stored
@@ -55,18 +59,25 @@ def test_any_box_arrives_whole(stored, big: np.ndarray, box: Box, coalesce: int)
     fetch(backend, plan, [out], threads=3, budget_bytes=64 << 20, on_progress=done.append)
     inside = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
     assert np.array_equal(out, big[inside] // 7)
-    assert sum(done) == sum(chunk.location.raw_bytes for read in plan.reads for chunk in read.chunks)
+    assert sum(done) == sum(
+        chunk.location.raw_bytes for read in plan.reads for chunk in read.chunks
+    )
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.tuples(st.integers(0, 40), st.integers(0, 40)), dtype=st.sampled_from(["f2", "f8", "c16", "u1"]))
+@given(
+    rows=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    dtype=st.sampled_from(["f2", "f8", "c16", "u1"]),
+)
 def test_small_leaves_of_any_width_arrive_whole(rows: tuple[int, int], dtype: str) -> None:
     values = np.random.default_rng(1).integers(0, 200, (40, 7)).astype(dtype)
     backend = MemoryBackend("small")
     index = write(backend, [[tensor("a", values), tensor("b", values[:3].copy())]])
     low, high = sorted(rows)
     box = Box((low, 2), (high - low, 4))
-    plan = plan_reads(index, [Want("a", None, box), Want("b", None, Box.whole((3, 7)))], coalesce_bytes=1 << 20)
+    plan = plan_reads(
+        index, [Want("a", None, box), Want("b", None, Box.whole((3, 7)))], coalesce_bytes=1 << 20
+    )
     out = [np.zeros(box.sizes, dtype), np.zeros((3, 7), dtype)]
     fetch(backend, plan, out, budget_bytes=1 << 20)
     assert np.array_equal(out[0], values[low:high, 2:6])
@@ -89,11 +100,21 @@ def test_flipped_bit_is_refused_and_named(big: np.ndarray) -> None:
     index = write(backend, [[tensor("model/w", big)]])
     place = index.shards("model/w", None)[0].locations[1]
     damage(backend, place.pack, place.offset_bytes + 77)
-    plan = plan_reads(index, [Want("model/w", None, Box.whole(big.shape))], coalesce_bytes=0, snapshot="epoch 1 step 1")
+    plan = plan_reads(
+        index,
+        [Want("model/w", None, Box.whole(big.shape))],
+        coalesce_bytes=0,
+        snapshot="epoch 1 step 1",
+    )
     with pytest.raises(IntegrityError) as caught:
         fetch(backend, plan, [np.zeros_like(big)], threads=2)
     text = str(caught.value)
-    for part in (f"pack={place.pack}", f"offset_bytes={place.offset_bytes}", "leaf=model/w", "snapshot=epoch 1 step 1"):
+    for part in (
+        f"pack={place.pack}",
+        f"offset_bytes={place.offset_bytes}",
+        "leaf=model/w",
+        "snapshot=epoch 1 step 1",
+    ):
         assert part in text
 
 

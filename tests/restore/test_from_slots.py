@@ -1,4 +1,5 @@
-"""Slots of all ranks read like a store: every byte verified, and nothing that was overwritten meanwhile is believed."""
+"""Slots of all ranks read like a store: every byte verified, and nothing that was overwritten
+meanwhile is believed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ SNAPSHOT = SnapshotId(2, 7)
 HEADER = 64 << 10
 BIG = CHUNK_BYTES + 100
 ROWS = Leaf(name="model/rows", kind=LeafKind.TENSOR, dtype="uint8", shape=(2 * BIG,))
-SMALL = tuple(Leaf(name="rng", kind=LeafKind.OBJECT, dtype="uint8", shape=(5,), rank=rank) for rank in range(2))
+SMALL = tuple(
+    Leaf(name="rng", kind=LeafKind.OBJECT, dtype="uint8", shape=(5,), rank=rank)
+    for rank in range(2)
+)
 
 
 def chunks(data: bytes) -> tuple[bytes, ...]:
@@ -45,10 +49,22 @@ def write(slot: Slot, rank: int, snapshot: SnapshotId = SNAPSHOT) -> StagedIndex
     slot.data[:BIG] = half(rank)
     slot.data[at : at + 5] = small(rank)
     rows = StagedShard(
-        leaf=ROWS, box=Box((rank * BIG,), (BIG,)), offset_bytes=0, size_bytes=BIG, digests=chunks(half(rank))
+        leaf=ROWS,
+        box=Box((rank * BIG,), (BIG,)),
+        offset_bytes=0,
+        size_bytes=BIG,
+        digests=chunks(half(rank)),
     )
-    own = StagedShard(leaf=SMALL[rank], box=Box.whole((5,)), offset_bytes=at, size_bytes=5, digests=chunks(small(rank)))
-    index = StagedIndex(snapshot=snapshot, rank=rank, world_size=2, shards=(rows, own), metadata={"loss": 0.5})
+    own = StagedShard(
+        leaf=SMALL[rank],
+        box=Box.whole((5,)),
+        offset_bytes=at,
+        size_bytes=5,
+        digests=chunks(small(rank)),
+    )
+    index = StagedIndex(
+        snapshot=snapshot, rank=rank, world_size=2, shards=(rows, own), metadata={"loss": 0.5}
+    )
     slot.seal(index)
     return index
 
@@ -61,7 +77,10 @@ def acquire(pool: SlotPool) -> Slot:
 
 @pytest.fixture
 def pools() -> Iterator[list[SlotPool]]:
-    made = [SlotPool(count=2, data_bytes=3 * CHUNK_BYTES, header_bytes=HEADER, prefault=False) for _ in range(2)]
+    made = [
+        SlotPool(count=2, data_bytes=3 * CHUNK_BYTES, header_bytes=HEADER, prefault=False)
+        for _ in range(2)
+    ]
     yield made
     for pool in made:
         pool.close()
@@ -90,7 +109,12 @@ def read(store: SlotStore, *wants: Want) -> list[bytes]:
 def test_shards_of_all_ranks_are_read_as_one_tensor(slots: list[Slot]) -> None:
     store = store_of(slots)
     middle = Want("model/rows", None, Box((BIG - 10,), (20,)))
-    found = read(store, Want("model/rows", None, Box.whole(ROWS.shape)), middle, Want("rng", 1, Box.whole((5,))))
+    found = read(
+        store,
+        Want("model/rows", None, Box.whole(ROWS.shape)),
+        middle,
+        Want("rng", 1, Box.whole((5,))),
+    )
     assert found == [half(0) + half(1), half(0)[-10:] + half(1)[:10], small(1)]
     assert store.unchanged()
 
@@ -99,7 +123,11 @@ def test_index_says_what_a_stored_one_would(slots: list[Slot]) -> None:
     index = staged_index(tuple(reversed(store_of(slots).indexes)), job="job")
     manifest = index.manifest
     assert (manifest.job, manifest.snapshot, manifest.world_size) == ("job", SNAPSHOT, 2)
-    assert (manifest.size_bytes, manifest.new_bytes, manifest.metadata) == (2 * BIG + 10, 0, {"loss": 0.5})
+    assert (manifest.size_bytes, manifest.new_bytes, manifest.metadata) == (
+        2 * BIG + 10,
+        0,
+        {"loss": 0.5},
+    )
     assert index.packs() == {slot_key(0), slot_key(1)}
     assert all(key.startswith(SLOT_PREFIX) for key in index.packs())
 
@@ -128,7 +156,9 @@ def test_slot_is_found_among_those_of_its_rank(pools: list[SlotPool], slots: lis
     memories = {rank: [other[rank].memory, slots[rank].memory] for rank in range(2)}
     assert SlotStore.find(SNAPSHOT, memories).indexes[1].snapshot == SNAPSHOT
     assert SlotStore.find(SnapshotId(2, 9), memories).unchanged()
-    with pytest.raises(IntegrityError, match=r"no slot of this rank holds the snapshot.*step 8 rank=0 slots=2"):
+    with pytest.raises(
+        IntegrityError, match=r"no slot of this rank holds the snapshot.*step 8 rank=0 slots=2"
+    ):
         SlotStore.find(SnapshotId(2, 8), memories)
 
 
@@ -143,7 +173,10 @@ def test_slots_of_other_snapshots_or_ranks_are_refused(slots: list[Slot], swap: 
     if swap:
         slots.reverse()
     with pytest.raises(IntegrityError, match="does not hold the snapshot"):
-        SlotStore(SNAPSHOT if swap else SnapshotId(2, 8), {rank: slot.memory for rank, slot in enumerate(slots)})
+        SlotStore(
+            SNAPSHOT if swap else SnapshotId(2, 8),
+            {rank: slot.memory for rank, slot in enumerate(slots)},
+        )
 
 
 def test_missing_rank_or_mixture_makes_no_index(slots: list[Slot]) -> None:
@@ -161,7 +194,10 @@ def test_missing_rank_or_mixture_makes_no_index(slots: list[Slot]) -> None:
 def test_store_behaves_like_any_other_but_is_only_read(slots: list[Slot]) -> None:
     store = store_of(slots)
     size = len(slots[0].data)
-    assert [(stat.key, stat.size_bytes) for stat in store.list(SLOT_PREFIX)] == [("slot/0", size), ("slot/1", size)]
+    assert [(stat.key, stat.size_bytes) for stat in store.list(SLOT_PREFIX)] == [
+        ("slot/0", size),
+        ("slot/1", size),
+    ]
     assert [stat.key for stat in store.list("slot/", after="slot/0")] == ["slot/1"]
     assert store.stat("packs/x") is None
     out = memoryview(bytearray(5))
@@ -186,9 +222,13 @@ def test_live_objects_are_filled_from_slots() -> None:
     items = {"model": model, "step": {"n": 3}}
     capture = CapturePlan(items, World(0, 1)).capture()
     sources = [CopySource(leaf.leaf, leaf.box, leaf.tensor) for leaf in capture.tensors]
-    objects = [CopySource(leaf.leaf, Box.whole(leaf.leaf.shape), leaf.data) for leaf in capture.objects]
+    objects = [
+        CopySource(leaf.leaf, Box.whole(leaf.leaf.shape), leaf.data) for leaf in capture.objects
+    ]
     plan = CopyPlan.build([*sources, *objects])
-    pool = SlotPool(count=1, data_bytes=plan.data_bytes, header_bytes=plan.header_bytes, prefault=False)
+    pool = SlotPool(
+        count=1, data_bytes=plan.data_bytes, header_bytes=plan.header_bytes, prefault=False
+    )
     slot = acquire(pool)
     slot.begin()
     shards = plan.run(slot, objects=objects)
@@ -201,9 +241,13 @@ def test_live_objects_are_filled_from_slots() -> None:
     index = staged_index(store.indexes, job="job")
     with Fetcher(store) as fetcher:
         apply(
-            live, index, world=World(0, 1),
-            read=lambda wants, outs: fetcher.fetch(plan_reads(index, wants, coalesce_bytes=1 << 16), outs),
-        )  # fmt: skip
+            live,
+            index,
+            world=World(0, 1),
+            read=lambda wants, outs: fetcher.fetch(
+                plan_reads(index, wants, coalesce_bytes=1 << 16), outs
+            ),
+        )
     assert store.unchanged()
     assert live["step"] == {"n": 3}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

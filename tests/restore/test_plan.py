@@ -35,7 +35,15 @@ class Store:
         self.known: dict[bytes, ChunkLocation] = {}
         self.gap_bytes = gap_bytes
 
-    def add(self, name: str, values: np.ndarray, boxes: Sequence[Box], *, dtype: str, rank: int | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        values: np.ndarray,
+        boxes: Sequence[Box],
+        *,
+        dtype: str,
+        rank: int | None = None,
+    ) -> None:
         leaf = Leaf(name=name, kind=LeafKind.TENSOR, dtype=dtype, shape=values.shape, rank=rank)
         self.found[name, rank] = tuple(self.shard(leaf, values, box) for box in boxes)
 
@@ -44,11 +52,15 @@ class Store:
         chunks = [raw[i : i + GRID] for i in range(0, len(raw), GRID)]
         for chunk in chunks:
             if digest(chunk) not in self.known:
-                self.known[digest(chunk)] = ChunkLocation("packs/p", len(self.pack), len(chunk), len(chunk), Codec.RAW)
+                self.known[digest(chunk)] = ChunkLocation(
+                    "packs/p", len(self.pack), len(chunk), len(chunk), Codec.RAW
+                )
                 self.pack += chunk + bytes(self.gap_bytes)
         digests = tuple(digest(chunk) for chunk in chunks)
         places = tuple(self.known[one] for one in digests)
-        return StoredShard(leaf=leaf, box=box, size_bytes=len(raw), digests=digests, locations=places)
+        return StoredShard(
+            leaf=leaf, box=box, size_bytes=len(raw), digests=digests, locations=places
+        )
 
     def leaves(self) -> list[Leaf]:
         return [shards[0].leaf for shards in self.found.values() if shards]
@@ -88,7 +100,9 @@ def carry_out(plan: ReadPlan, store: Store) -> list[bytearray]:
 
 
 @st.composite
-def cuts(draw: st.DrawFn, shape: tuple[int, ...], box: Box | None = None, depth: int = 3) -> list[Box]:
+def cuts(
+    draw: st.DrawFn, shape: tuple[int, ...], box: Box | None = None, depth: int = 3
+) -> list[Box]:
     """Boxes that cover ``shape`` exactly once, by cutting again and again."""
     box = Box.whole(shape) if box is None else box
     splittable = [d for d, size in enumerate(box.sizes) if size > 1]
@@ -105,7 +119,9 @@ def cuts(draw: st.DrawFn, shape: tuple[int, ...], box: Box | None = None, depth:
 @st.composite
 def inner_box(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
     offsets = tuple(draw(st.integers(0, size)) for size in shape)
-    sizes = tuple(draw(st.integers(0, size - offset)) for size, offset in zip(shape, offsets, strict=True))
+    sizes = tuple(
+        draw(st.integers(0, size - offset)) for size, offset in zip(shape, offsets, strict=True)
+    )
     return Box(offsets, sizes)
 
 
@@ -116,7 +132,8 @@ def test_any_layout_to_any_boxes_gives_what_numpy_gives(data: st.DataObject) -> 
     shape = tuple(data.draw(st.lists(st.integers(0, 6), max_size=4)))
     dtype = data.draw(st.sampled_from(sorted(DTYPES)))
     values = np.frombuffer(
-        np.random.default_rng(1).bytes(math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize), DTYPES[dtype]
+        np.random.default_rng(1).bytes(math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize),
+        DTYPES[dtype],
     )
     values = values.reshape(shape)
     store = Store(gap_bytes=data.draw(st.sampled_from((0, 3))))
@@ -124,10 +141,14 @@ def test_any_layout_to_any_boxes_gives_what_numpy_gives(data: st.DataObject) -> 
     boxes = data.draw(st.lists(inner_box(shape), max_size=3))
     coalesce = data.draw(st.sampled_from((0, 40, 1 << 20)))
 
-    plan = plan_reads(store, [Want("w", None, box) for box in boxes], coalesce_bytes=coalesce, chunk_bytes=GRID)
+    plan = plan_reads(
+        store, [Want("w", None, box) for box in boxes], coalesce_bytes=coalesce, chunk_bytes=GRID
+    )
 
     got = carry_out(plan, store)
-    assert [bytes(one) for one in got] == [np.ascontiguousarray(values[slices(box)]).tobytes() for box in boxes]
+    assert [bytes(one) for one in got] == [
+        np.ascontiguousarray(values[slices(box)]).tobytes() for box in boxes
+    ]
     seen = [chunk.digest for read in plan.reads for chunk in read.chunks]
     assert len(seen) == len(set(seen))
 
@@ -140,7 +161,9 @@ def test_split_flat_covers_the_range_in_order(data: st.DataObject) -> None:
     stop = data.draw(st.integers(start, total))
     numbers = np.arange(total).reshape(sizes)
     boxes = split_flat(sizes, start, stop)
-    assert [int(n) for box in boxes for n in numbers[slices(box)].ravel()] == list(range(start, stop))
+    assert [int(n) for box in boxes for n in numbers[slices(box)].ravel()] == list(
+        range(start, stop)
+    )
     assert len(boxes) <= max(1, 2 * len(sizes) - 1)
 
 
@@ -150,9 +173,18 @@ def rows(*pairs: tuple[int, int], columns: int) -> list[Box]:
 
 def test_row_range_of_a_row_shard_is_one_run_per_chunk() -> None:
     store = Store()
-    store.add("w", np.arange(64, dtype=np.float32).reshape(16, 4), rows((0, 8), (8, 16), columns=4), dtype="float32")
-    plan = plan_reads(store, [Want("w", None, Box((6, 0), (4, 4)))], coalesce_bytes=0, chunk_bytes=GRID)
-    assert all(copy.contiguous for read in plan.reads for chunk in read.chunks for copy in chunk.copies)
+    store.add(
+        "w",
+        np.arange(64, dtype=np.float32).reshape(16, 4),
+        rows((0, 8), (8, 16), columns=4),
+        dtype="float32",
+    )
+    plan = plan_reads(
+        store, [Want("w", None, Box((6, 0), (4, 4)))], coalesce_bytes=0, chunk_bytes=GRID
+    )
+    assert all(
+        copy.contiguous for read in plan.reads for chunk in read.chunks for copy in chunk.copies
+    )
     assert plan.read_bytes == 4 * 16
 
 
@@ -171,14 +203,20 @@ def test_neighbours_are_joined_up_to_the_limit() -> None:
     store = Store()
     store.add("w", np.arange(64, dtype=np.uint8), [Box.whole((64,))], dtype="uint8")
     want = [Want("w", None, Box.whole((64,)))]
-    assert [r.size_bytes for r in plan_reads(store, want, coalesce_bytes=32, chunk_bytes=GRID).reads] == [32, 32]
-    assert [r.size_bytes for r in plan_reads(store, want, coalesce_bytes=0, chunk_bytes=GRID).reads] == [16] * 4
+    assert [
+        r.size_bytes for r in plan_reads(store, want, coalesce_bytes=32, chunk_bytes=GRID).reads
+    ] == [32, 32]
+    assert [
+        r.size_bytes for r in plan_reads(store, want, coalesce_bytes=0, chunk_bytes=GRID).reads
+    ] == [16] * 4
 
 
 def test_distant_chunks_of_one_pack_stay_apart() -> None:
     store = Store(gap_bytes=GAP_BYTES_MAX + 1)
     store.add("w", np.arange(32, dtype=np.uint8), [Box.whole((32,))], dtype="uint8")
-    plan = plan_reads(store, [Want("w", None, Box.whole((32,)))], coalesce_bytes=1 << 30, chunk_bytes=GRID)
+    plan = plan_reads(
+        store, [Want("w", None, Box.whole((32,)))], coalesce_bytes=1 << 30, chunk_bytes=GRID
+    )
     assert len(plan.reads) == 2
 
 
@@ -187,7 +225,9 @@ def test_gap_between_shards_is_refused() -> None:
     store.add("w", np.zeros((8, 4), np.float32), rows((0, 3), (5, 8), columns=4), dtype="float32")
     plan_reads(store, [Want("w", None, Box((0, 0), (3, 4)))], coalesce_bytes=0, chunk_bytes=GRID)
     with pytest.raises(IntegrityError, match="do not cover"):
-        plan_reads(store, [Want("w", None, Box((2, 0), (2, 4)))], coalesce_bytes=0, chunk_bytes=GRID)
+        plan_reads(
+            store, [Want("w", None, Box((2, 0), (2, 4)))], coalesce_bytes=0, chunk_bytes=GRID
+        )
 
 
 def test_unknown_leaf_names_close_ones() -> None:
@@ -204,7 +244,9 @@ def test_leaf_of_another_rank_says_whose_it_is() -> None:
         plan_reads(store, [Want("rng", None, Box.whole((4,)))], coalesce_bytes=0)
 
 
-@pytest.mark.parametrize("box", [Box((0,), (5,)), Box((-1,), (2,)), Box((0, 0), (1, 1)), Box((), ())])
+@pytest.mark.parametrize(
+    "box", [Box((0,), (5,)), Box((-1,), (2,)), Box((0, 0), (1, 1)), Box((), ())]
+)
 def test_box_outside_the_leaf_is_refused(box: Box) -> None:
     store = Store()
     store.add("w", np.zeros(4, np.uint8), [Box.whole((4,))], dtype="uint8")

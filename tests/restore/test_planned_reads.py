@@ -1,4 +1,5 @@
-"""What a plan says of its reads: which chunks share a request, what each copy moves, whom errors name."""
+"""What a plan says of its reads: which chunks share a request, what each copy moves, whom errors
+name."""
 
 from __future__ import annotations
 
@@ -36,21 +37,36 @@ def chunk(offset: int, size: int, *, pack: str = "p") -> ChunkRead:
 def joined(*chunks: ChunkRead, limit: int = LIMIT) -> list[tuple[str, int, int, list[int]]]:
     """Each request's pack, offset and size, and the offsets of its chunks."""
     return [
-        (read.pack, read.offset_bytes, read.size_bytes, [one.location.offset_bytes for one in read.chunks])
+        (
+            read.pack,
+            read.offset_bytes,
+            read.size_bytes,
+            [one.location.offset_bytes for one in read.chunks],
+        )
         for read in join_reads(chunks, limit)
     ]
 
 
 def test_requests_go_by_pack_and_offset_whatever_order_chunks_come_in() -> None:
-    found = joined(chunk(20, 5, pack="b"), chunk(30, 5, pack="a"), chunk(10, 10, pack="b"), chunk(5, 5, pack="a"))
+    found = joined(
+        chunk(20, 5, pack="b"),
+        chunk(30, 5, pack="a"),
+        chunk(10, 10, pack="b"),
+        chunk(5, 5, pack="a"),
+    )
     assert found == [("a", 5, 30, [5, 30]), ("b", 10, 15, [10, 20])]
 
 
 def test_neighbours_in_different_packs_are_different_requests() -> None:
-    assert joined(chunk(0, 10, pack="a"), chunk(10, 10, pack="b")) == [("a", 0, 10, [0]), ("b", 10, 10, [10])]
+    assert joined(chunk(0, 10, pack="a"), chunk(10, 10, pack="b")) == [
+        ("a", 0, 10, [0]),
+        ("b", 10, 10, [10]),
+    ]
 
 
-@pytest.mark.parametrize(("gap", "requests"), [(0, 1), (1, 1), (GAP_BYTES_MAX, 1), (GAP_BYTES_MAX + 1, 2)])
+@pytest.mark.parametrize(
+    ("gap", "requests"), [(0, 1), (1, 1), (GAP_BYTES_MAX, 1), (GAP_BYTES_MAX + 1, 2)]
+)
 def test_a_gap_is_read_over_up_to_its_limit(gap: int, requests: int) -> None:
     found = joined(chunk(1000, 10), chunk(1010 + gap, 10), chunk(1020 + gap, 10))
     assert len(found) == requests
@@ -83,11 +99,18 @@ def test_a_copy_is_contiguous_where_both_sides_are_one_run() -> None:
 class OneLeaf:
     """A float32 leaf "w" in one shard or several, each chunk of the grid in a pack of its own."""
 
-    def __init__(self, shape: tuple[int, ...], *boxes: Box, grid: int = 16, ranks: tuple[int | None, ...] = (None,)):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *boxes: Box,
+        grid: int = 16,
+        ranks: tuple[int | None, ...] = (None,),
+    ):
         self.shape = shape
         self.grid = grid
         self.held = {
-            rank: Leaf(name="w", kind=LeafKind.TENSOR, dtype="float32", shape=shape, rank=rank) for rank in ranks
+            rank: Leaf(name="w", kind=LeafKind.TENSOR, dtype="float32", shape=shape, rank=rank)
+            for rank in ranks
         }
         self.boxes = boxes or (Box.whole(shape),)
 
@@ -98,14 +121,22 @@ class OneLeaf:
         return self.held.get(rank) if name == "w" else None
 
     def shards(self, name: str, rank: int | None) -> tuple[StoredShard, ...]:
-        return tuple(self.shard(self.held[rank], number, box) for number, box in enumerate(self.boxes))
+        return tuple(
+            self.shard(self.held[rank], number, box) for number, box in enumerate(self.boxes)
+        )
 
     def shard(self, leaf: Leaf, number: int, box: Box) -> StoredShard:
         size = box.elements * 4
         starts = range(0, size, self.grid)
         digests = tuple(digest(f"{number}/{at}".encode()) for at in starts)
         places = tuple(
-            ChunkLocation(f"{number:02d}/{at:04d}", 7, min(self.grid, size - at), min(self.grid, size - at), Codec.RAW)
+            ChunkLocation(
+                f"{number:02d}/{at:04d}",
+                7,
+                min(self.grid, size - at),
+                min(self.grid, size - at),
+                Codec.RAW,
+            )
             for at in starts
         )
         return StoredShard(leaf=leaf, box=box, size_bytes=size, digests=digests, locations=places)
@@ -155,7 +186,9 @@ def test_only_chunks_between_the_first_and_the_last_wanted_element_are_looked_at
         return split_flat(sizes, start, stop)
 
     monkeypatch.setattr(plan_room, "split_flat", split)
-    plan = planned(OneLeaf((104, 8), Box((0, 0), (4, 8)), Box((4, 0), (100, 8))), Box((44, 1), (3, 2)))
+    plan = planned(
+        OneLeaf((104, 8), Box((0, 0), (4, 8)), Box((4, 0), (100, 8))), Box((44, 1), (3, 2))
+    )
     assert looked == [80, 81, 82, 83, 84]
     assert packs(plan) == ["01/1280", "01/1312", "01/1344"]
 
@@ -177,22 +210,33 @@ def test_what_lies_in_one_run_is_copied_in_one_piece_a_chunk_however_rows_and_ch
     found = copies(planned(OneLeaf(shape), want))
     assert all(one.contiguous for one in found)
     values = np.arange(math.prod(shape)).reshape(shape)
-    wanted = values[tuple(slice(o, o + n) for o, n in zip(want.offsets, want.sizes, strict=True))].ravel().tolist()
+    wanted = (
+        values[tuple(slice(o, o + n) for o, n in zip(want.offsets, want.sizes, strict=True))]
+        .ravel()
+        .tolist()
+    )
     chunks = range(wanted[0] // 4, wanted[-1] // 4 + 1)
     assert len(found) == len(chunks)
-    assert [one.size_bytes for one in found] == [4 * sum(n // 4 == chunk for n in wanted) for chunk in chunks]
+    assert [one.size_bytes for one in found] == [
+        4 * sum(n // 4 == chunk for n in wanted) for chunk in chunks
+    ]
 
 
 def test_a_dimension_of_one_does_not_make_two_runs_one() -> None:
     (found,) = copies(planned(OneLeaf((2, 1, 4), grid=64), Box((0, 0, 0), (2, 1, 2))))
-    assert (found.shape, found.source_strides_bytes, found.target_strides_bytes) == ((2, 2), (16, 4), (8, 4))
+    assert (found.shape, found.source_strides_bytes, found.target_strides_bytes) == (
+        (2, 2),
+        (16, 4),
+        (8, 4),
+    )
 
 
 def test_a_shard_that_is_one_run_goes_into_the_columns_where_it_belongs() -> None:
     index = OneLeaf((2, 4), Box((0, 0), (2, 2)), Box((0, 2), (2, 2)))
     found = copies(planned(index, Box.whole((2, 4))))
     assert [
-        (one.shape, one.source_strides_bytes, one.target_strides_bytes, one.target_offset_bytes) for one in found
+        (one.shape, one.source_strides_bytes, one.target_strides_bytes, one.target_offset_bytes)
+        for one in found
     ] == [
         ((2, 2), (8, 4), (16, 4), 0),
         ((2, 2), (8, 4), (16, 4), 8),
@@ -201,29 +245,33 @@ def test_a_shard_that_is_one_run_goes_into_the_columns_where_it_belongs() -> Non
 
 def test_a_run_that_ends_with_a_chunk_does_not_touch_the_next() -> None:
     plan = planned(OneLeaf((12,), Box((0,), (12,))), Box((2,), (6,)))
-    assert [(one.source_offset_bytes, one.target_offset_bytes, one.size_bytes) for one in copies(plan)] == [
-        (8, 0, 8), (0, 8, 16),
-    ]  # fmt: skip
+    assert [
+        (one.source_offset_bytes, one.target_offset_bytes, one.size_bytes) for one in copies(plan)
+    ] == [
+        (8, 0, 8),
+        (0, 8, 16),
+    ]
     assert packs(plan) == ["00/0000", "00/0016"]
 
 
 def test_dimensions_that_continue_each_other_on_both_sides_are_merged() -> None:
     whole_rows = planned(OneLeaf((2, 2, 8), grid=128), Box((0, 0, 0), (2, 1, 4)))
-    assert [(one.shape, one.source_strides_bytes, one.target_strides_bytes) for one in copies(whole_rows)] == [
-        ((2, 4), (64, 4), (16, 4))
-    ]
+    assert [
+        (one.shape, one.source_strides_bytes, one.target_strides_bytes)
+        for one in copies(whole_rows)
+    ] == [((2, 4), (64, 4), (16, 4))]
     inner = planned(OneLeaf((2, 4, 4), grid=128), Box((0, 1, 0), (2, 2, 4)))
-    assert [(one.shape, one.source_strides_bytes, one.target_strides_bytes) for one in copies(inner)] == [
-        ((2, 8), (64, 4), (32, 4))
-    ]
+    assert [
+        (one.shape, one.source_strides_bytes, one.target_strides_bytes) for one in copies(inner)
+    ] == [((2, 8), (64, 4), (32, 4))]
     column = planned(OneLeaf((3, 4), grid=128), Box((0, 2), (3, 1)))
-    assert [(one.shape, one.source_offset_bytes, one.source_strides_bytes) for one in copies(column)] == [
-        ((3,), 8, (16,))
-    ]
+    assert [
+        (one.shape, one.source_offset_bytes, one.source_strides_bytes) for one in copies(column)
+    ] == [((3,), 8, (16,))]
     middle = planned(OneLeaf((2, 3, 2, 2), grid=128), Box((0, 0, 0, 0), (2, 3, 1, 2)))
-    assert [(one.shape, one.source_strides_bytes, one.target_strides_bytes) for one in copies(middle)] == [
-        ((6, 2), (16, 4), (8, 4))
-    ]
+    assert [
+        (one.shape, one.source_strides_bytes, one.target_strides_bytes) for one in copies(middle)
+    ] == [((6, 2), (16, 4), (8, 4))]
 
 
 def test_one_element_is_a_copy_of_one_element() -> None:
@@ -235,7 +283,8 @@ def test_one_element_is_a_copy_of_one_element() -> None:
 
 
 def test_a_part_of_a_shard_that_is_itself_a_part_lies_where_numpy_says() -> None:
-    """The wanted box straddles four shards whose corners lie anywhere; each copy is checked against numpy's strides."""
+    """The wanted box straddles four shards whose corners lie anywhere; each copy is checked against
+    numpy's strides."""
     boxes = (Box((0, 0), (3, 4)), Box((0, 4), (3, 3)), Box((3, 0), (4, 4)), Box((3, 4), (4, 3)))
     index, want = OneLeaf((7, 7), *boxes, grid=1 << 10), Box((1, 2), (4, 4))
     values = np.arange(49, dtype=np.float32).reshape(7, 7)
@@ -244,14 +293,16 @@ def test_a_part_of_a_shard_that_is_itself_a_part_lies_where_numpy_says() -> None
     assert len(plan.reads) == 4
     for number, read in enumerate(plan.reads):
         box = boxes[number]
-        raw = np.ascontiguousarray(values[box.offsets[0] :, box.offsets[1] :][: box.sizes[0], : box.sizes[1]]).ravel()
+        raw = np.ascontiguousarray(
+            values[box.offsets[0] :, box.offsets[1] :][: box.sizes[0], : box.sizes[1]]
+        ).ravel()
         for one in read.chunks[0].copies:
             source = np.lib.stride_tricks.as_strided(
                 raw[one.source_offset_bytes // 4 :], one.shape, one.source_strides_bytes
             )
-            np.lib.stride_tricks.as_strided(out[one.target_offset_bytes // 4 :], one.shape, one.target_strides_bytes)[
-                ...
-            ] = source
+            np.lib.stride_tricks.as_strided(
+                out[one.target_offset_bytes // 4 :], one.shape, one.target_strides_bytes
+            )[...] = source
     assert out.reshape(4, 4).tolist() == values[1:5, 2:6].tolist()
 
 
@@ -261,7 +312,9 @@ def test_a_plan_names_its_snapshot_and_what_was_wanted_of_it() -> None:
     assert plan_reads(index, [], coalesce_bytes=0, snapshot="1/2").snapshot == "1/2"
     assert plan_verify([], coalesce_bytes=0).snapshot == ""
     assert plan_verify([], coalesce_bytes=0, snapshot="1/2").snapshot == "1/2"
-    with pytest.raises(IntegrityError, match=r"leaf=w rank=None snapshot=1/2 wanted_elements=2 covered_elements=1"):
+    with pytest.raises(
+        IntegrityError, match=r"leaf=w rank=None snapshot=1/2 wanted_elements=2 covered_elements=1"
+    ):
         plan_reads(index, [Want("w", None, Box((2,), (2,)))], coalesce_bytes=0, snapshot="1/2")
 
 
@@ -276,10 +329,14 @@ def test_a_chunk_is_named_after_the_leaf_and_rank_that_hold_it() -> None:
     plan = plan_reads(index, [Want("w", 3, Box.whole((4,)))], coalesce_bytes=0, chunk_bytes=16)
     assert [(one.leaf, one.rank) for read in plan.reads for one in read.chunks] == [("w", 3)]
     checked = plan_verify(index.shards("w", 3), coalesce_bytes=0)
-    assert [(one.leaf, one.rank, one.copies) for read in checked.reads for one in read.chunks] == [("w", 3, ())]
+    assert [(one.leaf, one.rank, one.copies) for read in checked.reads for one in read.chunks] == [
+        ("w", 3, ())
+    ]
 
 
-def test_what_is_verified_already_is_not_read_again_and_each_place_is_read_for_its_first_leaf() -> None:
+def test_what_is_verified_already_is_not_read_again_and_each_place_is_read_for_its_first_leaf() -> (
+    None
+):
     index = OneLeaf((8,), ranks=(0, 1))
     shards = [*index.shards("w", 0), *index.shards("w", 1)]
     places = list(zip(shards[0].digests, shards[0].locations, strict=True))
@@ -329,13 +386,18 @@ class Names(OneLeaf):
         self.names = names
 
     def leaves(self) -> list[Leaf]:
-        return [Leaf(name=name, kind=LeafKind.TENSOR, dtype="uint8", shape=(4,), rank=None) for name in self.names]
+        return [
+            Leaf(name=name, kind=LeafKind.TENSOR, dtype="uint8", shape=(4,), rank=None)
+            for name in self.names
+        ]
 
     def leaf(self, name: str, rank: int | None) -> Leaf | None:
         return None
 
 
-def test_a_leaf_that_is_not_there_is_told_with_the_closest_names_each_once_if_any_is_close() -> None:
+def test_a_leaf_that_is_not_there_is_told_with_the_closest_names_each_once_if_any_is_close() -> (
+    None
+):
     def told(*names: str) -> str:
         with pytest.raises(NotFoundError, match="no such leaf") as caught:
             plan_reads(Names(*names), [Want("weight.10", None, Box.whole((4,)))], coalesce_bytes=0)
@@ -351,7 +413,11 @@ def test_split_flat_makes_the_fewest_boxes() -> None:
     assert split_flat((2, 3), 0, 6) == (Box((0, 0), (2, 3)),)
     assert split_flat((2, 3), 3, 6) == (Box((1, 0), (1, 3)),)
     assert split_flat((4, 3), 3, 9) == (Box((1, 0), (2, 3)),)
-    assert split_flat((4, 3), 2, 10) == (Box((0, 2), (1, 1)), Box((1, 0), (2, 3)), Box((3, 0), (1, 1)))
+    assert split_flat((4, 3), 2, 10) == (
+        Box((0, 2), (1, 1)),
+        Box((1, 0), (2, 3)),
+        Box((3, 0), (1, 1)),
+    )
     assert split_flat((2, 3), 2, 4) == (Box((0, 2), (1, 1)), Box((1, 0), (1, 1)))
     assert split_flat((), 0, 1) == (Box((), ()),)
     assert split_flat((2, 3), 2, 2) == () == split_flat((), 0, 0)

@@ -18,17 +18,28 @@ from ckpt.testing.sample import SampleWriter, damage, sample_state, shard, tenso
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, SnapshotId
 
 
-def test_sharded_leaf_is_read_whole_and_by_rows(sample: SampleWriter, sample_index: SnapshotIndex) -> None:
+def test_sharded_leaf_is_read_whole_and_by_rows(
+    sample: SampleWriter, sample_index: SnapshotIndex
+) -> None:
     expected = sample_state(30).weight
     with SnapshotReader(sample.backend, sample_index) as reader:
         assert np.array_equal(reader.read("model/fc.weight").array, expected)
-        assert np.array_equal(reader.read("model/fc.weight", rows=slice(20, 30)).array, expected[20:30])
-        assert np.array_equal(reader.read("model/fc.weight", rows=slice(-3, None)).array, expected[-3:])
+        assert np.array_equal(
+            reader.read("model/fc.weight", rows=slice(20, 30)).array, expected[20:30]
+        )
+        assert np.array_equal(
+            reader.read("model/fc.weight", rows=slice(-3, None)).array, expected[-3:]
+        )
         assert reader.read("model/fc.weight", rows=slice(5, 5)).array.shape == (0, 32)
-        assert reader.read_bytes("model/fc.weight", None, Box((23, 1), (2, 3))) == expected[23:25, 1:4].tobytes()
+        assert (
+            reader.read_bytes("model/fc.weight", None, Box((23, 1), (2, 3)))
+            == expected[23:25, 1:4].tobytes()
+        )
 
 
-def test_bfloat16_and_its_alias_come_as_bits(sample: SampleWriter, sample_index: SnapshotIndex) -> None:
+def test_bfloat16_and_its_alias_come_as_bits(
+    sample: SampleWriter, sample_index: SnapshotIndex
+) -> None:
     with SnapshotReader(sample.backend, sample_index) as reader:
         for name in ("model/embed.weight", "model/head.weight"):
             found = reader.read(name)
@@ -36,10 +47,17 @@ def test_bfloat16_and_its_alias_come_as_bits(sample: SampleWriter, sample_index:
             assert np.array_equal(found.array, sample_state(30).embed_bits)
 
 
-def test_ranks_own_leaf_and_object_are_told_apart(sample: SampleWriter, sample_index: SnapshotIndex) -> None:
+def test_ranks_own_leaf_and_object_are_told_apart(
+    sample: SampleWriter, sample_index: SnapshotIndex
+) -> None:
     with SnapshotReader(sample.backend, sample_index) as reader:
         assert reader.read("noise", rank=1).array.tolist() == [1] * 5
-        assert reader.read_object("progress", rank=1) == {"step": 30, "rank": 1, "loss": float("inf"), "seen": (1, 2)}
+        assert reader.read_object("progress", rank=1) == {
+            "step": 30,
+            "rank": 1,
+            "loss": float("inf"),
+            "seen": (1, 2),
+        }
         with pytest.raises(NotFoundError, match="held by ranks"):
             reader.read("noise", rank=7)
         with pytest.raises(UsageError, match="not an object"):
@@ -47,7 +65,9 @@ def test_ranks_own_leaf_and_object_are_told_apart(sample: SampleWriter, sample_i
 
 
 @pytest.mark.parametrize("rows", [slice(0, 4, 2), slice(None, None, -1)])
-def test_rows_with_a_step_are_refused(sample: SampleWriter, sample_index: SnapshotIndex, rows: slice) -> None:
+def test_rows_with_a_step_are_refused(
+    sample: SampleWriter, sample_index: SnapshotIndex, rows: slice
+) -> None:
     with SnapshotReader(sample.backend, sample_index) as reader, pytest.raises(UsageError):
         reader.read("model/fc.weight", rows=rows)
 
@@ -78,7 +98,9 @@ def test_stream_gives_all_bytes_in_order_through_a_small_window() -> None:
     with SnapshotReader(backend, index, budget_bytes=1 << 20) as reader:
         for piece in reader.stream(leaves, window_bytes=CHUNK_BYTES):
             assert len(piece.data) <= CHUNK_BYTES
-            got[piece.number][piece.offset_bytes : piece.offset_bytes + len(piece.data)] = piece.data
+            got[piece.number][piece.offset_bytes : piece.offset_bytes + len(piece.data)] = (
+                piece.data
+            )
     for leaf, data in zip(leaves, got, strict=True):
         assert data == (big if leaf.name == "big" else arrays[leaf.name]).tobytes()
 
@@ -91,7 +113,9 @@ def test_sound_snapshot_verifies(sample: SampleWriter, sample_index: SnapshotInd
     assert sum(done) == report.read_bytes > 0
 
 
-def test_all_damage_is_reported_not_just_the_first(sample: SampleWriter, sample_index: SnapshotIndex) -> None:
+def test_all_damage_is_reported_not_just_the_first(
+    sample: SampleWriter, sample_index: SnapshotIndex
+) -> None:
     backend = sample.backend
     weight = sample_index.shards("model/fc.weight", None)
     bias = sample_index.shards("model/fc.bias", None)[0].locations[0]
@@ -114,14 +138,20 @@ def test_all_damage_is_reported_not_just_the_first(sample: SampleWriter, sample_
     assert len(report.damaged) == 3 + len(missing)
 
 
-def test_damage_shared_with_a_snapshot_verified_before_is_reported_again(sample: SampleWriter) -> None:
+def test_damage_shared_with_a_snapshot_verified_before_is_reported_again(
+    sample: SampleWriter,
+) -> None:
     state = sample.journal.refresh()
     indexes = [load_index(sample.backend, state, SnapshotId(1, step)) for step in (20, 30)]
     place = indexes[0].shards("model/fc.bias", None)[0].locations[0]
     damage(sample.backend, place.pack, place.offset_bytes)
     memo: VerifyMemo = {}
     first, second = (verify(index, sample.backend, memo=memo) for index in indexes)
-    assert [one.leaves for one in first.damaged] == [one.leaves for one in second.damaged] == [("model/fc.bias",)]
+    assert (
+        [one.leaves for one in first.damaged]
+        == [one.leaves for one in second.damaged]
+        == [("model/fc.bias",)]
+    )
     assert second.chunks == first.chunks
     assert second.read_bytes < first.read_bytes
 

@@ -7,12 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.save.chunks import GAP_BYTES_MAX, Chunk, PackPlan, new_chunks, plan_packs, raw_offsets
-from ckpt.values import CHUNK_BYTES, PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
+from ckpt.values import (
+    CHUNK_BYTES,
+    PAGE_BYTES,
+    Box,
+    Leaf,
+    LeafKind,
+    SnapshotId,
+    StagedIndex,
+    StagedShard,
+)
 
 
 def shard(name: str, offset: int, size: int, *digests: bytes, dtype: str = "uint8") -> StagedShard:
     leaf = Leaf(name=name, kind=LeafKind.TENSOR, dtype=dtype, shape=(size,))
-    return StagedShard(leaf=leaf, box=Box.whole((size,)), offset_bytes=offset, size_bytes=size, digests=digests)
+    return StagedShard(
+        leaf=leaf, box=Box.whole((size,)), offset_bytes=offset, size_bytes=size, digests=digests
+    )
 
 
 def staged(*shards: StagedShard) -> StagedIndex:
@@ -36,12 +47,20 @@ def test_known_and_repeated_chunks_are_references() -> None:
     assert found[0].kind == "float16/weight"
 
 
-chunks = st.lists(st.tuples(st.integers(0, 5 * PAGE_BYTES), st.integers(1, 3 * PAGE_BYTES)), max_size=20)
+chunks = st.lists(
+    st.tuples(st.integers(0, 5 * PAGE_BYTES), st.integers(1, 3 * PAGE_BYTES)), max_size=20
+)
 
 
 @pytest.mark.slow
-@given(chunks, st.integers(PAGE_BYTES, 20 * PAGE_BYTES), st.integers(PAGE_BYTES, 20 * PAGE_BYTES) | st.none())
-def test_packs_hold_each_chunk_where_they_say(spans: list[tuple[int, int]], most: int, first: int | None) -> None:
+@given(
+    chunks,
+    st.integers(PAGE_BYTES, 20 * PAGE_BYTES),
+    st.integers(PAGE_BYTES, 20 * PAGE_BYTES) | st.none(),
+)
+def test_packs_hold_each_chunk_where_they_say(
+    spans: list[tuple[int, int]], most: int, first: int | None
+) -> None:
     given_chunks: list[Chunk] = []
     at = 0
     for number, (gap, size) in enumerate(spans):
@@ -49,7 +68,9 @@ def test_packs_hold_each_chunk_where_they_say(spans: list[tuple[int, int]], most
         given_chunks.append(Chunk(number.to_bytes(16, "big"), at, size, 1, "w", "k"))
         at += size
     slot = bytes(i * 7 % 251 for i in range(at))
-    packs = plan_packs(given_chunks, data_bytes=len(slot), pack_bytes_max=most, first_bytes_max=first)
+    packs = plan_packs(
+        given_chunks, data_bytes=len(slot), pack_bytes_max=most, first_bytes_max=first
+    )
     assert [chunk for pack in packs for chunk in pack.chunks] == given_chunks
     for number, pack in enumerate(packs):
         check(pack, slot)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from ckpt.errors import UsageError
-from ckpt.save.chunks import NO_COMPRESSION, Compression, CompressionSample, decide_compression, may_compress
+from ckpt.save.chunks import (
+    NO_COMPRESSION,
+    Compression,
+    CompressionSample,
+    decide_compression,
+    may_compress,
+)
 
 MIB = 1 << 20
 SHRINKS = CompressionSample(raw_bytes=100 * MIB, stored_bytes=80 * MIB, encode_s=0.1)
@@ -22,8 +28,18 @@ NOISE = CompressionSample(raw_bytes=100 * MIB, stored_bytes=100 * MIB, encode_s=
         (Compression("auto"), SHRINKS, 100 * MIB, True),
         (Compression("auto"), SHRINKS, 950 * MIB, False),
         (Compression("auto"), NOISE, 1.0, False),
-        (Compression("auto"), CompressionSample(raw_bytes=100, stored_bytes=95, encode_s=0.0), 10.0, False),
-        (Compression("auto"), CompressionSample(raw_bytes=100, stored_bytes=10, encode_s=0.0), 10.0, True),
+        (
+            Compression("auto"),
+            CompressionSample(raw_bytes=100, stored_bytes=95, encode_s=0.0),
+            10.0,
+            False,
+        ),
+        (
+            Compression("auto"),
+            CompressionSample(raw_bytes=100, stored_bytes=10, encode_s=0.0),
+            10.0,
+            True,
+        ),
     ],
 )
 def test_decision_follows_the_sample(

@@ -64,9 +64,21 @@ def test_pack_of_which_less_than_half_is_needed_is_given_up() -> None:
 
 def test_sparsest_goes_first_and_the_budget_is_kept() -> None:
     known = {digest: place for pack in "abc" for digest, place in whole(pack, PAGES).items()}
-    wanted = {name("a", n) for n in range(6)} | {name("b", n) for n in range(3)} | {name("c", n) for n in range(8)}
+    wanted = (
+        {name("a", n) for n in range(6)}
+        | {name("b", n) for n in range(3)}
+        | {name("c", n) for n in range(8)}
+    )
     sizes = dict.fromkeys("abc", PACK_BYTES)
-    for budget, given_up in ((2, ""), (3, "b"), (8, "b"), (9, "ba"), (11, "ba"), (16, "ba"), (17, "bac")):
+    for budget, given_up in (
+        (2, ""),
+        (3, "b"),
+        (8, "b"),
+        (9, "ba"),
+        (11, "ba"),
+        (16, "ba"),
+        (17, "bac"),
+    ):
         found = plan_repacking(known, wanted, sizes, budget_bytes=budget * PAGE_BYTES)
         assert "".join(one.pack for one in found.given_up) == given_up, budget
 
@@ -74,7 +86,9 @@ def test_sparsest_goes_first_and_the_budget_is_kept() -> None:
 def test_one_that_does_not_fit_lets_a_smaller_one_go() -> None:
     known = whole("a", 40) | whole("b", PAGES)
     wanted = {name("a", n) for n in range(8)} | {name("b", n) for n in range(5)}
-    found = plan_repacking(known, wanted, {"a": 40 * PAGE_BYTES, "b": PACK_BYTES}, budget_bytes=5 * PAGE_BYTES)
+    found = plan_repacking(
+        known, wanted, {"a": 40 * PAGE_BYTES, "b": PACK_BYTES}, budget_bytes=5 * PAGE_BYTES
+    )
     assert [one.pack for one in found.given_up] == ["b"]
 
 
@@ -104,7 +118,8 @@ sizes_of_shards = st.lists(st.sampled_from([1, 100, 4096, 5000, 70_000]), min_si
 @LONG
 @given(sizes_of_shards, st.integers(0, 2**32), st.booleans())
 def test_pack_just_written_never_looks_sparse(sizes: list[int], seed: int, few: bool) -> None:
-    """Chunks between known ones, as a save with few changes writes them, with the gaps that it leaves."""
+    """Chunks between known ones, as a save with few changes writes them, with the gaps that it
+    leaves."""
     dice = random.Random(seed)
     shards = []
     at = 0
@@ -112,7 +127,11 @@ def test_pack_just_written_never_looks_sparse(sizes: list[int], seed: int, few: 
         leaf = Leaf(name=f"w{number}", kind=LeafKind.TENSOR, dtype="uint8", shape=(size,))
         shards.append(
             StagedShard(
-                leaf=leaf, box=Box.whole((size,)), offset_bytes=at, size_bytes=size, digests=(name("d", number),)
+                leaf=leaf,
+                box=Box.whole((size,)),
+                offset_bytes=at,
+                size_bytes=size,
+                digests=(name("d", number),),
             )
         )
         at += -(-size // PAGE_BYTES) * PAGE_BYTES
@@ -120,10 +139,14 @@ def test_pack_just_written_never_looks_sparse(sizes: list[int], seed: int, few: 
     before = {name("d", n) for n in range(len(sizes)) if dice.random() < (0.8 if few else 0.2)}
     known: dict[Digest, ChunkLocation] = {}
     pack_bytes: dict[str, int] = {}
-    for n, pack in enumerate(plan_packs(new_chunks(staged, before), data_bytes=at, pack_bytes_max=64 << 10)):
+    for n, pack in enumerate(
+        plan_packs(new_chunks(staged, before), data_bytes=at, pack_bytes_max=64 << 10)
+    ):
         pack_bytes[str(n)] = pack.size_bytes
         for one, offset in zip(pack.chunks, raw_offsets(pack), strict=True):
-            known[one.digest] = ChunkLocation(str(n), offset, one.raw_bytes, one.raw_bytes, Codec.RAW)
+            known[one.digest] = ChunkLocation(
+                str(n), offset, one.raw_bytes, one.raw_bytes, Codec.RAW
+            )
     assert plan_repacking(known, set(known), pack_bytes, budget_bytes=1 << 40).given_up == ()
 
 
@@ -143,27 +166,41 @@ def stores(draw: st.DrawFn) -> tuple[dict[Digest, ChunkLocation], dict[str, int]
 @pytest.mark.slow
 @LONG
 @given(stores(), st.integers(0, 30), st.randoms())
-def test_what_is_given_up_is_whole_packs_within_the_budget_whatever_the_order(store, pages: int, dice) -> None:
+def test_what_is_given_up_is_whole_packs_within_the_budget_whatever_the_order(
+    store, pages: int, dice
+) -> None:
     known, sizes, wanted = store
     budget = pages * PAGE_BYTES
     found = plan_repacking(known, wanted, sizes, budget_bytes=budget)
     assert found.rewritten_bytes == sum(one.live_bytes for one in found.given_up) <= budget
     gone = {one.pack for one in found.given_up}
     assert all(one.live_bytes < LIVE_MIN * one.size_bytes for one in found.given_up)
-    assert {place.pack for digest, place in found.stored_chunks.items() if digest in set(wanted)} & gone == set()
+    assert {
+        place.pack for digest, place in found.stored_chunks.items() if digest in set(wanted)
+    } & gone == set()
     assert {digest: known[digest] for digest in found.stored_chunks} == dict(found.stored_chunks)
     assert all(known[digest].pack in gone for digest in set(known) - set(found.stored_chunks))
     shuffled = list(known)
     dice.shuffle(shuffled)
     dice.shuffle(wanted)
-    assert plan_repacking({digest: known[digest] for digest in shuffled}, wanted, sizes, budget_bytes=budget) == found
     assert (
-        plan_repacking(found.stored_chunks, wanted, sizes, budget_bytes=budget - found.rewritten_bytes).given_up == ()
+        plan_repacking(
+            {digest: known[digest] for digest in shuffled}, wanted, sizes, budget_bytes=budget
+        )
+        == found
+    )
+    assert (
+        plan_repacking(
+            found.stored_chunks, wanted, sizes, budget_bytes=budget - found.rewritten_bytes
+        ).given_up
+        == ()
     )
 
 
 @pytest.mark.parametrize("live_min", [0.0, 1.0])
 def test_threshold_is_the_callers(live_min: float) -> None:
     known = whole("a", PAGES)
-    found = plan_repacking(known, {name("a", 0)}, {"a": PACK_BYTES}, budget_bytes=1 << 30, live_min=live_min)
+    found = plan_repacking(
+        known, {name("a", 0)}, {"a": PACK_BYTES}, budget_bytes=1 << 30, live_min=live_min
+    )
     assert bool(found.given_up) is bool(live_min)

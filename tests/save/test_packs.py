@@ -1,4 +1,5 @@
-"""A slot becomes packs and a part from which every byte can be had again, or an error and nothing recorded."""
+"""A slot becomes packs and a part from which every byte can be had again, or an error and nothing
+recorded."""
 
 from __future__ import annotations
 
@@ -42,10 +43,16 @@ def slot(arrays: Mapping[str, np.ndarray], *, step: int = 0) -> tuple[StagedInde
     for name, array in arrays.items():
         raw = array.tobytes()
         leaf = Leaf(name=name, kind=LeafKind.TENSOR, dtype=str(array.dtype), shape=array.shape)
-        digests = tuple(digest(raw[at : at + CHUNK_BYTES]) for at in range(0, len(raw), CHUNK_BYTES))
+        digests = tuple(
+            digest(raw[at : at + CHUNK_BYTES]) for at in range(0, len(raw), CHUNK_BYTES)
+        )
         shards.append(
             StagedShard(
-                leaf=leaf, box=Box.whole(array.shape), offset_bytes=len(body), size_bytes=len(raw), digests=digests
+                leaf=leaf,
+                box=Box.whole(array.shape),
+                offset_bytes=len(body),
+                size_bytes=len(raw),
+                digests=digests,
             )
         )
         body += raw + bytes(-len(raw) % PAGE_BYTES)
@@ -158,7 +165,8 @@ def test_data_area_that_is_too_short_is_refused() -> None:
 
 
 class Slow:
-    """A store with a link of a given speed and room for some packs: its clock is what persist measures."""
+    """A store with a link of a given speed and room for some packs: its clock is what persist
+    measures."""
 
     def __init__(self, inner: Backend, *, packs_max: int = 10**9, local: bool = False) -> None:
         self._inner = inner
@@ -171,7 +179,9 @@ class Slow:
         return self._inner.url
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(create_only=True, read_bytes_best=1 << 20, concurrency_best=2, direct_io=self._local)
+        return Capabilities(
+            create_only=True, read_bytes_best=1 << 20, concurrency_best=2, direct_io=self._local
+        )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
         self.put_keys.append(key)
@@ -220,7 +230,9 @@ def test_auto_compresses_for_a_slow_link_and_never_for_a_local_disk() -> None:
 
 
 def test_auto_measures_an_unknown_link_with_its_first_pack() -> None:
-    done = save(Slow(MemoryBackend("persist-measure")), slot(STATE), compression=Compression("auto"))
+    done = save(
+        Slow(MemoryBackend("persist-measure")), slot(STATE), compression=Compression("auto")
+    )
     assert done.link_bytes_per_s is not None
     first = min(place.pack for place in done.locations.values())
     assert {place.codec for place in done.locations.values() if place.pack == first} == {Codec.RAW}

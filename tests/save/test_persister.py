@@ -26,12 +26,20 @@ SIZE_BYTES = 64 << 10
 
 
 def _sealed(
-    step: int, *, value: int | None = None, spoil: bool = False, release: Callable[[], None] = lambda: None
+    step: int,
+    *,
+    value: int | None = None,
+    spoil: bool = False,
+    release: Callable[[], None] = lambda: None,
 ) -> SealedSlot:
     data = np.full(SIZE_BYTES, step if value is None else value, dtype=np.uint8)
     leaf = Leaf(name="w", kind=LeafKind.TENSOR, dtype="uint8", shape=(SIZE_BYTES,))
     shard = StagedShard(
-        leaf=leaf, box=Box.whole(leaf.shape), offset_bytes=0, size_bytes=SIZE_BYTES, digests=(digest(data.data),)
+        leaf=leaf,
+        box=Box.whole(leaf.shape),
+        offset_bytes=0,
+        size_bytes=SIZE_BYTES,
+        digests=(digest(data.data),),
     )
     if spoil:
         data[7] += 1
@@ -47,10 +55,15 @@ class World:
         self.journal = Journal.open(self.store, job="job", create=True)
         self.epoch = self.journal.open_epoch(resume=None)
         place = SaveTarget(
-            backend=self.store, writer=writer_name("node", "0" * 16), epoch=lambda: self.epoch, journal=self.journal
+            backend=self.store,
+            writer=writer_name("node", "0" * 16),
+            epoch=lambda: self.epoch,
+            journal=self.journal,
         )
         channel = InProcessMailbox(InProcessRoom(), rank=0, size=1)
-        self.persister = Persister(channel, place, compression=NO_COMPRESSION, verify=True, emit=lambda _: None)
+        self.persister = Persister(
+            channel, place, compression=NO_COMPRESSION, verify=True, emit=lambda _: None
+        )
 
     def base_of(self, step: int) -> SnapshotId | None:
         """What the commit of that step refers to."""
@@ -66,7 +79,9 @@ def world() -> World:
 def test_epoch_is_asked_when_the_record_is_written(world: World) -> None:
     persister = world.persister
     assert persister.submit(_sealed(1), tags=()).result(WAIT_S).step == 1
-    persister.call(lambda: setattr(world, "epoch", world.journal.open_epoch(resume=SnapshotId(1, 1))))
+    persister.call(
+        lambda: setattr(world, "epoch", world.journal.open_epoch(resume=SnapshotId(1, 1)))
+    )
     assert persister.submit(_sealed(2), tags=("old",)).result(WAIT_S).tags == ("old",)
     persister.close()
     state = world.journal.refresh()
@@ -90,7 +105,10 @@ def test_base_may_be_named_while_none_is_known(world: World) -> None:
     first = world.persister.submit(_sealed(1), tags=()).result(WAIT_S)
     world.persister.close()
     place = SaveTarget(
-        backend=world.store, writer=writer_name("node", "1" * 16), epoch=lambda: 1, journal=world.journal
+        backend=world.store,
+        writer=writer_name("node", "1" * 16),
+        epoch=lambda: 1,
+        journal=world.journal,
     )
     persister = Persister(
         InProcessMailbox(InProcessRoom(), rank=0, size=1),

@@ -48,25 +48,36 @@ def _writer(rank: int) -> str:
     return writer_name("node", f"{rank:016x}")
 
 
-def sealed(rank: int, step: int, *, spoil: bool = False, let_go: threading.Event | None = None) -> SealedSlot:
+def sealed(
+    rank: int, step: int, *, spoil: bool = False, let_go: threading.Event | None = None
+) -> SealedSlot:
     """A row of a tensor that all share, and what all hold alike."""
     data = np.full(ROW, step * WORLD + rank, dtype=np.uint8)
     leaf = Leaf(name="w", kind=LeafKind.TENSOR, dtype="uint8", shape=(WORLD * ROW,))
     shard = StagedShard(
-        leaf=leaf, box=Box((rank * ROW,), (ROW,)), offset_bytes=0, size_bytes=ROW, digests=(digest(data.data),)
+        leaf=leaf,
+        box=Box((rank * ROW,), (ROW,)),
+        offset_bytes=0,
+        size_bytes=ROW,
+        digests=(digest(data.data),),
     )
     if spoil:
         data[7] += 1
     index = StagedIndex(snapshot=SnapshotId(1, step), rank=rank, world_size=WORLD, shards=(shard,))
     release = (lambda: None) if let_go is None else let_go.set
-    return SealedSlot(index=index, data=memoryview(data), release=release, shared={"all": (WORLD, "x")})
+    return SealedSlot(
+        index=index, data=memoryview(data), release=release, shared={"all": (WORLD, "x")}
+    )
 
 
 class World:
     """A persister a rank, over a store in memory that may fail."""
 
     def __init__(self) -> None:
-        full = [Fault(harm=Harm.FULL, key=part_key(SnapshotId(1, FULL_STEP), _writer(head))) for head in HEADS]
+        full = [
+            Fault(harm=Harm.FULL, key=part_key(SnapshotId(1, FULL_STEP), _writer(head)))
+            for head in HEADS
+        ]
         self.store = FaultyBackend(MemoryBackend("job"), full)
         self.journal = Journal.open(self.store, job="job", create=True)
         self.epoch = self.journal.open_epoch(resume=None)
@@ -78,17 +89,26 @@ class World:
             for _ in range(ranks):
                 rank = len(self.persisters)
                 place = SaveTarget(
-                    backend=self.store, writer=_writer(rank), epoch=lambda: self.epoch,
+                    backend=self.store,
+                    writer=_writer(rank),
+                    epoch=lambda: self.epoch,
                     journal=self.journal if rank == 0 else None,
-                )  # fmt: skip
+                )
                 channel = InProcessMailbox(self.room, rank=rank, size=WORLD)
                 self.persisters.append(
                     Persister(
-                        channel, place, compression=NO_COMPRESSION, verify=True, emit=lambda _: None, local_ranks=mates
+                        channel,
+                        place,
+                        compression=NO_COMPRESSION,
+                        verify=True,
+                        emit=lambda _: None,
+                        local_ranks=mates,
                     )
                 )
 
-    def save(self, step: int, *, but: dict[int, SealedSlot] | None = None) -> list[Future[SnapshotInfo]]:
+    def save(
+        self, step: int, *, but: dict[int, SealedSlot] | None = None
+    ) -> list[Future[SnapshotInfo]]:
         """All hand in."""
         shares = {rank: sealed(rank, step) for rank in range(WORLD)} | (but or {})
         return [self.persisters[rank].submit(share, tags=()) for rank, share in shares.items()]
@@ -127,17 +147,23 @@ def test_each_node_writes_one_part_and_posts_one_receipt(world: World) -> None:
         world.saved(step)
     state = world.journal.refresh()
     manifest = load_manifest(world.store, state, SnapshotId(1, 3))
-    assert [(part.rank, part.ranks) for part in manifest.parts] == list(zip(HEADS, NODES, strict=True))
+    assert [(part.rank, part.ranks) for part in manifest.parts] == list(
+        zip(HEADS, NODES, strict=True)
+    )
     assert manifest.world_size == WORLD and manifest.size_bytes == WORLD * ROW
     assert len(list(world.store.list(PARTS))) == 3 * len(NODES)
     index = load_index(world.store, state, SnapshotId(1, 3))
-    assert [shard.box.offsets[0] for shard in index.shards("w")] == [rank * ROW for rank in range(WORLD)]
+    assert [shard.box.offsets[0] for shard in index.shards("w")] == [
+        rank * ROW for rank in range(WORLD)
+    ]
     assert verify(index, world.store).ok
     assert set(world.room.values) == {"outcome/3", "receipt/3/3", "receipt/3/4"}
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-def test_share_that_can_not_be_written_fails_all_and_frees_all_slots(world: World, rank: int) -> None:
+def test_share_that_can_not_be_written_fails_all_and_frees_all_slots(
+    world: World, rank: int
+) -> None:
     gone = [threading.Event() for _ in range(WORLD)]
     but = {one: sealed(one, 1, spoil=one == rank, let_go=gone[one]) for one in range(WORLD)}
     assert errors(world.save(1, but=but)) == {IntegrityError.code}
@@ -149,7 +175,9 @@ def test_share_that_can_not_be_written_fails_all_and_frees_all_slots(world: Worl
 def test_rank_that_refuses_fails_all(world: World, rank: int) -> None:
     world.saved(1)
     refused = world.persisters[rank].submit_failure(SnapshotId(1, 2), UsageError("not this one"))
-    others = [world.persisters[one].submit(sealed(one, 2), tags=()) for one in range(WORLD) if one != rank]
+    others = [
+        world.persisters[one].submit(sealed(one, 2), tags=()) for one in range(WORLD) if one != rank
+    ]
     assert errors(others) == {UsageError.code}
     refused.result(WAIT_S)
     world.saved(3)
@@ -168,7 +196,10 @@ def test_refusal_of_rank_0s_node_is_settled_only_when_all_let_go(world: World, r
     slow = replace(sealed(5, 1), release=slowly)
     refused = world.persisters[rank].submit_failure(SnapshotId(1, 1), UsageError("not this one"))
     others = [one for one in range(WORLD) if one != rank]
-    futures = [world.persisters[one].submit(slow if one == 5 else sealed(one, 1), tags=()) for one in others]
+    futures = [
+        world.persisters[one].submit(slow if one == 5 else sealed(one, 1), tags=())
+        for one in others
+    ]
     assert let_go.wait(WAIT_S)
     if rank == 0:
         assert not refused.done() and world.persisters[0].in_flight == 1
@@ -190,12 +221,20 @@ def test_step_that_all_passed_is_the_least_that_one_captured(world: World) -> No
 
 
 @pytest.mark.slow
-def test_share_that_never_comes_is_named_and_moves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_share_that_never_comes_is_named_and_moves_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world.saved(1)
     monkeypatch.setattr("ckpt.save.persister.LOCAL_RANKS_WAIT_S", 2.0)
-    futures = [world.persisters[rank].submit(sealed(rank, 2), tags=()) for rank in range(WORLD) if rank != 5]
+    futures = [
+        world.persisters[rank].submit(sealed(rank, 2), tags=())
+        for rank in range(WORLD)
+        if rank != 5
+    ]
     assert errors(futures) == {UnavailableError.code}
-    assert "missing=5" in str(futures[0].exception()) and "look at its log" in str(futures[0].exception())
+    assert "missing=5" in str(futures[0].exception()) and "look at its log" in str(
+        futures[0].exception()
+    )
     assert world.persisters[0].passed_step == 1, "rank 5 is not known to have passed step 2"
     late = world.persisters[5].submit(sealed(5, 2), tags=())
     assert errors([late]) == {UnavailableError.code}
@@ -222,7 +261,9 @@ def test_receipt_of_more_ranks_than_there_are_commits_nothing(world: World) -> N
 
 
 def test_all_refuse(world: World) -> None:
-    futures = [one.submit_failure(SnapshotId(1, 1), UsageError("none has it")) for one in world.persisters]
+    futures = [
+        one.submit_failure(SnapshotId(1, 1), UsageError("none has it")) for one in world.persisters
+    ]
     for future in futures:
         future.result(WAIT_S)
     world.saved(2)
@@ -242,7 +283,9 @@ def test_part_that_can_not_be_put_fails_all(world: World) -> None:
 def test_ranks_that_captured_different_steps_make_no_snapshot(world: World) -> None:
     futures = world.save(1, but={5: sealed(5, 2)})
     assert errors(futures) == {ConflictError.code}
-    assert "4 to 5" not in str(futures[0].exception()) and "5: epoch 1 step 2" in str(futures[0].exception())
+    assert "4 to 5" not in str(futures[0].exception()) and "5: epoch 1 step 2" in str(
+        futures[0].exception()
+    )
     world.saved(3)
 
 

@@ -8,10 +8,14 @@ from ckpt.save.receipts import shares_problem
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 
-def index(rank: int, box: Box, *, dtype: str = "uint8", origin: str = "x", world: int = 2) -> StagedIndex:
+def index(
+    rank: int, box: Box, *, dtype: str = "uint8", origin: str = "x", world: int = 2
+) -> StagedIndex:
     leaf = Leaf(name="model/w", kind=LeafKind.TENSOR, dtype=dtype, shape=(4,), rank=None)
     shard = StagedShard(leaf=leaf, box=box, offset_bytes=0, size_bytes=box.elements)
-    return StagedIndex(snapshot=SnapshotId(1, 2), rank=rank, world_size=world, shards=(shard,), origin=origin)
+    return StagedIndex(
+        snapshot=SnapshotId(1, 2), rank=rank, world_size=world, shards=(shard,), origin=origin
+    )
 
 
 def test_an_epoch_that_two_keepers_opened_under_one_number_is_no_snapshot() -> None:
@@ -24,7 +28,9 @@ def test_an_epoch_that_two_keepers_opened_under_one_number_is_no_snapshot() -> N
 
 def test_the_leaf_that_does_not_fit_is_named() -> None:
     one = index(0, Box((0,), (2,)))
-    assert (shares_problem([one, index(1, Box((2,), (2,)), dtype="int8")]) or "").endswith("leaf='model/w'")
+    assert (shares_problem([one, index(1, Box((2,), (2,)), dtype="int8")]) or "").endswith(
+        "leaf='model/w'"
+    )
     assert (shares_problem([one, index(1, Box((3,), (1,)))]) or "").endswith("leaf='model/w'")
 
 

@@ -32,21 +32,34 @@ def receipt(
 ) -> Receipt:
     ref = PartRef(key=f"part{rank}", digest="0" * 32, size_bytes=1, rank=rank)
     return Receipt(
-        snapshot=pair, rank=rank, refs=(ref,), size_bytes=rank, new_bytes=1, base=base, shared=replica_groups(shared),
+        snapshot=pair,
+        rank=rank,
+        refs=(ref,),
+        size_bytes=rank,
+        new_bytes=1,
+        base=base,
+        shared=replica_groups(shared),
         complete=shared is not None,
-    )  # fmt: skip
+    )
 
 
 @st.composite
 def worlds(draw: st.DrawFn) -> list[Receipt]:
     """Mostly sound: what one rank says wrong is to be found wherever it stands."""
     size = draw(st.integers(1, 9))
-    groups = {f"g{n}": draw(st.sets(st.integers(0, size - 1), min_size=1)) for n in range(draw(st.integers(0, 3)))}
+    groups = {
+        f"g{n}": draw(st.sets(st.integers(0, size - 1), min_size=1))
+        for n in range(draw(st.integers(0, 3)))
+    }
     found = []
     for rank in range(size):
         shared = {name: (len(members), "d") for name, members in groups.items() if rank in members}
         one = receipt(rank, shared=shared, base=draw(st.sampled_from([None, BASES[1]])))
-        harm = draw(st.sampled_from(["", "", "", "", "", "failed", "pair", "base", "digest", "missing", "unknown"]))
+        harm = draw(
+            st.sampled_from(
+                ["", "", "", "", "", "failed", "pair", "base", "digest", "missing", "unknown"]
+            )
+        )
         if harm == "failed":
             one = failed_receipt(PAIR, rank, UsageError("no"))
         elif harm == "pair":
@@ -74,7 +87,10 @@ def sound(world: list[Receipt]) -> bool:
         all(one.error is None for one in world)
         and len({one.snapshot for one in world}) == 1
         and len({one.base for one in world} - {None}) <= 1
-        and all(len(set(many)) == 1 and (not complete or len(many) == many[0].size) for many in held.values())
+        and all(
+            len(set(many)) == 1 and (not complete or len(many) == many[0].size)
+            for many in held.values()
+        )
     )
 
 
@@ -90,7 +106,11 @@ def test_grouping_makes_no_difference(world: list[Receipt], data: st.DataObject)
         level = [merge_receipts(level[a:b]) for a, b in zip([0, *cuts], ends, strict=True)]
     tree = check_groups(level[0])
     assert (flat.error is None) == (tree.error is None) == sound(world)
-    assert (flat.snapshot, flat.rank, flat.ranks) == (min(one.snapshot for one in world), 0, len(world))
+    assert (flat.snapshot, flat.rank, flat.ranks) == (
+        min(one.snapshot for one in world),
+        0,
+        len(world),
+    )
     if flat.error is None:
         assert tree == flat
         assert [ref.rank for ref in flat.refs] == list(range(len(world)))
@@ -99,7 +119,11 @@ def test_grouping_makes_no_difference(world: list[Receipt], data: st.DataObject)
 
 def test_first_error_in_rank_order_is_that_of_all() -> None:
     both = merge_receipts(
-        [receipt(0), failed_receipt(PAIR, 1, UsageError("one")), failed_receipt(PAIR, 2, UsageError("two"))]
+        [
+            receipt(0),
+            failed_receipt(PAIR, 1, UsageError("one")),
+            failed_receipt(PAIR, 2, UsageError("two")),
+        ]
     )
     assert both.error is not None and (both.error.text, both.error.rank) == ("one", 1)
     assert both.ranks == 3
@@ -131,7 +155,12 @@ def test_ranks_that_refer_to_different_snapshots_commit_nothing() -> None:
 
 def test_unknown_sets_are_compared_as_far_as_they_are_known() -> None:
     def fits(*sets: dict[str, tuple[int, str]] | None) -> bool:
-        return check_groups(merge_receipts([receipt(rank, shared=one) for rank, one in enumerate(sets)])).error is None
+        return (
+            check_groups(
+                merge_receipts([receipt(rank, shared=one) for rank, one in enumerate(sets)])
+            ).error
+            is None
+        )
 
     assert fits({"a": (2, "x")}, None)
     assert fits(None, None)

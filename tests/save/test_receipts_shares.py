@@ -32,7 +32,9 @@ def _indexes(shards: Sequence[Sequence[StagedShard]]) -> list[StagedIndex]:
 
 
 def _boxes(shape: tuple[int, int]) -> Iterator[Box]:
-    spans = [[(at, size) for at in range(length) for size in range(length - at + 1)] for length in shape]
+    spans = [
+        [(at, size) for at in range(length) for size in range(length - at + 1)] for length in shape
+    ]
     for (row, rows), (column, columns) in itertools.product(*spans):
         yield Box((row, column), (rows, columns))
 
@@ -44,7 +46,9 @@ def test_two_boxes_fit_exactly_where_each_element_is_there_once() -> None:
     for boxes in itertools.product(_boxes(shape), repeat=2):
         counts = dict.fromkeys(itertools.product(range(2), range(3)), 0)
         for box in boxes:
-            for cell in itertools.product(*(range(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))):
+            for cell in itertools.product(
+                *(range(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+            ):
                 counts[cell] += 1
         once = set(counts.values()) == {1}
         found = shares_problem(_indexes([[_shard(leaf, box)] for box in boxes]))
@@ -64,7 +68,9 @@ def test_cut_rows_fit_until_one_share_is_lost_or_held_twice(cuts: list[int], los
         twice = [*shards[:some], shards[some] * 2, *shards[some + 1 :]]
         assert "overlap" in (shares_problem(_indexes(twice)) or "")
         if len(shards) > 1 and shards[some][0].size_bytes < 24:
-            assert "gap" in (shares_problem(_indexes([*shards[:some], [], *shards[some + 1 :]])) or "")
+            assert "gap" in (
+                shares_problem(_indexes([*shards[:some], [], *shards[some + 1 :]])) or ""
+            )
 
 
 def test_leaves_of_single_ranks_and_without_elements_fit() -> None:
@@ -83,11 +89,17 @@ def _two() -> list[StagedIndex]:
     ("indexes", "why"),
     [
         ([], "different snapshots. snapshots=none"),
-        ([_two()[0], replace(_two()[1], snapshot=SnapshotId(1, 3))], "different snapshots. snapshots=epoch 1 step 2, ep"),
+        (
+            [_two()[0], replace(_two()[1], snapshot=SnapshotId(1, 3))],
+            "different snapshots. snapshots=epoch 1 step 2, ep",
+        ),
         ([_two()[1], _two()[0]], "other ranks"),
         (_two()[:1], "another size"),
-        ([_two()[0], replace(_two()[1], shards=(_shard(_leaf("w", (3,)), Box((1,), (1,))),))], "disagree on a leaf"),
+        (
+            [_two()[0], replace(_two()[1], shards=(_shard(_leaf("w", (3,)), Box((1,), (1,))),))],
+            "disagree on a leaf",
+        ),
     ],
-)  # fmt: skip
+)
 def test_slots_that_are_no_snapshot_say_why(indexes: list[StagedIndex], why: str) -> None:
     assert why in (shares_problem(indexes) or "")

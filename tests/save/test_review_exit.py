@@ -1,4 +1,5 @@
-"""A save that is still on its way when the program ends becomes durable: the interpreter waits for it."""
+"""A save that is still on its way when the program ends becomes durable: the interpreter waits for
+it."""
 
 import subprocess
 import sys
@@ -18,7 +19,11 @@ c.save_async({"m": {"w": torch.ones(8_000_000)}}, step=1)
 @pytest.mark.slow
 def test_a_save_in_flight_at_exit_becomes_durable(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "s")], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "s")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     assert not done.stderr
     found = ckpt.Checkpointer(str(tmp_path / "s")).latest()

@@ -1,4 +1,5 @@
-"""A persister writes chunks anew that keep nearly empty packs alive, and knows how large packs are."""
+"""A persister writes chunks anew that keep nearly empty packs alive, and knows how large packs
+are."""
 
 from __future__ import annotations
 
@@ -30,10 +31,13 @@ def sealed(step: int, values: list[int]) -> SealedSlot:
         at = place * LEAF_BYTES
         shards.append(
             StagedShard(
-                leaf=leaf, box=Box.whole(leaf.shape), offset_bytes=at, size_bytes=LEAF_BYTES,
+                leaf=leaf,
+                box=Box.whole(leaf.shape),
+                offset_bytes=at,
+                size_bytes=LEAF_BYTES,
                 digests=(digest(data[at : at + LEAF_BYTES].data),),
             )
-        )  # fmt: skip
+        )
     index = StagedIndex(snapshot=SnapshotId(1, step), rank=0, world_size=1, shards=tuple(shards))
     return SealedSlot(index=index, data=memoryview(data), release=lambda: None, shared={})
 
@@ -44,21 +48,28 @@ def store() -> CountingBackend:
 
 
 def persister(store: CountingBackend, journal: Journal, boot: str) -> Persister:
-    place = SaveTarget(backend=store, writer=writer_name("node", boot * 16), epoch=lambda: 1, journal=journal)
+    place = SaveTarget(
+        backend=store, writer=writer_name("node", boot * 16), epoch=lambda: 1, journal=journal
+    )
     channel = InProcessMailbox(InProcessRoom(), rank=0, size=1)
     return Persister(channel, place, compression=NO_COMPRESSION, verify=True, emit=lambda _: None)
 
 
-def test_last_chunks_of_a_pack_are_written_anew_when_most_of_it_is_not_needed_any_more(store) -> None:
+def test_last_chunks_of_a_pack_are_written_anew_when_most_of_it_is_not_needed_any_more(
+    store,
+) -> None:
     journal = Journal.open(store, job="job", create=True)
     journal.open_epoch(resume=None)
     writing = persister(store, journal, "0")
     values = list(range(LEAVES))
     new = []
     for step in range(1, 7):
-        new.append(writing.submit(sealed(step, values), tags=()).result(WAIT_S).new_bytes // LEAF_BYTES)
+        new.append(
+            writing.submit(sealed(step, values), tags=()).result(WAIT_S).new_bytes // LEAF_BYTES
+        )
         values[step - 1] = 100 + step  # one leaf a step changes, from the first one on
-    # Four of eight are enough to keep a pack; with three the rest moves, beside the one that changed.
+    # Four of eight are enough to keep a pack; with three the rest moves, beside the one that
+    # changed.
     assert new == [8, 1, 1, 1, 1, 4]
     assert len(load_index(store, journal.refresh(), SnapshotId(1, 6)).packs()) == 5
     assert store.calls("stat", prefix="packs/") == [], "it wrote them all itself"

@@ -75,7 +75,8 @@ def channels(size: int) -> list[ThreadChannel]:
 
 
 def together(size: int, call: Callable[[int], T]) -> list[T | CkptError]:
-    """Run ``call(rank)`` in one thread a rank; each rank's result, or the CkptError that it raised."""
+    """Run ``call(rank)`` in one thread a rank; each rank's result, or the CkptError that it
+    raised."""
 
     def guarded(rank: int) -> T | CkptError:
         try:
@@ -105,7 +106,9 @@ class Rank:
         """Hand in one snapshot."""
         tags = more.get("tags", ())
         metadata = more.get("metadata", {})
-        return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags)
+        return self.saving.snapshot(
+            items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags
+        )
 
 
 @dataclass
@@ -116,9 +119,15 @@ class Job:
     boots: int = 0
 
     def ranks(
-        self, size: int, *, backends: dict[int, Backend] | None = None, slots: int = 2, journal: Journal | None = None
+        self,
+        size: int,
+        *,
+        backends: dict[int, Backend] | None = None,
+        slots: int = 2,
+        journal: Journal | None = None,
     ) -> list[Rank]:
-        """A fresh epoch of ``size`` ranks that goes on from the newest snapshot. ``backends`` replaces some ranks' store."""
+        """A fresh epoch of ``size`` ranks that goes on from the newest snapshot. ``backends``
+        replaces some ranks' store."""
         mine = (backends or {}).get(0, self.store)
         log = journal or Journal.open(mine, job="job", create=True)
         state = log.refresh()
@@ -150,10 +159,15 @@ class Job:
             journal = Journal.open(backend)
             made.append(
                 Restoring(
-                    channel, backend, world=World(channel.rank, size), state=journal.refresh,
-                    emit=told[channel.rank].append, threads=2, budget_bytes=8 << 20,
+                    channel,
+                    backend,
+                    world=World(channel.rank, size),
+                    state=journal.refresh,
+                    emit=told[channel.rank].append,
+                    threads=2,
+                    budget_bytes=8 << 20,
                 )
-            )  # fmt: skip
+            )
         return made, told
 
 

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.errors import ConflictError
-from ckpt.session.agreement import Ack, Skip, SnapshotRequest, Take, boundary_for, merge_requests, take_or_skip
+from ckpt.session.agreement import (
+    Ack,
+    Skip,
+    SnapshotRequest,
+    Take,
+    boundary_for,
+    merge_requests,
+    take_or_skip,
+)
 
 
 def test_running_ranks_get_the_first_boundary_that_none_has_passed() -> None:
@@ -46,20 +54,29 @@ def test_placing_depends_on_no_order_of_ranks(reached: list[int]) -> None:
 
 
 ORDERS = st.lists(
-    st.builds(SnapshotRequest, st.lists(st.sampled_from("abcd"), max_size=3).map(tuple), st.booleans()), max_size=6
+    st.builds(
+        SnapshotRequest, st.lists(st.sampled_from("abcd"), max_size=3).map(tuple), st.booleans()
+    ),
+    max_size=6,
 )
 
 
 @given(ORDERS)
-def test_merged_order_has_each_tag_once_in_order_and_any_force(orders: list[SnapshotRequest]) -> None:
+def test_merged_order_has_each_tag_once_in_order_and_any_force(
+    orders: list[SnapshotRequest],
+) -> None:
     merged = merge_requests(orders)
     assert list(merged.tags) == list(dict.fromkeys(tag for order in orders for tag in order.tags))
     assert merged.forced == any(order.forced for order in orders)
 
 
 @given(ORDERS, ORDERS)
-def test_merging_in_two_steps_is_merging_at_once(first: list[SnapshotRequest], second: list[SnapshotRequest]) -> None:
-    assert merge_requests([merge_requests(first), merge_requests(second)]) == merge_requests([*first, *second])
+def test_merging_in_two_steps_is_merging_at_once(
+    first: list[SnapshotRequest], second: list[SnapshotRequest]
+) -> None:
+    assert merge_requests([merge_requests(first), merge_requests(second)]) == merge_requests(
+        [*first, *second]
+    )
 
 
 def test_due_snapshot_is_taken_while_a_slot_is_free() -> None:

@@ -24,11 +24,15 @@ def stores(request: pytest.FixtureRequest) -> Callable[[], dist.Store]:
     if request.param == "hash":
         store = dist.HashStore()
         return lambda: store
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    server = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
+    )
     handles = [server]  # the server lives as long as the test
 
     def handle() -> dist.Store:
-        made = dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=20))
+        made = dist.TCPStore(
+            "127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=20)
+        )
         handles.append(made)
         return made
 
@@ -38,7 +42,12 @@ def stores(request: pytest.FixtureRequest) -> Callable[[], dist.Store]:
 def _meet_all(stores, size: int, *, name: str = "job") -> list[StoreMailbox]:
     with ThreadPoolExecutor(size) as pool:
         return list(
-            pool.map(lambda rank: join_handshake(stores(), rank=rank, size=size, name=name, timeout_s=20), range(size))
+            pool.map(
+                lambda rank: join_handshake(
+                    stores(), rank=rank, size=size, name=name, timeout_s=20
+                ),
+                range(size),
+            )
         )
 
 
@@ -71,7 +80,9 @@ def test_stale_badges_of_a_dead_attempt_are_not_waited_for(stores) -> None:
     assert _same_room(channels)
 
 
-def test_rank_that_comes_late_after_its_stale_badge_was_invited_enters_the_same_room(stores) -> None:
+def test_rank_that_comes_late_after_its_stale_badge_was_invited_enters_the_same_room(
+    stores,
+) -> None:
     store = stores()
     store.set("ckpt/lobby/job/badge/1", "dead")
     with ThreadPoolExecutor(1) as pool:
@@ -84,7 +95,9 @@ def test_rank_that_comes_late_after_its_stale_badge_was_invited_enters_the_same_
 def test_rank_that_dies_while_others_wait_is_replaced(stores) -> None:
     with ThreadPoolExecutor(3) as pool:
         with pytest.raises(UnavailableError, match="not all ranks joined"):
-            join_handshake(stores(), rank=1, size=3, name="job", timeout_s=0.0)  # shows its badge, then dies
+            join_handshake(
+                stores(), rank=1, size=3, name="job", timeout_s=0.0
+            )  # shows its badge, then dies
         zero = pool.submit(join_handshake, stores(), rank=0, size=3, name="job", timeout_s=20)
         two = pool.submit(join_handshake, stores(), rank=2, size=3, name="job", timeout_s=20)
         one = pool.submit(join_handshake, stores(), rank=1, size=3, name="job", timeout_s=20)
@@ -103,7 +116,9 @@ def test_rank_0_that_dies_and_comes_again_gathers_those_who_still_wait(stores) -
 def test_missing_rank_ends_the_wait_with_what_to_do() -> None:
     store = dist.HashStore()
     for rank in (0, 1):
-        with pytest.raises(UnavailableError, match=rf"name=job rank={rank} world_size=3 timeout_s=0.01; every rank"):
+        with pytest.raises(
+            UnavailableError, match=rf"name=job rank={rank} world_size=3 timeout_s=0.01; every rank"
+        ):
             join_handshake(store, rank=rank, size=3, name="job", timeout_s=0.01)
 
 
@@ -111,7 +126,12 @@ def test_names_keep_meetings_apart(stores) -> None:
     with ThreadPoolExecutor(4) as pool:
         calls = [(rank, name) for name in ("a", "b") for rank in (0, 1)]
         made = list(
-            pool.map(lambda call: join_handshake(stores(), rank=call[0], size=2, name=call[1], timeout_s=20), calls)
+            pool.map(
+                lambda call: join_handshake(
+                    stores(), rank=call[0], size=2, name=call[1], timeout_s=20
+                ),
+                calls,
+            )
         )
     made[0].post("key", b"a")
     assert made[1].peek("key") == b"a"
@@ -170,7 +190,9 @@ def test_several_ranks_without_any_way_to_speak_are_told_to_make_a_process_group
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    with pytest.raises(UsageError, match=r"rank=1; call torch\.distributed\.init_process_group\(\)"):
+    with pytest.raises(
+        UsageError, match=r"rank=1; call torch\.distributed\.init_process_group\(\)"
+    ):
         connect_ranks(name="job")
 
 

@@ -56,10 +56,15 @@ def _same(a: object, b: object) -> bool:
 # --- save and restore -------------------------------------------------------------------------------------------------
 
 
-def test_saved_state_comes_back_bit_for_bit_in_another_process_of_the_same_program(tmp_path: Path) -> None:
+def test_saved_state_comes_back_bit_for_bit_in_another_process_of_the_same_program(
+    tmp_path: Path,
+) -> None:
     model, optimizer = _trained()
     with ckpt.Checkpointer(str(tmp_path / "run")) as c:
-        info = c.save({"model": model, "optimizer": optimizer, "extra": {"best": 0.25, "names": ["a"]}}, step=3)
+        info = c.save(
+            {"model": model, "optimizer": optimizer, "extra": {"best": 0.25, "names": ["a"]}},
+            step=3,
+        )
     assert (info.step, info.epoch, info.world_size) == (3, 1, 1)
     fresh, fresh_optimizer = _trained(seed=1, steps=0)
     extra: dict[str, object] = {"best": 0.0, "names": []}
@@ -98,7 +103,9 @@ def test_save_while_another_is_in_flight_is_queued_up_to_the_slots(slots: int) -
     tensor = torch.zeros(64)
     pendings = [c.save_async({"t": tensor.fill_(step)}, step=step) for step in range(1, slots + 1)]
     assert not any(pending.done() for pending in pendings)
-    one_more = threading.Thread(target=lambda: pendings.append(c.save_async({"t": tensor.fill_(99)}, step=99)))
+    one_more = threading.Thread(
+        target=lambda: pendings.append(c.save_async({"t": tensor.fill_(99)}, step=99))
+    )
     one_more.start()
     one_more.join(0.05)
     assert one_more.is_alive()
@@ -284,7 +291,9 @@ def test_damaged_newest_falls_back_with_a_warning_and_saves_go_on_from_the_older
         assert torch.equal(state["t"], torch.ones(1000))
         assert any("restoring the older one" in record.message for record in caplog.records)
         assert c.save(state, step=2).id == ckpt.SnapshotId(2, 2)
-        assert [pair.id for pair in c.snapshots() if pair.id == c.latest().id] == [ckpt.SnapshotId(2, 2)]
+        assert [pair.id for pair in c.snapshots() if pair.id == c.latest().id] == [
+            ckpt.SnapshotId(2, 2)
+        ]
 
 
 def test_explicit_step_that_is_damaged_is_an_error() -> None:
@@ -311,7 +320,9 @@ def test_close_makes_everything_durable_and_twice_is_free(tmp_path: Path) -> Non
 
 
 def test_close_raises_what_kept_the_last_snapshot_from_durable_once() -> None:
-    store = FaultyBackend(MemoryBackend(), [Fault(harm=Harm.FULL, op="put", key="packs/", times=None)])
+    store = FaultyBackend(
+        MemoryBackend(), [Fault(harm=Harm.FULL, op="put", key="packs/", times=None)]
+    )
     c = ckpt.Checkpointer(store)
     c.save_async({"x": {"v": 1}}, step=1)
     with pytest.raises(ckpt.StoreFullError):
@@ -328,7 +339,9 @@ def test_use_after_close_is_refused_with_the_remedy(tmp_path: Path) -> None:
         c.restore({"x": {"v": 1}})
 
 
-def test_context_left_by_an_exception_passes_it_on_and_keeps_what_was_staged(tmp_path: Path) -> None:
+def test_context_left_by_an_exception_passes_it_on_and_keeps_what_was_staged(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ZeroDivisionError), ckpt.Checkpointer(str(tmp_path / "run")) as c:
         pending = c.save_async({"t": torch.ones(1000)}, step=1)
         raise ZeroDivisionError

@@ -53,7 +53,9 @@ def test_tag_that_can_not_name_a_snapshot_is_refused(tag: object) -> None:
         c.save_async({"x": {"v": 1}}, step=1, tag=tag)
 
 
-@pytest.mark.parametrize("state", [{}, None, [1], "state", nn.Linear(2, 2), {1: torch.ones(2)}, {"": torch.ones(2)}])
+@pytest.mark.parametrize(
+    "state", [{}, None, [1], "state", nn.Linear(2, 2), {1: torch.ones(2)}, {"": torch.ones(2)}]
+)
 def test_state_that_is_no_dict_of_names_is_refused(state: object) -> None:
     c = ckpt.Checkpointer(MemoryBackend())
     with pytest.raises(ckpt.UsageError):
@@ -63,10 +65,16 @@ def test_state_that_is_no_dict_of_names_is_refused(state: object) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"slots": 0}, {"slots": 65}, {"slots": True}, {"slots": "2"}, {"threads": 0}, {"compression": "lz4"}, {"job": ""},
+        {"slots": 0},
+        {"slots": 65},
+        {"slots": True},
+        {"slots": "2"},
+        {"threads": 0},
+        {"compression": "lz4"},
+        {"job": ""},
         {"job": 7},
     ],
-)  # fmt: skip
+)
 def test_options_that_can_not_work_are_refused_when_it_is_made(options: dict) -> None:
     with pytest.raises(ckpt.UsageError):
         ckpt.Checkpointer(MemoryBackend(), **options)
@@ -91,7 +99,9 @@ def test_only_as_one_text_is_refused_with_the_remedy(only: object) -> None:
             c.restore({"model": {"v": 1}}, only=only)
 
 
-@pytest.mark.parametrize("choice", [{"step": "7"}, {"step": -1}, {"tag": 7}, {"epoch": "x"}, {"tag": "a", "step": 1}])
+@pytest.mark.parametrize(
+    "choice", [{"step": "7"}, {"step": -1}, {"tag": 7}, {"epoch": "x"}, {"tag": "a", "step": 1}]
+)
 def test_choice_that_can_not_be_meant_is_an_error_of_ours(choice: dict) -> None:
     with ckpt.Checkpointer(MemoryBackend()) as c:
         c.save({"x": {"v": 1}}, step=1)
@@ -133,6 +143,11 @@ c.close()
 """
     for wanted in ("1", "2"):
         done = run(
-            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-c", script],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         assert (done.returncode, done.stdout.strip()) == (0, wanted), done.stderr

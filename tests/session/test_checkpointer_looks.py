@@ -65,7 +65,15 @@ def test_unknown_step_lists_the_nearest_ones() -> None:
 
 
 def test_metadata_travels_with_the_snapshot_including_values_that_are_no_numbers() -> None:
-    metadata = {"loss": math.nan, "lr": math.inf, "low": -math.inf, "n": 2**62, "ok": True, "who": "ü\n", "none": None}
+    metadata = {
+        "loss": math.nan,
+        "lr": math.inf,
+        "low": -math.inf,
+        "n": 2**62,
+        "ok": True,
+        "who": "ü\n",
+        "none": None,
+    }
     with ckpt.Checkpointer(MemoryBackend()) as c:
         saved = c.save({"x": {"v": 1}}, step=1, metadata=metadata)
         for info in (saved, c.latest(), c.snapshots()[0]):
@@ -78,7 +86,15 @@ def test_metadata_travels_with_the_snapshot_including_values_that_are_no_numbers
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"x": [1]}, {"x": torch.ones(1)}, {1: "x"}, {"x": 2**70}, {"x": b"bytes"}, {"x": "a" * (2 << 20)}]
+    "metadata",
+    [
+        {"x": [1]},
+        {"x": torch.ones(1)},
+        {1: "x"},
+        {"x": 2**70},
+        {"x": b"bytes"},
+        {"x": "a" * (2 << 20)},
+    ],
 )
 def test_metadata_that_can_not_be_stored_is_refused_at_the_call(metadata: dict) -> None:
     c = ckpt.Checkpointer(MemoryBackend())
@@ -124,7 +140,9 @@ def test_making_one_touches_nothing(tmp_path: Path) -> None:
 # --- read and verify --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+)
 def test_rows_of_one_tensor_are_read_without_the_rest(dtype: torch.dtype) -> None:
     store = CountingBackend(MemoryBackend())
     table = (torch.arange(4000 * 700) % 251).reshape(4000, 700).to(dtype)
@@ -158,7 +176,9 @@ def test_reading_names_close_matches() -> None:
 def test_read_picks_step_tag_and_epoch() -> None:
     with ckpt.Checkpointer(MemoryBackend()) as c:
         for step in (1, 2, 3):
-            c.save({"t": torch.full((2,), float(step))}, step=step, tag="one" if step == 1 else None)
+            c.save(
+                {"t": torch.full((2,), float(step))}, step=step, tag="one" if step == 1 else None
+            )
         assert c.read("t")[0] == 3
         assert c.read("t", step=2)[0] == 2
         assert c.read("t", tag="one")[0] == 1

@@ -20,9 +20,13 @@ Decide = Callable[[], Take | Skip]
 class Loop:
     """One rank's training loop: keeps what was ordered at which boundary."""
 
-    def __init__(self, channel, *, decide: Decide = lambda _: Take(), every: int | None = None) -> None:
+    def __init__(
+        self, channel, *, decide: Decide = lambda _: Take(), every: int | None = None
+    ) -> None:
         self.told: list[tuple[int, str]] = []
-        self.orders = RankDecisions(channel, decide, lambda boundary, why: self.told.append((boundary, why)))
+        self.orders = RankDecisions(
+            channel, decide, lambda boundary, why: self.told.append((boundary, why))
+        )
         self.got: dict[int, SnapshotRequest] = {}
         self.every = every
 
@@ -52,7 +56,9 @@ def _loops(channels, **options: object) -> list[Loop]:
 
 
 @pytest.mark.parametrize("asker", range(3))
-def test_request_from_any_rank_lands_at_one_boundary_of_all(make_channels, run_ranks, asker: int) -> None:
+def test_request_from_any_rank_lands_at_one_boundary_of_all(
+    make_channels, run_ranks, asker: int
+) -> None:
     loops = _loops(make_channels(3))
 
     def body(rank: int, step: int) -> None:
@@ -93,7 +99,9 @@ def test_request_after_the_last_boundary_lands_at_the_end(make_channels, run_ran
     assert got[0] == got[1] == {3: SnapshotRequest(("late",))}
 
 
-def test_request_of_a_rank_while_another_has_already_ended_lands_at_the_end(make_channels, run_ranks) -> None:
+def test_request_of_a_rank_while_another_has_already_ended_lands_at_the_end(
+    make_channels, run_ranks
+) -> None:
     channels = make_channels(2)
     loops = _loops(channels)
 
@@ -102,7 +110,12 @@ def test_request_of_a_rank_while_another_has_already_ended_lands_at_the_end(make
             _until(lambda: channels[1].peek("ended/0") is not None)
             loops[1].orders.request(SnapshotRequest(("last",)))
 
-    got = run_ranks(2, lambda rank: loops[rank].run(3, wait_for_the_end_of_rank_0 if rank == 1 else lambda step: None))
+    got = run_ranks(
+        2,
+        lambda rank: loops[rank].run(
+            3, wait_for_the_end_of_rank_0 if rank == 1 else lambda step: None
+        ),
+    )
     assert got[0] == got[1] == {3: SnapshotRequest(("last",))}
 
 
@@ -137,7 +150,9 @@ def test_request_beside_ends_at_different_steps_conflicts_on_all(make_channels, 
 
 
 @pytest.mark.parametrize("longer", [0, 1])
-def test_due_boundary_beyond_another_ranks_end_conflicts_on_all(make_channels, run_ranks, longer: int) -> None:
+def test_due_boundary_beyond_another_ranks_end_conflicts_on_all(
+    make_channels, run_ranks, longer: int
+) -> None:
     loops = _loops(make_channels(2), every=5)
     began_s = time.monotonic()
     got = run_ranks(2, lambda rank: loops[rank].run(13 if rank == longer else 7))
@@ -159,12 +174,16 @@ def test_due_boundary_is_taken_or_skipped_by_all_alike(make_channels, run_ranks)
         assert got[0] == got[1] == got[2]
         taken = [due for due, word in zip(range(2, 21, 2), words, strict=True) if word]
         assert list(got[0]) == taken
-        assert [boundary for boundary, _ in loops[0].told] == sorted(set(range(2, 21, 2)) - set(taken))
+        assert [boundary for boundary, _ in loops[0].told] == sorted(
+            set(range(2, 21, 2)) - set(taken)
+        )
         assert loops[1].told == loops[2].told == []
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_speeds_and_requests_end_with_equal_orders_on_all_ranks(make_channels, run_ranks, seed: int) -> None:
+def test_random_speeds_and_requests_end_with_equal_orders_on_all_ranks(
+    make_channels, run_ranks, seed: int
+) -> None:
     rng = random.Random(seed)
     size = rng.choice([2, 3, 4])
     total = rng.randrange(1, 40)
@@ -250,7 +269,9 @@ def test_solo_requests_take_effect_at_the_next_boundary_once() -> None:
 def test_solo_request_waits_for_a_slot_and_training_does_not() -> None:
     told: list[tuple[int, str]] = []
     words: list[Take | Skip] = [Skip("full"), Skip("full"), Skip("full"), Take()]
-    orders = SoloDecisions(lambda _: words.pop(0), lambda boundary, why: told.append((boundary, why)))
+    orders = SoloDecisions(
+        lambda _: words.pop(0), lambda boundary, why: told.append((boundary, why))
+    )
     assert orders.reached(5, due=5) is None
     assert told == [(5, "full")]
     orders.request(SnapshotRequest(("a",)))
@@ -277,7 +298,9 @@ def test_rank_request_that_finds_no_slot_waits_for_one(make_channels) -> None:
     free = threading.Event()
     channels = make_channels(2)
     ranks = [
-        RankDecisions(channel, lambda _: Take() if free.is_set() else Skip("full"), lambda boundary, why: None)
+        RankDecisions(
+            channel, lambda _: Take() if free.is_set() else Skip("full"), lambda boundary, why: None
+        )
         for channel in channels
     ]
     try:
@@ -302,7 +325,9 @@ def test_rank_request_that_finds_no_slot_waits_for_one(make_channels) -> None:
 
 def test_request_placed_between_strides_is_served_at_the_next_boundary(make_channels) -> None:
     channels = make_channels(2)
-    ranks = [RankDecisions(channel, lambda _: Take(), lambda boundary, why: None) for channel in channels]
+    ranks = [
+        RankDecisions(channel, lambda _: Take(), lambda boundary, why: None) for channel in channels
+    ]
     found: list[list[int]] = [[], []]
 
     def loop(number: int) -> None:
@@ -334,7 +359,9 @@ def _until(condition: Callable[[], bool], *, wait_s: float = 20.0) -> None:
         pause.wait(0.002)
 
 
-def test_request_at_the_last_boundary_before_anyone_ended_is_served_at_the_end(make_channels, run_ranks) -> None:
+def test_request_at_the_last_boundary_before_anyone_ended_is_served_at_the_end(
+    make_channels, run_ranks
+) -> None:
     loops = _loops(make_channels(2))
     settled = threading.Barrier(2)
 
@@ -342,7 +369,9 @@ def test_request_at_the_last_boundary_before_anyone_ended_is_served_at_the_end(m
         orders = loops[number].orders
         try:
             assert orders.reached(5, due=None) is None
-            settled.wait(30)  # both have reached the last boundary, and neither has said that it is the last
+            settled.wait(
+                30
+            )  # both have reached the last boundary, and neither has said that it is the last
             if number == 0:
                 orders.request(SnapshotRequest(("best",)))
                 deadline = time.monotonic() + 30

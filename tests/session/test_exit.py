@@ -54,7 +54,11 @@ def save():
 @pytest.mark.parametrize("call", ["train()", "save()"])
 def test_exit_with_a_hung_store_is_bounded(call: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM + call], capture_output=True, text=True, timeout=WAIT_S, check=False
+        [sys.executable, "-c", PROGRAM + call],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
     )
     assert done.returncode == 7, done.stderr
 

@@ -1,4 +1,5 @@
-"""Without a keeper the saving process itself drops what its policy does not keep: after saves, in nobody's time."""
+"""Without a keeper the saving process itself drops what its policy does not keep: after saves, in
+nobody's time."""
 
 from __future__ import annotations
 
@@ -62,7 +63,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [ckpt.keep_last(2), "last=2"])
-def test_closed_checkpointer_leaves_what_the_policy_keeps_and_exactly_its_bytes(tmp_path: Path, keep) -> None:
+def test_closed_checkpointer_leaves_what_the_policy_keeps_and_exactly_its_bytes(
+    tmp_path: Path, keep
+) -> None:
     with ckpt.Checkpointer(tmp_path / "run", keep=keep, grace="0s") as c:
         for step in range(1, 7):
             c.save(state(step), step=step)
@@ -102,14 +105,20 @@ def test_old_snapshots_go_while_saves_go_on(quick: None) -> None:
 
 def test_tagged_ones_and_the_best_by_metadata_stay() -> None:
     store = MemoryBackend()
-    with ckpt.Checkpointer(store, keep=ckpt.keep_last(1) | ckpt.keep_best("loss", 2), grace="0s") as c:
+    with ckpt.Checkpointer(
+        store, keep=ckpt.keep_last(1) | ckpt.keep_best("loss", 2), grace="0s"
+    ) as c:
         for step, loss in enumerate([0.9, 0.2, 0.5, 0.1, 0.7, 0.8], 1):
-            c.save(state(step), step=step, metadata={"loss": loss}, tag="first" if step == 1 else None)
+            c.save(
+                state(step), step=step, metadata={"loss": loss}, tag="first" if step == 1 else None
+            )
     assert steps(store) == [1, 2, 4, 6]
 
 
 @pytest.mark.slow
-def test_restored_snapshot_is_there_until_the_next_save_though_newer_ones_are_committed(quick: None) -> None:
+def test_restored_snapshot_is_there_until_the_next_save_though_newer_ones_are_committed(
+    quick: None,
+) -> None:
     store = MemoryBackend()
     with ckpt.Checkpointer(store, keep="last=1,every=3", grace="0s") as c:
         for step in range(1, 8):
@@ -127,7 +136,9 @@ def test_restored_snapshot_is_there_until_the_next_save_though_newer_ones_are_co
 def test_run_without_keeper_keeps_to_the_policy_by_what_it_logs() -> None:
     store = MemoryBackend()
 
-    @ckpt.resilient(store=store, every=1, keep=ckpt.keep_best("loss", 1) | ckpt.keep_every(5), grace="0s")
+    @ckpt.resilient(
+        store=store, every=1, keep=ckpt.keep_best("loss", 1) | ckpt.keep_every(5), grace="0s"
+    )
     def train(run: ckpt.Run) -> None:
         run.track(x={"v": 1})
         for step in run.steps(8):
@@ -142,11 +153,17 @@ def test_run_without_keeper_keeps_to_the_policy_by_what_it_logs() -> None:
 def test_failing_rounds_are_alarms_and_never_raised(caplog: pytest.LogCaptureFixture) -> None:
     inner = MemoryBackend()
     store = FaultyBackend(inner, [Fault(harm=Harm.DENIED, op="delete", times=None)])
-    with caplog.at_level(logging.WARNING, logger="ckpt"), ckpt.Checkpointer(store, keep="last=1", grace="0s") as c:
+    with (
+        caplog.at_level(logging.WARNING, logger="ckpt"),
+        ckpt.Checkpointer(store, keep="last=1", grace="0s") as c,
+    ):
         for step in range(1, 5):
             c.save(state(step), step=step)
     assert steps(inner) == [4]
-    assert "not swept to the end" in caplog.text or "dropping or deleting old snapshots failed" in caplog.text
+    assert (
+        "not swept to the end" in caplog.text
+        or "dropping or deleting old snapshots failed" in caplog.text
+    )
     with ckpt.Checkpointer(inner, keep="last=1", grace="0s") as c:
         c.save(state(5), step=5)
     assert steps(inner) == [5]
@@ -167,9 +184,14 @@ def test_writer_that_was_overtaken_drops_nothing() -> None:
     assert steps(store) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("keep", [7, True, ["last=1"], ckpt.SnapshotId(1, 1), "", "newest", "last=0"])
+@pytest.mark.parametrize(
+    "keep", [7, True, ["last=1"], ckpt.SnapshotId(1, 1), "", "newest", "last=0"]
+)
 def test_policy_that_is_none_is_refused_when_it_is_made(keep: object) -> None:
-    for make in (lambda: ckpt.Checkpointer(MemoryBackend(), keep=keep), lambda: ckpt.resilient(store="x", keep=keep)):
+    for make in (
+        lambda: ckpt.Checkpointer(MemoryBackend(), keep=keep),
+        lambda: ckpt.resilient(store="x", keep=keep),
+    ):
         with pytest.raises(ckpt.UsageError):
             make()
 
@@ -185,7 +207,12 @@ def test_grace_that_is_no_length_of_time_is_refused_when_it_is_made(grace: objec
 
 
 def test_policy_travels_to_a_keeper_as_text_that_means_the_same() -> None:
-    policy = ckpt.keep_last(3) | ckpt.keep_best("val/loss", 2, "max") | ckpt.keep_for("36h") | ckpt.keep_tagged()
+    policy = (
+        ckpt.keep_last(3)
+        | ckpt.keep_best("val/loss", 2, "max")
+        | ckpt.keep_for("36h")
+        | ckpt.keep_tagged()
+    )
     retention = retention_of(SessionOptions(keep=policy, grace_s=check_grace("90m")))
     assert retention == Retention(keep="last=3,tagged,best=val/loss:2:max,for=36h", grace_s=5400.0)
     assert check_keep(retention.keep) == policy

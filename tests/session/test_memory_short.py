@@ -64,7 +64,9 @@ def test_state_that_has_outgrown_its_slots_is_skipped(rank_over, gauge: Gauge, j
     gauge.short = True
     large = items(100_000)
     assert not rank.saving.stage(large, SnapshotId(rank.epoch, 2), metadata={})
-    with pytest.raises(UnavailableError, match=r"has grown and its slots can't grow: not enough memory"):
+    with pytest.raises(
+        UnavailableError, match=r"has grown and its slots can't grow: not enough memory"
+    ):
         rank.save(large, 3)
     gauge.short = False
     assert rank.save(large, 4).durable(20).step == 4

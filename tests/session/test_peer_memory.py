@@ -1,4 +1,5 @@
-"""A pair of several nodes restored from this node's slots, slots that others lend, and mirrors: bit for bit, or not at all."""
+"""A pair of several nodes restored from this node's slots, slots that others lend, and mirrors: bit
+for bit, or not at all."""
 
 from __future__ import annotations
 
@@ -34,7 +35,12 @@ WHOLE = b"".join(row(rank) for rank in range(RANKS))
 
 
 def slot(
-    rank: int, *, snapshot: SnapshotId = SNAPSHOT, header_pages: int = 3, origin: str = "o", data: bytes | None = None
+    rank: int,
+    *,
+    snapshot: SnapshotId = SNAPSHOT,
+    header_pages: int = 3,
+    origin: str = "o",
+    data: bytes | None = None,
 ) -> bytearray:
     """A sealed slot's memory; a mirror's has a shorter header."""
     memory = bytearray(header_pages * PAGE_BYTES + 4 * PAGE_BYTES)
@@ -49,7 +55,9 @@ def slot(
         size_bytes=ROW_BYTES,
         digests=(digest(row(rank)),),
     )
-    header.seal(StagedIndex(snapshot=snapshot, rank=rank, world_size=RANKS, shards=(shard,), origin=origin))
+    header.seal(
+        StagedIndex(snapshot=snapshot, rank=rank, world_size=RANKS, shards=(shard,), origin=origin)
+    )
     return memory
 
 
@@ -74,7 +82,11 @@ class Node(MemoryBackend):
         if self.fails is not None:
             raise self.fails
         found = super().stat(key)
-        return found if found is None or self.lies_bytes is None else type(found)(key, self.lies_bytes, 0.0)
+        return (
+            found
+            if found is None or self.lies_bytes is None
+            else type(found)(key, self.lies_bytes, 0.0)
+        )
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """See Backend."""
@@ -85,12 +97,15 @@ class Node(MemoryBackend):
 
 
 class World:
-    """Rank 0 is here, rank 1 in a slot of ``b``, with a mirror at ``c``, rank 2 in a mirror at ``b`` and another at ``c``."""
+    """Rank 0 is here, rank 1 in a slot of ``b``, with a mirror at ``c``, rank 2 in a mirror at
+    ``b`` and another at ``c``."""
 
     def __init__(self) -> None:
         self.here = slot(0)
         self.nodes: dict[str, Node] = {
-            "b": Node({slot_key(SNAPSHOT, 1): slot(1), mirror_key(SNAPSHOT, 2): slot(2, header_pages=1)}),
+            "b": Node(
+                {slot_key(SNAPSHOT, 1): slot(1), mirror_key(SNAPSHOT, 2): slot(2, header_pages=1)}
+            ),
             "c": Node(
                 {mirror_key(SNAPSHOT, rank): slot(rank, header_pages=1) for rank in range(RANKS)},
             ),
@@ -107,10 +122,19 @@ class World:
     def reach(self, address: str) -> Backend:
         return self.nodes[address]
 
-    def restore(self, between: Callable[[], object] = lambda: None, box: Box | None = None) -> bytes:
-        with open_memory(SNAPSHOT, self.sources, self.own(), open_peer=self.reach, job="job") as (index, store):
+    def restore(
+        self, between: Callable[[], object] = lambda: None, box: Box | None = None
+    ) -> bytes:
+        with open_memory(SNAPSHOT, self.sources, self.own(), open_peer=self.reach, job="job") as (
+            index,
+            store,
+        ):
             between()
-            plan = plan_reads(index, [Want("model/rows", None, box or Box.whole(ROWS.shape))], coalesce_bytes=1 << 20)
+            plan = plan_reads(
+                index,
+                [Want("model/rows", None, box or Box.whole(ROWS.shape))],
+                coalesce_bytes=1 << 20,
+            )
             outputs = [bytearray(size) for size in plan.output_bytes]
             fetch(store, plan, [memoryview(one) for one in outputs])
         return bytes(outputs[0])
@@ -137,7 +161,11 @@ def test_each_begins_behind_its_own_ranks(world: World) -> None:
 
     key = [mirror_key(SNAPSHOT, rank) for rank in range(RANKS)]
     world.nodes["c"] = Noted({key[rank]: slot(rank, header_pages=1) for rank in range(RANKS)})
-    world.sources = [Source(mirrors=("c",)), Source(local=0, mirrors=("c",)), Source(mirrors=("c",))]
+    world.sources = [
+        Source(mirrors=("c",)),
+        Source(local=0, mirrors=("c",)),
+        Source(mirrors=("c",)),
+    ]
     own = {1: [memoryview(slot(1))]}
     with open_memory(SNAPSHOT, world.sources, own, open_peer=world.reach, job="job"):
         assert asked == [key[2], key[0]]
@@ -149,10 +177,13 @@ def test_only_the_header_and_what_is_wanted_are_read(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [UnavailableError("gone"), FencedError("a newer epoch is open"), NotFoundError("no such slot")]
+    "error",
+    [UnavailableError("gone"), FencedError("a newer epoch is open"), NotFoundError("no such slot")],
 )
 @pytest.mark.parametrize("late", [False, True])
-def test_node_that_fails_is_replaced_by_the_next(world: World, error: Exception, late: bool) -> None:
+def test_node_that_fails_is_replaced_by_the_next(
+    world: World, error: Exception, late: bool
+) -> None:
     def fail() -> None:
         world.nodes["b"].fails = error
 
@@ -229,7 +260,9 @@ MAGIC = int.from_bytes(b"ckptslot", "little")
 
 
 def head(*words: int) -> bytes:
-    return HEAD.pack(MAGIC, 1, 3, *words, *([0] * (5 - len(words)))) + bytes(4 * PAGE_BYTES - HEAD.size)
+    return HEAD.pack(MAGIC, 1, 3, *words, *([0] * (5 - len(words)))) + bytes(
+        4 * PAGE_BYTES - HEAD.size
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,8 +304,13 @@ def test_index_of_another_digest_is_refused(world: World) -> None:
 
 
 def test_memory_is_only_read(world: World) -> None:
-    with open_memory(SNAPSHOT, world.sources, world.own(), open_peer=world.reach, job="job") as (_, store):
-        assert [stat.key for stat in store.list("slot/")] == [f"slot/{rank}" for rank in range(RANKS)]
+    with open_memory(SNAPSHOT, world.sources, world.own(), open_peer=world.reach, job="job") as (
+        _,
+        store,
+    ):
+        assert [stat.key for stat in store.list("slot/")] == [
+            f"slot/{rank}" for rank in range(RANKS)
+        ]
         assert {stat.size_bytes for stat in store.list("", after="slot/0")} == {4 * PAGE_BYTES}
         with pytest.raises(UsageError):
             store.put("slot/0", [b""])

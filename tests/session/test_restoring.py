@@ -1,4 +1,5 @@
-"""One snapshot for all ranks and items, an older one where any rank meets damage. Ranks are threads."""
+"""One snapshot for all ranks and items, an older one where any rank meets damage. Ranks are
+threads."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ STEPS = (10, 20, 30)
 
 
 def _write(job, run_ranks, size: int, *, steps: tuple[int, ...] = STEPS) -> int:
-    """Saves each step on all ranks: two items, each value tells its step and rank. Returns the epoch."""
+    """Saves each step on all ranks: two items, each value tells its step and rank. Returns the
+    epoch."""
     ranks = job.ranks(size)
     for step in steps:
         run_ranks(size, lambda r, step=step: ranks[r].save(_stored(r, step), step).durable(20))
@@ -34,13 +36,18 @@ def _stored(rank: int, step: int) -> dict[str, object]:
 
 
 def _blank() -> dict[str, object]:
-    return {"a": {"w": torch.zeros(1000), "step": 0, "rank": -1}, "b": {"w": torch.zeros(7), "step": 0}}
+    return {
+        "a": {"w": torch.zeros(1000), "step": 0, "rank": -1},
+        "b": {"w": torch.zeros(7), "step": 0},
+    }
 
 
 def _is(items: dict[str, object], rank: int, step: int) -> bool:
     stored = _stored(rank, step)
     return all(
-        torch.equal(items[name][key], value) if isinstance(value, torch.Tensor) else items[name][key] == value
+        torch.equal(items[name][key], value)
+        if isinstance(value, torch.Tensor)
+        else items[name][key] == value
         for name in items
         for key, value in stored[name].items()
     )
@@ -55,10 +62,16 @@ def _candidates(snapshots: list[SnapshotId]) -> list[RestoreCandidate]:
 
 
 def _restore(
-    job, run_ranks, size: int, *, backends: dict[int, Backend] | None = None, choices: list[SnapshotId] | None = None,
+    job,
+    run_ranks,
+    size: int,
+    *,
+    backends: dict[int, Backend] | None = None,
+    choices: list[SnapshotId] | None = None,
     at_once: bool = False,
-):  # fmt: skip
-    """Each rank's items after a restore of "a", then "b" (or both at once), or its error; and what rank 0 told."""
+):
+    """Each rank's items after a restore of "a", then "b" (or both at once), or its error; and what
+    rank 0 told."""
     restorers, told = job.restorers(size, backends=backends)
 
     def call(rank: int) -> tuple[dict[str, object], SnapshotId | None]:
@@ -98,7 +111,9 @@ def _damage(job, step: int, rank: int, *, leaf: str = "a/w") -> None:
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("at_once", [True, False])
-def test_every_rank_gets_its_own_leaves_of_the_newest(job, run_ranks, size: int, at_once: bool) -> None:
+def test_every_rank_gets_its_own_leaves_of_the_newest(
+    job, run_ranks, size: int, at_once: bool
+) -> None:
     _write(job, run_ranks, size)
     outcomes, told = _restore(job, run_ranks, size, at_once=at_once)
     assert all(_is(items, rank, 30) for rank, (items, _) in enumerate(outcomes))
@@ -139,9 +154,11 @@ def test_damage_of_the_second_newest_too_falls_back_further(job, run_ranks) -> N
 @pytest.mark.parametrize("gone", ["manifests/", "parts/", "packs/"])
 def test_records_that_are_gone_count_as_damage(job, run_ranks, gone: str) -> None:
     _write(job, run_ranks, 2)
-    keys = _packs_of(job, 30, 1) if gone == "packs/" else {
-        key for key in job.store._objects if key.startswith(f"{gone}{SnapshotId(1, 30).key}")
-    }  # fmt: skip
+    keys = (
+        _packs_of(job, 30, 1)
+        if gone == "packs/"
+        else {key for key in job.store._objects if key.startswith(f"{gone}{SnapshotId(1, 30).key}")}
+    )
     assert keys
     for key in keys:
         job.store.delete(key)
@@ -167,10 +184,14 @@ def test_only_snapshot_that_is_dropped_for_a_newer_one_after_it_was_chosen_is_no
     for rank, (items, chosen) in enumerate(run_ranks(size, call)):
         assert chosen == SnapshotId(1, 30)
         assert _is(items, rank, 30)
-    assert [event.kind for event in told[0]] == ["chosen-anew"], "it is no damage, and no older one is restored"
+    assert [event.kind for event in told[0]] == ["chosen-anew"], (
+        "it is no damage, and no older one is restored"
+    )
 
 
-def test_explicit_choice_that_is_damaged_is_an_error_on_all_ranks_without_fallback(job, run_ranks) -> None:
+def test_explicit_choice_that_is_damaged_is_an_error_on_all_ranks_without_fallback(
+    job, run_ranks
+) -> None:
     _write(job, run_ranks, 2)
     _damage(job, 30, 1)
     outcomes, told = _restore(job, run_ranks, 2, choices=[SnapshotId(1, 30)])
@@ -190,19 +211,25 @@ def test_no_snapshot_that_can_be_read_is_an_error_on_all_ranks(job, run_ranks) -
 
 def test_silent_store_of_one_rank_is_told_to_all_and_is_no_damage(job, run_ranks) -> None:
     _write(job, run_ranks, 2)
-    faulty = FaultyBackend(job.store, [Fault(harm=Harm.LOST_REQUEST, op="read_into", key="packs/", times=None)])
+    faulty = FaultyBackend(
+        job.store, [Fault(harm=Harm.LOST_REQUEST, op="read_into", key="packs/", times=None)]
+    )
     outcomes, told = _restore(job, run_ranks, 2, backends={1: faulty})
     assert all(isinstance(error, UnavailableError) for error in outcomes), outcomes
     assert told == []
 
 
-def test_state_that_does_not_fit_on_one_rank_is_an_error_on_all_and_no_damage(job, run_ranks) -> None:
+def test_state_that_does_not_fit_on_one_rank_is_an_error_on_all_and_no_damage(
+    job, run_ranks
+) -> None:
     _write(job, run_ranks, 2)
     restorers, told = job.restorers(2)
 
     def call(rank: int) -> object:
         restorers[rank].choose(lambda: _candidates(_newest(job)))
-        return restorers[rank].fill({"a": {"w": torch.zeros(1000 + rank), "step": 0, "rank": 0}}, FillRules())
+        return restorers[rank].fill(
+            {"a": {"w": torch.zeros(1000 + rank), "step": 0, "rank": 0}}, FillRules()
+        )
 
     outcomes = run_ranks(2, call)
     assert all(isinstance(error, UsageError) for error in outcomes), outcomes
@@ -214,7 +241,9 @@ def test_state_that_does_not_fit_on_one_rank_is_an_error_on_all_and_no_damage(jo
 def test_bit_that_flips_while_one_rank_reads_never_becomes_state(job, run_ranks) -> None:
     _write(job, run_ranks, 2)
     for seed in range(5):
-        faulty = FaultyBackend(job.store, [Fault(harm=Harm.FLIPPED, op="read_into", key="packs/")], seed=seed)
+        faulty = FaultyBackend(
+            job.store, [Fault(harm=Harm.FLIPPED, op="read_into", key="packs/")], seed=seed
+        )
         outcomes, _ = _restore(job, run_ranks, 2, backends={1: faulty})
         assert all(not isinstance(outcome, CkptError) for outcome in outcomes), outcomes
         steps = {chosen.step for _, chosen in outcomes}
@@ -237,7 +266,9 @@ def test_chain_of_worlds_keeps_every_rank_right(job, run_ranks) -> None:
         epoch = _write(job, run_ranks, size, steps=(n * 10,))
         assert epoch == n
         outcomes, _ = _restore(job, run_ranks, 4)
-        assert all(_is(items, rank % size, n * 10) for rank, (items, _) in enumerate(outcomes)), outcomes
+        assert all(_is(items, rank % size, n * 10) for rank, (items, _) in enumerate(outcomes)), (
+            outcomes
+        )
 
 
 def test_missing_keys_are_named_and_nothing_is_changed(job, run_ranks) -> None:

@@ -1,4 +1,5 @@
-"""One rank's failure is every rank's failure of that one snapshot; the next one works. Ranks are threads."""
+"""One rank's failure is every rank's failure of that one snapshot; the next one works. Ranks are
+threads."""
 
 from __future__ import annotations
 
@@ -56,7 +57,12 @@ def test_all_ranks_see_the_same_durable_snapshot(job, run_ranks) -> None:
     ranks = job.ranks(3)
     infos = _save_all(run_ranks, ranks, 7, tags=("best",), metadata={"loss": 0.5})
     assert infos[0] == infos[1] == infos[2]
-    assert (infos[0].step, infos[0].world_size, infos[0].tags, infos[0].metadata) == (7, 3, ("best",), {"loss": 0.5})
+    assert (infos[0].step, infos[0].world_size, infos[0].tags, infos[0].metadata) == (
+        7,
+        3,
+        ("best",),
+        {"loss": 0.5},
+    )
     assert _finish_all(run_ranks, ranks) == [None] * 3
     state = Journal.open(job.store).refresh()
     assert state.tags == {"best": infos[0].id}
@@ -66,7 +72,11 @@ def test_all_ranks_see_the_same_durable_snapshot(job, run_ranks) -> None:
 @pytest.mark.parametrize("harmed", [0, 1, 2])
 @pytest.mark.parametrize(
     ("harm", "kind"),
-    [(Harm.FULL, StoreFullError), (Harm.DENIED, StoreDeniedError), (Harm.LOST_REQUEST, UnavailableError)],
+    [
+        (Harm.FULL, StoreFullError),
+        (Harm.DENIED, StoreDeniedError),
+        (Harm.LOST_REQUEST, UnavailableError),
+    ],
 )
 def test_write_that_fails_on_one_rank_fails_the_snapshot_on_all_with_that_error(
     job, run_ranks, harmed: int, harm: Harm, kind: type[CkptError]
@@ -76,7 +86,9 @@ def test_write_that_fails_on_one_rank_fails_the_snapshot_on_all_with_that_error(
     errors = _save_all(run_ranks, ranks, 1)
     assert all(type(error) is kind for error in errors), errors
     assert all(f"rank {harmed}: " in str(error) for error in errors)
-    assert all([event.kind for event in rank.events if event.alarm] == ["save-failed"] for rank in ranks)
+    assert all(
+        [event.kind for event in rank.events if event.alarm] == ["save-failed"] for rank in ranks
+    )
     infos = _save_all(run_ranks, ranks, 2)
     assert infos[0] == infos[1] == infos[2]
     assert infos[0].step == 2
@@ -94,7 +106,9 @@ def test_part_that_can_not_be_written_fails_the_snapshot_on_all(job, run_ranks) 
 
 
 @pytest.mark.parametrize("key", ["manifests/", "log/"])
-def test_commit_that_fails_on_rank_0_fails_on_all_and_the_next_one_works(job, run_ranks, key: str) -> None:
+def test_commit_that_fails_on_rank_0_fails_on_all_and_the_next_one_works(
+    job, run_ranks, key: str
+) -> None:
     Journal.open(job.store, job="job", create=True)
     skip = 1 if key == "log/" else 0  # the epoch's own record goes through
     faulty = FaultyBackend(job.store, [Fault(harm=Harm.DENIED, op="put", key=key, skip=skip)])
@@ -105,7 +119,9 @@ def test_commit_that_fails_on_rank_0_fails_on_all_and_the_next_one_works(job, ru
     _finish_all(run_ranks, ranks)
 
 
-def test_unforeseen_error_of_a_store_fails_on_all_ranks_instead_of_hanging_them(job, run_ranks) -> None:
+def test_unforeseen_error_of_a_store_fails_on_all_ranks_instead_of_hanging_them(
+    job, run_ranks
+) -> None:
     class Broken(MemoryBackend):
         broken = True
 
@@ -154,7 +170,12 @@ def test_equal_chunks_of_the_last_snapshot_are_referred_to(job, run_ranks) -> No
     ranks = job.ranks(2, backends={0: counting, 1: counting})
     frozen = torch.randn(50_000)
     for step in (1, 2):
-        infos = run_ranks(2, lambda r, step=step: ranks[r].save({"s": {"w": frozen, "step": step}}, step).durable(20))
+        infos = run_ranks(
+            2,
+            lambda r, step=step: (
+                ranks[r].save({"s": {"w": frozen, "step": step}}, step).durable(20)
+            ),
+        )
     assert infos[0].new_bytes < infos[0].size_bytes / 100
     _finish_all(run_ranks, ranks)
 
@@ -164,7 +185,9 @@ def test_after_a_conflict_the_next_snapshot_refers_to_nothing(job, run_ranks) ->
     frozen = torch.randn(50_000)
 
     def save(step: int) -> list[object]:
-        return run_ranks(2, lambda r: ranks[r].save({"s": {"w": frozen, "step": step}}, step).durable(20))
+        return run_ranks(
+            2, lambda r: ranks[r].save({"s": {"w": frozen, "step": step}}, step).durable(20)
+        )
 
     save(1)
     errors = run_ranks(2, lambda r: ranks[r].save({"s": {"w": frozen}}, 5 + r).durable(20))
@@ -225,7 +248,9 @@ def test_durable_with_a_time_limit_lets_the_save_go_on(rank_over) -> None:
     rank = rank_over(store)
     pending = rank.save(_items(0, 3), 3)
     for _ in range(3):
-        with pytest.raises(UnavailableError, match=r"the save continues\. epoch 1 step 3 waited_s=0.01"):
+        with pytest.raises(
+            UnavailableError, match=r"the save continues\. epoch 1 step 3 waited_s=0.01"
+        ):
             pending.durable(0.01)
     assert not pending.done()
     assert pending.failure() is None
@@ -298,7 +323,11 @@ def test_slot_that_changed_after_its_seal_is_never_committed(rank_over) -> None:
     rank = rank_over(store)
     blocking = rank.save({"t": torch.zeros(1000)}, 1)
     changed = rank.save({"t": torch.ones(1000)}, 2)
-    slots = [slot for slot in rank.saving._stager._pool._slots if bytes(slot.data[:4]) == b"\x00\x00\x80\x3f"]
+    slots = [
+        slot
+        for slot in rank.saving._stager._pool._slots
+        if bytes(slot.data[:4]) == b"\x00\x00\x80\x3f"
+    ]
     slots[0].data[1] ^= 1
     store.gate.set()
     assert blocking.durable(20).step == 1
@@ -318,7 +347,9 @@ def test_steps_that_do_not_grow_are_refused_with_the_remedy(job) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_failures_on_random_ranks_leave_the_same_outcomes_everywhere(job, run_ranks, seed: int) -> None:
+def test_random_failures_on_random_ranks_leave_the_same_outcomes_everywhere(
+    job, run_ranks, seed: int
+) -> None:
     backends = {
         rank: FaultyBackend(
             job.store,
@@ -338,7 +369,11 @@ def test_random_failures_on_random_ranks_leave_the_same_outcomes_everywhere(job,
     assert {"durable", "unavailable"} == set(outcomes[0])
     run_ranks(3, lambda r: ranks[r].saving.abandon())
     state = Journal.open(job.store).refresh()
-    wanted = [step for step, outcome in zip(range(1, 16), outcomes[0], strict=True) if outcome == "durable"]
+    wanted = [
+        step
+        for step, outcome in zip(range(1, 16), outcomes[0], strict=True)
+        if outcome == "durable"
+    ]
     assert [info.step for info in snapshots(job.store, state)] == wanted
 
 

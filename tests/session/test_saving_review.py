@@ -34,7 +34,9 @@ def test_an_outcome_stays_until_every_rank_has_read_it(job, monkeypatch) -> None
     late = threading.Event()
     peek = ranks[1].channel.peek
     monkeypatch.setattr(
-        ranks[1].channel, "peek", lambda key: peek(key) if key != "outcome/1" or late.is_set() else None
+        ranks[1].channel,
+        "peek",
+        lambda key: peek(key) if key != "outcome/1" or late.is_set() else None,
     )
     pending = [rank.save(items(), 1) for rank in ranks]
     pending[0].durable(20)
@@ -75,11 +77,20 @@ def test_an_unforeseen_error_of_the_commit_reaches_all_ranks(job, monkeypatch) -
 def test_replicas_are_compared_again_only_when_their_set_changes() -> None:
     met: list[list[str]] = []
     stager = Stager(
-        World(0, 2), slots=1, threads=1, compare_replicas=lambda leaves: met.append([one.leaf.name for one in leaves])
+        World(0, 2),
+        slots=1,
+        threads=1,
+        compare_replicas=lambda leaves: met.append([one.leaf.name for one in leaves]),
     )
 
     def leaf(name: str, replicas: tuple[int, ...]) -> TensorLeaf:
-        found = Leaf(name=name, kind=LeafKind.TENSOR, dtype="float32", shape=(2,), rank=None if replicas[1:] else 0)
+        found = Leaf(
+            name=name,
+            kind=LeafKind.TENSOR,
+            dtype="float32",
+            shape=(2,),
+            rank=None if replicas[1:] else 0,
+        )
         return TensorLeaf(found, Box.whole((2,)), torch.ones(2), replicas)
 
     stager._compare([leaf("a", (0, 1)), leaf("mine", (0,))])
@@ -182,12 +193,17 @@ def test_a_users_error_in_loading_is_told_to_the_other_ranks(job, run_ranks) -> 
 
 def test_replicas_that_hold_different_leaves_make_no_snapshot() -> None:
     def sets(*names: str) -> dict[str, tuple[int, str]]:
-        leaves = [Leaf(name=name, kind=LeafKind.TENSOR, dtype="float32", shape=(2,)) for name in names]
-        return replicated_leaves([TensorLeaf(leaf, Box.whole((2,)), torch.ones(2), (0, 1)) for leaf in leaves])
+        leaves = [
+            Leaf(name=name, kind=LeafKind.TENSOR, dtype="float32", shape=(2,)) for name in names
+        ]
+        return replicated_leaves(
+            [TensorLeaf(leaf, Box.whole((2,)), torch.ones(2), (0, 1)) for leaf in leaves]
+        )
 
     def error_of(*held: dict[str, tuple[int, str]]) -> str:
         receipts = [
-            Receipt(snapshot=SnapshotId(1, 1), rank=rank, shared=replica_groups(one)) for rank, one in enumerate(held)
+            Receipt(snapshot=SnapshotId(1, 1), rank=rank, shared=replica_groups(one))
+            for rank, one in enumerate(held)
         ]
         error = check_groups(merge_receipts(receipts)).error
         return "" if error is None else error.text

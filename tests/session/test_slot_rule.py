@@ -35,7 +35,9 @@ def test_of_what_two_ranks_hold_exactly_the_useless_is_given_free(
 
 
 @pytest.mark.parametrize("other", SETS)
-def test_overwriting_what_is_free_never_loses_the_newest_common(other: frozenset[SnapshotId]) -> None:
+def test_overwriting_what_is_free_never_loses_the_newest_common(
+    other: frozenset[SnapshotId],
+) -> None:
     for mine in SETS:
         for pair in mine:
             if reason_kept(pair, in_use=False, view=seen(mine, other), epoch=2) is None:
@@ -49,20 +51,33 @@ def test_empty_slot_is_free_unless_in_use() -> None:
 
 def test_rank_alone_keeps_only_its_newest() -> None:
     alone = seen(frozenset(PAIRS))
-    assert [reason_kept(pair, in_use=False, view=alone, epoch=2) is None for pair in PAIRS] == [True, True, False]
+    assert [reason_kept(pair, in_use=False, view=alone, epoch=2) is None for pair in PAIRS] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_newer_pair_waits_for_ranks_that_have_not_come_so_far() -> None:
     behind = BoardView((PAIRS[1], PAIRS[0]), (frozenset(PAIRS[:2]), frozenset(PAIRS[:1])))
-    assert reason_kept(PAIRS[1], in_use=False, view=behind, epoch=1) == "other ranks may still complete it"
-    assert reason_kept(PAIRS[0], in_use=False, view=behind, epoch=1) == "it is the newest that all ranks hold"
+    assert (
+        reason_kept(PAIRS[1], in_use=False, view=behind, epoch=1)
+        == "other ranks may still complete it"
+    )
+    assert (
+        reason_kept(PAIRS[0], in_use=False, view=behind, epoch=1)
+        == "it is the newest that all ranks hold"
+    )
 
 
 def test_rank_that_went_on_without_it_will_never_hold_it() -> None:
     held = frozenset({SnapshotId(1, 5)})
     for completed, gone in [(5, False), (6, False), (7, True), (None, False)]:
         far = passed([None], completed=completed, epoch=1)
-        assert overtaken(SnapshotId(1, 5), BoardView((SnapshotId(1, 5), far), (held, frozenset()))) is gone
+        assert (
+            overtaken(SnapshotId(1, 5), BoardView((SnapshotId(1, 5), far), (held, frozenset())))
+            is gone
+        )
 
 
 def test_steps_of_this_epoch_count_beside_what_slots_hold() -> None:

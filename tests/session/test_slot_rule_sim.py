@@ -1,8 +1,9 @@
-"""Ranks at different speeds, uploads, and kills at any moment: once a complete snapshot existed, one always does.
+"""Ranks at different speeds, uploads, and kills at any moment: once a complete snapshot existed,
+one always does.
 
-One seed is one run. Every change and every look at shared state is a step of its own, so any interleaving can happen: a look
-at the board is torn across ranks, a rank dies between its header and the board. What a header says is the truth; the board
-lags behind it.
+One seed is one run. Every change and every look at shared state is a step of its own, so any
+interleaving can happen: a look at the board is torn across ranks, a rank dies between its header
+and the board. What a header says is the truth; the board lags behind it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Steps = Generator[None, None, None]
 
 @dataclass
 class SimSlot:
-    """``header`` is what the memory holds, ``board`` what all others see, ``in_use`` the mark of an upload."""
+    """``header`` is what the memory holds, ``board`` what all others see, ``in_use`` the mark of an
+    upload."""
 
     header: SnapshotId | None = None
     board: SnapshotId | None = None
@@ -32,7 +34,8 @@ class SimSlot:
 
 @dataclass
 class SimJob:
-    """All ranks of one job. ``lag``: how far they may drift apart (1: all must have begun a step before one ends it).
+    """All ranks of one job. ``lag``: how far they may drift apart (1: all must have begun a step
+    before one ends it).
 
     ``upload`` and ``refuse`` are how likely a snapshot is uploaded, and not taken by one rank.
     """
@@ -59,12 +62,18 @@ class SimJob:
     # ---- the truth
 
     def complete(self) -> SnapshotId | None:
-        return newest_common({one.header for one in slots if one.header is not None} for slots in self.slots_of)
+        return newest_common(
+            {one.header for one in slots if one.header is not None} for slots in self.slots_of
+        )
 
     def check(self) -> None:
         """Invariant 8: the newest complete pair is never lost, only replaced by a newer one."""
         now = self.complete()
-        assert self.best is None or (now is not None and now >= self.best), (now, self.best, self.slots_of)
+        assert self.best is None or (now is not None and now >= self.best), (
+            now,
+            self.best,
+            self.slots_of,
+        )
         self.best = now
 
     # ---- one attempt
@@ -174,19 +183,36 @@ SEEDS = range(6)
 def test_complete_snapshot_is_never_lost(seed: int, overlapped: bool) -> None:
     rng = random.Random(f"{seed} {overlapped}")
     job = SimJob(
-        ranks=rng.randint(2, 4), slots=rng.randint(2, 4), rng=rng, overlapped=overlapped, lag=rng.randint(1, 6),
-        upload=rng.choice([0.0, 0.3, 1.0]), refuse=rng.choice([0.0, 0.2]),
-    )  # fmt: skip
+        ranks=rng.randint(2, 4),
+        slots=rng.randint(2, 4),
+        rng=rng,
+        overlapped=overlapped,
+        lag=rng.randint(1, 6),
+        upload=rng.choice([0.0, 0.3, 1.0]),
+        refuse=rng.choice([0.0, 0.2]),
+    )
     for _ in range(25):
         run(job, steps=rng.randint(1, 400))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("slots", "overlapped", "lag"), [(2, False, 1), (3, False, 4), (3, True, 1), (3, True, 6)])
-def test_after_any_chaos_a_quiet_job_stages_again(seed: int, slots: int, overlapped: bool, lag: int) -> None:
+@pytest.mark.parametrize(
+    ("slots", "overlapped", "lag"), [(2, False, 1), (3, False, 4), (3, True, 1), (3, True, 6)]
+)
+def test_after_any_chaos_a_quiet_job_stages_again(
+    seed: int, slots: int, overlapped: bool, lag: int
+) -> None:
     """Pairs that some ranks lost or refused fill nobody's slots for ever."""
     rng = random.Random(seed)
-    job = SimJob(ranks=rng.randint(2, 4), slots=slots, rng=rng, overlapped=overlapped, lag=lag, upload=0.5, refuse=0.5)
+    job = SimJob(
+        ranks=rng.randint(2, 4),
+        slots=slots,
+        rng=rng,
+        overlapped=overlapped,
+        lag=lag,
+        upload=0.5,
+        refuse=0.5,
+    )
     for _ in range(6):
         run(job, steps=rng.randint(1, 600))
     job.upload = job.refuse = 0.0
@@ -198,21 +224,27 @@ def test_after_any_chaos_a_quiet_job_stages_again(seed: int, slots: int, overlap
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("overlapped", "redone_max"), [(False, 1), (True, 2)])
-def test_three_free_slots_bound_what_is_redone(seed: int, overlapped: bool, redone_max: int) -> None:
+def test_three_free_slots_bound_what_is_redone(
+    seed: int, overlapped: bool, redone_max: int
+) -> None:
     rng = random.Random(seed)
     job = SimJob(ranks=rng.randint(2, 4), slots=3, rng=rng, overlapped=overlapped)
     for _ in range(25):
         run(job, steps=rng.randint(1, 500))
         resume = job.complete() or SnapshotId(0, 0)
         redone = max(job.completed) - max(resume.step, job.resume.step)
-        assert redone <= redone_max + (resume.epoch < job.epoch), (job.completed, resume, job.resume)
+        assert redone <= redone_max + (resume.epoch < job.epoch), (
+            job.completed,
+            resume,
+            job.resume,
+        )
 
 
 def test_without_the_rule_the_simulation_finds_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest slot that is not in use: what a rank alone would choose."""
     monkeypatch.setattr(
         f"{__name__}.reason_kept", lambda pair, *, in_use, view, epoch: "in use" if in_use else None
-    )  # fmt: skip
+    )
     with pytest.raises(AssertionError):
         for seed in SEEDS:
             test_complete_snapshot_is_never_lost(seed, True)

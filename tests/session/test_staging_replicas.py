@@ -1,4 +1,5 @@
-"""Replicas that differ, and state that one rank alone can't capture, stop every rank at once. Ranks are threads."""
+"""Replicas that differ, and state that one rank alone can't capture, stop every rank at once. Ranks
+are threads."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ def _leaf(name: str, value: float, replicas: tuple[int, ...]) -> TensorLeaf:
 def test_equal_replicas_pass_and_differing_ones_are_named(make_channels, run_ranks) -> None:
     channels = make_channels(3)
     everyone = (0, 1, 2)
-    assert run_ranks(3, lambda r: compare_replicas(channels[r], [_leaf("w", 1.0, everyone)], n=1)) == [None] * 3
+    assert (
+        run_ranks(3, lambda r: compare_replicas(channels[r], [_leaf("w", 1.0, everyone)], n=1))
+        == [None] * 3
+    )
 
     def call(rank: int) -> None:
         leaves = [_leaf("same", 1.0, everyone), _leaf("w", float(rank == 2), everyone)]
@@ -34,9 +38,13 @@ def test_equal_replicas_pass_and_differing_ones_are_named(make_channels, run_ran
 def test_bits_are_compared_not_values(make_channels, run_ranks) -> None:
     channels = make_channels(2)
     zeros = (0.0, -0.0)
-    outcomes = run_ranks(2, lambda r: compare_replicas(channels[r], [_leaf("w", zeros[r], (0, 1))], n=1))
+    outcomes = run_ranks(
+        2, lambda r: compare_replicas(channels[r], [_leaf("w", zeros[r], (0, 1))], n=1)
+    )
     assert isinstance(outcomes[1], UsageError)
-    nan = run_ranks(2, lambda r: compare_replicas(channels[r], [_leaf("w", float("nan"), (0, 1))], n=2))
+    nan = run_ranks(
+        2, lambda r: compare_replicas(channels[r], [_leaf("w", float("nan"), (0, 1))], n=2)
+    )
     assert nan == [None, None]
 
 
@@ -51,20 +59,26 @@ def test_error_of_one_rank_while_preparing_is_raised_on_all(job, run_ranks, refu
     outcomes = run_ranks(3, call)
     assert all(isinstance(error, UsageError) for error in outcomes), outcomes
     assert all("x/v" in str(error) for error in outcomes)
-    assert run_ranks(3, lambda r: ranks[r].saving.prepare({"x": {"v": torch.ones(3)}})) == [None] * 3
+    assert (
+        run_ranks(3, lambda r: ranks[r].saving.prepare({"x": {"v": torch.ones(3)}})) == [None] * 3
+    )
     infos = run_ranks(3, lambda r: ranks[r].save({"x": {"v": torch.ones(3)}}, 1).durable(20))
     assert infos[0] == infos[1] == infos[2]
     run_ranks(3, lambda r: ranks[r].saving.finish())
 
 
 @pytest.mark.parametrize("differing", [0, 1])
-def test_replicas_that_differ_while_preparing_are_an_error_on_all(job, run_ranks, monkeypatch, differing: int) -> None:
+def test_replicas_that_differ_while_preparing_are_an_error_on_all(
+    job, run_ranks, monkeypatch, differing: int
+) -> None:
     ranks = job.ranks(2)
 
     def prepare(rank: int) -> None:
         saving = ranks[rank].saving
         monkeypatch.setattr(
-            saving._stager, "prepare", lambda items: saving._compare([_leaf("w", float(rank == differing), (0, 1))])
+            saving._stager,
+            "prepare",
+            lambda items: saving._compare([_leaf("w", float(rank == differing), (0, 1))]),
         )
         saving.prepare({})
 

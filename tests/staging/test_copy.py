@@ -1,4 +1,5 @@
-"""What is staged is bit for bit what the live tensors held, whatever their layout, dtype or owner."""
+"""What is staged is bit for bit what the live tensors held, whatever their layout, dtype or
+owner."""
 
 from __future__ import annotations
 
@@ -16,7 +17,17 @@ from ckpt.format.canonical import digest
 from ckpt.staging.copy import CopyPlan, CopySource
 from ckpt.staging.layout import lay_out
 from ckpt.staging.slot import Slot, SlotPool, read_slot
-from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
+from ckpt.values import (
+    CHUNK_BYTES,
+    DTYPE_BYTES,
+    PAGE_BYTES,
+    Box,
+    Leaf,
+    LeafKind,
+    SnapshotId,
+    StagedIndex,
+    StagedShard,
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +39,12 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 def source(name: str, tensor: torch.Tensor, *, owned: Box | None = None) -> CopySource:
     shape = tuple(tensor.shape)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return CopySource(Leaf(name=name, kind=LeafKind.TENSOR, dtype=dtype, shape=shape), Box.whole(shape), tensor, owned)
+    return CopySource(
+        Leaf(name=name, kind=LeafKind.TENSOR, dtype=dtype, shape=shape),
+        Box.whole(shape),
+        tensor,
+        owned,
+    )
 
 
 def obj(name: str, data: bytes) -> CopySource:
@@ -100,7 +116,9 @@ def test_odd_layouts_are_stored_row_major() -> None:
         torch.empty(0, 3),
         torch.nn.Parameter(torch.randn(4, 4)),
     ]
-    assert stage([source(f"t{i}", tensor) for i, tensor in enumerate(tensors)]) == [raw(t) for t in tensors]
+    assert stage([source(f"t{i}", tensor) for i, tensor in enumerate(tensors)]) == [
+        raw(t) for t in tensors
+    ]
 
 
 def test_large_tensors_are_shared_between_threads(executor: ThreadPoolExecutor) -> None:
@@ -110,7 +128,9 @@ def test_large_tensors_are_shared_between_threads(executor: ThreadPoolExecutor) 
         torch.randn(3 << 20).view(-1, 1024).t(),
         torch.randn(CHUNK_BYTES // 4),
     ]
-    assert stage([source(f"t{i}", t) for i, t in enumerate(tensors)], executor) == [raw(t) for t in tensors]
+    assert stage([source(f"t{i}", t) for i, t in enumerate(tensors)], executor) == [
+        raw(t) for t in tensors
+    ]
 
 
 def test_owned_part_alone_is_staged() -> None:
@@ -141,7 +161,9 @@ def test_live_values_are_taken_at_each_run() -> None:
 
 def test_objects_of_any_length_lie_behind_the_tensors() -> None:
     datas = [b"", b"x", b"y" * PAGE_BYTES, b"z" * (CHUNK_BYTES + 5)]
-    found = stage([source("w", torch.randn(7)), *(obj(f"o{i}", data) for i, data in enumerate(datas))])
+    found = stage(
+        [source("w", torch.randn(7)), *(obj(f"o{i}", data) for i, data in enumerate(datas))]
+    )
     assert found[1:] == datas
 
 
@@ -198,7 +220,9 @@ def test_freed_slot_is_not_kept_by_the_plan() -> None:
 def test_header_room_suffices_for_long_names() -> None:
     sources = [source("model/" + "n" * 4000 + str(i), torch.ones(1)) for i in range(50)]
     plan = CopyPlan.build(sources)
-    pool = SlotPool(count=1, data_bytes=plan.data_bytes, header_bytes=plan.header_bytes, prefault=False)
+    pool = SlotPool(
+        count=1, data_bytes=plan.data_bytes, header_bytes=plan.header_bytes, prefault=False
+    )
     slot = pool.acquire()
     assert slot is not None
     slot.begin()

@@ -14,8 +14,12 @@ from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShar
 
 SIZE = 3 * 4096
 LEAF = Leaf(name="model/w", kind=LeafKind.TENSOR, dtype="float32", shape=(2, 3))
-SHARD = StagedShard(leaf=LEAF, box=Box((1, 0), (1, 3)), offset_bytes=64, size_bytes=12, digests=(b"d" * 16,))
-INDEX = StagedIndex(snapshot=SnapshotId(3, 5), rank=0, world_size=2, shards=(SHARD,), metadata={"a": None, "b": 1.5})
+SHARD = StagedShard(
+    leaf=LEAF, box=Box((1, 0), (1, 3)), offset_bytes=64, size_bytes=12, digests=(b"d" * 16,)
+)
+INDEX = StagedIndex(
+    snapshot=SnapshotId(3, 5), rank=0, world_size=2, shards=(SHARD,), metadata={"a": None, "b": 1.5}
+)
 
 
 def sealed(index: StagedIndex = INDEX) -> bytearray:
@@ -38,10 +42,19 @@ def test_flipped_bit_never_changes_what_is_read(at: int, bit: int) -> None:
 
 
 @given(st.binary(max_size=300), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
-def test_forged_header_is_refused_without_allocating(body: bytes, lengths: int, index_bytes: int) -> None:
+def test_forged_header_is_refused_without_allocating(
+    body: bytes, lengths: int, index_bytes: int
+) -> None:
     memory = bytearray(SIZE)
     words = memoryview(memory)[:64].cast("Q")
-    words[0], words[1], words[2], words[3], words[4], words[5] = MAGIC, 1, 3, 8192, lengths, index_bytes
+    words[0], words[1], words[2], words[3], words[4], words[5] = (
+        MAGIC,
+        1,
+        3,
+        8192,
+        lengths,
+        index_bytes,
+    )
     memory[64 : 64 + len(body)] = body
     with pytest.raises(IntegrityError):
         read_slot(memoryview(memory))

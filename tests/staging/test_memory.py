@@ -51,10 +51,14 @@ def test_version_1_group_limits(tmp_path: Path) -> None:
 
 def test_silent_system_refuses_nothing(tmp_path: Path) -> None:
     assert ask(tmp_path) is None
-    check_available(10**18, purpose="slots", available=None if available_bytes() is None else 10**19)
+    check_available(
+        10**18, purpose="slots", available=None if available_bytes() is None else 10**19
+    )
 
 
 def test_shortage_names_both_sizes() -> None:
     check_available(10, purpose="3 slots", available=4, freed_bytes=6)
-    with pytest.raises(UsageError, match=r"not enough memory for 3 slots\. needed_bytes=11 available_bytes=10"):
+    with pytest.raises(
+        UsageError, match=r"not enough memory for 3 slots\. needed_bytes=11 available_bytes=10"
+    ):
         check_available(11, purpose="3 slots", available=4, freed_bytes=6)

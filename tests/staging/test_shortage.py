@@ -32,9 +32,13 @@ class Scarce(OwnRegions):
 
 def pool_of(regions: Scarce, told: list[UsageError], *, count: int = 3) -> SlotPool:
     return SlotPool(
-        count=count, data_bytes=PAGE_BYTES, header_bytes=2 * PAGE_BYTES, prefault=False, regions=regions,
+        count=count,
+        data_bytes=PAGE_BYTES,
+        header_bytes=2 * PAGE_BYTES,
+        prefault=False,
+        regions=regions,
         on_short=told.append,
-    )  # fmt: skip
+    )
 
 
 def fill(pool: SlotPool, step: int) -> Slot:

@@ -1,4 +1,5 @@
-"""Slots tell the truth at every moment of a write, and are never given away while somebody needs them."""
+"""Slots tell the truth at every moment of a write, and are never given away while somebody needs
+them."""
 
 from __future__ import annotations
 
@@ -24,8 +25,12 @@ forks = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWar
 def index(step: int, fill: bytes, *, name: str = "model/w") -> StagedIndex:
     data = fill * DATA
     leaf = Leaf(name=name, kind=LeafKind.TENSOR, dtype="uint8", shape=(DATA,))
-    shard = StagedShard(leaf=leaf, box=Box.whole((DATA,)), offset_bytes=0, size_bytes=DATA, digests=(digest(data),))
-    return StagedIndex(snapshot=SnapshotId(1, step), rank=0, world_size=1, shards=(shard,), metadata={"loss": 0.5})
+    shard = StagedShard(
+        leaf=leaf, box=Box.whole((DATA,)), offset_bytes=0, size_bytes=DATA, digests=(digest(data),)
+    )
+    return StagedIndex(
+        snapshot=SnapshotId(1, step), rank=0, world_size=1, shards=(shard,), metadata={"loss": 0.5}
+    )
 
 
 def write(slot: Slot, step: int, fill: bytes) -> StagedIndex:
@@ -97,10 +102,16 @@ def test_writer_killed_at_any_step_leaves_nothing_old_or_new(pool: SlotPool) -> 
         seen.append(bytes(slot.memory))
     slot.seal(index(2, b"b"))
     seen.append(bytes(slot.memory))
-    assert [truthful(memoryview(copy)) for copy in seen] == [SnapshotId(1, 1), *[None] * 5, SnapshotId(1, 2)]
+    assert [truthful(memoryview(copy)) for copy in seen] == [
+        SnapshotId(1, 1),
+        *[None] * 5,
+        SnapshotId(1, 2),
+    ]
 
 
-def test_writer_killed_between_any_two_header_stores_leaves_nothing_or_the_new(pool: SlotPool) -> None:
+def test_writer_killed_between_any_two_header_stores_leaves_nothing_or_the_new(
+    pool: SlotPool,
+) -> None:
     slot = take(pool)
     write(slot, 1, b"a")
     before = bytes(slot.memory)
@@ -110,8 +121,16 @@ def test_writer_killed_between_any_two_header_stores_leaves_nothing_or_the_new(p
     slot.data[:] = b"b" * DATA
     slot.seal(index(2, b"b", name="model/other"))
     after = bytes(slot.memory)
-    # The words and the index in the order of their stores, the state last; each prefix is a place to die.
-    words = [slice(24, 32), slice(32, 40), slice(40, 48), slice(64, HEADER), slice(48, 56), slice(56, 64)]
+    # The words and the index in the order of their stores, the state last; each prefix is a place
+    # to die.
+    words = [
+        slice(24, 32),
+        slice(32, 40),
+        slice(40, 48),
+        slice(64, HEADER),
+        slice(48, 56),
+        slice(56, 64),
+    ]
     torn = bytearray(begun)
     torn[HEADER:] = after[HEADER:]
     for word in words:
@@ -119,7 +138,8 @@ def test_writer_killed_between_any_two_header_stores_leaves_nothing_or_the_new(p
         assert truthful(memoryview(torn)) is None
     torn[16:24] = after[16:24]
     assert truthful(memoryview(torn)) == SnapshotId(1, 2)
-    # A state word that came too early is not believed either: the digest covers generation and index.
+    # A state word that came too early is not believed either: the digest covers generation and
+    # index.
     early = bytearray(before)
     early[16:24] = after[16:24]
     with pytest.raises(Exception, match="contradicts itself"):

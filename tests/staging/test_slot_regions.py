@@ -59,7 +59,9 @@ class Owner:
 
 
 def make_pool(owner: Owner, *, count: int = 2, data_bytes: int = DATA) -> SlotPool:
-    return SlotPool(count=count, data_bytes=data_bytes, header_bytes=HEADER, prefault=False, regions=owner)
+    return SlotPool(
+        count=count, data_bytes=data_bytes, header_bytes=HEADER, prefault=False, regions=owner
+    )
 
 
 def take(pool: SlotPool) -> Slot:
@@ -84,8 +86,15 @@ def test_owner_is_told_each_change_in_order() -> None:
         slot.begin()
         slot.invalidate()
     assert owner.told == [
-        "make 0", "emptied 0", "sealed 0 epoch 1 step 1", "idle 0", "make 1", "emptied 1", "emptied 1", "idle 1",
-    ]  # fmt: skip
+        "make 0",
+        "emptied 0",
+        "sealed 0 epoch 1 step 1",
+        "idle 0",
+        "make 1",
+        "emptied 1",
+        "emptied 1",
+        "idle 1",
+    ]
     pool.close()
     assert len(owner.told) == 8
 
@@ -109,13 +118,21 @@ def test_kept_memory_is_taken_over_with_what_it_holds() -> None:
     slots = [stage(before, step) for step in (5, 3)]
     slots.append(take(before))
     assert all(slot.fd is not None for slot in slots)
-    kept = [(n + 1, Region.from_fd(os.dup(slot.fd or 0), slot.size_bytes)) for n, slot in enumerate(slots)]
+    kept = [
+        (n + 1, Region.from_fd(os.dup(slot.fd or 0), slot.size_bytes))
+        for n, slot in enumerate(slots)
+    ]
     before.close()
     owner = Owner(kept)
     pool = make_pool(owner, count=3)
     newest = pool.newest()
     assert newest is not None
-    assert (newest.number, newest.snapshot, newest.generation, newest.header_bytes) == (1, SnapshotId(1, 5), 1, HEADER)
+    assert (newest.number, newest.snapshot, newest.generation, newest.header_bytes) == (
+        1,
+        SnapshotId(1, 5),
+        1,
+        HEADER,
+    )
     assert [take(pool).number for _ in range(3)] == [3, 2, 1]
     pool.close()
     assert owner.told == []
@@ -187,7 +204,11 @@ def test_memory_of_another_size_than_told_is_refused_and_closed() -> None:
     region = Region(2 * PAGE_BYTES)
     if region.fd is None:
         pytest.skip("memory can't be handed on here")
-    for size_bytes, error in [(4 * PAGE_BYTES, IntegrityError), (PAGE_BYTES, IntegrityError), (7, UsageError)]:
+    for size_bytes, error in [
+        (4 * PAGE_BYTES, IntegrityError),
+        (PAGE_BYTES, IntegrityError),
+        (7, UsageError),
+    ]:
         fd = os.dup(region.fd)
         with pytest.raises(error):
             Region.from_fd(fd, size_bytes)

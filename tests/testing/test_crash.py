@@ -39,7 +39,8 @@ def recorded(folder: Path) -> list[OpCall]:
 
 
 def check_crash(folder: Path, at: int, mode: CrashMode) -> None:
-    """Kill a child at one point; the store must be whole, and a new writer must get on and leave no garbage."""
+    """Kill a child at one point; the store must be whole, and a new writer must get on and leave no
+    garbage."""
     folder.mkdir()
     done = DoneFile(str(folder / "done"))
     rehearsal = Rehearsal(root=str(folder / "store"), steps=STEPS, done=done, at=at, mode=mode)
@@ -53,7 +54,9 @@ def check_crash(folder: Path, at: int, mode: CrashMode) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", list(CrashMode))
-def test_file_store_killed_at_any_call_is_whole_and_goes_on(tmp_path: Path, mode: CrashMode) -> None:
+def test_file_store_killed_at_any_call_is_whole_and_goes_on(
+    tmp_path: Path, mode: CrashMode
+) -> None:
     for call in recorded(tmp_path):
         check_crash(tmp_path / f"at-{call.number}", call.number, mode)
 
@@ -67,15 +70,26 @@ def test_file_store_killed_half_way_through_a_write_is_whole_and_goes_on(tmp_pat
 def test_work_has_crash_points_of_every_kind(tmp_path: Path) -> None:
     names = {call.name for call in recorded(tmp_path)}
     assert names == {
-        "open", "preallocate", "write", "fsync", "link", "rename", "unlink", "mkdir", "rmdir", "fsync_directory",
-    }  # fmt: skip
+        "open",
+        "preallocate",
+        "write",
+        "fsync",
+        "link",
+        "rename",
+        "unlink",
+        "mkdir",
+        "rmdir",
+        "fsync_directory",
+    }
 
 
 def test_crashing_backend_dies_at_the_named_change(tmp_path: Path) -> None:
     steps = tuple(PutStep(key, 10, seed=1) for key in "abc")
     for mode, names in ((CrashMode.BEFORE, ["a"]), (CrashMode.AFTER, ["a", "b"])):
         root, done = tmp_path / mode.value, DoneFile(str(tmp_path / f"done-{mode.value}"))
-        rehearsal = Rehearsal(root=str(root), steps=steps, done=done, at=1, mode=mode, whole_puts=True)
+        rehearsal = Rehearsal(
+            root=str(root), steps=steps, done=done, at=1, mode=mode, whole_puts=True
+        )
         assert run_in_child(rehearsal) == -signal.SIGKILL
         assert [entry.key for entry in FileBackend(root).list("")] == names
         assert done.count() == 1

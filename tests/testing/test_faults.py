@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 
 from ckpt.backends.memory import MemoryBackend
-from ckpt.errors import IntegrityError, KeyExistsError, StoreDeniedError, StoreFullError, UnavailableError
+from ckpt.errors import (
+    IntegrityError,
+    KeyExistsError,
+    StoreDeniedError,
+    StoreFullError,
+    UnavailableError,
+)
 from ckpt.testing.contract import keys, read
 from ckpt.testing.faults import Call, CountingBackend, Fault, FaultyBackend, Harm
 
@@ -54,7 +60,9 @@ def test_read_only_store_still_reads() -> None:
 
 
 def test_truncated_read_says_so_and_flipped_read_differs_by_one_bit() -> None:
-    store, inner = faulty(Fault(harm=Harm.TRUNCATED), Fault(harm=Harm.FLIPPED, op="read_into"), seed=3)
+    store, inner = faulty(
+        Fault(harm=Harm.TRUNCATED), Fault(harm=Harm.FLIPPED, op="read_into"), seed=3
+    )
     inner.put("a", [bytes(100)])
     out = bytearray(100)
     with pytest.raises(IntegrityError):
@@ -73,7 +81,9 @@ def test_flipped_put_stores_one_wrong_bit_and_spares_the_callers_memory() -> Non
 
 def test_slow_call_waits_as_long_as_planned() -> None:
     waits: list[float] = []
-    store = FaultyBackend(MemoryBackend(), [Fault(harm=Harm.SLOW, delay_s=7.5, times=2)], sleep=waits.append)
+    store = FaultyBackend(
+        MemoryBackend(), [Fault(harm=Harm.SLOW, delay_s=7.5, times=2)], sleep=waits.append
+    )
     store.put("a", [b"x"])
     store.stat("a")
     store.stat("a")
@@ -106,7 +116,9 @@ def test_same_seed_gives_the_same_faults() -> None:
 
 
 def test_harm_during_list_and_delete_strikes() -> None:
-    store, inner = faulty(Fault(harm=Harm.LOST_REQUEST, op="list"), Fault(harm=Harm.LOST_REPLY, op="delete"))
+    store, inner = faulty(
+        Fault(harm=Harm.LOST_REQUEST, op="list"), Fault(harm=Harm.LOST_REPLY, op="delete")
+    )
     inner.put("a", [b"x"])
     with pytest.raises(UnavailableError):
         keys(store)

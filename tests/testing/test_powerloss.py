@@ -8,7 +8,15 @@ import pytest
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.file.syscalls import REAL_OPS
-from ckpt.testing.crashes import DeleteStep, PowerCut, PowerLossOps, PutStep, Step, faults_found, run_steps
+from ckpt.testing.crashes import (
+    DeleteStep,
+    PowerCut,
+    PowerLossOps,
+    PutStep,
+    Step,
+    faults_found,
+    run_steps,
+)
 
 STEPS: tuple[Step, ...] = (
     PutStep("packs/one", (1 << 20) + 5, seed=1),
@@ -21,7 +29,8 @@ STEPS: tuple[Step, ...] = (
 
 
 def run_until_cut(top: Path, at: int | None) -> tuple[PowerLossOps, int]:
-    """Run the steps over a folder whose power goes at a call; returns the shadow and how many steps had returned."""
+    """Run the steps over a folder whose power goes at a call; returns the shadow and how many steps
+    had returned."""
     top.mkdir()
     ops = PowerLossOps(top, at=at)
     done: list[int] = []

@@ -1,4 +1,5 @@
-"""An encrypted store is a store: the whole contract, with its keys encrypted and with its keys passed through."""
+"""An encrypted store is a store: the whole contract, with its keys encrypted and with its keys
+passed through."""
 
 from __future__ import annotations
 
@@ -51,12 +52,16 @@ class TestMixedMemory(BackendContract):
 
 class TestEncryptedFolder(BackendContract):
     def opener(self, folder: Path) -> Opener:
-        return lambda: encrypted(FileBackend(folder / "store"), keys_named("contract"), is_sealed=every)
+        return lambda: encrypted(
+            FileBackend(folder / "store"), keys_named("contract"), is_sealed=every
+        )
 
 
 class TestPassedThroughFolder(BackendContract):
     def opener(self, folder: Path) -> Opener:
-        return lambda: encrypted(FileBackend(folder / "store"), keys_named("contract"), is_sealed=none)
+        return lambda: encrypted(
+            FileBackend(folder / "store"), keys_named("contract"), is_sealed=none
+        )
 
 
 @pytest.fixture
@@ -76,7 +81,9 @@ def test_chunks_of_a_pack_are_read_by_ranges_one_request_each(counting: Counting
     assert counting.size_bytes("read_into") < 3 * chunk * 1.04
 
 
-def test_first_read_from_the_middle_takes_one_request_more_for_the_header(counting: CountingBackend) -> None:
+def test_first_read_from_the_middle_takes_one_request_more_for_the_header(
+    counting: CountingBackend,
+) -> None:
     store = encrypted(counting, keys_named("a"))
     store.put("packs/a", [bytes(1 << 20)])
     counting.forget()
@@ -108,7 +115,9 @@ def test_stored_object_is_the_same_whether_put_in_one_buffer_or_many() -> None:
     inner = MemoryBackend()
     store = encrypted(inner, keys_named("a"))
     whole = buffer(1_000_003, aligned=True, seed=3)
-    for at, cuts in enumerate(([], [1], [131_072], [131_071, 131_073, 500_000], [0, 0, 262_144, 262_144])):
+    for at, cuts in enumerate(
+        ([], [1], [131_072], [131_071, 131_073, 500_000], [0, 0, 262_144, 262_144])
+    ):
         edges = [0, *cuts, len(whole)]
         pieces = [whole[low:high] for low, high in itertools.pairwise(edges)]
         store.put("packs/a", pieces)

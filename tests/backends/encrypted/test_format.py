@@ -1,4 +1,5 @@
-"""The bytes of an encrypted object: as docs/dev/design/010-encryption.md says, and none of them can be changed unseen."""
+"""The bytes of an encrypted object: as docs/dev/design/010-encryption.md says, and none of them can
+be changed unseen."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def sealed(body: bytes, *, name: str = ONE, keys: EncryptionKeys = KEYS) -> byte
 
 
 def opened(stored: bytes, *, name: str = ONE, keys: EncryptionKeys = KEYS) -> bytes:
-    """The plaintext as a reader who asks for the length first gets it, and who reads an empty object too."""
+    """The plaintext as a reader who asks for the length first gets it, and who reads an empty
+    object too."""
     return read(encrypted(_holding(name, stored), keys), name)
 
 
@@ -91,7 +93,9 @@ def opened_by_the_page(stored: bytes, name: str) -> bytes:
     plain = b""
     for number, at in enumerate(range(64, len(stored), 131_072 + 16)):
         nonce = number.to_bytes(12, "big")
-        plain += cipher.decrypt(nonce, stored[at : at + 131_088], stored[:40] + path + number.to_bytes(8, "big"))
+        plain += cipher.decrypt(
+            nonce, stored[at : at + 131_088], stored[:40] + path + number.to_bytes(8, "big")
+        )
     assert len(plain) == length
     gmac = AESGCM(mac(root, b"digest\x01")).encrypt(bytes(12), b"", plain)
     assert salt == mac(mac(root, b"salt\x01"), gmac + length.to_bytes(8, "big") + path)[:16]
@@ -116,11 +120,16 @@ def test_reader_written_from_the_page_reads_it(size_bytes: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.lists(st.one_of(st.integers(0, 300), st.integers(131_000, 131_200), st.integers(0, 400_000)), max_size=5),
+    sizes=st.lists(
+        st.one_of(st.integers(0, 300), st.integers(131_000, 131_200), st.integers(0, 400_000)),
+        max_size=5,
+    ),
     seed=st.integers(0, 2**32),
     ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
-def test_any_buffers_come_back_in_any_range(sizes: list[int], seed: int, ends: tuple[float, float]) -> None:
+def test_any_buffers_come_back_in_any_range(
+    sizes: list[int], seed: int, ends: tuple[float, float]
+) -> None:
     rng = random.Random(seed)
     pieces = [rng.randbytes(size) for size in sizes]
     whole = b"".join(pieces)
@@ -149,14 +158,21 @@ def test_sizes_beside_the_edges() -> None:
     step = FRAME_BYTES + TAG_BYTES
     impossible = [0, 1, 63, *range(65, 81), HEADER_BYTES + step + 1, HEADER_BYTES + step + 16]
     assert [plain_size(size) for size in impossible] == [None] * len(impossible)
-    assert [plain_size(size) for size in (64, 81, 64 + step, 64 + step + 17)] == [0, 1, FRAME_BYTES, FRAME_BYTES + 1]
+    assert [plain_size(size) for size in (64, 81, 64 + step, 64 + step + 17)] == [
+        0,
+        1,
+        FRAME_BYTES,
+        FRAME_BYTES + 1,
+    ]
     with pytest.raises(UsageError):
         sealed_size(PLAIN_BYTES_MAX + 1)
 
 
 @settings(max_examples=40, deadline=None)
 @given(body=st.binary(max_size=400), name=st.sampled_from([ONE, "parts/x", "manifests/y"]))
-def test_same_plaintext_at_the_same_key_gives_the_same_bytes_and_any_other_gives_others(body: bytes, name: str) -> None:
+def test_same_plaintext_at_the_same_key_gives_the_same_bytes_and_any_other_gives_others(
+    body: bytes, name: str
+) -> None:
     first = sealed(body, name=name)
     assert sealed(body, name=name) == first
     for other in (sealed(body + b"\0", name=name), sealed(body, name=name + "2")):
@@ -189,7 +205,9 @@ def test_changed_byte_is_found_in_the_frame_that_holds_it_and_elsewhere_harms_no
 
 def frames(stored: bytes) -> tuple[bytes, list[bytes]]:
     step = FRAME_BYTES + TAG_BYTES
-    return stored[:HEADER_BYTES], [stored[at : at + step] for at in range(HEADER_BYTES, len(stored), step)]
+    return stored[:HEADER_BYTES], [
+        stored[at : at + step] for at in range(HEADER_BYTES, len(stored), step)
+    ]
 
 
 def test_frames_in_another_order_are_found() -> None:
@@ -205,7 +223,10 @@ def test_frames_in_another_order_are_found() -> None:
 
 def test_frame_of_another_object_is_found() -> None:
     head, parts = frames(sealed(bytes(2 * FRAME_BYTES)))
-    for other in (sealed(bytes(2 * FRAME_BYTES), name="packs/b"), sealed(b"\1" + bytes(2 * FRAME_BYTES - 1))):
+    for other in (
+        sealed(bytes(2 * FRAME_BYTES), name="packs/b"),
+        sealed(b"\1" + bytes(2 * FRAME_BYTES - 1)),
+    ):
         with pytest.raises(IntegrityError):
             opened(head + parts[0] + frames(other)[1][1])
 
@@ -222,7 +243,18 @@ def test_object_under_another_name_is_found() -> None:
 def test_truncated_and_lengthened_objects_are_found(size_bytes: int) -> None:
     whole = sealed(random.Random(4).randbytes(size_bytes))
     step = FRAME_BYTES + TAG_BYTES
-    shorter = {0, 1, 40, 63, 64, 65, len(whole) - 1, len(whole) - 16, len(whole) - 17, len(whole) - step}
+    shorter = {
+        0,
+        1,
+        40,
+        63,
+        64,
+        65,
+        len(whole) - 1,
+        len(whole) - 16,
+        len(whole) - 17,
+        len(whole) - step,
+    }
     for stop in shorter:
         if 0 <= stop < len(whole):
             with pytest.raises(IntegrityError):

@@ -81,7 +81,9 @@ def test_key_shows_its_id_and_nothing_else() -> None:
         copy.copy(key)
 
 
-@pytest.mark.parametrize("secret", [b"", b"x" * 31, b"x" * 33, bytes(32), b"ab" * 16, bytes(range(11)) * 2 + bytes(10)])
+@pytest.mark.parametrize(
+    "secret", [b"", b"x" * 31, b"x" * 33, bytes(32), b"ab" * 16, bytes(range(11)) * 2 + bytes(10)]
+)
 def test_bytes_that_cannot_be_a_random_key_are_refused(secret: bytes) -> None:
     with pytest.raises(UsageError):
         EncryptionKey.of(secret)

@@ -1,4 +1,5 @@
-"""Encryption around the real replicated store: a job's store survives damage in each copy and the loss of one."""
+"""Encryption around the real replicated store: a job's store survives damage in each copy and the
+loss of one."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def test_job_written_to_three_stores_is_whole_in_any_two() -> None:
     state = writer.journal.refresh()
     several.close()
     for lost in range(3):
-        left = ReplicatedBackend([store for n, store in enumerate(stores) if n != lost], emit=told.append, seed=1)
+        left = ReplicatedBackend(
+            [store for n, store in enumerate(stores) if n != lost], emit=told.append, seed=1
+        )
         store = encrypted(left, KEYS)
         for info in snapshots(store, state):
             assert info.problem is None
@@ -82,7 +85,9 @@ def three_encrypted() -> list[MemoryBackend]:
 
 @pytest.mark.parametrize("answering", range(3))
 def test_the_one_store_that_answers_tells_whether_the_key_fits(answering: int) -> None:
-    stores = [store if n == answering else silent(store) for n, store in enumerate(three_encrypted())]
+    stores = [
+        store if n == answering else silent(store) for n, store in enumerate(three_encrypted())
+    ]
     several = ReplicatedBackend(stores, emit=lambda _: None, seed=1)
     require_matching_keys(several, KEYS)
     with pytest.raises(UsageError, match="wrong encryption key"):
@@ -93,14 +98,18 @@ def test_the_one_store_that_answers_tells_whether_the_key_fits(answering: int) -
 
 
 def test_where_no_store_answers_nothing_is_said_about_the_key() -> None:
-    several = ReplicatedBackend([silent(store) for store in three_encrypted()], emit=lambda _: None, seed=1)
+    several = ReplicatedBackend(
+        [silent(store) for store in three_encrypted()], emit=lambda _: None, seed=1
+    )
     with pytest.raises(UnavailableError):
         require_matching_keys(several, KEYS)
     several.close()
 
 
 @pytest.mark.parametrize("rotten", range(3))
-def test_a_store_whose_manifests_all_rotted_does_not_hide_that_they_are_encrypted(rotten: int) -> None:
+def test_a_store_whose_manifests_all_rotted_does_not_hide_that_they_are_encrypted(
+    rotten: int,
+) -> None:
     stores = three_encrypted()
     for n in range(2):
         stores[rotten].put(f"manifests/{n}", [b"rot"])

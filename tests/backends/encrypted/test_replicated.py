@@ -1,4 +1,5 @@
-"""Encryption around several stores: a copy that does not decrypt sends the reader to another one, which mends it."""
+"""Encryption around several stores: a copy that does not decrypt sends the reader to another one,
+which mends it."""
 
 from __future__ import annotations
 
@@ -24,13 +25,16 @@ from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.testing.contract import read
 
-OLD, NEW, STRANGE = (EncryptionKey.of(hashlib.sha256(name).digest()) for name in (b"old", b"new", b"strange"))
+OLD, NEW, STRANGE = (
+    EncryptionKey.of(hashlib.sha256(name).digest()) for name in (b"old", b"new", b"strange")
+)
 PACK, MANIFEST = "packs/a", "manifests/m"
 BODY = random.Random(1).randbytes(400_000)
 
 
 class Pair:
-    """Two stores as one: writes to both, reads the first copy that is right and mends the other with it."""
+    """Two stores as one: writes to both, reads the first copy that is right and mends the other
+    with it."""
 
     def __init__(self) -> None:
         self.left, self.right = MemoryBackend("left"), MemoryBackend("right")
@@ -62,7 +66,9 @@ class Pair:
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         self.read_checked(key, out, lambda _: None, offset_bytes=offset_bytes)
 
-    def read_checked(self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0) -> None:
+    def read_checked(
+        self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0
+    ) -> None:
         def look(store: Backend) -> str | None:
             store.read_into(key, out, offset_bytes=offset_bytes)
             return check(out)
@@ -203,7 +209,9 @@ def test_callers_check_sends_the_reader_to_another_copy(pair: Pair, store: Backe
         read_object(store, MANIFEST, right(b"other"), bytes_max=100)
 
 
-def test_callers_check_finds_another_copy_of_a_range_though_headers_differ(pair: Pair, store: Backend) -> None:
+def test_callers_check_finds_another_copy_of_a_range_though_headers_differ(
+    pair: Pair, store: Backend
+) -> None:
     left, right_side = stores_of(store)
     left.put(PACK, [b"older, and longer"])
     right_side.put(PACK, [b"newer"])
@@ -215,7 +223,9 @@ def test_callers_check_finds_another_copy_of_a_range_though_headers_differ(pair:
 
 
 @pytest.mark.parametrize("at", [0, 20, 50, 60, 64, -1])
-def test_small_object_with_a_damaged_copy_is_read_and_mended(pair: Pair, store: Backend, at: int) -> None:
+def test_small_object_with_a_damaged_copy_is_read_and_mended(
+    pair: Pair, store: Backend, at: int
+) -> None:
     store.put(MANIFEST, [b"{}"])
     flip(pair.left, MANIFEST, at)
     assert read_object(store, MANIFEST, right(b"{}"), bytes_max=2) == b"{}"

@@ -142,7 +142,9 @@ def test_command_that_prints_without_end_is_ended() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", ["import time; time.sleep(600)", "import os, time; os.fork() or time.sleep(600)"])
+@pytest.mark.parametrize(
+    "code", ["import time; time.sleep(600)", "import os, time; os.fork() or time.sleep(600)"]
+)
 def test_command_that_does_not_end_is_killed_with_what_it_started(code: str) -> None:
     begun = time.monotonic()
     with pytest.raises(UnavailableError, match="did not end"):
@@ -151,7 +153,8 @@ def test_command_that_does_not_end_is_killed_with_what_it_started(code: str) -> 
 
 
 @pytest.mark.parametrize(
-    "source", ["", "key", SECRET.hex(), "vault:x", "file:", "env:", "FILE:x", "base64:abcd", "/a/path"]
+    "source",
+    ["", "key", SECRET.hex(), "vault:x", "file:", "env:", "FILE:x", "base64:abcd", "/a/path"],
 )
 def test_unknown_source_is_refused_and_not_shown(source: str) -> None:
     with pytest.raises(UsageError, match="not a source") as caught:
@@ -159,7 +162,9 @@ def test_unknown_source_is_refused_and_not_shown(source: str) -> None:
     assert len(source) < 8 or source not in str(caught.value)
 
 
-def test_first_of_several_keys_is_written_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_of_several_keys_is_written_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = secrets.token_bytes(32)
     monkeypatch.setenv("MY_KEY", other.hex())
     file = private(tmp_path / "a,b", SECRET)

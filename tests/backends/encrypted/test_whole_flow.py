@@ -1,4 +1,5 @@
-"""A job's store, written, verified and restored through encryption, by the rooms that training uses."""
+"""A job's store, written, verified and restored through encryption, by the rooms that training
+uses."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def test_what_was_written_is_verified_and_restored(inner: Backend) -> None:
         expected = sample_state(info.step)
         with SnapshotReader(store, index) as reader:
             assert np.array_equal(reader.read("model/fc.weight").array, expected.weight)
-            assert np.array_equal(reader.read("model/fc.weight", rows=slice(20, 30)).array, expected.weight[20:30])
+            assert np.array_equal(
+                reader.read("model/fc.weight", rows=slice(20, 30)).array, expected.weight[20:30]
+            )
             assert np.array_equal(reader.read("model/head.weight").array, expected.embed_bits)
             assert reader.read_object("progress", rank=1)["step"] == info.step
 
@@ -72,7 +75,9 @@ def test_store_holds_no_plaintext(inner: Backend) -> None:
     }
     for what, needle in needles.items():
         if what == "digests":
-            assert all(key.startswith(("packs/", "log/", "ckpt", "folds")) for key in holds(inner, needle))
+            assert all(
+                key.startswith(("packs/", "log/", "ckpt", "folds")) for key in holds(inner, needle)
+            )
             continue
         assert what == "objects" or holds(plain, needle), what
         assert not holds(inner, needle), what
@@ -93,7 +98,9 @@ def test_damage_is_found_and_named_as_in_any_store(inner: Backend) -> None:
 def test_wrong_key_neither_lists_nor_restores_nor_looks_damaged(inner: Backend) -> None:
     writer = write_sample_store(encrypted(inner, KEYS))
     state = writer.journal.refresh()
-    stranger = encrypted(inner, EncryptionKeys(EncryptionKey.of(hashlib.sha256(b"stranger").digest())))
+    stranger = encrypted(
+        inner, EncryptionKeys(EncryptionKey.of(hashlib.sha256(b"stranger").digest()))
+    )
     for act in (lambda: snapshots(stranger, state), lambda: load_index(stranger, state, NEWEST)):
         with pytest.raises(UsageError, match="wrong encryption key"):
             act()
@@ -114,5 +121,6 @@ def test_job_goes_on_under_a_new_key_and_shares_old_chunks(inner: Backend) -> No
     for snapshot in (NEWEST, pair):
         assert verify(load_index(store, state, snapshot), store).ok
     assert verify(
-        load_index(encrypted(inner, EncryptionKeys(fresh)), state, pair), encrypted(inner, EncryptionKeys(fresh))
+        load_index(encrypted(inner, EncryptionKeys(fresh)), state, pair),
+        encrypted(inner, EncryptionKeys(fresh)),
     ).ok

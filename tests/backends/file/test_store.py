@@ -39,11 +39,13 @@ def mount_tmpfs(folder: Path, size: str) -> None:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip(
-            "there is no mount command here; the limit and injection tests beside this one cover the same errors"
+            "there is no mount command here; the limit and injection tests beside this one cover "
+            "the same errors"
         )
     if done.returncode:
         pytest.skip(
-            f"mounting is not allowed here ({done.stderr.strip()}); the tests beside this one cover the same errors"
+            f"mounting is not allowed here ({done.stderr.strip()}); the tests beside this one "
+            "cover the same errors"
         )
 
 
@@ -91,7 +93,8 @@ def test_put_that_fails_at_any_call_leaves_no_garbage_and_the_next_works(
             assert str(root) in str(caught)
         assert ops.failed == 1
         if names[at] not in ("unlink", "open"):
-            # A name that cannot be removed, or whose making was not known of, waits for the next writer's sweep.
+            # A name that cannot be removed, or whose making was not known of, waits for the next
+            # writer's sweep.
             assert set(files(root)) <= {"packs/a"}, f"at={at}"
         if (root / "packs/a").exists():
             assert read(store, "packs/a") == bytes(body)
@@ -267,7 +270,9 @@ def test_root_that_is_a_symbolic_link_works(tmp_path: Path) -> None:
     assert keys(store) == ["a/b"]
 
 
-def test_relative_root_stays_where_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_root_stays_where_it_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     store = FileBackend("runs/a")
     monkeypatch.chdir("/")
@@ -348,7 +353,9 @@ def test_object_is_synced_before_it_has_a_name_and_its_folders_after(tmp_path: P
         names = [call.name for call in ops.calls]
         give = "link" if create_only else "rename"
         assert names.index("write") < names.index("fsync") < names.index(give)
-        synced = [call.path for call in ops.calls[names.index(give) :] if call.name == "fsync_directory"]
+        synced = [
+            call.path for call in ops.calls[names.index(give) :] if call.name == "fsync_directory"
+        ]
         assert synced == [str((tmp_path / key).parent), str(tmp_path / "p"), str(tmp_path)]
 
 

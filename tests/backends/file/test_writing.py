@@ -10,13 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.backends.file.syscalls import RealOps
-from ckpt.backends.file.writing import DIRECT_BYTES_MIN, WRITE_BYTES_MAX, memory_address, set_direct, write_all
+from ckpt.backends.file.writing import (
+    DIRECT_BYTES_MIN,
+    WRITE_BYTES_MAX,
+    memory_address,
+    set_direct,
+    write_all,
+)
 from ckpt.testing.contract import aligned_memory, buffer
 from ckpt.values import PAGE_BYTES
 
 
 class Spy(RealOps):
-    """The real calls, remembered: bytes of each write and whether it was a direct one; takes at most ``most`` bytes each."""
+    """The real calls, remembered: bytes of each write and whether it was a direct one; takes at
+    most ``most`` bytes each."""
 
     def __init__(self, most: int | None = None, refuse: bool = False) -> None:
         self.writes: list[tuple[int, bool]] = []
@@ -65,7 +72,8 @@ def takes_direct(tmp_path: Path) -> None:
 def test_aligned_memory_goes_down_uncopied_in_large_direct_writes(tmp_path: Path) -> None:
     ops = Spy()
     data = aligned_memory(2 * WRITE_BYTES_MAX + 3 * PAGE_BYTES)
-    # A stretch of three pages is too short for a write of its own: it is copied, and still written directly.
+    # A stretch of three pages is too short for a write of its own: it is copied, and still written
+    # directly.
     assert write(tmp_path / "a", [data], ops) == bytes(data)
     assert ops.writes == [(WRITE_BYTES_MAX, True), (WRITE_BYTES_MAX, True), (3 * PAGE_BYTES, True)]
     assert ops.addresses[:2] == [memory_address(data), memory_address(data) + WRITE_BYTES_MAX]
@@ -139,7 +147,9 @@ def test_missing_preallocation_is_done_without(tmp_path: Path) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from([0, 1, 100, 4095, 4096, 4097, 65536, 262144, 262145, 1 << 20, (1 << 20) + 4096]),
+            st.sampled_from(
+                [0, 1, 100, 4095, 4096, 4097, 65536, 262144, 262145, 1 << 20, (1 << 20) + 4096]
+            ),
             st.booleans(),
         ),
         max_size=12,

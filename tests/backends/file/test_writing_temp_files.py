@@ -31,7 +31,8 @@ def test_live_writers_file_is_spared_and_gone_when_done(tmp_path: Path) -> None:
 
 def test_dead_writers_file_is_swept_at_once_on_its_own_machine(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from ckpt.backends.file.writing import _create; from ckpt.backends.file.syscalls import REAL_OPS;"
+        "import os, sys; from ckpt.backends.file.writing import _create; from "
+        "ckpt.backends.file.syscalls import REAL_OPS;"
         f"_create(REAL_OPS, {str(tmp_path)!r}, ''); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9

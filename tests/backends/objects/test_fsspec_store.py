@@ -75,7 +75,9 @@ def caused(error: Exception, cause: Exception) -> Exception:
     ],
     ids=repr,
 )
-def test_client_errors_are_translated_by_what_their_handler_does(raised: Exception, expected: type[CkptError]) -> None:
+def test_client_errors_are_translated_by_what_their_handler_does(
+    raised: Exception, expected: type[CkptError]
+) -> None:
     assert type(error_from_client(raised, doing="put", where="s3://b/k")) is expected
     with pytest.raises(expected) as caught, translate_client_errors("put", "s3://b/k"):
         raise raised
@@ -89,7 +91,10 @@ def test_client_errors_are_translated_by_what_their_handler_does(raised: Excepti
         ("s3://bucket/run", "s3://bucket/run"),
         ("s3://AKIA:secret@bucket/run", "s3://bucket/run"),
         ("https://token@host/x?sig=secret#frag", "https://host/x"),
-        ("abfs://container@account.dfs.core.windows.net/x", "abfs://container@account.dfs.core.windows.net/x"),
+        (
+            "abfs://container@account.dfs.core.windows.net/x",
+            "abfs://container@account.dfs.core.windows.net/x",
+        ),
         ("sftp://me:secret@host/x", "sftp://host/x"),
     ],
 )
@@ -111,16 +116,22 @@ def store() -> FsspecBackend:
     return FsspecBackend(f"memory://{uuid.uuid4().hex}/run")
 
 
-def test_store_whose_create_replaces_is_found_out(store: FsspecBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_whose_create_replaces_is_found_out(
+    store: FsspecBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(FsspecMemoryWriter, "create", FsspecMemoryWriter.replace)
     assert not store.capabilities().create_only
     assert keys(store) == []
-    assert not any(".probe" in name for name in MemoryFileSystem.store if store.url.partition("//")[2] in name)
+    assert not any(
+        ".probe" in name for name in MemoryFileSystem.store if store.url.partition("//")[2] in name
+    )
     with pytest.raises(UsageError, match="only once"):
         store.put("a", [b"x"], create_only=True)
 
 
-def test_store_that_could_not_be_probed_is_asked_again(store: FsspecBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_that_could_not_be_probed_is_asked_again(
+    store: FsspecBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(self: FsspecMemoryWriter, path: str, data: object) -> None:
         raise PermissionError(path)
 
@@ -150,9 +161,11 @@ def test_unreachable_server_is_unavailable_and_says_no_secret() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = {
-        "endpoint_url": f"http://127.0.0.1:{port}", "key": "k", "secret": "hush",
+        "endpoint_url": f"http://127.0.0.1:{port}",
+        "key": "k",
+        "secret": "hush",
         "config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 1},
-    }  # fmt: skip
+    }
     store = FsspecBackend("s3://bucket/run", options)
     with pytest.raises(UnavailableError) as caught:
         store.put("a", [b"x"])

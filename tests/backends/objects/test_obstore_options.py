@@ -43,7 +43,9 @@ def test_amazon_needs_no_endpoint_but_a_region() -> None:
     settings = meant({"key": "k", "secret": "s", "client_kwargs": {"region_name": "eu-west-1"}})
     assert "endpoint" not in settings.config
     assert settings.config["virtual_hosted_style_request"] is True
-    dotted = meant({"key": "k", "secret": "s"}, "s3://my.bucket", {"AWS_DEFAULT_REGION": "eu-west-1"})
+    dotted = meant(
+        {"key": "k", "secret": "s"}, "s3://my.bucket", {"AWS_DEFAULT_REGION": "eu-west-1"}
+    )
     assert dotted.config["virtual_hosted_style_request"] is False
 
 
@@ -57,7 +59,11 @@ def test_amazon_needs_no_endpoint_but_a_region() -> None:
             {},
             S3Credentials("k", "s", None),
         ),
-        ({}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}, S3Credentials("k", "s", None)),
+        (
+            {},
+            {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"},
+            S3Credentials("k", "s", None),
+        ),
         (
             {},
             {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_SESSION_TOKEN": "t"},
@@ -69,8 +75,16 @@ def test_amazon_needs_no_endpoint_but_a_region() -> None:
             S3Credentials("x", "y", None),
         ),
         ({}, {}, LookedUpCredentials(None)),
-        ({"profile": "p"}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}, LookedUpCredentials("p")),
-        ({"anon": True}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}, AnonymousAccess()),
+        (
+            {"profile": "p"},
+            {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"},
+            LookedUpCredentials("p"),
+        ),
+        (
+            {"anon": True},
+            {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"},
+            AnonymousAccess(),
+        ),
         ({"key": None, "secret": None, "anon": True}, {}, AnonymousAccess()),
     ],
 )
@@ -81,7 +95,11 @@ def test_credentials(options: dict[str, object], env: dict[str, str], expected: 
 
 
 def test_environment_and_profile_name_region_and_endpoint() -> None:
-    env = {"AWS_ENDPOINT_URL": "http://a", "AWS_ENDPOINT_URL_S3": "http://b", "AWS_DEFAULT_REGION": "r1"}
+    env = {
+        "AWS_ENDPOINT_URL": "http://a",
+        "AWS_ENDPOINT_URL_S3": "http://b",
+        "AWS_DEFAULT_REGION": "r1",
+    }
     settings = meant({}, env=env, region="r2")
     assert (settings.config["endpoint"], settings.config["region"]) == ("http://b", "r1")
     assert meant(PLACE, env=env).config["endpoint"] == "http://host:9000"
@@ -99,9 +117,13 @@ def test_encryption_on_the_server() -> None:
 
 def test_patience_and_proxies() -> None:
     boto = {
-        "connect_timeout": 1.5, "read_timeout": 7, "retries": {"max_attempts": 2, "mode": "standard"},
-        "proxies": {"http": "http://proxy:1"}, "s3": {"addressing_style": "path"}, "max_pool_connections": 50,
-    }  # fmt: skip
+        "connect_timeout": 1.5,
+        "read_timeout": 7,
+        "retries": {"max_attempts": 2, "mode": "standard"},
+        "proxies": {"http": "http://proxy:1"},
+        "s3": {"addressing_style": "path"},
+        "max_pool_connections": 50,
+    }
     settings = meant({**PLACE, "config_kwargs": boto})
     assert settings.retries == 2
     assert settings.client["connect_timeout"] == "1500ms"
@@ -111,7 +133,14 @@ def test_patience_and_proxies() -> None:
 
 
 def test_options_about_caches_and_verify_change_nothing() -> None:
-    settings = meant({**PLACE, "default_block_size": 1, "use_listings_cache": True, "client_kwargs": {"verify": True}})
+    settings = meant(
+        {
+            **PLACE,
+            "default_block_size": 1,
+            "use_listings_cache": True,
+            "client_kwargs": {"verify": True},
+        }
+    )
     assert settings == meant(PLACE)
     assert meant({**PLACE, "endpoint_url": "https://h", "client_kwargs": {"verify": False}}).client[
         "allow_invalid_certificates"
@@ -127,16 +156,64 @@ def test_options_about_caches_and_verify_change_nothing() -> None:
         ({"key": "k"}, URL, {}, {}, "a part of the credentials"),
         ({"anon": "yes"}, URL, {}, {}, "neither True nor False"),
         ({"endpoint_url": "http://h/path"}, URL, {}, {}, "the endpoint"),
-        ({"endpoint_url": "http://h", "client_kwargs": {"endpoint_url": "http://i"}}, URL, {}, {}, "two endpoints"),
-        ({"client_kwargs": {"api_version": "x"}}, URL, {"AWS_DEFAULT_REGION": "r"}, {}, "client_kwargs api_version"),
-        ({"config_kwargs": {"signature_version": "s3"}}, URL, {"AWS_DEFAULT_REGION": "r"}, {}, "signature_version"),
-        ({"config_kwargs": {"s3": {"use_accelerate_endpoint": True}}}, URL, {"AWS_DEFAULT_REGION": "r"}, {}, "use_acc"),
-        ({**PLACE, "config_kwargs": {"s3": {"addressing_style": "virtual"}}}, URL, {}, {}, "addressing_style=virtual"),
+        (
+            {"endpoint_url": "http://h", "client_kwargs": {"endpoint_url": "http://i"}},
+            URL,
+            {},
+            {},
+            "two endpoints",
+        ),
+        (
+            {"client_kwargs": {"api_version": "x"}},
+            URL,
+            {"AWS_DEFAULT_REGION": "r"},
+            {},
+            "client_kwargs api_version",
+        ),
+        (
+            {"config_kwargs": {"signature_version": "s3"}},
+            URL,
+            {"AWS_DEFAULT_REGION": "r"},
+            {},
+            "signature_version",
+        ),
+        (
+            {"config_kwargs": {"s3": {"use_accelerate_endpoint": True}}},
+            URL,
+            {"AWS_DEFAULT_REGION": "r"},
+            {},
+            "use_acc",
+        ),
+        (
+            {**PLACE, "config_kwargs": {"s3": {"addressing_style": "virtual"}}},
+            URL,
+            {},
+            {},
+            "addressing_style=virtual",
+        ),
         ({**PLACE, "s3_additional_kwargs": {"SSECustomerKey": "x"}}, URL, {}, {}, "SSECustomerKey"),
         ({**PLACE, "s3_additional_kwargs": {"StorageClass": "IA"}}, URL, {}, {}, "StorageClass"),
-        ({**PLACE, "s3_additional_kwargs": {"ServerSideEncryption": "aws:kms"}}, URL, {}, {}, "aws:kms"),
-        ({"endpoint_url": "https://h", "client_kwargs": {"verify": "/ca.pem"}}, URL, {}, {}, "certificate authority"),
-        ({"endpoint_url": "https://h"}, URL, {"AWS_CA_BUNDLE": "/ca.pem"}, {}, "certificate authority"),
+        (
+            {**PLACE, "s3_additional_kwargs": {"ServerSideEncryption": "aws:kms"}},
+            URL,
+            {},
+            {},
+            "aws:kms",
+        ),
+        (
+            {"endpoint_url": "https://h", "client_kwargs": {"verify": "/ca.pem"}},
+            URL,
+            {},
+            {},
+            "certificate authority",
+        ),
+        (
+            {"endpoint_url": "https://h"},
+            URL,
+            {"AWS_CA_BUNDLE": "/ca.pem"},
+            {},
+            "certificate authority",
+        ),
         ({}, URL, {}, {}, "no region"),
         (PLACE, URL, {"AWS_SKIP_SIGNATURE": "true"}, {}, "AWS_SKIP_SIGNATURE"),
         (PLACE, URL, {"AWS_MAX_ATTEMPTS": "9"}, {}, "AWS_MAX_ATTEMPTS"),

@@ -11,7 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
-from kit.replicated.stores import QUICK, WAIT_S, Gated, Heard, Remembering, away, read, replicated, wait_until
+from kit.replicated.stores import (
+    QUICK,
+    WAIT_S,
+    Gated,
+    Heard,
+    Remembering,
+    away,
+    read,
+    replicated,
+    wait_until,
+)
 
 from ckpt.backends.checked import stores_of, write_quorum_of
 from ckpt.backends.file.store import FileBackend
@@ -55,7 +65,12 @@ def test_threads_end_with_close() -> None:
         assert read(store, "k", 1) == b"x"
         assert any(thread.name.startswith("ckpt-write") for thread in threading.enumerate())
     wait_until(
-        lambda: not any(t.name.startswith(("ckpt-write", "ckpt-read", "ckpt-mend")) for t in threading.enumerate())
+        lambda: (
+            not any(
+                t.name.startswith(("ckpt-write", "ckpt-read", "ckpt-mend"))
+                for t in threading.enumerate()
+            )
+        )
     )
 
 
@@ -86,7 +101,11 @@ def test_interpreter_exits_though_a_store_hangs_and_nobody_closed(tmp_path: Path
         """
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=EXIT_S, check=False
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=EXIT_S,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
@@ -110,7 +129,11 @@ def test_puts_and_reads_still_work_while_the_interpreter_ends(tmp_path: Path) ->
         """
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=EXIT_S, check=False
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=EXIT_S,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "['k'] True\n", "")
 
@@ -158,15 +181,24 @@ def test_one_url_is_the_plain_store(tmp_path: Path) -> None:
     store = open_stores([str(tmp_path / "a")], emit=Heard())
     assert isinstance(store, FileBackend)
     assert (stores_of(store), write_quorum_of(store)) == ((store,), 1)
-    assert isinstance(open_stores([str(tmp_path / "a")], None, write_quorum=1, emit=Heard()), FileBackend)
+    assert isinstance(
+        open_stores([str(tmp_path / "a")], None, write_quorum=1, emit=Heard()), FileBackend
+    )
 
 
 def test_several_urls_are_one_store_with_a_majority(tmp_path: Path) -> None:
     store = open_stores([str(tmp_path / name) for name in "abc"], None, emit=Heard())
     assert [one.url for one in stores_of(store)] == [str(tmp_path / name) for name in "abc"]
     assert write_quorum_of(store) == 2
-    assert write_quorum_of(open_stores([str(tmp_path / name) for name in "abcd"], emit=Heard())) == 3
-    assert write_quorum_of(open_stores([str(tmp_path / name) for name in "abc"], write_quorum=3, emit=Heard())) == 3
+    assert (
+        write_quorum_of(open_stores([str(tmp_path / name) for name in "abcd"], emit=Heard())) == 3
+    )
+    assert (
+        write_quorum_of(
+            open_stores([str(tmp_path / name) for name in "abc"], write_quorum=3, emit=Heard())
+        )
+        == 3
+    )
     assert list(tmp_path.iterdir()) == []
     store.close()
 
@@ -179,9 +211,15 @@ def test_quorum_that_is_no_majority_is_refused(tmp_path: Path, quorum: int) -> N
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("{0}/a", "{0}/a"), ("{0}/a", "{0}/b/../a"), ("{0}/a", "file://{0}/a"), ("{0}/a/", "{0}/a"), ("{0}/a", "{0}/link"),
-     ("memory://run/a", "memory://run/a/")],
-)  # fmt: skip
+    [
+        ("{0}/a", "{0}/a"),
+        ("{0}/a", "{0}/b/../a"),
+        ("{0}/a", "file://{0}/a"),
+        ("{0}/a/", "{0}/a"),
+        ("{0}/a", "{0}/link"),
+        ("memory://run/a", "memory://run/a/"),
+    ],
+)
 def test_one_store_named_twice_is_refused(tmp_path: Path, one: str, other: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a")

@@ -1,4 +1,5 @@
-"""Which copy is written over: never the only right bytes of anything. Checked against a model that knows what is right."""
+"""Which copy is written over: never the only right bytes of anything. Checked against a model that
+knows what is right."""
 
 from __future__ import annotations
 
@@ -33,8 +34,12 @@ SHORT = RepairNeed(CopyFault.DAMAGED, None)
 
 
 def test_missing_copy_is_made_from_any_whose_length_nobody_contradicts() -> None:
-    assert plan_repair(MISSING, 0, {0: None, 1: 200, 2: 200}, Q3) == RepairCopy((1, 2), 200, compare=False)
-    assert plan_repair(MISSING, 0, {0: None, 1: None, 2: 200}, Q3) == RepairCopy((2,), 200, compare=False)
+    assert plan_repair(MISSING, 0, {0: None, 1: 200, 2: 200}, Q3) == RepairCopy(
+        (1, 2), 200, compare=False
+    )
+    assert plan_repair(MISSING, 0, {0: None, 1: None, 2: 200}, Q3) == RepairCopy(
+        (2,), 200, compare=False
+    )
     assert isinstance(plan_repair(MISSING, 0, {0: None, 1: 200, 2: 199}, Q3), LeaveToScrub)
     assert plan_repair(MISSING, 0, {0: 200, 1: 200}, Q3) == CopyIntact()
     assert isinstance(plan_repair(MISSING, 0, {0: 150, 1: 200}, Q3), LeaveToScrub)
@@ -43,16 +48,26 @@ def test_missing_copy_is_made_from_any_whose_length_nobody_contradicts() -> None
 def test_nothing_is_done_where_too_few_answer() -> None:
     assert isinstance(plan_repair(MISSING, 0, {1: 200, 2: 200}, Q3), RepairLater)
     assert isinstance(plan_repair(MISSING, 0, {0: None}, Q3), RepairLater)
-    assert isinstance(plan_repair(RepairNeed(CopyFault.MISSING, RANGE), 0, {0: None, 1: 120}, Q3), RepairLater)
-    assert isinstance(plan_repair(RepairNeed(CopyFault.MISSING, RANGE), 0, {0: None, 1: 120, 2: 120}, Q3), LeaveToScrub)
+    assert isinstance(
+        plan_repair(RepairNeed(CopyFault.MISSING, RANGE), 0, {0: None, 1: 120}, Q3), RepairLater
+    )
+    assert isinstance(
+        plan_repair(RepairNeed(CopyFault.MISSING, RANGE), 0, {0: None, 1: 120, 2: 120}, Q3),
+        LeaveToScrub,
+    )
     assert isinstance(no_verified_source(all_answered=False), RepairLater)
     assert isinstance(no_verified_source(all_answered=True), LeaveToScrub)
 
 
 def test_object_that_is_nowhere_needs_no_mending() -> None:
     assert plan_repair(MISSING, 0, {0: None, 1: None}, Q3) == CopyIntact()
-    assert plan_repair(MISSING, 0, {0: None, 1: None}, Quorum(3, 2, frozenset({0, 2}))) != CopyIntact()
-    assert plan_repair(MISSING, 0, {0: None, 1: None, 2: None}, Quorum(3, 2, frozenset({0}))) == CopyIntact()
+    assert (
+        plan_repair(MISSING, 0, {0: None, 1: None}, Quorum(3, 2, frozenset({0, 2}))) != CopyIntact()
+    )
+    assert (
+        plan_repair(MISSING, 0, {0: None, 1: None, 2: None}, Quorum(3, 2, frozenset({0})))
+        == CopyIntact()
+    )
 
 
 def test_damaged_copy_is_compared_first_unless_the_whole_is_proven() -> None:
@@ -60,18 +75,27 @@ def test_damaged_copy_is_compared_first_unless_the_whole_is_proven() -> None:
     assert plan_repair(DAMAGED, 0, {0: 90, 1: 200}, Q2) == RepairCopy((1,), 200, compare=True)
     assert isinstance(plan_repair(DAMAGED, 0, {0: 201, 1: 200}, Q2), LeaveToScrub)
     assert isinstance(plan_repair(DAMAGED, 0, {0: 200, 1: 200, 2: 201}, Q3), LeaveToScrub)
-    assert plan_repair(WHOLE, 0, {0: 999, 1: 200, 2: 201}, Q3) == RepairCopy((1,), 200, compare=False)
-    assert plan_repair(WHOLE, 0, {0: 999, 1: 200}, Q3) == RepairCopy((1,), 200, compare=False, all_answered=False)
+    assert plan_repair(WHOLE, 0, {0: 999, 1: 200, 2: 201}, Q3) == RepairCopy(
+        (1,), 200, compare=False
+    )
+    assert plan_repair(WHOLE, 0, {0: 999, 1: 200}, Q3) == RepairCopy(
+        (1,), 200, compare=False, all_answered=False
+    )
     assert isinstance(plan_repair(WHOLE, 0, {0: 999, 1: 201}, Q3), RepairLater)
     assert isinstance(plan_repair(WHOLE, 0, {0: 999, 1: 201, 2: None}, Q3), LeaveToScrub)
-    assert plan_repair(RepairNeed(CopyFault.MISSING, WHOLE.verified), 0, {0: 200, 1: 200}, Q3) == CopyIntact()
+    assert (
+        plan_repair(RepairNeed(CopyFault.MISSING, WHOLE.verified), 0, {0: 200, 1: 200}, Q3)
+        == CopyIntact()
+    )
     assert plan_repair(SHORT, 0, {0: 200, 1: 200}, Q2) == CopyIntact()
     assert plan_repair(SHORT, 0, {0: 100, 1: 200}, Q2) == RepairCopy((1,), 200, compare=True)
 
 
 @settings(deadline=None)
 @given(st.binary(min_size=1, max_size=60), st.data())
-def test_agreement_sees_every_byte_outside_the_range_and_none_inside(body: bytes, data: st.DataObject) -> None:
+def test_agreement_sees_every_byte_outside_the_range_and_none_inside(
+    body: bytes, data: st.DataObject
+) -> None:
     low = data.draw(st.integers(0, len(body)))
     high = data.draw(st.integers(low, len(body)))
     need = RepairNeed(CopyFault.DAMAGED, VerifiedRange(low, high - low, digest(b"")))
@@ -88,17 +112,24 @@ def test_agreement_sees_every_byte_outside_the_range_and_none_inside(body: bytes
     assert equal_outside(memoryview(b""), memoryview(other), 0, SHORT)
 
 
-def mend(target: bytes | None, others: Sequence[bytes | None], need: RepairNeed, quorum: Quorum) -> bytes | None:
+def mend(
+    target: bytes | None, others: Sequence[bytes | None], need: RepairNeed, quorum: Quorum
+) -> bytes | None:
     """What the target holds after a mend as the rule says, all stores answering."""
     copies = [target, *others]
-    plan = plan_repair(need, 0, {p: None if c is None else len(c) for p, c in enumerate(copies)}, quorum)
+    plan = plan_repair(
+        need, 0, {p: None if c is None else len(c) for p, c in enumerate(copies)}, quorum
+    )
     if not isinstance(plan, RepairCopy):
         return target
     for place in plan.sources:
         source = copies[place]
         assert source is not None
         proof = need.verified
-        if proof is not None and digest(source[proof.offset_bytes : proof.end_bytes]) != proof.digest:
+        if (
+            proof is not None
+            and digest(source[proof.offset_bytes : proof.end_bytes]) != proof.digest
+        ):
             continue
         mine = (target or b"")[: len(source)]
         if plan.compare and not equal_outside(memoryview(mine), memoryview(source), 0, need):
@@ -111,7 +142,8 @@ def mend(target: bytes | None, others: Sequence[bytes | None], need: RepairNeed,
 @settings(max_examples=1500, deadline=None)
 @given(st.integers(0, 1 << 62), st.integers(1, 2))
 def test_no_right_byte_is_ever_lost_from_all_copies(seed: int, others: int) -> None:
-    """Copies rot, end early or are gone, at random; a reader finds one range right in one and wrong in another."""
+    """Copies rot, end early or are gone, at random; a reader finds one range right in one and wrong
+    in another."""
     dice = random.Random(seed)
     right = bytes(dice.randrange(256) for _ in range(24))
 
@@ -120,7 +152,13 @@ def test_no_right_byte_is_ever_lost_from_all_copies(seed: int, others: int) -> N
         for _ in range(dice.choice((0, 0, 1, 2))):
             body[dice.randrange(len(body))] ^= 1 << dice.randrange(8)
         kind = dice.random()
-        return None if kind < 0.15 else bytes(body[: dice.randrange(len(body))]) if kind < 0.3 else bytes(body)
+        return (
+            None
+            if kind < 0.15
+            else bytes(body[: dice.randrange(len(body))])
+            if kind < 0.3
+            else bytes(body)
+        )
 
     copies = [rotten() for _ in range(others + 1)]
     whole = dice.random() < 0.2
@@ -131,10 +169,15 @@ def test_no_right_byte_is_ever_lost_from_all_copies(seed: int, others: int) -> N
         return  # the reader did not fall over from the target, or found nothing
     why = CopyFault.MISSING if copies[0] is None else CopyFault.DAMAGED
     proof = VerifiedRange(low, high - low, digest(right[low:high]), whole=whole)
-    need = RepairNeed(why, proof if whole or dice.random() < 0.9 or why is CopyFault.DAMAGED else None)
+    need = RepairNeed(
+        why, proof if whole or dice.random() < 0.9 or why is CopyFault.DAMAGED else None
+    )
     after = [
         mend(
-            copies[0], copies[1:], need, Quorum(others + 1, others // 2 + 1 if others > 1 else 2, frozenset(range(9)))
+            copies[0],
+            copies[1:],
+            need,
+            Quorum(others + 1, others // 2 + 1 if others > 1 else 2, frozenset(range(9))),
         ),
         *copies[1:],
     ]

@@ -1,4 +1,5 @@
-"""Puts: durable at the quorum, never a wrong byte under a key, whatever hangs and whoever reuses the memory."""
+"""Puts: durable at the quorum, never a wrong byte under a key, whatever hangs and whoever reuses
+the memory."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ SEEDS = range(8)
 
 
 def scribbled(size: int) -> tuple[list[memoryview], Callable[[], None]]:
-    """A slot's memory with RIGHT in it as buffers, and what its owner does as soon as the put is back."""
+    """A slot's memory with RIGHT in it as buffers, and what its owner does as soon as the put is
+    back."""
     memory = memoryview(bytearray(RIGHT))
     cuts = range(0, len(memory), size)
 
@@ -72,7 +74,9 @@ def test_two_hanging_stores_fail_the_put_in_time_and_store_nothing_wrong(kind: t
         stores[0].stop("put")
         stores[1].stop("put")
         data, scribble = scribbled(1000)
-        with pytest.raises(UnavailableError, match=r"acknowledged=1 needed=2.*memory:a.*does not answer.*memory:b"):
+        with pytest.raises(
+            UnavailableError, match=r"acknowledged=1 needed=2.*memory:a.*does not answer.*memory:b"
+        ):
             store.put("k", data)
         scribble()
         for gated in stores:
@@ -81,12 +85,19 @@ def test_two_hanging_stores_fail_the_put_in_time_and_store_nothing_wrong(kind: t
     assert all(memory.versions.get("k", {RIGHT}) == {RIGHT} for memory in memories)
 
 
-def test_real_folder_that_was_lent_memory_stores_nothing_once_it_is_taken_back(tmp_path: Path) -> None:
+def test_real_folder_that_was_lent_memory_stores_nothing_once_it_is_taken_back(
+    tmp_path: Path,
+) -> None:
     reached, go_on = threading.Event(), threading.Event()
 
     class Slow(LendingFolder):
         def put_lent(
-            self, key: str, data: list[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+            self,
+            key: str,
+            data: list[Buffer],
+            still_lent: Callable[[], None],
+            *,
+            create_only: bool = False,
         ) -> None:
             def late() -> None:
                 reached.set()
@@ -175,15 +186,22 @@ def test_failed_put_names_each_store_and_raises_what_most_said() -> None:
     with (
         replicated(stores) as store,
         pytest.raises(
-            StoreFullError, match=r"key=k acknowledged=0 needed=2.*memory:a.*full.*memory:b.*refuses.*memory:c"
+            StoreFullError,
+            match=r"key=k acknowledged=0 needed=2.*memory:a.*full.*memory:b.*refuses.*memory:c",
         ),
     ):
         store.put("k", [b"x"])
     stores = [
-        FaultyBackend(MemoryBackend(name), [Fault(harm=Harm.DENIED, op="put", times=None)] if name != "a" else [])
+        FaultyBackend(
+            MemoryBackend(name),
+            [Fault(harm=Harm.DENIED, op="put", times=None)] if name != "a" else [],
+        )
         for name in "abc"
     ]
-    with replicated(stores) as store, pytest.raises(StoreDeniedError, match="acknowledged=1 needed=2"):
+    with (
+        replicated(stores) as store,
+        pytest.raises(StoreDeniedError, match="acknowledged=1 needed=2"),
+    ):
         store.put("k", [b"x"])
 
 
@@ -195,7 +213,10 @@ def test_what_may_pass_is_tried_again_and_what_will_not_is_not() -> None:
         assert store.await_caught_up(WAIT_S)
     assert [len(one.struck) for one in stores] == [2, 2]
     full = FaultyBackend(MemoryBackend("a"), [Fault(harm=Harm.FULL, op="put", times=None)])
-    with replicated([full, MemoryBackend("b")], write_quorum=2) as store, pytest.raises(StoreFullError):
+    with (
+        replicated([full, MemoryBackend("b")], write_quorum=2) as store,
+        pytest.raises(StoreFullError),
+    ):
         store.put("k", [b"x"])
     assert len(full.struck) == 1
 
@@ -230,7 +251,10 @@ def test_more_misses_than_are_remembered_ask_for_a_scrub() -> None:
         for number in range(9):
             store.put(f"k/{number}", [b"x"])
         assert store.behind()[2] == StoreBacklog("memory:c", 5, True)
-        assert "ckpt scrub" in [event.text for event in heard.events if event.kind == "under-replicated"][-1]
+        assert (
+            "ckpt scrub"
+            in [event.text for event in heard.events if event.kind == "under-replicated"][-1]
+        )
         memories[2].away = None
         assert not store.await_caught_up(0.0)
         wait_until(lambda: store.behind()[2].keys == 0)
@@ -300,14 +324,25 @@ def test_put_after_put_and_delete_after_put_keep_their_order_at_a_straggler() ->
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_no_store_ever_holds_a_wrong_version_while_memory_is_reused_and_stores_hang(seed: int) -> None:
+def test_no_store_ever_holds_a_wrong_version_while_memory_is_reused_and_stores_hang(
+    seed: int,
+) -> None:
     dice = random.Random(seed)
     memories = [Remembering(name) for name in "abc"]
     stores = [dice.choice([Gated, Lending])(memory) for memory in memories]
     pace = dataclasses.replace(
-        QUICK, hedge_s_first=0.01, hedge_s_min=0.005, grace_s_min=0.002, grace_s_max=0.005, stall_s=0.3, call_s=0.5,
-        probe_s_first=0.02, probe_s_max=0.05, retry_s_first=0.005, retry_s_max=0.02,
-    )  # fmt: skip
+        QUICK,
+        hedge_s_first=0.01,
+        hedge_s_min=0.005,
+        grace_s_min=0.002,
+        grace_s_max=0.005,
+        stall_s=0.3,
+        call_s=0.5,
+        probe_s_first=0.02,
+        probe_s_max=0.05,
+        retry_s_first=0.005,
+        retry_s_max=0.02,
+    )
     right: dict[str, bytes] = {}
 
     def write(me: int) -> None:

@@ -16,7 +16,14 @@ from ckpt.backends.replicated.policy import Quorum, ReplicationLimits, give_up_s
 from ckpt.backends.replicated.put_race import PutDone, PutFailed, PutState
 
 PACE = ReplicationLimits()
-ACKS, SLOW, FAILS, REFUSES, HANGS, SECOND = "acks", "acks late", "fails", "refuses", "hangs", "acks when tried again"
+ACKS, SLOW, FAILS, REFUSES, HANGS, SECOND = (
+    "acks",
+    "acks late",
+    "fails",
+    "refuses",
+    "hangs",
+    "acks when tried again",
+)
 DOES = (ACKS, SLOW, FAILS, REFUSES, HANGS, SECOND)
 SLOW_S = PACE.grace_s_max + 5
 Q3 = Quorum(3, 2, frozenset(range(3)))
@@ -58,7 +65,9 @@ def run(
                         race = races.with_ack(race, place, now_s)
                     else:
                         passing = what == FAILS
-                        race = races.with_failure(race, place, now_s, transient=passing, limits=PACE, jitter=0.5)
+                        race = races.with_failure(
+                            race, place, now_s, transient=passing, limits=PACE, jitter=0.5
+                        )
                 else:
                     now_s = until_s
             case _:
@@ -82,14 +91,18 @@ def check(quorum: Quorum, apart: frozenset[int], does: Sequence[str]) -> None:
         assert isinstance(end, PutDone)
     assert took_s <= give_up_s(PACE, 0)
     assert all(len(times) <= PACE.tries_max for times in given)
-    if quorum.is_write_quorum({place for place in can if place not in apart and does[place] in (ACKS, SECOND)}):
+    if quorum.is_write_quorum(
+        {place for place in can if place not in apart and does[place] in (ACKS, SECOND)}
+    ):
         assert all(not given[place] for place in apart)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stores", [1, 2, 3])
 def test_every_combination_ends_at_the_quorum_or_where_it_cannot_be_reached(stores: int) -> None:
-    subsets = [frozenset(c) for n in range(stores + 1) for c in itertools.combinations(range(stores), n)]
+    subsets = [
+        frozenset(c) for n in range(stores + 1) for c in itertools.combinations(range(stores), n)
+    ]
     for quorum in quorums(stores):
         for apart in subsets:
             for does in itertools.product(DOES, repeat=stores):

@@ -1,4 +1,5 @@
-"""Reads: the first right copy, never two writers in the caller's memory, and what was bad is mended only where that is safe."""
+"""Reads: the first right copy, never two writers in the caller's memory, and what was bad is mended
+only where that is safe."""
 
 from __future__ import annotations
 
@@ -120,12 +121,18 @@ def test_hung_store_is_no_longer_read_from_and_is_asked_again_when_it_is_back() 
         assert stores[0].count("read_into") == asked + 1
 
 
-@pytest.mark.parametrize("harm", [Harm.LOST_REQUEST, Harm.TRUNCATED, Harm.FLIPPED, Harm.DENIED, Harm.LOST_REPLY])
+@pytest.mark.parametrize(
+    "harm", [Harm.LOST_REQUEST, Harm.TRUNCATED, Harm.FLIPPED, Harm.DENIED, Harm.LOST_REPLY]
+)
 def test_failing_or_lying_first_stores_are_fallen_over(harm: Harm) -> None:
     memories = filled()
     bad = [Fault(harm=harm, op="read_into", times=None)]
     # Two stores that lied in the same way would agree with each other.
-    stores = [FaultyBackend(memories[0], bad, seed=1), FaultyBackend(memories[1], bad, seed=2), memories[2]]
+    stores = [
+        FaultyBackend(memories[0], bad, seed=1),
+        FaultyBackend(memories[1], bad, seed=2),
+        memories[2],
+    ]
     with replicated(stores, prefer=(0, 1, 2), pace=STEADY) as store:
         for number in range(4):
             assert quarter(store, number) == RIGHT[number * QUARTER :][:QUARTER]
@@ -188,7 +195,10 @@ def test_truncated_copy_is_mended_and_a_longer_one_is_left() -> None:
 
 def test_read_that_went_wrong_once_leaves_a_right_copy_alone() -> None:
     memories = filled()
-    stores = [CountingBackend(FaultyBackend(memories[0], [Fault(harm=Harm.FLIPPED, op="read_into")])), *memories[1:]]
+    stores = [
+        CountingBackend(FaultyBackend(memories[0], [Fault(harm=Harm.FLIPPED, op="read_into")])),
+        *memories[1:],
+    ]
     with replicated(stores, prefer=(0,), pace=STEADY) as store:
         assert quarter(store, 0) == RIGHT[:QUARTER]
         assert store.await_caught_up(WAIT_S)
@@ -225,7 +235,9 @@ def test_not_found_needs_enough_stores_that_say_so() -> None:
         with pytest.raises(NotFoundError):
             read(store, "none", 1)
         memories[1].away = away(memories[1])
-        with pytest.raises(UnavailableError, match=r"too few stores answer .*memory:a: the store is away"):
+        with pytest.raises(
+            UnavailableError, match=r"too few stores answer .*memory:a: the store is away"
+        ):
             read(store, "none", 1)
         memories[0].away = None
         store.count_only(frozenset({1, 2}))
@@ -243,7 +255,9 @@ def test_last_copy_beyond_the_quorum_is_found() -> None:
     assert [memory.held("k") for memory in memories] == [RIGHT] * 3
 
 
-def test_damage_everywhere_is_integrity_and_unavailable_where_a_silent_store_might_have_it() -> None:
+def test_damage_everywhere_is_integrity_and_unavailable_where_a_silent_store_might_have_it() -> (
+    None
+):
     memories = filled()
     for memory in memories[:2]:
         memory.write_at_rest("k", flipped(3))

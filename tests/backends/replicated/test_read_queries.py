@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from kit.replicated.stores import QUICK, WAIT_S, Gated, Remembering, away, read, replicated, wait_until
+from kit.replicated.stores import (
+    QUICK,
+    WAIT_S,
+    Gated,
+    Remembering,
+    away,
+    read,
+    replicated,
+    wait_until,
+)
 
 from ckpt.backends.base import Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
@@ -66,7 +75,9 @@ def test_stat_believes_the_length_that_most_copies_have() -> None:
 
 
 def test_answers_that_differ_are_settled_by_number_then_length_and_the_latest_time() -> None:
-    assert merge_stats([Stat("k", 5, 1.0), Stat("k", 3, 9.0), Stat("k", 3, 2.0)]) == Stat("k", 3, 9.0)
+    assert merge_stats([Stat("k", 5, 1.0), Stat("k", 3, 9.0), Stat("k", 3, 2.0)]) == Stat(
+        "k", 3, 9.0
+    )
     assert merge_stats([Stat("k", 5, 1.0), Stat("k", 3, 9.0)]) == Stat("k", 5, 9.0)
 
 
@@ -132,16 +143,23 @@ def test_abandoned_list_ends_its_threads() -> None:
         entries = store.list("")
         next(entries)
         entries.close()
-        wait_until(lambda: not any(thread.name.startswith("ckpt-list") for thread in threading.enumerate()))
+        wait_until(
+            lambda: not any(thread.name.startswith("ckpt-list") for thread in threading.enumerate())
+        )
 
 
 def test_delete_names_the_stores_that_still_hold_it() -> None:
     memories = three()
-    stores = [FaultyBackend(memories[0], [Fault(harm=Harm.READ_ONLY, op="delete", times=None)]), *memories[1:]]
+    stores = [
+        FaultyBackend(memories[0], [Fault(harm=Harm.READ_ONLY, op="delete", times=None)]),
+        *memories[1:],
+    ]
     with replicated(stores) as store:
         store.put("k", [b"x"])
         assert store.await_caught_up(WAIT_S)
-        with pytest.raises(StoreDeniedError, match=r"not all stores removed the object. key=k .memory:a"):
+        with pytest.raises(
+            StoreDeniedError, match=r"not all stores removed the object. key=k .memory:a"
+        ):
             store.delete("k")
         assert [memory.held("k") for memory in memories] == [b"x", None, None]
         assert store.await_caught_up(WAIT_S)
@@ -166,7 +184,9 @@ def test_create_has_one_winner_whatever_the_stores_do() -> None:
         memories = three()
         flaky = [
             FaultyBackend(
-                memory, [Fault(harm=Harm.LOST_REQUEST, op="put", times=None, chance=0.3)], seed=seed * 3 + place
+                memory,
+                [Fault(harm=Harm.LOST_REQUEST, op="put", times=None, chance=0.3)],
+                seed=seed * 3 + place,
             )
             for place, memory in enumerate(memories)
         ]

@@ -1,4 +1,5 @@
-"""Every combination of what up to three stores say, and of who is left alone: what a read then does and says."""
+"""Every combination of what up to three stores say, and of who is left alone: what a read then does
+and says."""
 
 from __future__ import annotations
 
@@ -17,11 +18,19 @@ from ckpt.backends.replicated.read_race import DeliverRead, GiveUpRead, ReadFail
 
 PACE = ReplicationLimits()
 HANGS = None
-ANSWERS = (ReadResult.RIGHT, ReadResult.WRONG, ReadResult.SHORT, ReadResult.MISSING, ReadResult.SILENT, HANGS)
+ANSWERS = (
+    ReadResult.RIGHT,
+    ReadResult.WRONG,
+    ReadResult.SHORT,
+    ReadResult.MISSING,
+    ReadResult.SILENT,
+    HANGS,
+)
 LATE_S = 1.0
 
 Script = Mapping[int, Sequence[tuple[float, "ReadResult | None"]]]
-"""By place, for each time that it is asked: how long it takes and what it says; the last one repeats."""
+"""By place, for each time that it is asked: how long it takes and what it says; the last one
+repeats."""
 
 
 def run(
@@ -45,7 +54,9 @@ def run(
                 times[place] += 1
                 if says is not None:
                     heapq.heappush(answers, (now_s + takes_s, place, says))
-                race = races.with_asked(race, place, late_s=now_s + LATE_S, lost_s=now_s + stall_s(PACE, 0))
+                race = races.with_asked(
+                    race, place, late_s=now_s + LATE_S, lost_s=now_s + stall_s(PACE, 0)
+                )
             case races.WaitForRead(until_s):
                 assert until_s > now_s
                 if answers and answers[0][0] <= until_s:
@@ -93,7 +104,9 @@ def check(quorum: Quorum, usable: frozenset[int], says: Sequence[ReadResult | No
 @pytest.mark.slow
 @pytest.mark.parametrize("stores", [1, 2, 3])
 def test_every_combination_of_answers_ends_in_the_right_verdict(stores: int) -> None:
-    subsets = [frozenset(c) for n in range(stores + 1) for c in itertools.combinations(range(stores), n)]
+    subsets = [
+        frozenset(c) for n in range(stores + 1) for c in itertools.combinations(range(stores), n)
+    ]
     for quorum in quorums(stores):
         for usable in subsets:
             for says in itertools.product(ANSWERS, repeat=stores):
@@ -118,24 +131,32 @@ ALL = frozenset(range(3))
 
 
 def test_nobody_else_is_asked_while_the_first_is_in_time() -> None:
-    end, asked, _ = run(Q3, ALL, three((0.9, ReadResult.RIGHT), (0, ReadResult.RIGHT), (0, ReadResult.RIGHT)))
+    end, asked, _ = run(
+        Q3, ALL, three((0.9, ReadResult.RIGHT), (0, ReadResult.RIGHT), (0, ReadResult.RIGHT))
+    )
     assert (end, asked) == (DeliverRead(0), [(0.0, 0)])
 
 
 def test_late_first_is_hedged_and_the_first_right_one_wins() -> None:
-    end, asked, took_s = run(Q3, ALL, three((9.0, ReadResult.RIGHT), (0.2, ReadResult.RIGHT), (0, ReadResult.RIGHT)))
+    end, asked, took_s = run(
+        Q3, ALL, three((9.0, ReadResult.RIGHT), (0.2, ReadResult.RIGHT), (0, ReadResult.RIGHT))
+    )
     assert (end, asked, took_s) == (DeliverRead(1), [(0.0, 0), (1.0, 1)], 1.2)
 
 
 def test_bad_answer_sends_on_at_once() -> None:
-    end, asked, _ = run(Q3, ALL, three((0.1, ReadResult.WRONG), (0.1, ReadResult.SILENT), (0.1, ReadResult.RIGHT)))
+    end, asked, _ = run(
+        Q3, ALL, three((0.1, ReadResult.WRONG), (0.1, ReadResult.SILENT), (0.1, ReadResult.RIGHT))
+    )
     assert end == DeliverRead(2)
     assert [round(when, 3) for when, _ in asked] == [0.0, 0.1, 0.2]
 
 
 def test_missing_object_is_looked_for_in_all_others_at_once() -> None:
     end, asked, took_s = run(
-        Q3, ALL, three((0.1, ReadResult.MISSING), (0.5, ReadResult.MISSING), (0.5, ReadResult.MISSING))
+        Q3,
+        ALL,
+        three((0.1, ReadResult.MISSING), (0.5, ReadResult.MISSING), (0.5, ReadResult.MISSING)),
     )
     assert end == GiveUpRead(ReadFailure.NOT_FOUND)
     assert [round(when, 3) for when, _ in asked] == [0.0, 0.1, 0.1]
@@ -143,7 +164,9 @@ def test_missing_object_is_looked_for_in_all_others_at_once() -> None:
 
 
 def test_proven_absence_does_not_wait_for_a_hanging_store() -> None:
-    end, _, took_s = run(Q3, ALL, three((0.1, ReadResult.MISSING), (0.1, ReadResult.MISSING), (0, HANGS)))
+    end, _, took_s = run(
+        Q3, ALL, three((0.1, ReadResult.MISSING), (0.1, ReadResult.MISSING), (0, HANGS))
+    )
     assert end == GiveUpRead(ReadFailure.NOT_FOUND)
     assert took_s <= 2 * LATE_S
 

@@ -54,10 +54,16 @@ def test_majority_is_the_default_and_two_quorums_always_meet(stores: int) -> Non
 def test_what_is_acknowledged_is_never_called_absent() -> None:
     for stores in range(1, 6):
         for quorum in quorums(stores):
-            subsets = [frozenset(c) for n in range(stores + 1) for c in itertools.combinations(range(stores), n)]
+            subsets = [
+                frozenset(c)
+                for n in range(stores + 1)
+                for c in itertools.combinations(range(stores), n)
+            ]
             for holders in subsets:
                 if quorum.is_write_quorum(holders):
-                    assert not any(quorum.proves_absent(others) for others in subsets if not others & holders)
+                    assert not any(
+                        quorum.proves_absent(others) for others in subsets if not others & holders
+                    )
 
 
 def test_counting_places_exist() -> None:
@@ -69,7 +75,10 @@ def test_counting_places_exist() -> None:
 def test_commonest_error_is_the_earliest_of_equals() -> None:
     assert most_common_error([]) is UnavailableError
     assert most_common_error([StoreFullError("a"), StoreDeniedError("b")]) is StoreFullError
-    assert most_common_error([StoreFullError("a"), StoreDeniedError("b"), StoreDeniedError("c")]) is StoreDeniedError
+    assert (
+        most_common_error([StoreFullError("a"), StoreDeniedError("b"), StoreDeniedError("c")])
+        is StoreDeniedError
+    )
 
 
 # Circuits.
@@ -81,9 +90,14 @@ def test_circuit_opens_after_failures_in_a_row_and_at_once_on_refusal_and_stall(
         circuit = advance(circuit, CircuitEvent.FAILED, 10.0, limits=PACE, jitter=0.5)
         assert circuit.usable
     assert advance(circuit, CircuitEvent.ANSWERED, 10.0, limits=PACE, jitter=0.5) == Circuit()
-    assert advance(circuit, CircuitEvent.FAILED, 10.0, limits=PACE, jitter=0.5).state is CircuitState.OPEN
+    assert (
+        advance(circuit, CircuitEvent.FAILED, 10.0, limits=PACE, jitter=0.5).state
+        is CircuitState.OPEN
+    )
     for sign in (CircuitEvent.REFUSED, CircuitEvent.STALLED):
-        assert advance(Circuit(), sign, 10.0, limits=PACE, jitter=0.5) == Circuit(CircuitState.OPEN, 0, 1, 11.0)
+        assert advance(Circuit(), sign, 10.0, limits=PACE, jitter=0.5) == Circuit(
+            CircuitState.OPEN, 0, 1, 11.0
+        )
 
 
 def test_probes_are_sent_ever_more_seldom_until_one_is_answered() -> None:
@@ -148,8 +162,13 @@ def test_latency_and_bandwidth_are_learned_apart() -> None:
 
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 1 << 40), st.floats(0, 1e6)), max_size=80), st.integers(0, 1 << 40))
-def test_any_measurements_give_finite_positive_expectations(calls: list[tuple[int, float]], size: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 1 << 40), st.floats(0, 1e6)), max_size=80),
+    st.integers(0, 1 << 40),
+)
+def test_any_measurements_give_finite_positive_expectations(
+    calls: list[tuple[int, float]], size: int
+) -> None:
     speed = StoreSpeed()
     for size_bytes, took_s in calls:
         speed = speeds.with_measurement(speed, size_bytes, took_s)
@@ -175,15 +194,24 @@ def test_call_that_was_given_up_makes_a_store_slow() -> None:
 
 
 def test_order_is_well_then_preferred_then_quick_and_unknown_ones_are_tried() -> None:
-    def one(place: int, expected_s: float | None, usable: bool = True, idle_s: float = 0.0) -> ReadCandidate:
+    def one(
+        place: int, expected_s: float | None, usable: bool = True, idle_s: float = 0.0
+    ) -> ReadCandidate:
         return ReadCandidate(place, usable, expected_s, idle_s)
 
     assert read_order([one(0, 0.3), one(1, 0.1), one(2, 0.2)], prefer=()) == (1, 2, 0)
     assert read_order([one(0, 0.3), one(1, None), one(2, 0.2)], prefer=()) == (1, 2, 0)
     assert read_order([one(0, 0.3), one(1, 0.1), one(2, 0.2)], prefer=(2, 0)) == (2, 0, 1)
-    assert read_order([one(0, 0.3), one(1, 0.1, usable=False), one(2, 0.2)], prefer=(1,)) == (2, 0, 1)
+    assert read_order([one(0, 0.3), one(1, 0.1, usable=False), one(2, 0.2)], prefer=(1,)) == (
+        2,
+        0,
+        1,
+    )
     assert read_order([one(0, 0.3, idle_s=600.0), one(1, 0.1), one(2, 0.2)], prefer=()) == (0, 1, 2)
-    assert read_order([one(0, 0.3, idle_s=1e9), one(1, 0.1, idle_s=1e300)], prefer=()) in ((0, 1), (1, 0))
+    assert read_order([one(0, 0.3, idle_s=1e9), one(1, 0.1, idle_s=1e300)], prefer=()) in (
+        (0, 1),
+        (1, 0),
+    )
 
 
 # Who is fed how.
@@ -191,17 +219,26 @@ def test_order_is_well_then_preferred_then_quick_and_unknown_ones_are_tried() ->
 TIMES = (None, 0.1, 1.0, 60.0)
 TAKERS = [
     PutTarget(usable=usable, has_room=room, borrows=borrows, expected_s=expected_s)
-    for usable in (True, False) for room in (True, False) for borrows in (True, False) for expected_s in TIMES
-]  # fmt: skip
+    for usable in (True, False)
+    for room in (True, False)
+    for borrows in (True, False)
+    for expected_s in TIMES
+]
 
 
 @pytest.mark.slow
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.sampled_from(TAKERS), min_size=3, max_size=3), st.booleans(), st.sampled_from(quorums(3)))
+@given(
+    st.lists(st.sampled_from(TAKERS), min_size=3, max_size=3),
+    st.booleans(),
+    st.sampled_from(quorums(3)),
+)
 def test_every_store_is_fed_so_that_it_cannot_read_reused_memory(
     takers: list[PutTarget], immutable: bool, quorum: Quorum
 ) -> None:
-    for taker, how in zip(takers, plan_handover(takers, quorum, immutable=immutable, limits=PACE), strict=True):
+    for taker, how in zip(
+        takers, plan_handover(takers, quorum, immutable=immutable, limits=PACE), strict=True
+    ):
         assert (how is Handover.LATER) == (not taker.usable or not taker.has_room)
         if how is Handover.AS_IS:
             assert immutable
@@ -217,8 +254,15 @@ def test_store_slower_than_the_grace_is_not_lent_to() -> None:
     quick = [lender(1.0), lender(1.1), lender(1.9)]
     assert plan_handover(quick, Q3, immutable=False, limits=PACE) == (Handover.LENT,) * 3
     slow = [lender(1.0), lender(1.1), lender(2.3)]
-    assert plan_handover(slow, Q3, immutable=False, limits=PACE) == (Handover.LENT, Handover.LENT, Handover.SPARED)
-    assert plan_handover([lender(1.0), lender(9.0), lender(None)], Q3, immutable=False, limits=PACE)[2] is Handover.LENT
+    assert plan_handover(slow, Q3, immutable=False, limits=PACE) == (
+        Handover.LENT,
+        Handover.LENT,
+        Handover.SPARED,
+    )
+    assert (
+        plan_handover([lender(1.0), lender(9.0), lender(None)], Q3, immutable=False, limits=PACE)[2]
+        is Handover.LENT
+    )
 
 
 # What is known to be missing.
@@ -239,7 +283,9 @@ def test_ledger_notes_settles_and_overflows() -> None:
     assert ledgers.without_need(ledger, 0, "a") == ledger
     assert ledgers.scrubbed(ledger, 1).scrub == (False, False)
     assert ledgers.left_to_scrub(ledger, 0, "z").scrub == (True, True)
-    assert ledgers.without_key(ledgers.with_need(ledger, 0, "a", MISSING, keys_max=3), "a").needs == (
+    assert ledgers.without_key(
+        ledgers.with_need(ledger, 0, "a", MISSING, keys_max=3), "a"
+    ).needs == (
         {},
         {"c": MISSING},
     )

@@ -1,4 +1,5 @@
-"""Stores misbehave at random for a while and are then well: no wrong byte, no early acknowledgement, all mended in the end."""
+"""Stores misbehave at random for a while and are then well: no wrong byte, no early
+acknowledgement, all mended in the end."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ from kit.replicated.simulation import BODY_BYTES, MOODS, World
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 SEEDS = 300 if not SOAK else 20_000
 BATCH = 100
-BATCHES = [0, *(pytest.param(first, marks=pytest.mark.slow) for first in range(BATCH, SEEDS, BATCH))]
+BATCHES = [
+    0,
+    *(pytest.param(first, marks=pytest.mark.slow) for first in range(BATCH, SEEDS, BATCH)),
+]
 
 TROUBLE_S = 400.0
 HEALING_S = 3000.0
@@ -19,7 +23,8 @@ KEYS = 30
 
 
 def trouble(world: World) -> None:
-    """Plan what happens: puts and reads all the time, moods that change, and (unless clean) copies that rot or vanish."""
+    """Plan what happens: puts and reads all the time, moods that change, and (unless clean) copies
+    that rot or vanish."""
     dice = world.dice
     for number in range(KEYS):
         key = f"k/{number}"
@@ -28,7 +33,9 @@ def trouble(world: World) -> None:
     for _ in range(KEYS * 3):
         low = dice.randrange(BODY_BYTES)
         high = dice.randrange(low + 1, BODY_BYTES + 1)
-        world.at(dice.uniform(0, TROUBLE_S * 1.2), lambda low=low, high=high: read_any(world, low, high))
+        world.at(
+            dice.uniform(0, TROUBLE_S * 1.2), lambda low=low, high=high: read_any(world, low, high)
+        )
     moods = [mood for mood in MOODS if mood != "lies" or not world.clean]
     for _ in range(dice.randrange(2, 14)):
         store, mood = dice.choice(world.stores), dice.choice(moods)
@@ -76,7 +83,11 @@ def play(seed: int, *, clean: bool) -> World:
     for store in world.stores:
         for key, versions in store.ever.items():
             # What is written under a key is what was meant, or a copy of a copy that had rotted.
-            assert versions == {world.right[key]} or key in world.harmed or not clean, (seed, store.place, key)
+            assert versions == {world.right[key]} or key in world.harmed or not clean, (
+                seed,
+                store.place,
+                key,
+            )
         assert clean is False or world.ledger.scrub[store.place] is False, (seed, store.place)
         for key, body in world.acked.items():
             if clean:

@@ -226,7 +226,12 @@ def test_class_that_overrides_put_alone_is_no_borrower() -> None:
 
     class WatchingBoth(Watching):
         def put_lent(
-            self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+            self,
+            key: str,
+            data: Sequence[Buffer],
+            still_lent: Callable[[], None],
+            *,
+            create_only: bool = False,
         ) -> None: ...
 
     class Below(WatchingBoth):

@@ -30,7 +30,17 @@ def parsed(*arguments: str) -> object:
 
 
 def test_own_options_become_settings_wherever_they_stand() -> None:
-    args = parsed("--nnodes", "2:3", "--secret=s", "--rdzv-conf=ttl=9,grow=1", "--ttl", "3", "train.py", "--ttl", "7")
+    args = parsed(
+        "--nnodes",
+        "2:3",
+        "--secret=s",
+        "--rdzv-conf=ttl=9,grow=1",
+        "--ttl",
+        "3",
+        "train.py",
+        "--ttl",
+        "7",
+    )
     assert args.rdzv_backend == "ckpt"
     assert args.nnodes == "2:3"
     assert args.rdzv_conf == "ttl=9,grow=1,secret=s,ttl=3,standby=warm"
@@ -39,15 +49,22 @@ def test_own_options_become_settings_wherever_they_stand() -> None:
 
 def test_certificates_and_plaintext_become_settings_wherever_they_stand() -> None:
     assert parsed("--mirror-rate", "5MiB", "train.py").rdzv_conf == "mirror_rate=5MiB,standby=warm"
-    args = parsed("--tls-cert=c", "--nnodes", "2", "--tls-key", "k", "--tls-ca=a", "train.py", "--plaintext")
+    args = parsed(
+        "--tls-cert=c", "--nnodes", "2", "--tls-key", "k", "--tls-ca=a", "train.py", "--plaintext"
+    )
     assert args.rdzv_conf == "tls_cert=c,tls_key=k,tls_ca=a,standby=warm"
     assert args.training_script_args == ["--plaintext"]
-    assert parsed("--nnodes", "2", "--plaintext", "train.py").rdzv_conf == "plaintext=1,standby=warm"
+    assert (
+        parsed("--nnodes", "2", "--plaintext", "train.py").rdzv_conf == "plaintext=1,standby=warm"
+    )
 
 
 def test_help_says_what_plaintext_means(ckpt: Callable) -> None:
     said = " ".join(ckpt("run", "--help").out.split())
-    assert "weights and optimizer state can then be read by whoever sees the packets on their path" in said
+    assert (
+        "weights and optimizer state can then be read by whoever sees the packets on their path"
+        in said
+    )
 
 
 def test_standbys_are_warm_unless_something_else_is_asked_for() -> None:
@@ -57,8 +74,24 @@ def test_standbys_are_warm_unless_something_else_is_asked_for() -> None:
 
 
 def test_every_option_of_torchrun_passes() -> None:
-    args = parsed("--max-restarts=3", "-m", "--tee", "3", "--local-addr", "h", "--standalone", "package.module", "-m")
-    assert (args.max_restarts, args.module, args.tee, args.local_addr, args.standalone) == (3, True, "3", "h", False)
+    args = parsed(
+        "--max-restarts=3",
+        "-m",
+        "--tee",
+        "3",
+        "--local-addr",
+        "h",
+        "--standalone",
+        "package.module",
+        "-m",
+    )
+    assert (args.max_restarts, args.module, args.tee, args.local_addr, args.standalone) == (
+        3,
+        True,
+        "3",
+        "h",
+        False,
+    )
     assert args.training_script_args == ["-m"]
 
 
@@ -72,14 +105,23 @@ def test_options_that_cannot_work() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "Missing argument"), (("--frob", "x.py"), ""), (("--nnodes=0", "x.py"), "min_nodes"),
-        (("--standby=hot", "x.py"), "warm or wait"), (("--rdzv-conf=frob=1", "x.py"), "key=frob"),
+        ((), "Missing argument"),
+        (("--frob", "x.py"), ""),
+        (("--nnodes=0", "x.py"), "min_nodes"),
+        (("--standby=hot", "x.py"), "warm or wait"),
+        (("--rdzv-conf=frob=1", "x.py"), "key=frob"),
         (("--nnodes=2", "x.py"), "--rdzv-id=NAME"),
-        (("--nnodes=2", "--rdzv-id=j", "--tls-cert=a", "--tls-key=b", "--tls-ca=c", "x.py"), "certificate can't be read"),
+        (
+            ("--nnodes=2", "--rdzv-id=j", "--tls-cert=a", "--tls-key=b", "--tls-ca=c", "x.py"),
+            "certificate can't be read",
+        ),
         (("--nnodes=2", "--rdzv-id=j", "--tls-key=b", "x.py"), "three files"),
-        (("--tls-cert=a", "--rdzv-id=j", "--nnodes=2", "--tls-key=b", "--plaintext", "x.py"), "three files"),
+        (
+            ("--tls-cert=a", "--rdzv-id=j", "--nnodes=2", "--tls-key=b", "--plaintext", "x.py"),
+            "three files",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_options_exit_2(ckpt: Callable, arguments: tuple[str, ...], says: str) -> None:
     done = ckpt("run", *arguments)
     assert done.code == 2
@@ -87,7 +129,9 @@ def test_bad_options_exit_2(ckpt: Callable, arguments: tuple[str, ...], says: st
 
 
 def test_help_shows_own_options_and_torchruns_on_request(ckpt: Callable) -> None:
-    assert all(option in ckpt("run", "--help").out for option in ("--secret", "--tls-cert", "--tls-ca"))
+    assert all(
+        option in ckpt("run", "--help").out for option in ("--secret", "--tls-cert", "--tls-ca")
+    )
     done = ckpt("run", "--nnodes=1", "--help")
     assert done.code == 0
     assert "--nproc-per-node" in done.out
@@ -95,25 +139,37 @@ def test_help_shows_own_options_and_torchruns_on_request(ckpt: Callable) -> None
 
 
 @pytest.mark.slow
-def test_nodes_that_never_come_exit_11(ckpt: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_that_never_come_exit_11(
+    ckpt: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CKPT_STATE_DIR", str(tmp_path))
     monkeypatch.setenv("CKPT_NODES", "")
-    done = ckpt("run", "--rdzv-id=j", "--nnodes=2", "--rdzv-conf=join_timeout=0.3", tmp_path / "x.py")
+    done = ckpt(
+        "run", "--rdzv-id=j", "--nnodes=2", "--rdzv-conf=join_timeout=0.3", tmp_path / "x.py"
+    )
     assert done.code == 11
     assert "no round within 0.3 s" in done.err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("body", "code"), [("", 0), ("if os.environ['RANK'] == '0': raise SystemExit(5)", 1)])
+@pytest.mark.parametrize(
+    ("body", "code"), [("", 0), ("if os.environ['RANK'] == '0': raise SystemExit(5)", 1)]
+)
 def test_a_program_that_ends(tmp_path: Path, body: str, code: int) -> None:
-    # One write a line: both ranks write to one pipe, and print writes a line's end on its own where nothing is buffered.
+    # One write a line: both ranks write to one pipe, and print writes a line's end on its own where
+    # nothing is buffered.
     (tmp_path / "x.py").write_text(
-        f"import os, sys\nos.write(1, f'{{os.environ[\"RANK\"]}} {{sys.argv[1:]}}\\n'.encode())\n{body}"
+        f'import os, sys\nos.write(1, f\'{{os.environ["RANK"]}} '
+        f"{{sys.argv[1:]}}\\n'.encode())\n{body}"
     )
     done = run_program(
-        [*CKPT_RUN, "--nproc-per-node=2", str(tmp_path / "x.py"), "--ttl", "1"], capture_output=True, text=True,
-        timeout=WAIT_S, check=False, env={**os.environ, "CKPT_STATE_DIR": str(tmp_path)},
-    )  # fmt: skip
+        [*CKPT_RUN, "--nproc-per-node=2", str(tmp_path / "x.py"), "--ttl", "1"],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+        env={**os.environ, "CKPT_STATE_DIR": str(tmp_path)},
+    )
     assert done.returncode == code, done.stderr
     assert "0 ['--ttl', '1']" in done.stdout
     assert ("exitcode" in done.stderr) == (code == 1)

@@ -50,8 +50,11 @@ def test_json_has_the_same(ckpt, keeper) -> None:
     [job] = ckpt("standby", "--json").json["jobs"]
     assert (job["job"], job["store"], job["completed"]) == ("demo", STORE, 120)
     assert [(one["node"], one["standby"], one["behind"]) for one in job["nodes"]] == [
-        ("a-1", False, 2), ("b-2", False, 2), ("c-3", True, 10), ("d-4", True, None)
-    ]  # fmt: skip
+        ("a-1", False, 2),
+        ("b-2", False, 2),
+        ("c-3", True, 10),
+        ("d-4", True, None),
+    ]
     assert job["nodes"][2]["has"] == {"epoch": 5, "step": 110}
 
 

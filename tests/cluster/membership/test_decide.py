@@ -44,7 +44,9 @@ def test_the_first_epoch_waits_for_the_minimum() -> None:
 def test_the_first_epoch_waits_for_a_last_call_and_no_longer() -> None:
     view, job = view_of("ab"), options(2, 3, last_call_s=10.0)
     noticed = update_timers(WaitTimers(), view, job, 100.0)
-    assert decide(view, noticed, job, 100.0) == WaitForNodes(110.0, "last call for more nodes. nodes=2 nodes_max=3")
+    assert decide(view, noticed, job, 100.0) == WaitForNodes(
+        110.0, "last call for more nodes. nodes=2 nodes_max=3"
+    )
     noticed = update_timers(noticed, view, job, 109.0)
     assert isinstance(decide(view, noticed, job, 109.9), WaitForNodes)
     assert nodes_of(decide(view, noticed, job, 110.0)) == ("a", "b")
@@ -87,19 +89,27 @@ def test_nothing_lost_changes_nothing_and_a_newcomer_disturbs_nobody() -> None:
 
 
 def test_the_world_grows_at_a_boundary_and_nobody_moves() -> None:
-    assert nodes_of(decided(view_of("abcd", places="dc"), options(1, 3, may_grow=True))) == ("d", "c", "a")
+    assert nodes_of(decided(view_of("abcd", places="dc"), options(1, 3, may_grow=True))) == (
+        "d",
+        "c",
+        "a",
+    )
 
 
 def test_an_expired_lease_gives_its_ranks_to_a_standby_at_once() -> None:
     decision = decided(view_of("acx", places="abc"), options(1, 3, shrink_wait_s=60.0), now_s=0.0)
     assert nodes_of(decision) == ("a", "x", "c")
     assert isinstance(decision, NewEpoch)
-    assert [(one.node, one.reason) for one in decision.record.removed] == [("b", "its lease expired, or it left")]
+    assert [(one.node, one.reason) for one in decision.record.removed] == [
+        ("b", "its lease expired, or it left")
+    ]
     assert decision.remove == ()
 
 
 def test_a_standby_that_holds_the_lost_ranks_state_comes_first() -> None:
-    lost = view_of("acxyz", places="abc", holdings={"y": {2: 10, 3: 5}, "z": {0: 1000}, "x": {2: 12}})
+    lost = view_of(
+        "acxyz", places="abc", holdings={"y": {2: 10, 3: 5}, "z": {0: 1000}, "x": {2: 12}}
+    )
     assert nodes_of(decided(lost, options())) == ("a", "y", "c")
 
 
@@ -128,7 +138,11 @@ def test_what_is_held_of_a_world_of_another_size_counts_for_nothing() -> None:
 
 def test_standbys_spread_over_failure_domains() -> None:
     domains = {"a": "r1", "c": "r1", "x": "r1", "y": "r2"}
-    assert nodes_of(decided(view_of("acxy", places="abc", domains=domains), options())) == ("a", "y", "c")
+    assert nodes_of(decided(view_of("acxy", places="abc", domains=domains), options())) == (
+        "a",
+        "y",
+        "c",
+    )
 
 
 def test_the_world_shrinks_when_no_standby_is_left_and_the_minimum_allows() -> None:
@@ -173,14 +187,18 @@ def test_a_standby_that_is_suspected_costs_no_epoch() -> None:
     assert decision.remove == ("x",)
 
 
-@pytest.mark.parametrize(("left", "right"), [("abcde", "fgh"), ("abc", "def"), ("fgh", "abcde"), ("ab", "cd")])
+@pytest.mark.parametrize(
+    ("left", "right"), [("abcde", "fgh"), ("abc", "def"), ("fgh", "abcde"), ("ab", "cd")]
+)
 def test_two_halves_that_suspect_each_other_leave_one_half(left: str, right: str) -> None:
     words = [pair for a in left for b in right for pair in ((a, b), (b, a))]
     view = view_of(left + right, places=left + right, suspicions=words, leader=left[0])
     out = set(confirmed_suspects(view, 2))
     winner = max((left, right), key=lambda half: (len(half), left[0] in half))
     assert not out & set(winner)
-    assert len(set(left + right) - out - set(winner)) <= 1  # the last of the others has too few accusers left
+    assert (
+        len(set(left + right) - out - set(winner)) <= 1
+    )  # the last of the others has too few accusers left
 
 
 def test_when_nobody_is_left_an_epoch_is_made_of_who_came() -> None:
@@ -207,10 +225,12 @@ def test_where_nobody_leads_nothing_is_decided() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        {"nodes_min": 0, "nodes_max": 1}, {"nodes_min": 3, "nodes_max": 2},
-        {"nodes_min": 1, "nodes_max": 1, "witnesses_min": 0}, {"nodes_min": 1, "nodes_max": 1, "epoch_floor": -1},
+        {"nodes_min": 0, "nodes_max": 1},
+        {"nodes_min": 3, "nodes_max": 2},
+        {"nodes_min": 1, "nodes_max": 1, "witnesses_min": 0},
+        {"nodes_min": 1, "nodes_max": 1, "epoch_floor": -1},
     ],
-)  # fmt: skip
+)
 def test_options_that_make_no_sense_are_refused(words: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         MembershipOptions(**words)  # type: ignore[arg-type]
@@ -246,9 +266,13 @@ def check(view: View, job: MembershipOptions, *, now_s: float = 100.0) -> None:
     if old is not None and len(lost) < len(old.places):
         assert job.may_grow or lost
         if record.world_size == old.world_size and len(names) == len(old.places):
-            slots = {place.slots for place in old.places} | {view.by_node[node].info.slots for node in live}
+            slots = {place.slots for place in old.places} | {
+                view.by_node[node].info.slots for node in live
+            }
             if len(slots) == 1:
-                assert all(record.ranks[node] == old.ranks[node] for node in names if node in old.ranks)
+                assert all(
+                    record.ranks[node] == old.ranks[node] for node in names if node in old.ranks
+                )
         if len(names) < len(old.places):
             assert not unused  # a standby is used before the world shrinks
         survivors = [place.node for place in old.places if place.node in live]
@@ -267,7 +291,8 @@ def subsets(nodes: str) -> Iterator[tuple[str, ...]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("may_grow", [False, True])
 def test_every_small_job(may_grow: bool) -> None:
-    """Each epoch of up to four of five nodes, each set of living nodes, each minimum and maximum, before and after waiting."""
+    """Each epoch of up to four of five nodes, each set of living nodes, each minimum and maximum,
+    before and after waiting."""
     count = 0
     epochs = [None, *(places for places in subsets("abcde") if 1 <= len(places) <= 4)]
     for places in epochs:
@@ -299,23 +324,37 @@ def test_every_suspicion_among_four() -> None:
 def views(draw: st.DrawFn) -> tuple[View, MembershipOptions]:
     names = [f"n{number:02d}" for number in range(14)]
     live = draw(st.sets(st.sampled_from(names), min_size=1))
-    places = draw(st.none() | st.lists(st.sampled_from(names), unique=True, min_size=1, max_size=10))
+    places = draw(
+        st.none() | st.lists(st.sampled_from(names), unique=True, min_size=1, max_size=10)
+    )
     odd = draw(st.booleans())
     slots = {name: draw(st.integers(1, 3)) if odd else 2 for name in names}
     holdings = {
-        name: draw(st.dictionaries(st.integers(0, 19), st.integers(0, 9), max_size=4)) if draw(st.booleans()) else {}
+        name: draw(st.dictionaries(st.integers(0, 19), st.integers(0, 9), max_size=4))
+        if draw(st.booleans())
+        else {}
         for name in names
     }
     world = sum(slots[name] for name in places or ())
-    holdings = {name: {rank: size for rank, size in held.items() if rank < world} for name, held in holdings.items()}
+    holdings = {
+        name: {rank: size for rank, size in held.items() if rank < world}
+        for name, held in holdings.items()
+    }
     view = view_of(
-        live, places=places, slots=slots, holdings=holdings,
+        live,
+        places=places,
+        slots=slots,
+        holdings=holdings,
         domains={name: f"r{draw(st.integers(0, 3))}" for name in names},
-        suspicions=draw(st.lists(st.tuples(st.sampled_from(names), st.sampled_from(names)), max_size=20)),
-    )  # fmt: skip
+        suspicions=draw(
+            st.lists(st.tuples(st.sampled_from(names), st.sampled_from(names)), max_size=20)
+        ),
+    )
     low = draw(st.integers(1, len(places) if places else 5))
     high = draw(st.integers(max(low, len(places or ())), 14))
-    return view, options(low, high, may_grow=draw(st.booleans()), epoch_floor=draw(st.integers(0, 9)))
+    return view, options(
+        low, high, may_grow=draw(st.booleans()), epoch_floor=draw(st.integers(0, 9))
+    )
 
 
 @pytest.mark.slow

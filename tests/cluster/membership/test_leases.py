@@ -1,4 +1,5 @@
-"""The arithmetic of leases: what each answer means, and that no holder acts when the service may have given up on it."""
+"""The arithmetic of leases: what each answer means, and that no holder acts when the service may
+have given up on it."""
 
 from __future__ import annotations
 
@@ -28,15 +29,23 @@ def test_a_holder_acts_until_its_last_acknowledged_send_and_the_ttl_less_a_margi
     held = lease()
     assert held.act_until_s == 105.5
     assert [held.state(now_s) for now_s in (100.0, 105.4, 105.5, 200.0)] == [
-        LeaseState.VALID, LeaseState.VALID, LeaseState.LAPSED, LeaseState.LAPSED,
-    ]  # fmt: skip
+        LeaseState.VALID,
+        LeaseState.VALID,
+        LeaseState.LAPSED,
+        LeaseState.LAPSED,
+    ]
 
 
 def test_keepalives_are_due_at_a_third_and_sooner_after_silence() -> None:
     held = lease()
     assert held.next_keepalive_s == 102.0
     assert apply_answer(held, LeaseSilent(102.0, "x")).next_keepalive_s == 102.5
-    assert apply_answer(apply_answer(held, LeaseSilent(102.0, "x")), Renewed(102.5, 6.0)).next_keepalive_s == 104.5
+    assert (
+        apply_answer(
+            apply_answer(held, LeaseSilent(102.0, "x")), Renewed(102.5, 6.0)
+        ).next_keepalive_s
+        == 104.5
+    )
 
 
 def test_silence_says_nothing_and_is_remembered() -> None:
@@ -75,7 +84,9 @@ def test_less_time_than_was_granted_counts_as_less_and_more_as_no_more() -> None
     assert apply_answer(lease(), Renewed(102.0, 60.0)).act_until_s == 107.5
 
 
-@pytest.mark.parametrize(("ttl_s", "margin_s"), [(0.0, 0.0), (float("inf"), 1.0), (6.0, 4.0), (6.0, -0.1), (-1.0, 0.0)])
+@pytest.mark.parametrize(
+    ("ttl_s", "margin_s"), [(0.0, 0.0), (float("inf"), 1.0), (6.0, 4.0), (6.0, -0.1), (-1.0, 0.0)]
+)
 def test_a_lease_that_leaves_no_time_to_act_is_refused(ttl_s: float, margin_s: float) -> None:
     with pytest.raises(UsageError):
         lease(ttl_s, margin_s)
@@ -91,7 +102,8 @@ MARGIN_S = TTL_S / 10
 
 
 class OneLease(RuleBasedStateMachine):
-    """A service and a holder, whose clocks differ; requests and answers are lost and come late, in any order."""
+    """A service and a holder, whose clocks differ; requests and answers are lost and come late, in
+    any order."""
 
     @initialize(rate=st.floats(1 - RATE, 1 + RATE), offset_s=st.floats(0, 1e6))
     def begin(self, rate: float, offset_s: float) -> None:

@@ -1,4 +1,5 @@
-"""Living under another's lease keeps one contract over each kind of service; and what lost answers and late requests leave."""
+"""Living under another's lease keeps one contract over each kind of service; and what lost answers
+and late requests leave."""
 
 from __future__ import annotations
 
@@ -9,7 +10,14 @@ from kit.membership.keyspace_contract import get, lease
 from kit.membership.lodging_contract import LodgingContract, under
 from kit.membership.memory_keyspace import MemoryKeyspace, MemoryServer
 
-from ckpt.cluster.membership.leases import LeaseGone, LeaseSeen, LeaseSilent, LeaseState, apply_answer, borrowed_lease
+from ckpt.cluster.membership.leases import (
+    LeaseGone,
+    LeaseSeen,
+    LeaseSilent,
+    LeaseState,
+    apply_answer,
+    borrowed_lease,
+)
 from ckpt.cluster.membership.member import KeyspaceMembership
 from ckpt.cluster.membership.outcomes import Leading, MembershipUnknown
 from ckpt.cluster.membership.records import NodeInfo
@@ -22,7 +30,8 @@ class TestLodging(LodgingContract):
 
 
 class Lossy(MemoryKeyspace):
-    """Loses what it is told to: ``lose`` is asked for each transaction; ``late`` holds those that have yet to land."""
+    """Loses what it is told to: ``lose`` is asked for each transaction; ``late`` holds those that
+    have yet to land."""
 
     def __init__(self, server: MemoryServer) -> None:
         super().__init__(server)
@@ -75,14 +84,20 @@ FATES = ["request lost", "answer lost", "late"]
     ],
 )
 def test_a_move_without_an_answer_is_settled_by_whatever_is_written_next(
-    lossy: Lossy, member: KeyspaceMembership, first: str, at: int, settle: Callable[[KeyspaceMembership, int], object]
+    lossy: Lossy,
+    member: KeyspaceMembership,
+    first: str,
+    at: int,
+    settle: Callable[[KeyspaceMembership, int], object],
 ) -> None:
     own, other = member._member()[0].lease_id, lease(lossy)
     lossy.fates = [""] * at + [first]
     with pytest.raises(UnavailableError):
         member.borrow_lease(other)
     member.keepalive.round()
-    assert member.lease_status().state is LeaseState.LAPSED  # it may live under a lease of which it knows nothing
+    assert (
+        member.lease_status().state is LeaseState.LAPSED
+    )  # it may live under a lease of which it knows nothing
     settle(member, other)
     now = member._member()[0].lease_id
     assert under(lossy, now) >= {"nodes/n", "said/fact/n"}
@@ -94,7 +109,9 @@ def test_a_move_without_an_answer_is_settled_by_whatever_is_written_next(
 
 
 @pytest.mark.parametrize("first", FATES)
-def test_a_way_back_without_an_answer_is_settled_as_well(lossy: Lossy, member: KeyspaceMembership, first: str) -> None:
+def test_a_way_back_without_an_answer_is_settled_as_well(
+    lossy: Lossy, member: KeyspaceMembership, first: str
+) -> None:
     other = lease(lossy)
     assert member.borrow_lease(other)
     lossy.fates = ["", first]
@@ -130,7 +147,9 @@ def test_who_leaves_after_a_move_without_an_answer_leaves_nothing_however_late_i
     assert set(server.leases) == {other}
 
 
-def test_a_move_that_is_made_twice_does_nothing_the_second_time(lossy: Lossy, member: KeyspaceMembership) -> None:
+def test_a_move_that_is_made_twice_does_nothing_the_second_time(
+    lossy: Lossy, member: KeyspaceMembership
+) -> None:
     other = lease(lossy)
     lossy.fates = ["", "late"]
     with pytest.raises(UnavailableError):
@@ -141,7 +160,9 @@ def test_a_move_that_is_made_twice_does_nothing_the_second_time(lossy: Lossy, me
     assert lossy._server.revision == revision
 
 
-def test_what_was_said_before_a_move_without_an_answer_waits_for_it(lossy: Lossy, member: KeyspaceMembership) -> None:
+def test_what_was_said_before_a_move_without_an_answer_waits_for_it(
+    lossy: Lossy, member: KeyspaceMembership
+) -> None:
     lossy.fates = ["", "answer lost", "request lost", "request lost", "request lost"]
     with pytest.raises(UnavailableError):
         member.borrow_lease(lease(lossy))

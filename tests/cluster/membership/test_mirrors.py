@@ -17,7 +17,8 @@ from ckpt.errors import UsageError
 def job(domains: Sequence[str], groups: Sequence[str] = ()) -> list[RankHolder]:
     """Nodes n00, n01, ... in these domains."""
     return [
-        RankHolder(f"n{number:02d}", domain, groups[number] if groups else "") for number, domain in enumerate(domains)
+        RankHolder(f"n{number:02d}", domain, groups[number] if groups else "")
+        for number, domain in enumerate(domains)
     ]
 
 
@@ -49,12 +50,17 @@ def moves(before: MirrorPlacement, placed: MirrorPlacement) -> int:
 def partitions(total: int, most: int) -> list[list[int]]:
     if total == 0:
         return [[]]
-    return [[first, *rest] for first in range(min(total, most), 0, -1) for rest in partitions(total - first, first)]
+    return [
+        [first, *rest]
+        for first in range(min(total, most), 0, -1)
+        for rest in partitions(total - first, first)
+    ]
 
 
 @pytest.mark.parametrize("mirrors", [1, 2, 3])
 def test_every_shape_of_domains(mirrors: int) -> None:
-    """All ways to spread up to ten nodes over domains; then each node is lost, and then one comes."""
+    """All ways to spread up to ten nodes over domains; then each node is lost, and then one
+    comes."""
     for count in range(1, 11 if mirrors < 3 else 10):
         for shape in partitions(count, count):
             holders = job([f"d{number}" for number, size in enumerate(shape) for _ in range(size)])
@@ -103,12 +109,16 @@ def test_a_node_that_takes_over_moves_nothing_else() -> None:
     placed = place_mirrors(holders, 1)
     after = [RankHolder("new", "a"), *holders[1:]]
     name = {"n00": "new"}
-    was = {name.get(node, node): tuple(name.get(peer, peer) for peer in peers) for node, peers in placed.items()}
+    was = {
+        name.get(node, node): tuple(name.get(peer, peer) for peer in peers)
+        for node, peers in placed.items()
+    }
     assert place_mirrors(after, 1, before=was) == dict(sorted(was.items()))
 
 
 def test_after_a_loss_only_what_must_move_moves() -> None:
-    """One pair's half is lost: its other half needs a peer, and so does whoever that one then displaces."""
+    """One pair's half is lost: its other half needs a peer, and so does whoever that one then
+    displaces."""
     for nodes in range(4, 20, 2):
         holders = job([f"d{number}" for number in range(nodes)])
         placed = place_mirrors(holders, 1)
@@ -127,12 +137,16 @@ def jobs(draw: st.DrawFn) -> tuple[list[RankHolder], int]:
 @pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(jobs(), st.data())
-def test_what_holds_for_any_job_also_after_losses(case: tuple[list[RankHolder], int], data: st.DataObject) -> None:
+def test_what_holds_for_any_job_also_after_losses(
+    case: tuple[list[RankHolder], int], data: st.DataObject
+) -> None:
     holders, mirrors = case
     placed = place_mirrors(holders, mirrors)
     check(holders, mirrors, placed)
     assert placed == place_mirrors(holders[::-1], mirrors)
-    lost = data.draw(st.sets(st.sampled_from([holder.node for holder in holders]), max_size=len(holders) - 1))
+    lost = data.draw(
+        st.sets(st.sampled_from([holder.node for holder in holders]), max_size=len(holders) - 1)
+    )
     left = [holder for holder in holders if holder.node not in lost]
     after = place_mirrors(left, mirrors, before=placed)
     check(left, mirrors, after)
@@ -141,10 +155,15 @@ def test_what_holds_for_any_job_also_after_losses(case: tuple[list[RankHolder], 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 6), st.integers(2, 5), st.integers(1, 2))
-def test_no_node_has_all_its_copies_inside_its_parallel_group(per_group: int, count: int, mirrors: int) -> None:
+def test_no_node_has_all_its_copies_inside_its_parallel_group(
+    per_group: int, count: int, mirrors: int
+) -> None:
     """Groups of neighbours, as pipelines are, every node its own domain."""
     nodes = per_group * count
-    holders = job([f"d{number:02d}" for number in range(nodes)], [f"g{number // per_group}" for number in range(nodes)])
+    holders = job(
+        [f"d{number:02d}" for number in range(nodes)],
+        [f"g{number // per_group}" for number in range(nodes)],
+    )
     group = {holder.node: holder.group for holder in holders}
     for node, peers in place_mirrors(holders, mirrors).items():
         assert any(group[peer] != group[node] for peer in peers)
@@ -160,7 +179,10 @@ def test_any_losses_up_to_the_number_of_mirrors_leave_a_copy_of_everything() -> 
 
 @pytest.mark.slow
 def test_a_job_of_many_nodes_is_placed_and_repaired_quickly_enough() -> None:
-    holders = [RankHolder(f"n{number:05d}", f"rack{number // 16:04d}", f"p{number // 64}") for number in range(4_000)]
+    holders = [
+        RankHolder(f"n{number:05d}", f"rack{number // 16:04d}", f"p{number // 64}")
+        for number in range(4_000)
+    ]
     placed = place_mirrors(holders, 1)
     check(holders, 1, placed)
     left = holders[:100] + holders[116:]  # a rack is lost

@@ -22,4 +22,6 @@ def test_each_node_has_one_standby_and_each_standby_as_many_nodes_as_any_other(
     assert set(found.values()) <= standbys
     loads = Counter(found.values())
     assert max(loads.values(), default=0) - min((loads[one] for one in standbys), default=0) <= 1
-    assert found == standby_copies(sorted(placed, reverse=True), sorted(standbys)), "everybody finds the same"
+    assert found == standby_copies(sorted(placed, reverse=True), sorted(standbys)), (
+        "everybody finds the same"
+    )

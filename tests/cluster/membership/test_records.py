@@ -25,11 +25,19 @@ from ckpt.cluster.membership.records import (
 from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.values import SnapshotId
 
-NODE = NodeInfo(node="0a-b_C", host="h1", slots=8, domain="r1", address="[::1]:7", capabilities=("x",))
+NODE = NodeInfo(
+    node="0a-b_C", host="h1", slots=8, domain="r1", address="[::1]:7", capabilities=("x",)
+)
 EPOCH = EpochRecord(
-    job="j", number=7, places=(NodePlacement("a", 2), NodePlacement("b", 3)), leader="a", nodes_min=1, nodes_max=4,
-    removed=(RemovedNode("c", "why"),), resumes=SnapshotId(6, 100),
-)  # fmt: skip
+    job="j",
+    number=7,
+    places=(NodePlacement("a", 2), NodePlacement("b", 3)),
+    leader="a",
+    nodes_min=1,
+    nodes_max=4,
+    removed=(RemovedNode("c", "why"),),
+    resumes=SnapshotId(6, 100),
+)
 HELD = StateInventory(8, {0: 5, 7: 1 << 40})
 
 
@@ -52,10 +60,19 @@ def test_ranks_follow_each_other_by_places() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        {"node": ""}, {"node": "a/b"}, {"node": "x" * 65}, {"node": "ü"}, {"host": ""}, {"host": "x" * 256}, {"slots": 0},
-        {"slots": 1025}, {"address": "a\n"}, {"capabilities": ("",) * 65}, {"domain": "\0"},
+        {"node": ""},
+        {"node": "a/b"},
+        {"node": "x" * 65},
+        {"node": "ü"},
+        {"host": ""},
+        {"host": "x" * 256},
+        {"slots": 0},
+        {"slots": 1025},
+        {"address": "a\n"},
+        {"capabilities": ("",) * 65},
+        {"domain": "\0"},
     ],
-)  # fmt: skip
+)
 def test_a_node_that_can_not_be_is_not_written(bad: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         encode_node(replace(NODE, **bad))  # type: ignore[arg-type]
@@ -64,20 +81,37 @@ def test_a_node_that_can_not_be_is_not_written(bad: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        {"job": ""}, {"number": 0}, {"number": 10**10}, {"places": ()}, {"places": (NodePlacement("a", 2), NodePlacement("a", 2))},
-        {"places": (NodePlacement("a", 0),)}, {"places": (NodePlacement("a/b", 1),)}, {"leader": ""}, {"nodes_min": 0}, {"nodes_min": 3},
-        {"nodes_max": 0}, {"removed": (RemovedNode("a", "placed"),)}, {"removed": (RemovedNode("c", "x" * 201),)},
-        {"removed": (RemovedNode("c", "\n"),)}, {"resumes": SnapshotId(-1, 0)},
+        {"job": ""},
+        {"number": 0},
+        {"number": 10**10},
+        {"places": ()},
+        {"places": (NodePlacement("a", 2), NodePlacement("a", 2))},
+        {"places": (NodePlacement("a", 0),)},
+        {"places": (NodePlacement("a/b", 1),)},
+        {"leader": ""},
+        {"nodes_min": 0},
+        {"nodes_min": 3},
+        {"nodes_max": 0},
+        {"removed": (RemovedNode("a", "placed"),)},
+        {"removed": (RemovedNode("c", "x" * 201),)},
+        {"removed": (RemovedNode("c", "\n"),)},
+        {"resumes": SnapshotId(-1, 0)},
         {"removed": tuple(RemovedNode(f"n{n}", "") for n in range(1001))},
     ],
-)  # fmt: skip
+)
 def test_an_epoch_that_can_not_be_is_not_written(bad: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         encode_epoch(replace(EPOCH, **bad))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    "bad", [StateInventory(0, {}), StateInventory(4, {4: 1}), StateInventory(4, {-1: 1}), StateInventory(4, {0: -1})]
+    "bad",
+    [
+        StateInventory(0, {}),
+        StateInventory(4, {4: 1}),
+        StateInventory(4, {-1: 1}),
+        StateInventory(4, {0: -1}),
+    ],
 )
 def test_holdings_that_can_not_be_are_not_written(bad: StateInventory) -> None:
     with pytest.raises(UsageError):

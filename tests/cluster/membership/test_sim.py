@@ -1,4 +1,5 @@
-"""Many seeds of ``membership_sim``: one line of epochs, nobody acts whose ranks were given away, and all goes on in the end."""
+"""Many seeds of ``membership_sim``: one line of epochs, nobody acts whose ranks were given away,
+and all goes on in the end."""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ HERE = SocketAddress(socket.AF_INET, ("127.0.0.1", 7))
         ("[fd00::7]:80", SocketAddress(socket.AF_INET6, ("fd00::7", 80))),
     ],
 )
-def test_addresses_are_known_at_once_and_nobody_is_asked(address: str, place: SocketAddress) -> None:
+def test_addresses_are_known_at_once_and_nobody_is_asked(
+    address: str, place: SocketAddress
+) -> None:
     def never(host: str, port: int) -> SocketAddress:
         raise AssertionError(host)
 

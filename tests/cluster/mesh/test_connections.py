@@ -17,7 +17,8 @@ from ckpt.cluster.mesh.messages import MeshMessage, MeshPost
 
 
 class Network:
-    """A network between a dialler and one port, which can be dead: bytes are lost, and nobody is told."""
+    """A network between a dialler and one port, which can be dead: bytes are lost, and nobody is
+    told."""
 
     def __init__(self, port: int) -> None:
         self.dead = threading.Event()
@@ -80,7 +81,9 @@ def test_large_word_comes_whole(node: Callable[..., Node]) -> None:
     assert other.words == [("a", word)]
 
 
-def test_end_of_a_node_is_told_at_once_and_a_call_then_is_refused(node: Callable[..., Node]) -> None:
+def test_end_of_a_node_is_told_at_once_and_a_call_then_is_refused(
+    node: Callable[..., Node],
+) -> None:
     one, other = node("a"), node("b")
     acquaint(one, other)
     other.lines.close()
@@ -141,7 +144,9 @@ def test_node_behind_a_dead_network_is_given_up_and_found_again(
         network.dead.set()
         one.wait(lambda: one.downs, "that nothing comes any more")
         other.wait(lambda: other.downs, "that nothing comes any more")
-        assert any("silent" in why for _, why in (*one.downs, *other.downs))  # whoever noticed first hung up
+        assert any(
+            "silent" in why for _, why in (*one.downs, *other.downs)
+        )  # whoever noticed first hung up
         network.dead.clear()
         one.wait(lambda: len(one.ups) == 2, "the line again")
 
@@ -192,17 +197,21 @@ def test_name_server_that_hangs_for_one_node_holds_up_no_other(
     wanted = {"b": f"b.train:{other.lines.port}", "c": "c.train:7"}
     one.lines.set_targets(wanted)
     other.lines.set_targets({"a": one.address})
-    one.wait(lambda: one.lines.connected_nodes() == {"b"}, "the line to the node whose name is known")
+    one.wait(
+        lambda: one.lines.connected_nodes() == {"b"}, "the line to the node whose name is known"
+    )
     assert one.lines.send("b", MeshPost(room="1", key="k", value=b"v"))
     other.wait(lambda: other.words, "a word meanwhile")
     answers.clear()  # by now nobody knows that name either
     other.lines.close()
     one.wait(
-        lambda: any(why.startswith("refused") for name, why in one.downs if name == "b"), "the refusal where it was"
+        lambda: any(why.startswith("refused") for name, why in one.downs if name == "b"),
+        "the refusal where it was",
     )
     hangs.set()
     one.wait(
-        lambda: any("nobody knows c.train" in why for name, why in one.downs if name == "c"), "why there is no line"
+        lambda: any("nobody knows c.train" in why for name, why in one.downs if name == "c"),
+        "why there is no line",
     )
 
 
@@ -223,7 +232,9 @@ def test_name_that_led_elsewhere_is_resolved_anew_though_somebody_refused_there(
     one.wait(lambda: one.lines.connected_nodes() == {"b"}, "the line")
 
 
-def test_what_is_said_to_all_is_encoded_once(node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said_to_all_is_encoded_once(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, others = node("a"), [node(name) for name in "bcde"]
     acquaint(one, *others)
     encoded: list[MeshMessage] = []

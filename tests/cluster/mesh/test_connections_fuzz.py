@@ -1,7 +1,9 @@
-"""Whatever comes to the port of a keeper's lines, from strangers or over a network that spoils bytes, real lines go on.
+"""Whatever comes to the port of a keeper's lines, from strangers or over a network that spoils
+bytes, real lines go on.
 
-What strangers may cost: STRANGERS_MAX connections at a time, each with a greeting's bytes (over TLS what OpenSSL keeps of a
-handshake), and one read of READ_BYTES for all. ``GROWTH_BYTES_MAX`` has what Python's allocator keeps in it too.
+What strangers may cost: STRANGERS_MAX connections at a time, each with a greeting's bytes (over TLS
+what OpenSSL keeps of a handshake), and one read of READ_BYTES for all. ``GROWTH_BYTES_MAX`` has
+what Python's allocator keeps in it too.
 """
 
 from __future__ import annotations
@@ -51,16 +53,29 @@ def greeting(rng: random.Random) -> bytes:
     """One that is right but for the secret, or is not quite right."""
     right = {"version": 1, "job": "job", "node": "b", "nonce": rng.randbytes(16), "to": "a"}
     wrong = rng.choice(
-        ({}, {}, {"version": 9}, {"job": "another"}, {"node": "a"}, {"to": "c"}, {"nonce": b"short"}, {"node": "n" * 3000},
-         {"version": "1"}, {"nonce": None})
-    )  # fmt: skip
+        (
+            {},
+            {},
+            {"version": 9},
+            {"job": "another"},
+            {"node": "a"},
+            {"to": "c"},
+            {"nonce": b"short"},
+            {"node": "n" * 3000},
+            {"version": "1"},
+            {"nonce": None},
+        )
+    )
     return framed(encode({**right, **wrong}))
 
 
 def frame(rng: random.Random) -> bytes:
     """One whose MAC nobody made who knows the secret."""
     word = rng.choice(
-        (MeshPost(room="1", key="k", value=b"forged"), NodeProgress(attempt=1, sealed=(), completed=10**6))
+        (
+            MeshPost(room="1", key="k", value=b"forged"),
+            NodeProgress(attempt=1, sealed=(), completed=10**6),
+        )
     )
     return framed(encode(word)) + rng.randbytes(16)
 
@@ -82,14 +97,17 @@ def speech(rng: random.Random) -> bytes:
             return whole[: rng.randrange(len(whole))]
         case 5:
             return (
-                b"\x16\x03\x01" + struct.pack(">H", rng.choice((5, 500, 16_384))) + rng.randbytes(rng.choice((5, 500)))
+                b"\x16\x03\x01"
+                + struct.pack(">H", rng.choice((5, 500, 16_384)))
+                + rng.randbytes(rng.choice((5, 500)))
             )
         case _:
             return rng.choice((b"GET / HTTP/1.1\r\n\r\n", b"", b"SSH-2.0-x\r\n"))
 
 
 class Witness:
-    """A line between two real nodes, over which words go on being said; none may be lost, doubled, changed or late for ever."""
+    """A line between two real nodes, over which words go on being said; none may be lost, doubled,
+    changed or late for ever."""
 
     def __init__(self, one: Node, other: Node) -> None:
         self.one, self.other = one, other
@@ -108,7 +126,9 @@ class Witness:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_strangers_say_nothing_that_counts(node: Callable[..., Node], tls: TlsContexts | None, seed: int) -> None:
+def test_strangers_say_nothing_that_counts(
+    node: Callable[..., Node], tls: TlsContexts | None, seed: int
+) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     one, other = node("a", tls=tls), node("z", tls=tls)
@@ -128,7 +148,9 @@ def test_strangers_say_nothing_that_counts(node: Callable[..., Node], tls: TlsCo
             assert len(one.lines._connections) <= UNAUTHENTICATED_MAX + 2
     witness.check()
     grown = resident_bytes() - memory
-    print(f"grew by {grown >> 10} KiB, of {GROWTH_BYTES_MAX >> 10} KiB; {one.lines.refused} refused")
+    print(
+        f"grew by {grown >> 10} KiB, of {GROWTH_BYTES_MAX >> 10} KiB; {one.lines.refused} refused"
+    )
     assert grown <= GROWTH_BYTES_MAX
     assert one.lines.refused > 0
     assert one.ups == ["z"]
@@ -172,7 +194,8 @@ def test_node_gets_in_though_strangers_hold_all_places(node: Callable[..., Node]
 
 
 class Recorder:
-    """Carries one node's calls to another and keeps what the caller sent; may flip a bit of it, once, at ``spoil_at``."""
+    """Carries one node's calls to another and keeps what the caller sent; may flip a bit of it,
+    once, at ``spoil_at``."""
 
     def __init__(self, port: int) -> None:
         self.sent: list[bytes] = []
@@ -196,7 +219,9 @@ class Recorder:
                 there = socket.create_connection(("127.0.0.1", self._to))
                 self._socks += [sock, there]
                 self.sent.append(b"")
-                threading.Thread(target=self._carry, args=(sock, there, len(self.sent) - 1), daemon=True).start()
+                threading.Thread(
+                    target=self._carry, args=(sock, there, len(self.sent) - 1), daemon=True
+                ).start()
                 threading.Thread(target=self._carry, args=(there, sock, None), daemon=True).start()
 
     def _carry(self, source: socket.socket, target: socket.socket, number: int | None) -> None:
@@ -211,7 +236,9 @@ class Recorder:
             target.shutdown(socket.SHUT_RDWR)
 
 
-def test_recorded_line_is_no_line_when_it_is_played_again(node: Callable[..., Node], tls: TlsContexts | None) -> None:
+def test_recorded_line_is_no_line_when_it_is_played_again(
+    node: Callable[..., Node], tls: TlsContexts | None
+) -> None:
     one, other = node("a", tls=tls), node("b", tls=tls)
     recorder = Recorder(other.lines.port)
     try:
@@ -224,7 +251,10 @@ def test_recorded_line_is_no_line_when_it_is_played_again(node: Callable[..., No
         recorded = recorder.sent[0]
         before = other.lines.refused
         for piece in (len(recorded), 100, 7):
-            with socket.create_connection(("127.0.0.1", other.lines.port), WAIT_S) as sock, suppress(ConnectionError):
+            with (
+                socket.create_connection(("127.0.0.1", other.lines.port), WAIT_S) as sock,
+                suppress(ConnectionError),
+            ):
                 for at in range(0, len(recorded), piece):
                     sock.sendall(recorded[at : at + piece])
                 while sock.recv(65536):
@@ -249,7 +279,9 @@ def test_spoiled_bytes_end_a_line_and_are_never_heard(
         one.lines.set_targets({"b": f"127.0.0.1:{recorder.port}"})
         other.lines.set_targets({"a": one.address})
         for turn in range(3):
-            one.wait(lambda turn=turn: len(one.ups) > turn and one.lines.connected_nodes(), "the line")
+            one.wait(
+                lambda turn=turn: len(one.ups) > turn and one.lines.connected_nodes(), "the line"
+            )
             recorder.spoil_at = rng.randrange(5000)
             until_s = time.monotonic() + WAIT_S
             while len(one.downs) <= turn:
@@ -281,7 +313,9 @@ def test_word_that_is_too_long_ends_the_line_and_not_the_keeper(
 
 
 @pytest.mark.slow
-def test_holder_of_the_secret_that_says_what_no_release_says_is_refused(node: Callable[..., Node]) -> None:
+def test_holder_of_the_secret_that_says_what_no_release_says_is_refused(
+    node: Callable[..., Node],
+) -> None:
     """Right MACs around wrong words: of a defect, or of another release."""
     one = node("b")
     rng = random.Random(3)

@@ -1,4 +1,5 @@
-"""Lines between keepers, without sockets: who proves what, what a stranger can do, what order means."""
+"""Lines between keepers, without sockets: who proves what, what a stranger can do, what order
+means."""
 
 from __future__ import annotations
 
@@ -9,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.cluster.mesh import protocol as cables
-from ckpt.cluster.mesh.messages import MeetingAddress, MeshDecided, MeshMessage, MeshPost, NodeHeartbeat
+from ckpt.cluster.mesh.messages import (
+    MeetingAddress,
+    MeshDecided,
+    MeshMessage,
+    MeshPost,
+    NodeHeartbeat,
+)
 from ckpt.cluster.mesh.protocol import FRAME_BYTES_MAX, MeshProtocol, MessageEncoder
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
 
@@ -21,7 +28,9 @@ def nonce() -> bytes:
     return next(_numbers).to_bytes(16, "big")
 
 
-def pair(*, secret: bytes = SECRET, job: str = "job", means: str = "b") -> tuple[MeshProtocol, MeshProtocol]:
+def pair(
+    *, secret: bytes = SECRET, job: str = "job", means: str = "b"
+) -> tuple[MeshProtocol, MeshProtocol]:
     dialler = MeshProtocol(SECRET, job="job", node="a", nonce=nonce(), dials=means)
     listener = MeshProtocol(secret, job=job, node="b", nonce=nonce())
     return dialler, listener
@@ -54,7 +63,9 @@ def test_words_come_in_order_both_ways_however_they_are_cut() -> None:
         dialler.send(word)
         listener.send(word)
     there, back = dialler.data_to_send(), listener.data_to_send()
-    got = [word for at in range(0, len(there), 7) for word in listener.receive_data(there[at : at + 7])]
+    got = [
+        word for at in range(0, len(there), 7) for word in listener.receive_data(there[at : at + 7])
+    ]
     assert got == words
     assert dialler.receive_data(back) == words
 
@@ -107,7 +118,11 @@ def test_own_words_reflected_are_refused() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(at=st.integers(min_value=0), flip=st.integers(1, 255), stage=st.sampled_from(["greeting", "proof", "word"]))
+@given(
+    at=st.integers(min_value=0),
+    flip=st.integers(1, 255),
+    stage=st.sampled_from(["greeting", "proof", "word"]),
+)
 def test_any_changed_byte_is_found_or_changes_nothing(at: int, flip: int, stage: str) -> None:
     dialler, listener = pair()
     word = MeshPost(room="1", key="k", value=b"value")

@@ -14,7 +14,14 @@ from kit.servers.certificates import Authority, Files
 
 from ckpt.cluster.mesh.connections import TlsStream
 from ckpt.cluster.mesh.messages import MeshPost
-from ckpt.cluster.tls import TlsContexts, check_network, check_tls, job_tls, peer_endpoint, serving_endpoint
+from ckpt.cluster.tls import (
+    TlsContexts,
+    check_network,
+    check_tls,
+    job_tls,
+    peer_endpoint,
+    serving_endpoint,
+)
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
 from ckpt.ipc.cluster_spec import NodesSpec
 
@@ -23,7 +30,13 @@ AWAY = "10.1.2.3"
 
 
 def spec(files: Files | None = None, **more: object) -> NodesSpec:
-    known = {"where": "/f", "job": "j", "nodes_min": 1, "nodes_max": 2, **(files.spec() if files else {})}
+    known = {
+        "where": "/f",
+        "job": "j",
+        "nodes_min": 1,
+        "nodes_max": 2,
+        **(files.spec() if files else {}),
+    }
     return NodesSpec(**{**known, **more})  # type: ignore[arg-type]
 
 
@@ -69,7 +82,13 @@ def test_wildcard_names_the_hosts_one_step_below_it(authority: Authority) -> Non
     files = spec(authority.sign("wildcard", "*.train.ckpt.svc"))
     for host in ("train-0.train.ckpt.svc", "train-node-0-12.train.ckpt.svc"):
         assert check_tls(files, host) is not None
-    for host in ("train-0.other.ckpt.svc", "a.train-0.train.ckpt.svc", "train.ckpt.svc", "train-0", AWAY):
+    for host in (
+        "train-0.other.ckpt.svc",
+        "a.train-0.train.ckpt.svc",
+        "train.ckpt.svc",
+        "train-0",
+        AWAY,
+    ):
         with pytest.raises(UsageError, match="would refuse") as error:
             check_tls(files, host)
         assert host in str(error.value)
@@ -99,7 +118,9 @@ def test_key_of_another_certificate_or_with_a_password_is_refused(authority: Aut
         job_tls(spec(authority.encrypt(one, "secret")))
 
 
-def test_certificate_that_others_would_refuse_is_refused_here(authority: Authority, stranger: Authority) -> None:
+def test_certificate_that_others_would_refuse_is_refused_here(
+    authority: Authority, stranger: Authority
+) -> None:
     files = authority.sign("here")
     for wrong, word in (
         (spec(files, host=AWAY), "not valid for '10.1.2.3'"),
@@ -116,7 +137,9 @@ def test_certificate_that_others_would_refuse_is_refused_here(authority: Authori
 
 
 @pytest.mark.slow
-def test_lines_over_tls_carry_words_of_any_length(node: Callable[..., Node], authority: Authority) -> None:
+def test_lines_over_tls_carry_words_of_any_length(
+    node: Callable[..., Node], authority: Authority
+) -> None:
     nodes = [node(name, tls=tls(authority.sign(f"line-{name}"))) for name in ("a", "b", "c")]
     acquaint(*nodes)
     large = MeshPost(room="1", key="large", value=bytes(range(256)) * 40_000)
@@ -134,10 +157,13 @@ def test_lines_over_tls_carry_words_of_any_length(node: Callable[..., Node], aut
 @pytest.mark.parametrize(
     ("who", "dials"),
     [
-        ("of another CA", True), ("of another CA", False), ("without any", True), ("without any", False),
+        ("of another CA", True),
+        ("of another CA", False),
+        ("without any", True),
+        ("without any", False),
         ("that names another host", False),  # nobody looks where a call comes from
     ],
-)  # fmt: skip
+)
 def test_node_with_a_certificate_like_that_never_comes_up(
     node: Callable[..., Node], authority: Authority, stranger: Authority, who: str, dials: bool
 ) -> None:

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.cluster.membership.records import EpochRecord, Leader, Member, NodeInfo, NodePlacement, View, ViewScope
+from ckpt.cluster.membership.records import (
+    EpochRecord,
+    Leader,
+    Member,
+    NodeInfo,
+    NodePlacement,
+    View,
+    ViewScope,
+)
 from ckpt.cluster.node.leading import (
     FULL_MESH_NODES_MAX,
     NOTE_CHARS_MAX,
@@ -18,9 +26,16 @@ from ckpt.cluster.node.leading import (
 from ckpt.errors import IntegrityError
 
 notes = st.builds(
-    EpochNote, why=st.text(max_size=200), fingerprint=st.text(max_size=50), step=st.integers(-1, 10**9), same=st.integers(0, 99),
-    stuck=st.integers(0, 99), completed=st.integers(-1, 10**9), end=st.none() | st.integers(0, 255), era=st.integers(0, 10**6),
-)  # fmt: skip
+    EpochNote,
+    why=st.text(max_size=200),
+    fingerprint=st.text(max_size=50),
+    step=st.integers(-1, 10**9),
+    same=st.integers(0, 99),
+    stuck=st.integers(0, 99),
+    completed=st.integers(-1, 10**9),
+    end=st.none() | st.integers(0, 255),
+    era=st.integers(0, 10**6),
+)
 
 
 @given(notes)
@@ -75,7 +90,11 @@ def test_few_nodes_all_know_each_other() -> None:
 
 def test_of_many_nodes_only_leader_and_root_know_all_and_each_has_two_neighbours() -> None:
     many = view(FULL_MESH_NODES_MAX + 20)
-    assert len(mesh_topology(many, "n000")) == len(mesh_topology(many, "n001")) == FULL_MESH_NODES_MAX + 19
+    assert (
+        len(mesh_topology(many, "n000"))
+        == len(mesh_topology(many, "n001"))
+        == FULL_MESH_NODES_MAX + 19
+    )
     assert mesh_topology(many, "n040").keys() == {"n000", "n001", "n039", "n041"}
     assert mesh_topology(many, f"n{FULL_MESH_NODES_MAX + 19:03d}").keys() == {
         "n000",

@@ -1,4 +1,5 @@
-"""Nodes of one job in one process, over a keyspace in memory and real lines: epochs, failures, losses, the end."""
+"""Nodes of one job in one process, over a keyspace in memory and real lines: epochs, failures,
+losses, the end."""
 
 from __future__ import annotations
 
@@ -53,7 +54,13 @@ class One:
         return self.node.node_id
 
     def fail(self, attempt: int, kind: str = "died", **more: object) -> None:
-        known = {"rank": 0, "kind": kind, "text": f"{self.name} {kind}", "status": -9, "completed": 1}
+        known = {
+            "rank": 0,
+            "kind": kind,
+            "text": f"{self.name} {kind}",
+            "status": -9,
+            "completed": 1,
+        }
         self.node.report_failure(NodeFailed(attempt=attempt, **{**known, **more}))  # type: ignore[arg-type]
 
     def kill(self) -> None:
@@ -90,7 +97,14 @@ class World:
         self.policy = Policy()
 
     def node(
-        self, name: str, *, least: int = 2, most: int = 2, grow_wait_s: float = 0.0, agent: str = "", **more: object
+        self,
+        name: str,
+        *,
+        least: int = 2,
+        most: int = 2,
+        grow_wait_s: float = 0.0,
+        agent: str = "",
+        **more: object,
     ) -> One:
         """A node that joins; its id begins with its name."""
         one = One(name)
@@ -105,39 +119,56 @@ class World:
 
         def lines(node: str, heard: object) -> Mesh:
             made = Mesh(
-                SECRET, job="job", node=node, listen="127.0.0.1:0", observer=heard,  # type: ignore[arg-type]
+                SECRET,
+                job="job",
+                node=node,
+                listen="127.0.0.1:0",
+                observer=heard,  # type: ignore[arg-type]
                 emit=lambda event: note(one.events, event),
-            )  # fmt: skip
+            )
             one.lines.append(made)
             return made
 
         def info() -> NodeInfo:
             capabilities = (f"{PEER_CAPABILITY}127.0.0.1:1", f"{FLOOR_CAPABILITY}{attempt}")
             return NodeInfo(
-                node=f"{name}-{next(self.ids)}", host=name, slots=1, address="127.0.0.1", capabilities=capabilities
+                node=f"{name}-{next(self.ids)}",
+                host=name,
+                slots=1,
+                address="127.0.0.1",
+                capabilities=capabilities,
             )
 
         witnesses = 2 if most > 2 else 1
         one.member = KeyspaceMembership(
             MemoryKeyspace(self.server), "job", ttl_s=ttl_s, witnesses_min=witnesses
-        )  # fmt: skip
+        )
         one.member.view = blinded(one.member.view, times=blind)  # type: ignore[method-assign]
         options = replace(
-            MembershipOptions(nodes_min=least, nodes_max=most, last_call_s=0.3, witnesses_min=witnesses), **more
+            MembershipOptions(
+                nodes_min=least, nodes_max=most, last_call_s=0.3, witnesses_min=witnesses
+            ),
+            **more,
         )  # type: ignore[arg-type]
         one.node = Node(
-            one.member, info, options,
+            one.member,
+            info,
+            options,
             decide_failures=lambda note, failures, lost, ended, heard_s, now_s: _decided(
                 note, failures, EpochFailures({}, lost, ended), heard_s, now_s, self.policy
             ),
             observer=NodeObserver(
-                on_epoch=lambda epoch: note(one.epochs, epoch), on_standbys=lambda epoch: note(one.seen, epoch),
+                on_epoch=lambda epoch: note(one.epochs, epoch),
+                on_standbys=lambda epoch: note(one.seen, epoch),
                 on_membership_lost=lambda why: note(one.outs, why),
-                on_message=lambda node, word: note(one.words, (node, word)), on_connected=lambda node: None, on_disconnected=lambda node, why: None,
+                on_message=lambda node, word: note(one.words, (node, word)),
+                on_connected=lambda node: None,
+                on_disconnected=lambda node, why: None,
             ),
             emit=lambda event: note(one.events, event),
-            deps=NodeDeps(lines, lambda: ("127.0.0.1", 1000 + next(self.ids)), agent), grow_wait_s=grow_wait_s,
-        )  # fmt: skip
+            deps=NodeDeps(lines, lambda: ("127.0.0.1", 1000 + next(self.ids)), agent),
+            grow_wait_s=grow_wait_s,
+        )
         self.made.append(one)
         return one
 
@@ -151,8 +182,13 @@ class World:
     def epoch(self, *nodes: One, beyond: int = 0) -> NodeEpoch:
         """The next epoch of all these nodes, which is the same."""
         for one in nodes:
-            self.until(lambda one=one: one.epochs and one.epochs[-1].number > beyond, f"an epoch at {one.name}")
-        self.until(lambda: len({one.epochs[-1].number for one in nodes}) == 1, "the same epoch everywhere")
+            self.until(
+                lambda one=one: one.epochs and one.epochs[-1].number > beyond,
+                f"an epoch at {one.name}",
+            )
+        self.until(
+            lambda: len({one.epochs[-1].number for one in nodes}) == 1, "the same epoch everywhere"
+        )
         return nodes[0].epochs[-1]
 
 
@@ -160,7 +196,9 @@ class World:
 def world() -> Iterator[World]:
     made = World()
     yield made
-    for closing in [start_thread(one.node.close, name="test-close") for one in made.made]:  # each waits for its threads
+    for closing in [
+        start_thread(one.node.close, name="test-close") for one in made.made
+    ]:  # each waits for its threads
         closing.result()
 
 
@@ -178,16 +216,22 @@ def test_nodes_that_come_have_one_epoch_and_know_where_to_meet(world: World) -> 
 
 
 @pytest.mark.slow
-def test_standby_that_comes_later_is_told_to_all_and_hears_of_the_epoch_that_is(world: World) -> None:
+def test_standby_that_comes_later_is_told_to_all_and_hears_of_the_epoch_that_is(
+    world: World,
+) -> None:
     nodes = [world.node("a"), world.node("b")]
     first = world.epoch(*nodes)
     late = world.node("c")
     for one in (*nodes, late):
-        world.until(lambda one=one: one.seen and late.id in one.seen[-1].peers, f"the standby at {one.name}")
+        world.until(
+            lambda one=one: one.seen and late.id in one.seen[-1].peers, f"the standby at {one.name}"
+        )
         assert one.seen[-1].record == first.record and one.seen[-1].standbys == (late.id,)
         assert one.seen[-1].me == one.id
     assert (late.epochs, late.seen[-1].meeting) == ([], None), "nothing begins at it"
-    assert all(one.epochs == [first] or one.epochs[0].record == first.record for one in nodes), "nor at the others"
+    assert all(one.epochs == [first] or one.epochs[0].record == first.record for one in nodes), (
+        "nor at the others"
+    )
     late.kill()
     for one in nodes:
         world.until(lambda one=one: not one.seen[-1].standbys, f"its end at {one.name}")
@@ -205,7 +249,8 @@ def test_standby_says_what_it_holds_and_is_chosen_for_it(world: World) -> None:
     rank = first.record.ranks[lost.id].start
     spares[1].node.put_inventory(StateInventory(2, {rank: 1 << 20}))
     world.until(
-        lambda: any(m.inventory for m in nodes[0].member.view().members if m.node == spares[1].id), "what it holds"
+        lambda: any(m.inventory for m in nodes[0].member.view().members if m.node == spares[1].id),
+        "what it holds",
     )
     lost.kill()
     second = world.epoch(nodes[0], spares[1], beyond=first.number)
@@ -254,9 +299,16 @@ def test_exception_waits_for_what_explains_it(world: World) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a", "b", "c"])
-def test_lost_node_is_replaced_by_a_standby_before_its_lease_runs_out(world: World, name: str) -> None:
-    nodes = [world.node(name, least=2, most=3, ttl_s=30.0, last_call_s=0.0) for name in ("a", "b", "c")]
-    world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 3 for one in nodes), "three nodes")
+def test_lost_node_is_replaced_by_a_standby_before_its_lease_runs_out(
+    world: World, name: str
+) -> None:
+    nodes = [
+        world.node(name, least=2, most=3, ttl_s=30.0, last_call_s=0.0) for name in ("a", "b", "c")
+    ]
+    world.until(
+        lambda: all(one.epochs and len(one.epochs[-1].record.places) == 3 for one in nodes),
+        "three nodes",
+    )
     first = world.epoch(*nodes)
     spare = world.node("d", least=2, most=3, ttl_s=30.0)
     world.until(lambda: any(event.kind == "joined" for event in spare.events), "that it joined")
@@ -273,7 +325,9 @@ def test_lost_node_is_replaced_by_a_standby_before_its_lease_runs_out(world: Wor
 
 def test_leader_that_is_lost_is_followed_by_another(world: World) -> None:
     nodes = [world.node("a", least=1), world.node("b", least=1)]
-    world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both")
+    world.until(
+        lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both"
+    )
     first = world.epoch(*nodes)
     leader = next(one for one in nodes if one.id == first.record.leader)
     (other,) = [one for one in nodes if one is not leader]
@@ -286,7 +340,9 @@ def test_leader_that_is_lost_is_followed_by_another(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_job_ends_everywhere_once_all_have_ended_and_a_new_launch_begins_after_it(world: World) -> None:
+def test_job_ends_everywhere_once_all_have_ended_and_a_new_launch_begins_after_it(
+    world: World,
+) -> None:
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
     nodes[0].node.report_ended(1)
@@ -302,7 +358,9 @@ def test_job_ends_everywhere_once_all_have_ended_and_a_new_launch_begins_after_i
 
 
 @pytest.mark.slow
-def test_final_failure_ends_the_job_and_its_record_does_not_burden_the_next_launch(world: World) -> None:
+def test_final_failure_ends_the_job_and_its_record_does_not_burden_the_next_launch(
+    world: World,
+) -> None:
     world.policy = Policy(stuck_max=2)
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
@@ -350,7 +408,12 @@ def test_node_that_could_not_look_until_its_lease_was_over_joins_anew(world: Wor
     one.member.view = KeyspaceMembership.view.__get__(one.member)  # type: ignore[method-assign]
     other = world.node("b")
     world.until(
-        lambda: one.epochs and other.epochs and one.epochs[-1].record.ranks == other.epochs[-1].record.ranks, "one"
+        lambda: (
+            one.epochs
+            and other.epochs
+            and one.epochs[-1].record.ranks == other.epochs[-1].record.ranks
+        ),
+        "one",
     )
     assert set(one.epochs[-1].record.ranks) == {one.id, other.id}
 
@@ -368,7 +431,10 @@ def test_node_that_came_back_and_could_not_look_then_is_a_node_again(world: Worl
 
     one.member.join = join_blindly  # type: ignore[method-assign,assignment]
     one.member.keepalive.mark_lost("nobody prolonged it")
-    world.until(lambda: one.id != first and one.id in one.epochs[-1].record.ranks, "an epoch under its new name")
+    world.until(
+        lambda: one.id != first and one.id in one.epochs[-1].record.ranks,
+        "an epoch under its new name",
+    )
     assert len(one.lines) == 2
 
 
@@ -386,14 +452,22 @@ def test_world_grows_when_the_epoch_has_lasted_long_enough(world: World) -> None
 @pytest.mark.slow
 def test_node_that_has_ended_may_leave_and_the_others_go_on_to_their_end(world: World) -> None:
     nodes = [world.node("a", least=1), world.node("b", least=1)]
-    world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both")
+    world.until(
+        lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both"
+    )
     number = world.epoch(*nodes).number
     nodes[0].node.report_ended(number)
     other = nodes[1].node
     world.until(lambda: nodes[0].id in other._reports._ended, "its word")
     nodes[0].node.close()
-    world.until(lambda: other._view is not None and other._view.leader is not None
-                and other._view.leader.node == other.node_id, "the other leads")  # fmt: skip
+    world.until(
+        lambda: (
+            other._view is not None
+            and other._view.leader is not None
+            and other._view.leader.node == other.node_id
+        ),
+        "the other leads",
+    )
     other.report_ended(number)
     end = world.epoch(nodes[1], beyond=number)
     assert (end.number, end.note.end) == (number + 1, 0)
@@ -402,7 +476,9 @@ def test_node_that_has_ended_may_leave_and_the_others_go_on_to_their_end(world: 
 @pytest.mark.slow
 def test_failure_after_another_nodes_end_ends_the_job_though_it_is_gone(world: World) -> None:
     nodes = [world.node("a", least=1), world.node("b", least=1)]
-    world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both")
+    world.until(
+        lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both"
+    )
     number = world.epoch(*nodes).number
     nodes[0].node.report_ended(number)
     world.until(lambda: nodes[0].id in nodes[1].node._reports._ended, "its word")
@@ -473,7 +549,11 @@ def test_node_says_under_each_lease_that_it_has_which_agent_may_live_there_and_l
 
     def said() -> dict[str, int]:
         with world.server.lock:
-            return {key: one.lease_id for key, one in world.server.keys.items() if key.startswith("said/agent.")}
+            return {
+                key: one.lease_id
+                for key, one in world.server.keys.items()
+                if key.startswith("said/agent.")
+            }
 
     first = nodes[1].member._member()[0].lease_id
     assert said() == {f"said/agent.agent-b/{nodes[1].id}": first}
@@ -501,7 +581,10 @@ def test_node_that_closes_while_it_joins_leaves_nothing_behind(world: World) -> 
 @pytest.mark.slow
 def test_suspicion_is_taken_back_when_the_node_is_reached_again(world: World) -> None:
     nodes = [world.node(name, least=2, most=3, last_call_s=0.0) for name in ("a", "b", "c")]
-    world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 3 for one in nodes), "three nodes")
+    world.until(
+        lambda: all(one.epochs and len(one.epochs[-1].record.places) == 3 for one in nodes),
+        "three nodes",
+    )
     number = world.epoch(*nodes).number
     nodes[0].node._on_disconnected(nodes[1].id, "refused: as if")
     key = f"suspects/{nodes[1].id}/{nodes[0].id}"

@@ -55,10 +55,14 @@ def test_a_body_mac_depends_on_all_that_it_covers_and_not_on_the_pieces(name: st
     assert len(whole) == 16
     assert whole == tag(RAW, 1, b"head", body[:5], b"", body[5:9000], body[9000:])
     others = {
-        tag(RAW[::-1], 1, b"head", body), tag(RAW, 2, b"head", body), tag(RAW, 1, b"heaD", body),
+        tag(RAW[::-1], 1, b"head", body),
+        tag(RAW, 2, b"head", body),
+        tag(RAW, 1, b"heaD", body),
         tag(RAW, 1, b"head", body[:-1]),
-        tag(RAW, 1, b"head", body + b"\0"), tag(RAW, 1, b"head", b"\1" + body[1:]), tag(RAW, 1, b"head"),
-    }  # fmt: skip
+        tag(RAW, 1, b"head", body + b"\0"),
+        tag(RAW, 1, b"head", b"\1" + body[1:]),
+        tag(RAW, 1, b"head"),
+    }
     assert len(others | {whole}) == 8
 
 

@@ -1,4 +1,5 @@
-"""Heads and bodies come whole, wherever the network cuts them; and what is gathered to be sent has bounds."""
+"""Heads and bodies come whole, wherever the network cuts them; and what is gathered to be sent has
+bounds."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ import pytest
 from kit.peers.servers import WAIT_S, until
 
 from ckpt.cluster.peermem.body_mac import BodyMac, HmacBody
-from ckpt.cluster.peermem.channel import BLOCK_BYTES, PIECES_MAX, EndedError, PeerChannel, PeerTimeouts, _blocks
+from ckpt.cluster.peermem.channel import (
+    BLOCK_BYTES,
+    PIECES_MAX,
+    EndedError,
+    PeerChannel,
+    PeerTimeouts,
+    _blocks,
+)
 from ckpt.cluster.peermem.http import HEAD_BYTES_MAX, MalformedError
 
 KEY, NONCE = bytes(32), bytes(12)
@@ -44,7 +52,9 @@ def taken_in(channel: PeerChannel) -> bool:
 
 
 @pytest.mark.slow
-def test_a_head_and_a_body_are_read_alike_wherever_they_are_cut(pair: tuple[socket.socket, PeerChannel]) -> None:
+def test_a_head_and_a_body_are_read_alike_wherever_they_are_cut(
+    pair: tuple[socket.socket, PeerChannel],
+) -> None:
     ours, channel = pair
     raw = FIRST + SECOND + tagged(BODY) + FIRST
     out = bytearray(len(BODY))
@@ -64,7 +74,9 @@ def test_a_head_and_a_body_are_read_alike_wherever_they_are_cut(pair: tuple[sock
             assert out == BODY
 
 
-def test_heads_longer_than_the_buffer_together_are_read_one_by_one(pair: tuple[socket.socket, PeerChannel]) -> None:
+def test_heads_longer_than_the_buffer_together_are_read_one_by_one(
+    pair: tuple[socket.socket, PeerChannel],
+) -> None:
     ours, channel = pair
     head = b"GET /a HTTP/1.1\r\na: " + b"x" * (HEAD_BYTES_MAX // 2) + b"\r\n\r\n"
     with ThreadPoolExecutor(1) as pool:
@@ -75,7 +87,9 @@ def test_heads_longer_than_the_buffer_together_are_read_one_by_one(pair: tuple[s
     assert channel.is_idle()
 
 
-def test_a_head_without_an_end_is_given_up_when_the_buffer_is_full(pair: tuple[socket.socket, PeerChannel]) -> None:
+def test_a_head_without_an_end_is_given_up_when_the_buffer_is_full(
+    pair: tuple[socket.socket, PeerChannel],
+) -> None:
     ours, channel = pair
     ours.sendall(FIRST + b"x" * HEAD_BYTES_MAX)
     assert channel.read_head() == FIRST
@@ -83,7 +97,9 @@ def test_a_head_without_an_end_is_given_up_when_the_buffer_is_full(pair: tuple[s
         channel.read_head()
 
 
-def test_an_end_in_the_middle_is_told_from_one_between(pair: tuple[socket.socket, PeerChannel]) -> None:
+def test_an_end_in_the_middle_is_told_from_one_between(
+    pair: tuple[socket.socket, PeerChannel],
+) -> None:
     ours, channel = pair
     ours.sendall(FIRST + SECOND[:-1])
     ours.shutdown(socket.SHUT_WR)
@@ -93,7 +109,9 @@ def test_an_end_in_the_middle_is_told_from_one_between(pair: tuple[socket.socket
 
 
 @pytest.mark.parametrize("kept", [0, 1, 599, 600, 615])
-def test_a_body_that_ends_early_is_no_body(pair: tuple[socket.socket, PeerChannel], kept: int) -> None:
+def test_a_body_that_ends_early_is_no_body(
+    pair: tuple[socket.socket, PeerChannel], kept: int
+) -> None:
     ours, channel = pair
     ours.sendall(tagged(BODY)[:kept])
     ours.shutdown(socket.SHUT_WR)
@@ -103,7 +121,8 @@ def test_a_body_that_ends_early_is_no_body(pair: tuple[socket.socket, PeerChanne
 
 def test_what_goes_in_one_call_is_bounded_and_nothing_is_lost() -> None:
     data = [
-        bytes([i & 255]) * size for i, size in enumerate((0, 1, BLOCK_BYTES, 5, 3 * BLOCK_BYTES + 7, *[3] * 500, 0))
+        bytes([i & 255]) * size
+        for i, size in enumerate((0, 1, BLOCK_BYTES, 5, 3 * BLOCK_BYTES + 7, *[3] * 500, 0))
     ]
     blocks = list(_blocks([memoryview(one) for one in data], BLOCK_BYTES))
     assert b"".join(piece for block in blocks for piece in block) == b"".join(data)

@@ -27,11 +27,15 @@ def test_lateness_is_made_up_for_by_speed_which_earns_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_a_peer_that_was_quick_and_then_stands_still_is_given_up_like_any_other(world: World) -> None:
+def test_a_peer_that_was_quick_and_then_stands_still_is_given_up_like_any_other(
+    world: World,
+) -> None:
     server = world.serve(limits=PeerServerLimits(timeouts=PeerTimeouts(grace_s=1.5)))
     with RawPeer(server) as peer:
         size = 24 * MIB
-        raw = peer.put_bytes(peer.request(verb="PUT", key="a", body_bytes=size, waits=True), bytes(size))
+        raw = peer.put_bytes(
+            peer.request(verb="PUT", key="a", body_bytes=size, waits=True), bytes(size)
+        )
         peer.send(raw[: -size - 16])
         assert peer.channel.read_head() is not None
         peer.send(raw[-size - 16 : -1])
@@ -84,7 +88,8 @@ def test_puts_of_several_stores_share_a_cap_that_reads_do_not_know(world: World)
     stores = [world.store(server, cap=cap) for _ in range(2)]
     began_s = time.monotonic()
     threads = [
-        threading.Thread(target=store.put, args=(f"a/{at}", [bytes(4 * MIB)])) for at, store in enumerate(stores)
+        threading.Thread(target=store.put, args=(f"a/{at}", [bytes(4 * MIB)]))
+        for at, store in enumerate(stores)
     ]
     for thread in threads:
         thread.start()

@@ -26,7 +26,11 @@ def test_nobody_there_is_unavailable(world: World) -> None:
     endpoint = Endpoint(*server.address)
     server.stop()
     store = PeerStore(endpoint, SECRET, epoch=Epoch())
-    for act in (lambda: store.stat("a"), lambda: store.put("a", [b""]), lambda: list(store.list(""))):
+    for act in (
+        lambda: store.stat("a"),
+        lambda: store.put("a", [b""]),
+        lambda: list(store.list("")),
+    ):
         with pytest.raises(UnavailableError):
             act()
     store.close()
@@ -35,7 +39,9 @@ def test_nobody_there_is_unavailable(world: World) -> None:
 
 
 def test_connections_that_the_server_ended_are_replaced_unseen(world: World) -> None:
-    server = world.serve(limits=PeerServerLimits(idle_s=0.05, timeouts=PeerTimeouts(grace_s=WAIT_S)))
+    server = world.serve(
+        limits=PeerServerLimits(idle_s=0.05, timeouts=PeerTimeouts(grace_s=WAIT_S))
+    )
     store = world.store(server)
     for turn in range(3):
         store.put("a", [bytes([turn])])
@@ -48,7 +54,9 @@ def test_connections_that_the_server_ended_are_replaced_unseen(world: World) -> 
 def test_a_connection_that_breaks_unheard_is_tried_once_more_and_only_once(world: World) -> None:
     server = world.serve()
     proxy = Proxy(server)
-    store = PeerStore(Endpoint(*proxy.address), SECRET, epoch=Epoch(), limits=PeerClientLimits(crowded_s=0.0))
+    store = PeerStore(
+        Endpoint(*proxy.address), SECRET, epoch=Epoch(), limits=PeerClientLimits(crowded_s=0.0)
+    )
     store.put("a", [b"one"])
     cuts = []
 
@@ -72,7 +80,10 @@ def test_a_silent_peer_is_given_up_in_time(world: World) -> None:
     proxy = Proxy(server)
     proxy.down = lambda offset, data: b""
     store = PeerStore(
-        Endpoint(*proxy.address), SECRET, epoch=Epoch(), limits=PeerClientLimits(timeouts=PeerTimeouts(grace_s=0.2))
+        Endpoint(*proxy.address),
+        SECRET,
+        epoch=Epoch(),
+        limits=PeerClientLimits(timeouts=PeerTimeouts(grace_s=0.2)),
     )
     with pytest.raises(UnavailableError):
         store.stat("a")

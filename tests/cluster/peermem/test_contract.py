@@ -1,4 +1,5 @@
-"""A peer's memory keeps the contract of every store; in the clear, with the slower MAC, and over TLS."""
+"""A peer's memory keeps the contract of every store; in the clear, with the slower MAC, and over
+TLS."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ class TestPeerOverTls(TestPeer):
 
     def opener(self, folder: Path) -> Opener:
         one, two = self.certificates.one, self.certificates.two
-        server = self.world.serve(tls=server_context(certificate=one.certificate, key=one.key, ca=one.ca))
+        server = self.world.serve(
+            tls=server_context(certificate=one.certificate, key=one.key, ca=one.ca)
+        )
         tls = client_context(certificate=two.certificate, key=two.key, ca=two.ca)
         return lambda: self.world.store(server, tls=tls)
 

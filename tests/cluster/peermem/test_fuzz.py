@@ -1,4 +1,5 @@
-"""Whatever comes, from strangers or from holders of the secret, a server lives, takes no more than it says, and serves on."""
+"""Whatever comes, from strangers or from holders of the secret, a server lives, takes no more than
+it says, and serves on."""
 
 from __future__ import annotations
 
@@ -17,13 +18,23 @@ from kit.peers.servers import SECRET, World, read, until
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem.channel import PeerChannel, PeerTimeouts
 from ckpt.cluster.peermem.client import PeerConnection
-from ckpt.cluster.peermem.http import CONTINUE, END, HEAD_BYTES_MAX, RANGES_MAX, DeltaBase, PeerRequest, with_mac
+from ckpt.cluster.peermem.http import (
+    CONTINUE,
+    END,
+    HEAD_BYTES_MAX,
+    RANGES_MAX,
+    DeltaBase,
+    PeerRequest,
+    with_mac,
+)
 from ckpt.cluster.peermem.memory import PeerMemory
 from ckpt.cluster.peermem.server import CONNECTION_BYTES_MAX, PeerServer, PeerServerLimits
 from ckpt.errors import CkptError
 
 BUDGET_BYTES = 2 << 20
-QUICK = PeerServerLimits(stranger_s=5.0, idle_s=5.0, timeouts=PeerTimeouts(grace_s=5.0, bytes_per_s_min=1 << 20))
+QUICK = PeerServerLimits(
+    stranger_s=5.0, idle_s=5.0, timeouts=PeerTimeouts(grace_s=5.0, bytes_per_s_min=1 << 20)
+)
 KEPT = b"what was here before"
 SEEDS = range(6)
 TURNS = 60
@@ -93,7 +104,9 @@ def test_what_strangers_say_is_refused_and_changes_nothing(world: World, raw: by
     serves_on(world, server)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(st.binary(max_size=2000), max_size=4))
 def test_any_bytes_of_strangers_are_refused(world: World, pieces: list[bytes]) -> None:
     server = _one_server(world)
@@ -115,10 +128,21 @@ STARTS = (
     "PUT",
 )
 LINES = (
-    "host: t", "ckpt-epoch: 1", "ckpt-counter: 1", "content-length: 99999999999999999", "transfer-encoding: chunked",
-    "range: bytes=0-5", "range: bytes=0-999999999999999", "expect: 100-continue", "ckpt-boot: " + "0" * 32,
-    "ckpt-base: /o/kept", "ckpt-base-version: 1", "ckpt-size: 20", "ckpt-ranges: 1", "ckpt-ranges: 99999999999999999",
-)  # fmt: skip
+    "host: t",
+    "ckpt-epoch: 1",
+    "ckpt-counter: 1",
+    "content-length: 99999999999999999",
+    "transfer-encoding: chunked",
+    "range: bytes=0-5",
+    "range: bytes=0-999999999999999",
+    "expect: 100-continue",
+    "ckpt-boot: " + "0" * 32,
+    "ckpt-base: /o/kept",
+    "ckpt-base-version: 1",
+    "ckpt-size: 20",
+    "ckpt-ranges: 1",
+    "ckpt-ranges: 99999999999999999",
+)
 HEADS = st.builds(
     lambda start, lines: "\r\n".join([start, *lines, ""]).encode("utf-8", "replace"),
     st.sampled_from(STARTS) | st.text(max_size=50),
@@ -130,7 +154,9 @@ HEADS = st.builds(
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(HEADS)
 def test_any_head_that_a_holder_of_the_secret_signs_is_answered(world: World, head: bytes) -> None:
     server = _one_server(world)
@@ -143,7 +169,9 @@ def test_any_head_that_a_holder_of_the_secret_signs_is_answered(world: World, he
     assert server.memory.stat("kept") is not None
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.binary(max_size=300))
 def test_any_hello_that_a_holder_of_the_secret_signs_is_answered(world: World, head: bytes) -> None:
     server = _one_server(world)
@@ -169,7 +197,16 @@ def mutated(rng: random.Random, raw: bytes) -> bytes:
                 data[at:at] = data[: rng.randrange(len(data) + 1)]
             case 4:
                 data[at:at] = rng.choice(
-                    (b"\r\n", b"\r\n\r\n", b"\0", b": ", b"content-length: 5\r\n", b"HTTP/1.1", b"%", b"\xff")
+                    (
+                        b"\r\n",
+                        b"\r\n\r\n",
+                        b"\0",
+                        b": ",
+                        b"content-length: 5\r\n",
+                        b"HTTP/1.1",
+                        b"%",
+                        b"\xff",
+                    )
                 )
             case _:
                 data = data[:at]
@@ -182,7 +219,9 @@ def valid(rng: random.Random, peer: RawPeer) -> tuple[bytes, bytes]:
     request: PeerRequest = rng.choice(
         (
             lambda: peer.request(verb="PUT", key="kept", body_bytes=size),
-            lambda: peer.request(verb="PUT", key="kept", body_bytes=10 ** rng.randrange(1, 17), waits=True),
+            lambda: peer.request(
+                verb="PUT", key="kept", body_bytes=10 ** rng.randrange(1, 17), waits=True
+            ),
             lambda: peer.request(verb="GET", key="kept", span=(0, rng.choice((1, 10**9)))),
             lambda: peer.request(verb="LIST", key="", after=""),
             lambda: peer.request(verb="DELETE", key="other"),
@@ -200,13 +239,16 @@ def valid(rng: random.Random, peer: RawPeer) -> tuple[bytes, bytes]:
             ),
         )
     )()
-    return request.encode("t"), rng.randbytes(size + 16) if request.verb == "PUT" and not request.waits else b""
+    return request.encode("t"), rng.randbytes(
+        size + 16
+    ) if request.verb == "PUT" and not request.waits else b""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_mutated_requests_change_nothing(world: World, seed: int) -> None:
-    """Spoiled before signing and after it, with bodies that are no bodies, many in a row, cut off anywhere."""
+    """Spoiled before signing and after it, with bodies that are no bodies, many in a row, cut off
+    anywhere."""
     rng = random.Random(seed)
     server = prepared(world)
     for _ in range(TURNS):
@@ -249,7 +291,12 @@ def tables(draw: st.DrawFn) -> list[tuple[int, int]]:
 
 def meant(ranges: list[tuple[int, int]], sent: bytes) -> bytes | None:
     """What a put of these ranges makes of KEPT, byte by byte; None where they make nothing."""
-    places = [at for offset, length in ranges if length <= len(KEPT) for at in range(offset, offset + length)]
+    places = [
+        at
+        for offset, length in ranges
+        if length <= len(KEPT)
+        for at in range(offset, offset + length)
+    ]
     right = all(0 < length <= len(KEPT) for _, length in ranges) and places == sorted(set(places))
     if not right or len(places) != len(sent) or any(at >= len(KEPT) for at in places):
         return None
@@ -260,7 +307,9 @@ def meant(ranges: list[tuple[int, int]], sent: bytes) -> bytes | None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(tables(), st.integers(-1, 1), st.booleans())
 def test_any_table_that_a_holder_of_the_secret_signs_is_followed_or_refused(
     world: World, ranges: list[tuple[int, int]], off: int, waits: bool
@@ -272,7 +321,9 @@ def test_any_table_that_a_holder_of_the_secret_signs_is_followed_or_refused(
     base = DeltaBase(key="kept", version=1, size_bytes=len(KEPT), ranges=len(ranges))
     with RawPeer(server) as peer:
         table = struct.pack(f">{2 * len(ranges)}Q", *(number for one in ranges for number in one))
-        request = peer.request(verb="PUT", key="made", body_bytes=len(table + sent), waits=waits, base=base)
+        request = peer.request(
+            verb="PUT", key="made", body_bytes=len(table + sent), waits=waits, base=base
+        )
         peer.send(peer.put_bytes(request, table + sent))
         if waits:
             assert peer.channel.read_head() == CONTINUE
@@ -296,7 +347,9 @@ def test_requests_in_one_packet_are_answered_in_order(world: World) -> None:
             if number % 2:
                 raw += peer.sign(peer.request(verb="GET", key="kept", span=(0, 4)).encode("t"))
             else:
-                raw += peer.put_bytes(peer.request(verb="PUT", key=f"p/{number}", body_bytes=number), bytes(number))
+                raw += peer.put_bytes(
+                    peer.request(verb="PUT", key=f"p/{number}", body_bytes=number), bytes(number)
+                )
         peer.send(raw)
         for number in range(20):
             said = peer.hear()
@@ -311,7 +364,10 @@ def test_requests_in_one_packet_are_answered_in_order(world: World) -> None:
 def test_requests_cut_anywhere_into_packets_are_read_alike(world: World, step: int) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
-        heads = [peer.sign(peer.request(key="kept").encode("t" * 900)) for _ in range(2 if step == 1 else 30)]
+        heads = [
+            peer.sign(peer.request(key="kept").encode("t" * 900))
+            for _ in range(2 if step == 1 else 30)
+        ]
         raw = b"".join(heads)
         for at in range(0, len(raw), step):
             peer.send(raw[at : at + step])
@@ -325,7 +381,9 @@ def test_a_lying_length_takes_no_more_than_the_budget_and_stores_nothing(world: 
     server = prepared(world)
     for announced, sent in ((1000, 999), (1000, 5), (60_000, 0), (1 << 20, 100)):
         with RawPeer(server) as peer:
-            request = peer.request(verb="PUT", key="lie", body_bytes=announced, waits=announced > 60_000)
+            request = peer.request(
+                verb="PUT", key="lie", body_bytes=announced, waits=announced > 60_000
+            )
             peer.send(peer.sign(request.encode("t")) + bytes(sent))
     with RawPeer(server) as peer:  # more than announced: the rest is no request
         raw = peer.put_bytes(peer.request(verb="PUT", key="short", body_bytes=3), b"abc")
@@ -347,7 +405,8 @@ def resident_bytes() -> int:
 
 
 def test_crowds_of_liars_take_no_more_memory_than_is_stated(world: World) -> None:
-    """Each holds its connection open: half a head, an endless head, a body announced and not sent, a listing not read."""
+    """Each holds its connection open: half a head, an endless head, a body announced and not sent,
+    a listing not read."""
     server = prepared(world)
     guests = 48
     before = resident_bytes()
@@ -361,12 +420,18 @@ def test_crowds_of_liars_take_no_more_memory_than_is_stated(world: World) -> Non
                 peer.send(b"GET /o/a HTTP/1.1\r\n" + b"a: b\r\n" * 100_000)
             case 2:
                 peer.send(
-                    peer.sign(peer.request(verb="PUT", key=f"x/{number}", body_bytes=1 << 20, waits=True).encode("t"))
+                    peer.sign(
+                        peer.request(
+                            verb="PUT", key=f"x/{number}", body_bytes=1 << 20, waits=True
+                        ).encode("t")
+                    )
                 )
             case 3:  # a table that never ends, of a body that would fit
                 base = DeltaBase(key="kept", version=1, size_bytes=len(KEPT), ranges=RANGES_MAX)
                 size = base.table_bytes + len(KEPT)
-                head = peer.request(verb="PUT", key=f"x/{number}", body_bytes=size, waits=True, base=base).encode("t")
+                head = peer.request(
+                    verb="PUT", key=f"x/{number}", body_bytes=size, waits=True, base=base
+                ).encode("t")
                 peer.send(peer.sign(head) + bytes(base.table_bytes - 1))
             case _:
                 peer.send(peer.sign(peer.request(verb="LIST", key="").encode("t")) * 3)
@@ -383,7 +448,8 @@ def test_crowds_of_liars_take_no_more_memory_than_is_stated(world: World) -> Non
 
 
 def test_a_client_believes_no_server_that_talks_nonsense() -> None:
-    """The same from the other side: any answer is an error that says so, in time, and takes no memory."""
+    """The same from the other side: any answer is an error that says so, in time, and takes no
+    memory."""
     rng = random.Random(5)
     answers = [
         b"",
@@ -392,12 +458,15 @@ def test_a_client_believes_no_server_that_talks_nonsense() -> None:
         b"\0" * 20_000,
     ]
     answers += [
-        mutated(rng, b"HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\nckpt-why: no\r\n\r\n") for _ in range(60)
+        mutated(rng, b"HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\nckpt-why: no\r\n\r\n")
+        for _ in range(60)
     ]
     answers += [b"HTTP/1.1 200 OK\r\nckpt-mac: " + b"0" * 64 + END]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         for answer in answers:
-            client = PeerChannel(socket.create_connection(listener.getsockname()), PeerTimeouts(grace_s=5.0))
+            client = PeerChannel(
+                socket.create_connection(listener.getsockname()), PeerTimeouts(grace_s=5.0)
+            )
             sock, _ = listener.accept()
             sock.sendall(answer)
             sock.shutdown(socket.SHUT_WR)

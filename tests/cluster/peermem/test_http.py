@@ -36,7 +36,9 @@ KEY = bytes(32)
 BOOT = "0123456789abcdef" * 2
 NUMBERS = st.integers(0, 10**18 - 1)
 NONCES = st.binary(min_size=16, max_size=16).map(bytes.hex)
-KEYS = st.text(min_size=1, max_size=60).filter(is_key) | st.sampled_from([f"odd/{key}" for key in ODD_KEYS])
+KEYS = st.text(min_size=1, max_size=60).filter(is_key) | st.sampled_from(
+    [f"odd/{key}" for key in ODD_KEYS]
+)
 LENGTHS = st.integers(0, 1 << 50)
 
 
@@ -51,10 +53,17 @@ def based(draw: st.DrawFn, put: PeerRequest) -> PeerRequest:
 @st.composite
 def requests(draw: st.DrawFn) -> PeerRequest:
     verb: Verb = draw(st.sampled_from(("PUT", "GET", "HEAD", "LIST", "DELETE")))
-    one = PeerRequest(verb=verb, key=draw(KEYS), boot=draw(NONCES), epoch=draw(NUMBERS), counter=draw(NUMBERS))
+    one = PeerRequest(
+        verb=verb, key=draw(KEYS), boot=draw(NONCES), epoch=draw(NUMBERS), counter=draw(NUMBERS)
+    )
     match verb:
         case "PUT":
-            put = replace(one, body_bytes=draw(LENGTHS), create_only=draw(st.booleans()), waits=draw(st.booleans()))
+            put = replace(
+                one,
+                body_bytes=draw(LENGTHS),
+                create_only=draw(st.booleans()),
+                waits=draw(st.booleans()),
+            )
             return draw(st.just(put) | based(put))
         case "GET":
             return replace(one, span=(draw(LENGTHS), draw(LENGTHS) + 1))
@@ -66,7 +75,9 @@ def requests(draw: st.DrawFn) -> PeerRequest:
 
 ANSWERS = st.builds(
     PeerAnswer,
-    status=st.sampled_from((200, 201, 204, 206, 400, 401, 403, 404, 409, 412, 413, 416, 421, 424, 503, 507)),
+    status=st.sampled_from(
+        (200, 201, 204, 206, 400, 401, 403, 404, 409, 412, 413, 416, 421, 424, 503, 507)
+    ),
     boot=NONCES,
     epoch=NUMBERS,
     counter=NUMBERS,
@@ -107,7 +118,9 @@ def test_the_standard_library_reads_our_heads_alike(request: PeerRequest) -> Non
 
 
 @given(requests(), st.data())
-def test_a_head_with_one_byte_changed_is_another_request_or_none(request: PeerRequest, data: st.DataObject) -> None:
+def test_a_head_with_one_byte_changed_is_another_request_or_none(
+    request: PeerRequest, data: st.DataObject
+) -> None:
     head = bytearray(request.encode("host"))
     head[data.draw(st.integers(0, len(head) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -136,25 +149,54 @@ def test_the_sample_is_right_before_it_is_spoiled() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("PUT", "put"), ("PUT", "POST"), ("PUT", "GET"), ("PUT ", "PUT  "), ("HTTP/1.1", "HTTP/1.0"),
-        ("/o/a", "/x/a"), ("/o/a", "/o/"),
-        ("/o/a", "/o/../a"), ("/o/a", "/o/%61"), ("/o/a", "/o/%e9"), ("/o/a", "/o/a%"), ("/o/a", "http://h/o/a"),
+        ("PUT", "put"),
+        ("PUT", "POST"),
+        ("PUT", "GET"),
+        ("PUT ", "PUT  "),
+        ("HTTP/1.1", "HTTP/1.0"),
+        ("/o/a", "/x/a"),
+        ("/o/a", "/o/"),
+        ("/o/a", "/o/../a"),
+        ("/o/a", "/o/%61"),
+        ("/o/a", "/o/%e9"),
+        ("/o/a", "/o/a%"),
+        ("/o/a", "http://h/o/a"),
         ("/o/a", "/o/a?b=c"),
-        ("/o/a", "/o/.tmp/a"), ("host: h\r\n", ""), ("host: h", "Host: h"), ("host: h", "host:h"), ("host: h", "host: h "),
-        ("host: h", "host : h"), ("host: h", "host: h\r\n folded"), ("host: h", "host: \x00"), ("host: h", "host: é"),
+        ("/o/a", "/o/.tmp/a"),
+        ("host: h\r\n", ""),
+        ("host: h", "Host: h"),
+        ("host: h", "host:h"),
+        ("host: h", "host: h "),
+        ("host: h", "host : h"),
+        ("host: h", "host: h\r\n folded"),
+        ("host: h", "host: \x00"),
+        ("host: h", "host: é"),
         ("host: h", "host: "),
-        ("host: h", "host: h\nckpt-x: y"), ("host: h", "host: h\rckpt-x: y"), ("host: h", "host: h\r\ncontent-length: 20"),
-        ("host: h", "host: h\r\nhost: h"), ("host: h", "host: h\r\ntransfer-encoding: chunked"),
+        ("host: h", "host: h\nckpt-x: y"),
+        ("host: h", "host: h\rckpt-x: y"),
+        ("host: h", "host: h\r\ncontent-length: 20"),
+        ("host: h", "host: h\r\nhost: h"),
+        ("host: h", "host: h\r\ntransfer-encoding: chunked"),
         ("host: h", "host: h\r\nrange: bytes=0-1"),
-        (": 20", ": +20"), (": 20", ": 020"), (": 20", ": 2e1"), (": 20", ": -20"), (": 20", ": 15"),
+        (": 20", ": +20"),
+        (": 20", ": 020"),
+        (": 20", ": 2e1"),
+        (": 20", ": -20"),
+        (": 20", ": 15"),
         (": 20", f": {10**18}"),
-        (": 20", ": 20, 20"), (": 20", ": ٢٠"), ("ckpt-epoch: 1", "ckpt-epoch: 1.0"), ("ckpt-epoch: 1\r\n", ""),
+        (": 20", ": 20, 20"),
+        (": 20", ": ٢٠"),
+        ("ckpt-epoch: 1", "ckpt-epoch: 1.0"),
+        ("ckpt-epoch: 1\r\n", ""),
         ("ckpt-counter: 2\r\n", ""),
-        (BOOT, BOOT[:-1]), (BOOT, BOOT.upper()), ("content-length: 20\r\n", ""),
+        (BOOT, BOOT[:-1]),
+        (BOOT, BOOT.upper()),
+        ("content-length: 20\r\n", ""),
         ("content-length: 20", "expect: 100-continue"),
-        ("host: h", "host: h\r\nexpect: 200-ok"), ("host: h", "host: h\r\nif-none-match: x"),
+        ("host: h", "host: h\r\nexpect: 200-ok"),
+        ("host: h", "host: h\r\nif-none-match: x"),
     ],
-)  # fmt: skip
+)
 def test_another_spelling_is_malformed(old: str, new: str) -> None:
     spoiled = PUT.replace(old, new, 1).encode()
     assert spoiled != PUT.encode()
@@ -174,12 +216,23 @@ def test_a_base_is_read_with_all_that_belongs_to_it() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("ckpt-base: /o/b\r\n", ""), ("ckpt-base-version: 3\r\n", ""), ("ckpt-size: 30\r\n", ""),
-        ("ckpt-ranges: 0\r\n", ""), ("/o/b", "b"), ("/o/b", "/o/"), ("/o/b", "/o/%62"), ("/o/b", "/o/../b"),
-        ("version: 3", "version: 03"), ("size: 30", "size: 3"), ("ranges: 0", "ranges: 1"), ("ranges: 0", "ranges: -1"),
-        ("PUT", "GET"), ("PUT", "DELETE"), ("PUT", "HEAD"),
+        ("ckpt-base: /o/b\r\n", ""),
+        ("ckpt-base-version: 3\r\n", ""),
+        ("ckpt-size: 30\r\n", ""),
+        ("ckpt-ranges: 0\r\n", ""),
+        ("/o/b", "b"),
+        ("/o/b", "/o/"),
+        ("/o/b", "/o/%62"),
+        ("/o/b", "/o/../b"),
+        ("version: 3", "version: 03"),
+        ("size: 30", "size: 3"),
+        ("ranges: 0", "ranges: 1"),
+        ("ranges: 0", "ranges: -1"),
+        ("PUT", "GET"),
+        ("PUT", "DELETE"),
+        ("PUT", "HEAD"),
     ],
-)  # fmt: skip
+)
 def test_a_base_in_another_spelling_or_in_parts_is_malformed(old: str, new: str) -> None:
     spoiled = BASED.replace(old, new, 1).encode()
     assert spoiled != BASED.encode()
@@ -188,12 +241,22 @@ def test_a_base_in_another_spelling_or_in_parts_is_malformed(old: str, new: str)
 
 
 @pytest.mark.parametrize(
-    "span", ["bytes=1-0", "bytes=-5", "bytes=5-", "bytes=0-1,3-4", "lines=0-1", "bytes=0-1000000000000000000"]
+    "span",
+    [
+        "bytes=1-0",
+        "bytes=-5",
+        "bytes=5-",
+        "bytes=0-1,3-4",
+        "lines=0-1",
+        "bytes=0-1000000000000000000",
+    ],
 )
 def test_a_range_has_one_form(span: str) -> None:
     with pytest.raises(MalformedError):
         PeerRequest.parse(
-            parse_head(PUT.replace("PUT", "GET").replace("content-length: 20", f"range: {span}").encode())
+            parse_head(
+                PUT.replace("PUT", "GET").replace("content-length: 20", f"range: {span}").encode()
+            )
         )
 
 

@@ -1,4 +1,5 @@
-"""Who is let in: nothing that isn't wholly genuine, new, of this start and of no older epoch changes anything."""
+"""Who is let in: nothing that isn't wholly genuine, new, of this start and of no older epoch
+changes anything."""
 
 from __future__ import annotations
 
@@ -43,10 +44,15 @@ def refused(server: PeerServer, kind: str) -> int:
 
 REQUESTS: dict[str, Callable[[RawPeer], PeerRequest]] = {
     "put": lambda peer: peer.request(verb="PUT", key="a", body_bytes=len(BODY)),
-    "create": lambda peer: peer.request(verb="PUT", key="new", body_bytes=len(BODY), create_only=True),
+    "create": lambda peer: peer.request(
+        verb="PUT", key="new", body_bytes=len(BODY), create_only=True
+    ),
     "announced": lambda peer: peer.request(verb="PUT", key="a", body_bytes=len(BODY), waits=True),
     "changed": lambda peer: peer.request(
-        verb="PUT", key="a", body_bytes=len(CHANGED), base=DeltaBase(key="b/c", version=2, size_bytes=3, ranges=1)
+        verb="PUT",
+        key="a",
+        body_bytes=len(CHANGED),
+        base=DeltaBase(key="b/c", version=2, size_bytes=3, ranges=1),
     ),
     "delete": lambda peer: peer.request(verb="DELETE", key="a"),
     "get": lambda peer: peer.request(verb="GET", key="a", span=(0, 3)),
@@ -95,7 +101,9 @@ def test_a_field_changed_alone_is_refused_and_changes_nothing(world: World, fiel
             raw = whole(peer, make(peer))
             spoiled = raw.replace(old, new, 1)
             if field == "boot":
-                spoiled = raw.replace(f"ckpt-boot: {peer.boot}".encode(), f"ckpt-boot: {OLD_BOOT}".encode(), 1)
+                spoiled = raw.replace(
+                    f"ckpt-boot: {peer.boot}".encode(), f"ckpt-boot: {OLD_BOOT}".encode(), 1
+                )
             if spoiled == raw:
                 continue
             tried += 1
@@ -126,7 +134,9 @@ def test_a_bit_of_a_head_changed_anywhere_is_refused(world: World, name: str) ->
 
 @pytest.mark.parametrize("at", [0, len(BODY) // 2, len(BODY) - 1, len(BODY), len(BODY) + 15])
 @pytest.mark.parametrize("name", ["put", "create", "announced"])
-def test_a_body_or_tag_changed_is_refused_and_stores_nothing(world: World, name: str, at: int) -> None:
+def test_a_body_or_tag_changed_is_refused_and_stores_nothing(
+    world: World, name: str, at: int
+) -> None:
     server = prepared(world)
     before = state(server)
     with RawPeer(server) as peer:
@@ -155,7 +165,9 @@ def test_other_keys_are_refused(world: World) -> None:
         with RawPeer(server) as peer:
             head = peer.request(verb="DELETE", key="a").encode("test")
             assert peer.keys is not None
-            assert peer.ask(with_mac(head, mac(peer.keys.answer_head, head))) == Said(401, False, None)
+            assert peer.ask(with_mac(head, mac(peer.keys.answer_head, head))) == Said(
+                401, False, None
+            )
         assert again.ask(again.sign(again.request(key="a").encode("test"))) is not None
     assert state(server) == before
 
@@ -185,7 +197,15 @@ def test_a_request_that_is_played_again_is_refused(world: World, name: str) -> N
         if name == "announced":
             assert peer.channel.read_head() == b"HTTP/1.1 100 Continue\r\n\r\n"
             raw += peer.put_bytes(
-                PeerRequest(verb="PUT", key="a", boot=peer.boot, epoch=1, counter=1, body_bytes=len(BODY), waits=True),
+                PeerRequest(
+                    verb="PUT",
+                    key="a",
+                    boot=peer.boot,
+                    epoch=1,
+                    counter=1,
+                    body_bytes=len(BODY),
+                    waits=True,
+                ),
                 BODY,
             )[len(raw) :]
             peer.send(raw[-len(BODY) - 16 :])

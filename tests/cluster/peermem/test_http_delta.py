@@ -1,4 +1,5 @@
-"""Puts of what changed: the peer makes exactly the object that was meant, of the base that was meant, or none."""
+"""Puts of what changed: the peer makes exactly the object that was meant, of the base that was
+meant, or none."""
 
 from __future__ import annotations
 
@@ -96,11 +97,16 @@ def test_table_is_read_as_it_was_meant(layout: tuple[int, list[ByteRange]]) -> N
     assert ranges_problem(ranges, size_bytes=size) is None
     table = encode_ranges(ranges)
     assert len(table) == len(ranges) * RANGE_BYTES
-    assert parse_ranges(table, size_bytes=size, sent_bytes=sum(length for _, length in ranges)) == ranges
+    assert (
+        parse_ranges(table, size_bytes=size, sent_bytes=sum(length for _, length in ranges))
+        == ranges
+    )
 
 
 @given(layouts(), st.lists(st.integers(0, 500), max_size=5))
-def test_pieces_and_what_is_kept_are_all_bytes_once(layout: tuple[int, list[ByteRange]], cuts: list[int]) -> None:
+def test_pieces_and_what_is_kept_are_all_bytes_once(
+    layout: tuple[int, list[ByteRange]], cuts: list[int]
+) -> None:
     size, ranges = layout
     whole = bytes(number % 251 for number in range(size))
     edges = [0, *sorted(min(cut, size) for cut in cuts), size]
@@ -187,7 +193,9 @@ def test_most_ranges_go_and_one_more_is_the_callers_mistake(world: World) -> Non
 
 
 @pytest.mark.parametrize("size", [1000, 3 * MIB])
-def test_base_that_is_gone_or_another_is_refused_and_the_connection_stays(world: World, size: int) -> None:
+def test_base_that_is_gone_or_another_is_refused_and_the_connection_stays(
+    world: World, size: int
+) -> None:
     server = world.serve()
     store = world.store(server)
     old, ranges = bytes(size), [(0, size - 10)]
@@ -213,7 +221,9 @@ def test_base_that_is_gone_or_another_is_refused_and_the_connection_stays(world:
     assert idle(server)
 
 
-def test_base_of_another_start_is_no_base_though_key_version_and_length_are_the_same(world: World) -> None:
+def test_base_of_another_start_is_no_base_though_key_version_and_length_are_the_same(
+    world: World,
+) -> None:
     server = world.serve()
     store = world.store(server)
     base = store.put_whole("a", [OLD])
@@ -238,9 +248,13 @@ def test_nobody_refers_to_a_source_or_creates_what_is_there(world: World) -> Non
     base = store.put_whole("a", [OLD])
     with RawPeer(server) as peer:
         for key, status in (("a", 412), ("new", 201)):
-            based = DeltaBase(key="a", version=base.version, size_bytes=len(OLD), ranges=len(RANGES))
+            based = DeltaBase(
+                key="a", version=base.version, size_bytes=len(OLD), ranges=len(RANGES)
+            )
             body = encode_ranges(RANGES) + SENT
-            request = peer.request(verb="PUT", key=key, body_bytes=len(body), create_only=True, base=based)
+            request = peer.request(
+                verb="PUT", key=key, body_bytes=len(body), create_only=True, base=based
+            )
             said = peer.ask(peer.put_bytes(request, body))
             assert said is not None
             assert said.status == status
@@ -261,7 +275,9 @@ def test_an_older_epoch_is_fenced(world: World) -> None:
     assert held(server, "a") == NEW
 
 
-def test_budget_counts_the_whole_object_and_the_base_that_was_deleted_meanwhile(world: World) -> None:
+def test_budget_counts_the_whole_object_and_the_base_that_was_deleted_meanwhile(
+    world: World,
+) -> None:
     server = world.serve(vault=PeerMemory(MIB, spare_bytes_max=0))
     store = world.store(server)
     old = bytes(600_000)
@@ -344,10 +360,14 @@ def test_bytes_changed_on_the_way_are_never_stored(world: World) -> None:
 
         begin = [0]  # of the body
 
-        def flip(offset: int, data: bytes, place: int = place, begin: list[int] = begin) -> bytes | None:
+        def flip(
+            offset: int, data: bytes, place: int = place, begin: list[int] = begin
+        ) -> bytes | None:
             begin[0] = begin[0] or offset + data.index(b"\r\n\r\n") + 4
             at = begin[0] + place - offset
-            return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] if 0 <= at < len(data) else data
+            return (
+                data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] if 0 <= at < len(data) else data
+            )
 
         proxy.up = flip
         with pytest.raises(CkptError) as found:
@@ -383,7 +403,9 @@ def test_a_peer_is_waited_for_as_long_as_it_copies_and_waits_itself_no_less(
     new = changed(old, ranges)
     with server.memory.incoming("a", len(old)) as incoming:
         incoming.view[:] = old
-        base = StoredContent(key="a", size_bytes=len(old), version=incoming.publish(), boot=server.boot)
+        base = StoredContent(
+            key="a", size_bytes=len(old), version=incoming.publish(), boot=server.boot
+        )
     if patient:
         store.put_changed("b", [new], base=base, changed=ranges)
         assert held(server, "b") == new
@@ -409,7 +431,9 @@ def prepared(world: World) -> PeerServer:
 def put(peer: RawPeer, table: bytes, sent: bytes, **facts: object) -> tuple[PeerRequest, bytes]:
     """A put to ``b`` with ``a`` as its base."""
     base = DeltaBase(key="a", version=1, size_bytes=len(OLD), ranges=len(table) // RANGE_BYTES)
-    return peer.request(verb="PUT", key="b", body_bytes=len(table) + len(sent), base=base, **facts), table + sent
+    return peer.request(
+        verb="PUT", key="b", body_bytes=len(table) + len(sent), base=base, **facts
+    ), table + sent
 
 
 def test_the_sample_is_right_before_it_is_spoiled(world: World) -> None:
@@ -456,7 +480,7 @@ def test_wrong_table_is_refused_before_anything_is_copied(
         {"key": "../a"},
         {"key": ""},
     ],
-)  # fmt: skip
+)
 def test_head_that_contradicts_itself_is_malformed(world: World, facts: dict[str, object]) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
@@ -470,12 +494,18 @@ def test_head_that_contradicts_itself_is_malformed(world: World, facts: dict[str
     assert server.stats().refused == {"malformed": 1}
 
 
-@pytest.mark.parametrize(("ranges", "status"), [(RANGES_MAX, 100), (RANGES_MAX + 1, 400), (1 << 40, 400)])
-def test_a_table_longer_than_any_may_be_is_refused_before_it_comes(world: World, ranges: int, status: int) -> None:
+@pytest.mark.parametrize(
+    ("ranges", "status"), [(RANGES_MAX, 100), (RANGES_MAX + 1, 400), (1 << 40, 400)]
+)
+def test_a_table_longer_than_any_may_be_is_refused_before_it_comes(
+    world: World, ranges: int, status: int
+) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         base = DeltaBase(key="a", version=1, size_bytes=len(OLD), ranges=ranges)
-        request = peer.request(verb="PUT", key="b", body_bytes=base.table_bytes + 20, waits=True, base=base)
+        request = peer.request(
+            verb="PUT", key="b", body_bytes=base.table_bytes + 20, waits=True, base=base
+        )
         said = peer.ask(peer.sign(request.encode("t")))
         assert said is not None
         assert said.status == status
@@ -490,7 +520,11 @@ def test_a_length_that_no_base_has_takes_no_memory(world: World, size: int) -> N
         request, _ = put(peer, encode_ranges([(0, 10)]), bytes(10))
         assert request.base is not None
         said = peer.ask(
-            peer.sign(replace(request, waits=True, base=replace(request.base, size_bytes=size)).encode("t"))
+            peer.sign(
+                replace(request, waits=True, base=replace(request.base, size_bytes=size)).encode(
+                    "t"
+                )
+            )
         )
         assert said is not None
         assert said.status == 424
@@ -500,7 +534,9 @@ def test_a_length_that_no_base_has_takes_no_memory(world: World, size: int) -> N
         assert said.status == 201, "the connection is still of use"
 
 
-@pytest.mark.parametrize("at", [0, 7, 15, 40, 64, 64 + len(SENT) - 1, 64 + len(SENT), 64 + len(SENT) + 15])
+@pytest.mark.parametrize(
+    "at", [0, 7, 15, 40, 64, 64 + len(SENT) - 1, 64 + len(SENT), 64 + len(SENT) + 15]
+)
 def test_a_table_a_byte_or_a_tag_changed_stores_nothing(world: World, at: int) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
@@ -540,7 +576,9 @@ def test_cut_off_at_any_byte_it_leaves_the_old_object(world: World) -> None:
 
 
 @pytest.mark.parametrize("what", ["deleted", "replaced"])
-def test_base_that_goes_while_the_bytes_come_is_the_one_that_was_meant(world: World, what: str) -> None:
+def test_base_that_goes_while_the_bytes_come_is_the_one_that_was_meant(
+    world: World, what: str
+) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         raw = peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT))

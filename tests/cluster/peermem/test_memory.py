@@ -1,4 +1,5 @@
-"""A vault against a dictionary, and what a dictionary has none of: budgets, reservations, pins, memory that is used again."""
+"""A vault against a dictionary, and what a dictionary has none of: budgets, reservations, pins,
+memory that is used again."""
 
 from __future__ import annotations
 
@@ -10,16 +11,37 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ckpt.cluster.peermem.memory import SMALL_BYTES, IncomingObject, PeerMemory, ServedObject, TooLargeError, room_bytes
+from ckpt.cluster.peermem.memory import (
+    SMALL_BYTES,
+    IncomingObject,
+    PeerMemory,
+    ServedObject,
+    TooLargeError,
+    room_bytes,
+)
 from ckpt.errors import KeyExistsError, NotFoundError, StoreFullError, UsageError
 
 BUDGET_BYTES = 1 << 20
-KEYS = tuple(f"{node}/{slot}/{name}" for node in ("n1", "n2") for slot in "01" for name in ("a", "b"))
-SIZES = (0, 1, 4096, 4097, SMALL_BYTES - 1, SMALL_BYTES, 200_000, 400_000, BUDGET_BYTES, BUDGET_BYTES + 1)
+KEYS = tuple(
+    f"{node}/{slot}/{name}" for node in ("n1", "n2") for slot in "01" for name in ("a", "b")
+)
+SIZES = (
+    0,
+    1,
+    4096,
+    4097,
+    SMALL_BYTES - 1,
+    SMALL_BYTES,
+    200_000,
+    400_000,
+    BUDGET_BYTES,
+    BUDGET_BYTES + 1,
+)
 
 
 class VaultAgainstDict(RuleBasedStateMachine):
-    """Every call's answer is that of a dictionary, unless it is that the budget is used up, and then it is."""
+    """Every call's answer is that of a dictionary, unless it is that the budget is used up, and
+    then it is."""
 
     @initialize(spare=st.sampled_from((0, BUDGET_BYTES // 2, BUDGET_BYTES)))
     def begin(self, spare: int) -> None:
@@ -92,7 +114,11 @@ class VaultAgainstDict(RuleBasedStateMachine):
 
     @rule(prefixes=st.lists(st.sampled_from(("n1/", "n2/", "n1/0/", "n2/1/b", "x")), max_size=3))
     def retain(self, prefixes: list[str]) -> None:
-        kept = {key: body for key, body in self.model.items() if any(key.startswith(one) for one in prefixes)}
+        kept = {
+            key: body
+            for key, body in self.model.items()
+            if any(key.startswith(one) for one in prefixes)
+        }
         assert self.vault.retain(prefixes) == len(self.model) - len(kept)
         self.model = kept
 
@@ -104,7 +130,9 @@ class VaultAgainstDict(RuleBasedStateMachine):
     def list_some(self, prefix: str, after: str, most: int | None) -> None:
         wanted = sorted(key for key in self.model if key.startswith(prefix) and key > after)[:most]
         found = self.vault.list(prefix, after=after, entries_max=most)
-        assert [(one.key, one.size_bytes) for one in found] == [(key, len(self.model[key])) for key in wanted]
+        assert [(one.key, one.size_bytes) for one in found] == [
+            (key, len(self.model[key])) for key in wanted
+        ]
 
     @invariant()
     def readers_keep_what_they_read(self) -> None:
@@ -137,7 +165,9 @@ class VaultAgainstDict(RuleBasedStateMachine):
             stack.close()
 
 
-VaultAgainstDict.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+VaultAgainstDict.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None
+)
 TestVaultAgainstDict = VaultAgainstDict.TestCase
 
 
@@ -175,7 +205,11 @@ def test_a_length_beyond_the_budget_takes_no_memory() -> None:
         vault.incoming("b", BUDGET_BYTES // 2 + 1),
     ):
         pass
-    with pytest.raises(StoreFullError), vault.incoming("b", BUDGET_BYTES - 1), vault.incoming("c", 1):
+    with (
+        pytest.raises(StoreFullError),
+        vault.incoming("b", BUDGET_BYTES - 1),
+        vault.incoming("c", 1),
+    ):
         pass
     assert vault.stats().total_bytes - vault.stats().spare_bytes == before.total_bytes
 
@@ -196,7 +230,11 @@ def test_small_objects_cost_a_page_and_their_number_is_bounded() -> None:
         pass
     vault = PeerMemory(BUDGET_BYTES, objects_max=2)
     put(vault, "a", b"")
-    with vault.incoming("b", 0), pytest.raises(StoreFullError, match="too many objects"), vault.incoming("c", 0):
+    with (
+        vault.incoming("b", 0),
+        pytest.raises(StoreFullError, match="too many objects"),
+        vault.incoming("c", 0),
+    ):
         pass
 
 

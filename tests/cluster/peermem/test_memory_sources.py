@@ -114,7 +114,9 @@ def test_nobody_writes_to_a_source(world: World, slots: Slots) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [10, SLOT_BYTES])
-def test_memory_overwritten_while_it_is_sent_is_an_error_not_bytes(world: World, slots: Slots, size: int) -> None:
+def test_memory_overwritten_while_it_is_sent_is_an_error_not_bytes(
+    world: World, slots: Slots, size: int
+) -> None:
     server = world.serve(sources=[slots])
     store = world.store(server)
     slots.meddle = True

@@ -52,7 +52,11 @@ def test_a_put_cut_off_at_any_byte_leaves_the_old_object_or_none(world: World) -
     for cut in range(0, length, 3):
         for key in ("old", "new"):
             with RawPeer(server) as peer:
-                peer.send(peer.put_bytes(peer.request(verb="PUT", key=key, body_bytes=len(NEW)), NEW)[:cut])
+                peer.send(
+                    peer.put_bytes(peer.request(verb="PUT", key=key, body_bytes=len(NEW)), NEW)[
+                        :cut
+                    ]
+                )
     until(lambda: deserted(server))
     assert held(server, "old") == OLD
     assert held(server, "new") is None
@@ -65,7 +69,9 @@ def test_a_large_announced_put_cut_off_gives_its_memory_back(world: World, share
     put(server, "old", OLD)
     body = bytes(LARGE_BYTES)
     with RawPeer(server) as peer:
-        raw = peer.put_bytes(peer.request(verb="PUT", key="old", body_bytes=len(body), waits=True), body)
+        raw = peer.put_bytes(
+            peer.request(verb="PUT", key="old", body_bytes=len(body), waits=True), body
+        )
         peer.send(raw[: -len(body) - 16])
         assert peer.channel.read_head() == b"HTTP/1.1 100 Continue\r\n\r\n"
         peer.send(raw[-len(body) - 16 :][: int((len(body) + 16) * share)])
@@ -80,7 +86,11 @@ def test_a_put_beyond_the_budget_is_refused_before_a_byte_comes(world: World) ->
     before = server.memory.stats()
     with RawPeer(server) as peer:
         for size, status in ((1 << 50, 413), ((1 << 20) + 1, 413), (500_000, 507)):
-            said = peer.ask(peer.sign(peer.request(verb="PUT", key="a", body_bytes=size, waits=True).encode("t")))
+            said = peer.ask(
+                peer.sign(
+                    peer.request(verb="PUT", key="a", body_bytes=size, waits=True).encode("t")
+                )
+            )
             assert said is not None
             assert said.status == status
         assert server.memory.stats() == before
@@ -94,18 +104,26 @@ def test_a_small_body_that_came_unasked_is_dropped_with_its_refusal(world: World
     server = world.serve(vault=PeerMemory(8192))
     with RawPeer(server) as peer:
         for _ in range(3):
-            said = peer.ask(peer.put_bytes(peer.request(verb="PUT", key="a", body_bytes=60_000), bytes(60_000)))
+            said = peer.ask(
+                peer.put_bytes(peer.request(verb="PUT", key="a", body_bytes=60_000), bytes(60_000))
+            )
             assert said is not None
             assert said.status == 413
-        said = peer.ask(peer.put_bytes(peer.request(verb="PUT", key="a", body_bytes=70_000), bytes(70_000)))
+        said = peer.ask(
+            peer.put_bytes(peer.request(verb="PUT", key="a", body_bytes=70_000), bytes(70_000))
+        )
         assert said is not None
         assert said.status == 400, "so much is announced first"
         assert peer.hear() is None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["nothing", "a hello's start", "a head's start", "a body's start", "idle"])
-def test_a_guest_that_stands_still_is_ended_and_its_memory_comes_back(world: World, what: str) -> None:
+@pytest.mark.parametrize(
+    "what", ["nothing", "a hello's start", "a head's start", "a body's start", "idle"]
+)
+def test_a_guest_that_stands_still_is_ended_and_its_memory_comes_back(
+    world: World, what: str
+) -> None:
     server = world.serve(limits=BRIEF)
     with RawPeer(server, meet=what not in ("nothing", "a hello's start")) as peer:
         if what == "a hello's start":
@@ -130,7 +148,9 @@ def test_a_trickle_holds_no_connection(world: World, what: str) -> None:
     with RawPeer(server, meet=what != "hello") as peer:
         raw = b"GET /hello HTTP/1.1\r\n" * 1000
         if what != "hello":
-            raw = peer.put_bytes(peer.request(verb="PUT", key="a", body_bytes=60_000), bytes(60_000))
+            raw = peer.put_bytes(
+                peer.request(verb="PUT", key="a", body_bytes=60_000), bytes(60_000)
+            )
             if what == "body":
                 peer.send(raw[:1000])
                 raw = raw[1000:]
@@ -161,7 +181,11 @@ def test_a_reader_that_takes_nothing_is_ended_and_lets_go_of_the_object(world: W
 
 def test_strangers_never_keep_a_holder_of_the_secret_out(world: World) -> None:
     limits = PeerServerLimits(
-        connections_max=3, strangers_max=2, stranger_s=WAIT_S, idle_s=WAIT_S, timeouts=PeerTimeouts(grace_s=WAIT_S)
+        connections_max=3,
+        strangers_max=2,
+        stranger_s=WAIT_S,
+        idle_s=WAIT_S,
+        timeouts=PeerTimeouts(grace_s=WAIT_S),
     )
     server = world.serve(limits=limits)
     crowd = [socket.create_connection(server.address) for _ in range(10)]
@@ -175,7 +199,11 @@ def test_strangers_never_keep_a_holder_of_the_secret_out(world: World) -> None:
 
 
 TWO = PeerServerLimits(
-    connections_max=2, strangers_max=2, stranger_s=WAIT_S, idle_s=10 * WAIT_S, timeouts=PeerTimeouts(grace_s=WAIT_S)
+    connections_max=2,
+    strangers_max=2,
+    stranger_s=WAIT_S,
+    idle_s=10 * WAIT_S,
+    timeouts=PeerTimeouts(grace_s=WAIT_S),
 )
 """Who rests would keep its place for longer than anybody waits for one (``crowded_s``)."""
 
@@ -204,7 +232,9 @@ class Slow:
         """See Source."""
         self.begun.release()
         assert self.go_on.wait(WAIT_S)
-        yield ServedObject(view=memoryview(b"x"), fd=None, offset_bytes=0, version=1, modified_unix_s=0.0)
+        yield ServedObject(
+            view=memoryview(b"x"), fd=None, offset_bytes=0, version=1, modified_unix_s=0.0
+        )
 
     def stat(self, key: str) -> Stat | None:
         """See Source."""
@@ -215,7 +245,9 @@ class Slow:
         return []
 
 
-def test_where_all_places_have_a_request_under_way_others_come_again_until_one_is_over(world: World) -> None:
+def test_where_all_places_have_a_request_under_way_others_come_again_until_one_is_over(
+    world: World,
+) -> None:
     slow = Slow()
     server = world.serve(limits=TWO, sources=[slow])
     world.store(server).put("a", [b"x"])
@@ -225,7 +257,9 @@ def test_where_all_places_have_a_request_under_way_others_come_again_until_one_i
             assert slow.begun.acquire(timeout=WAIT_S)
         with pytest.raises(CrowdedError, match="no free place"):
             world.store(server, limits=PeerClientLimits(crowded_s=0.1)).stat("a")
-        waiting = pool.submit(world.store(server, limits=PeerClientLimits(crowded_s=WAIT_S)).stat, "a")
+        waiting = pool.submit(
+            world.store(server, limits=PeerClientLimits(crowded_s=WAIT_S)).stat, "a"
+        )
         refused = server.stats().refused["crowded"]
         until(lambda: server.stats().refused["crowded"] > refused)
         assert not waiting.done()
@@ -235,7 +269,9 @@ def test_where_all_places_have_a_request_under_way_others_come_again_until_one_i
     assert found is not None and found.size_bytes == 1
 
 
-def test_many_times_more_holders_than_places_at_the_same_moment_are_all_served(world: World) -> None:
+def test_many_times_more_holders_than_places_at_the_same_moment_are_all_served(
+    world: World,
+) -> None:
     limits = PeerServerLimits(connections_max=4, strangers_max=4, stranger_s=WAIT_S, idle_s=WAIT_S)
     server = world.serve(limits=limits)
     world.store(server).put("a", [b"x"])
@@ -276,7 +312,12 @@ def test_many_clients_at_once_get_what_they_put(world: World) -> None:
         list(pool.map(work, range(12)))
     assert len(list(store.list(""))) == 12 * 5
     counts = {"PUT": 72, "GET": 72, "DELETE": 12}
-    until(lambda: {"LIST", *counts} <= (served := server.stats().served).keys() and counts.items() <= served.items())
+    until(
+        lambda: (
+            {"LIST", *counts} <= (served := server.stats().served).keys()
+            and counts.items() <= served.items()
+        )
+    )
     stats = server.stats()
     assert not stats.refused
     assert stats.received_bytes == 12 * sum(1 + 40_000 * turn for turn in range(6))
@@ -287,9 +328,18 @@ def test_stop_ends_whatever_is_under_way_and_repeats_harmlessly(world: World) ->
     server = world.serve()
     put(server, "a", bytes(LARGE_BYTES))
     threads, address = threading.active_count(), server.address
-    with RawPeer(server) as idle, RawPeer(server) as writer, RawPeer(server) as reader, RawPeer(server, meet=False):
-        writer.send(writer.put_bytes(writer.request(verb="PUT", key="b", body_bytes=5000), bytes(5000))[:-1])
-        reader.send(reader.sign(reader.request(verb="GET", key="a", span=(0, LARGE_BYTES)).encode("t")))
+    with (
+        RawPeer(server) as idle,
+        RawPeer(server) as writer,
+        RawPeer(server) as reader,
+        RawPeer(server, meet=False),
+    ):
+        writer.send(
+            writer.put_bytes(writer.request(verb="PUT", key="b", body_bytes=5000), bytes(5000))[:-1]
+        )
+        reader.send(
+            reader.sign(reader.request(verb="GET", key="a", span=(0, LARGE_BYTES)).encode("t"))
+        )
         until(lambda: server.memory.stats().incoming_bytes)
         began_s = time.monotonic()
         server.stop()
@@ -343,7 +393,9 @@ def test_an_address_that_is_taken_is_said(world: World) -> None:
         world.serve(port=server.address[1])
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", "::", "example.org", "127.0.0.1.example.org"])
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "10.1.2.3", "::", "example.org", "127.0.0.1.example.org"]
+)
 def test_beyond_loopback_it_takes_tls_or_a_word(host: str) -> None:
     with pytest.raises(UsageError, match="plaintext=True"):
         Endpoint(host, 1)

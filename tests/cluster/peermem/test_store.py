@@ -1,4 +1,5 @@
-"""A peer's memory as its clients see it: refusals as errors, connections that end, lent memory, bytes that nobody proves."""
+"""A peer's memory as its clients see it: refusals as errors, connections that end, lent memory,
+bytes that nobody proves."""
 
 from __future__ import annotations
 
@@ -93,7 +94,11 @@ def test_bytes_changed_on_the_way_are_never_believed(world: World, large: bool) 
 
     proxy.down = count
     assert read(store, "a") == whole
-    places = range(0, seen[0], 7) if not large else (seen[0] - 1, seen[0] - 17, seen[0] // 2, seen[0] - len(whole) - 20)
+    places = (
+        range(0, seen[0], 7)
+        if not large
+        else (seen[0] - 1, seen[0] - 17, seen[0] // 2, seen[0] - len(whole) - 20)
+    )
     for place in places:
 
         def flip(offset: int, data: bytes, place: int = place) -> bytes | None:
@@ -104,7 +109,10 @@ def test_bytes_changed_on_the_way_are_never_believed(world: World, large: bool) 
 
         store.close()
         store = PeerStore(
-            Endpoint(*proxy.address), SECRET, epoch=Epoch(), limits=PeerClientLimits(timeouts=PeerTimeouts(grace_s=0.5))
+            Endpoint(*proxy.address),
+            SECRET,
+            epoch=Epoch(),
+            limits=PeerClientLimits(timeouts=PeerTimeouts(grace_s=0.5)),
         )
         proxy.down = flip
         with pytest.raises((IntegrityError, UnavailableError)):
@@ -120,7 +128,11 @@ def test_bytes_put_and_changed_on_the_way_are_never_stored(world: World, size: i
     proxy = Proxy(server)
 
     def flip(offset: int, data: bytes) -> bytes | None:
-        return data[:-20] + bytes([data[-20] ^ 1]) + data[-19:] if offset > 200 and len(data) >= 26 else data
+        return (
+            data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]
+            if offset > 200 and len(data) >= 26
+            else data
+        )
 
     store = PeerStore(Endpoint(*proxy.address), SECRET, epoch=Epoch())
     store.put("first", [b"x"])
@@ -142,7 +154,9 @@ def test_a_stranger_in_the_peers_place_is_found_out(world: World) -> None:
     assert theirs.stats().refused["mac"] == 1
 
 
-def test_a_peer_that_does_not_take_the_epoch_in_is_not_believed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_does_not_take_the_epoch_in_is_not_believed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = world.serve()
     store = world.store(server)
     store.put("a", [b"x"])
@@ -153,7 +167,8 @@ def test_a_peer_that_does_not_take_the_epoch_in_is_not_believed(world: World, mo
 
 
 def test_an_answer_is_taken_for_its_own_request_only(world: World) -> None:
-    """Kept back and played later, to the same client on the same connection, a genuine answer is none."""
+    """Kept back and played later, to the same client on the same connection, a genuine answer is
+    none."""
     server = world.serve()
     proxy = Proxy(server)
     store = PeerStore(Endpoint(*proxy.address), SECRET, epoch=Epoch())
@@ -192,7 +207,9 @@ def test_still_lent_is_asked_when_all_is_sent_and_before_it_can_be_seen(world: W
     for size in (0, 10, MIB):
         asked: list[object] = []
         key = f"a/{size}"
-        store.put_lent(key, [bytes(size)], lambda asked=asked, key=key: asked.append(other.stat(key)))  # type: ignore[misc]
+        store.put_lent(
+            key, [bytes(size)], lambda asked=asked, key=key: asked.append(other.stat(key))
+        )  # type: ignore[misc]
         assert asked == [None]
         assert read(store, f"a/{size}") == bytes(size)
 
@@ -266,7 +283,9 @@ def test_a_listing_comes_in_pages(world: World) -> None:
     for number in range(2500):
         with server.memory.incoming(f"log/{number:05d}", 0) as incoming:
             incoming.publish()
-    assert [one.key for one in store.list("log/")] == [f"log/{number:05d}" for number in range(2500)]
+    assert [one.key for one in store.list("log/")] == [
+        f"log/{number:05d}" for number in range(2500)
+    ]
     until(lambda: server.stats().served["LIST"] == 3)
 
 

@@ -36,7 +36,9 @@ def test_bytes_go_both_ways(world: World, certificates: Certificates) -> None:
 
 def test_a_rehearsal_says_what_others_would_find(certificates: Certificates) -> None:
     good, away = certificates.one, certificates.misnamed
-    assert time.time() < check_handshake(serving(good), asking(good), "127.0.0.1") < time.time() + 7200
+    assert (
+        time.time() < check_handshake(serving(good), asking(good), "127.0.0.1") < time.time() + 7200
+    )
     for files, host, word in (
         (certificates.expired, "127.0.0.1", "expired"),
         (away, "127.0.0.1", "not valid for '127.0.0.1'"),
@@ -51,15 +53,27 @@ def test_a_rehearsal_says_what_others_would_find(certificates: Certificates) -> 
 
 
 @pytest.mark.parametrize(
-    "who", ["server of another CA", "server for another host", "client of another CA", "client trusts another CA"]
+    "who",
+    [
+        "server of another CA",
+        "server for another host",
+        "client of another CA",
+        "client trusts another CA",
+    ],
 )
 def test_another_certificate_is_refused(world: World, certificates: Certificates, who: str) -> None:
     ours = certificates
-    server_files = {"server of another CA": ours.stranger, "server for another host": ours.misnamed}.get(who, ours.one)
+    server_files = {
+        "server of another CA": ours.stranger,
+        "server for another host": ours.misnamed,
+    }.get(who, ours.one)
     server = world.serve(tls=serving(server_files))
     client = ours.stranger if who == "client of another CA" else ours.two
     store = world.store(
-        server, tls=asking(client, ca=ours.stranger.ca if who == "client trusts another CA" else ours.one.ca)
+        server,
+        tls=asking(
+            client, ca=ours.stranger.ca if who == "client trusts another CA" else ours.one.ca
+        ),
     )
     for _ in range(2):
         with pytest.raises(StoreDeniedError):
@@ -73,15 +87,21 @@ def test_another_certificate_is_refused(world: World, certificates: Certificates
 def test_clear_text_and_tls_do_not_meet(world: World, certificates: Certificates) -> None:
     clear, covered = world.serve(), world.serve(tls=serving(certificates.one))
     with pytest.raises((StoreDeniedError, UnavailableError)):
-        world.store(clear, tls=asking(certificates.two), limits=PeerClientLimits(connect_s=0.5, crowded_s=0.5)).stat(
-            "a"
-        )
+        world.store(
+            clear,
+            tls=asking(certificates.two),
+            limits=PeerClientLimits(connect_s=0.5, crowded_s=0.5),
+        ).stat("a")
     with pytest.raises((StoreDeniedError, UnavailableError)):
-        world.store(covered, limits=PeerClientLimits(timeouts=PeerTimeouts(grace_s=0.5), crowded_s=0.5)).stat("a")
+        world.store(
+            covered, limits=PeerClientLimits(timeouts=PeerTimeouts(grace_s=0.5), crowded_s=0.5)
+        ).stat("a")
     until(lambda: clear.stats().connections == covered.stats().connections == 0)
 
 
-def test_a_client_without_a_certificate_is_refused(world: World, certificates: Certificates) -> None:
+def test_a_client_without_a_certificate_is_refused(
+    world: World, certificates: Certificates
+) -> None:
     server = world.serve(tls=serving(certificates.one))
     context = ssl.create_default_context(cafile=str(certificates.one.ca))
     with pytest.raises(StoreDeniedError):
@@ -100,7 +120,9 @@ def test_stop_ends_a_handshake_that_never_comes(world: World, certificates: Cert
         assert sock.recv(1) == b""
 
 
-def test_stop_ends_a_connection_at_whatever_moment_of_its_first(world: World, certificates: Certificates) -> None:
+def test_stop_ends_a_connection_at_whatever_moment_of_its_first(
+    world: World, certificates: Certificates
+) -> None:
     for turn in range(40):
         server = world.serve(tls=serving(certificates.one))
         with socket.create_connection(server.address, WAIT_S):
@@ -110,7 +132,9 @@ def test_stop_ends_a_connection_at_whatever_moment_of_its_first(world: World, ce
             assert server.stats().connections == 0
 
 
-def test_files_that_are_no_certificates_are_said(certificates: Certificates, tmp_path: Path) -> None:
+def test_files_that_are_no_certificates_are_said(
+    certificates: Certificates, tmp_path: Path
+) -> None:
     empty = tmp_path / "empty"
     empty.write_bytes(b"")
     one, two = certificates.one, certificates.two

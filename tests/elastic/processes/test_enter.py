@@ -13,7 +13,8 @@ from ckpt.ipc.client import HungUpError
 
 @pytest.fixture
 def door(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
-    """Has ``supervise`` answer with errors, then take the program; time passes by pauses alone, ``pause_s`` each."""
+    """Has ``supervise`` answer with errors, then take the program; time passes by pauses alone,
+    ``pause_s`` each."""
 
     def make(*answers: BaseException, pause_s: float = 1.0) -> list[float]:
         left = list(answers)
@@ -35,7 +36,9 @@ def door(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
     return make
 
 
-def test_keeper_that_settles_what_an_earlier_launch_left_is_waited_for_and_that_is_said_once(door, capsys) -> None:
+def test_keeper_that_settles_what_an_earlier_launch_left_is_waited_for_and_that_is_said_once(
+    door, capsys
+) -> None:
     now = door(*[UnavailableError("still bringing step 7 to the store")] * 500)
     assert enter._supervised(lambda: None, None) == "seat"
     assert now[0] == 500

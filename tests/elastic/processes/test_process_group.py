@@ -9,7 +9,12 @@ import time
 import pytest
 import torch.distributed as dist
 
-from ckpt.elastic.processes.trainer import is_listening, rank0_is_local, wait_for_listener, watch_process_group
+from ckpt.elastic.processes.trainer import (
+    is_listening,
+    rank0_is_local,
+    wait_for_listener,
+    watch_process_group,
+)
 
 
 def bound() -> socket.socket:
@@ -45,7 +50,9 @@ def test_waiting_ends_where_nobody_comes_and_without_a_port() -> None:
 
 def test_the_users_call_is_made_as_it_is_and_noted(monkeypatch) -> None:
     seen: list[tuple[object, ...]] = []
-    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: seen.append((args, kwargs)))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *args, **kwargs: seen.append((args, kwargs))
+    )
     monkeypatch.setenv("RANK", "0")
     made: list[bool] = []
     watch_process_group(lambda: made.append(True))
@@ -65,5 +72,7 @@ def test_the_users_call_is_made_as_it_is_and_noted(monkeypatch) -> None:
         ({}, False),
     ],
 )
-def test_rank_zero_is_looked_for_only_where_it_is_on_this_machine(said: dict[str, str], looks: bool) -> None:
+def test_rank_zero_is_looked_for_only_where_it_is_on_this_machine(
+    said: dict[str, str], looks: bool
+) -> None:
     assert rank0_is_local(said) is looks

@@ -13,7 +13,13 @@ import pytest
 from kit.template import run
 
 from ckpt.elastic.processes.enter import gather_process_facts
-from ckpt.elastic.processes.start_method import Fork, InPlace, ProcessFacts, Spawn, choose_start_method
+from ckpt.elastic.processes.start_method import (
+    Fork,
+    InPlace,
+    ProcessFacts,
+    Spawn,
+    choose_start_method,
+)
 
 WAIT_S = 60
 
@@ -28,7 +34,11 @@ STAYS = [
     ({"unranked_child": True}, "multiprocessing", "torchrun"),
     ({"main_thread": False}, "thread", "main thread"),
 ]
-NO_FORK = [({"threads": ("Timer",)}, "Timer"), ({"gpu_open": True}, "GPU"), ({"probe_hung": True}, "parallel")]
+NO_FORK = [
+    ({"threads": ("Timer",)}, "Timer"),
+    ({"gpu_open": True}, "GPU"),
+    ({"probe_hung": True}, "parallel"),
+]
 
 
 def test_process_with_nothing_special_forks() -> None:
@@ -36,7 +46,9 @@ def test_process_with_nothing_special_forks() -> None:
 
 
 @pytest.mark.parametrize(("facts", "why", "remedy"), STAYS)
-def test_process_that_must_stay_alone_runs_in_place_and_says_why(facts: dict, why: str, remedy: str) -> None:
+def test_process_that_must_stay_alone_runs_in_place_and_says_why(
+    facts: dict, why: str, remedy: str
+) -> None:
     chosen = choose_start_method(ProcessFacts(**facts))
     assert isinstance(chosen, InPlace)
     assert why in chosen.reason
@@ -61,7 +73,9 @@ def test_process_that_can_neither_fork_nor_run_again_stays(facts: dict, why: str
 
 @pytest.mark.parametrize(("stays", "_why", "_remedy"), STAYS)
 @pytest.mark.parametrize(("spawns", "_why2"), NO_FORK)
-def test_staying_comes_before_spawning(stays: dict, spawns: dict, _why: str, _remedy: str, _why2: str) -> None:
+def test_staying_comes_before_spawning(
+    stays: dict, spawns: dict, _why: str, _remedy: str, _why2: str
+) -> None:
     assert isinstance(choose_start_method(replace(ProcessFacts(**spawns), **stays)), InPlace)
 
 
@@ -80,7 +94,8 @@ def decided(text: str, *options: str, stdin: str | None = None, **environment: s
         f"{text}\nimport json\nfrom ckpt.elastic.processes.enter import gather_process_facts\n"
         "from ckpt.elastic.processes.start_method import choose_start_method\n"
         "chosen = choose_start_method(gather_process_facts())\n"
-        "print(json.dumps([type(chosen).__name__, getattr(chosen, 'reason', ''), getattr(chosen, 'remedy', '')]), flush=True)\n"
+        "print(json.dumps([type(chosen).__name__, getattr(chosen, 'reason', ''), getattr(chosen, "
+        "'remedy', '')]), flush=True)\n"
     )
     kept = {
         name: value
@@ -88,9 +103,14 @@ def decided(text: str, *options: str, stdin: str | None = None, **environment: s
         if not name.startswith(("CKPT_", "PYTEST_")) and name != "OMP_NUM_THREADS"
     }
     done = run(
-        [sys.executable, *(options or ("-c", program))], env={**kept, **environment}, timeout=WAIT_S, check=True,
-        capture_output=True, text=True, input=program if stdin is not None else None,
-    )  # fmt: skip
+        [sys.executable, *(options or ("-c", program))],
+        env={**kept, **environment},
+        timeout=WAIT_S,
+        check=True,
+        capture_output=True,
+        text=True,
+        input=program if stdin is not None else None,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

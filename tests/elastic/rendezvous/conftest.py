@@ -1,4 +1,5 @@
-"""Agents of both kinds of membership, real etcd among them, and a torchrun that knows ckpt's rendezvous."""
+"""Agents of both kinds of membership, real etcd among them, and a torchrun that knows ckpt's
+rendezvous."""
 
 from __future__ import annotations
 
@@ -46,14 +47,24 @@ def endpoint(driver: str, request: pytest.FixtureRequest, tmp_path: Path) -> str
 
 
 @pytest.fixture
-def agents(driver: str, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Agents]]:
+def agents(
+    driver: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Agents]]:
     """Makes the agents of one job: ``agents(nodes_min, nodes_max, **config)``."""
     made: list[Agents] = []
 
     def make(nodes_min: int, nodes_max: int, **config: object) -> Agents:
         ttl = {"embedded": "1.0", "etcd": "2"}[driver]
         job = f"job {os.getpid()}/{next(_jobs)}"
-        made.append(Agents(endpoint, job, nodes_min, nodes_max, {"ttl": ttl, "last_call_timeout": "0.5", **config}))
+        made.append(
+            Agents(
+                endpoint,
+                job,
+                nodes_min,
+                nodes_max,
+                {"ttl": ttl, "last_call_timeout": "0.5", **config},
+            )
+        )
         return made[-1]
 
     monkeypatch.setenv("CKPT_NODES", "")  # what handlers set is gone after the test
@@ -69,5 +80,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     about = folder / "ckpt_plugin-0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ckpt-plugin\nVersion: 0\n")
-    (about / "entry_points.txt").write_text("[torchrun.handlers]\nckpt = ckpt.elastic.rendezvous:handler\n")
+    (about / "entry_points.txt").write_text(
+        "[torchrun.handlers]\nckpt = ckpt.elastic.rendezvous:handler\n"
+    )
     return folder

@@ -76,11 +76,25 @@ def start(driver: str, endpoint: str) -> Iterator[Callable[..., Process]]:
     """Starts agents of one job."""
     made: list[Process] = []
     job = f"killed {os.getpid()}/{next(_jobs)}"
-    config = {"ttl": {"embedded": "4", "etcd": "5"}[driver], "last_call_timeout": "0.5", "shrink_timeout": "30"}
+    config = {
+        "ttl": {"embedded": "4", "etcd": "5"}[driver],
+        "last_call_timeout": "0.5",
+        "shrink_timeout": "30",
+    }
 
     def make(nodes_min: int = 2, nodes_max: int = 2) -> Process:
         made.append(
-            Process([sys.executable, str(PROGRAM), endpoint, job, str(nodes_min), str(nodes_max), json.dumps(config)])
+            Process(
+                [
+                    sys.executable,
+                    str(PROGRAM),
+                    endpoint,
+                    job,
+                    str(nodes_min),
+                    str(nodes_max),
+                    json.dumps(config),
+                ]
+            )
         )
         return made[-1]
 
@@ -91,7 +105,9 @@ def start(driver: str, endpoint: str) -> Iterator[Callable[..., Process]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("leads", [True, False])
-def test_a_spare_takes_the_rank_of_an_agent_that_was_killed(start: Callable[..., Process], leads: bool) -> None:
+def test_a_spare_takes_the_rank_of_an_agent_that_was_killed(
+    start: Callable[..., Process], leads: bool
+) -> None:
     agents = [start() for _ in range(2)]
     seats = [one.hear() for one in agents]
     assert sorted(seat["rank"] for seat in seats) == [0, 1]

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 
 import pytest
 
-from ckpt.cluster.membership.records import EpochRecord, Leader, Member, NodeInfo, NodePlacement, View, ViewScope
+from ckpt.cluster.membership.records import (
+    EpochRecord,
+    Leader,
+    Member,
+    NodeInfo,
+    NodePlacement,
+    View,
+    ViewScope,
+)
 from ckpt.elastic.rendezvous.decide import (
     AgentStatus,
     AgentsView,
@@ -54,15 +62,21 @@ def look(
     kept: bool = False,
     closed: str | None = None,
 ) -> AgentsView:
-    """Agents by letter and what each does; ``places``: the letters of the round's agents, the first join of each."""
+    """Agents by letter and what each does; ``places``: the letters of the round's agents, the first
+    join of each."""
     members = tuple(
         Member(NodeInfo(node=f"{name}-1", host=name, slots=1), lease_id=7, joined_revision=place)
         for place, name in enumerate(sorted(seats))
     )
     record = EpochRecord(
-        job="j", number=number, places=tuple(NodePlacement(f"{name}-1", 1) for name in places), leader="a-1", nodes_min=1,
-        nodes_max=3, note=encode_round_note(5),
-    )  # fmt: skip
+        job="j",
+        number=number,
+        places=tuple(NodePlacement(f"{name}-1", 1) for name in places),
+        leader="a-1",
+        nodes_min=1,
+        nodes_max=3,
+        note=encode_round_note(5),
+    )
     view = View(
         job="j",
         revision=9,
@@ -80,7 +94,11 @@ def letters(found: PublishRound) -> str:
 
 
 def decide(
-    seen: AgentsView, *, rules: RendezvousRules = RULES, enough_since_s: float | None = 0.0, now_s: float = 0.0
+    seen: AgentsView,
+    *,
+    rules: RendezvousRules = RULES,
+    enough_since_s: float | None = 0.0,
+    now_s: float = 0.0,
 ) -> PublishRound | HoldRound:
     return next_round(seen, enough_since_s, rules, now_s)
 
@@ -95,7 +113,9 @@ def test_the_minimum_waits_for_the_last_call() -> None:
     seen = look(dict.fromkeys("ab", waiting()))
     assert update_enough_since(None, seen, RULES, 10.0) == 10.0
     assert update_enough_since(10.0, seen, RULES, 20.0) == 10.0
-    assert decide(seen, enough_since_s=10.0, now_s=39.0) == HoldRound(40.0, "waits for more agents. waiting=2 wanted=3")
+    assert decide(seen, enough_since_s=10.0, now_s=39.0) == HoldRound(
+        40.0, "waits for more agents. waiting=2 wanted=3"
+    )
     assert isinstance(decide(seen, enough_since_s=10.0, now_s=40.0), PublishRound)
 
 
@@ -112,7 +132,9 @@ def test_a_round_that_runs_is_left_alone() -> None:
 
 
 def test_nothing_begins_before_all_that_live_have_stopped() -> None:
-    assert isinstance(decide(look({"a": waiting(1), "b": running(), "c": running()}, "abc")), HoldRound)
+    assert isinstance(
+        decide(look({"a": waiting(1), "b": running(), "c": running()}, "abc")), HoldRound
+    )
     found = decide(look({"a": waiting(1), "b": waiting(1), "c": waiting(1)}, "abc"))
     assert isinstance(found, PublishRound)
     assert letters(found) == "abc"
@@ -145,19 +167,27 @@ def test_a_closed_rendezvous_has_no_round() -> None:
 
 
 def test_under_keepers_a_place_changes_hands_and_nobody_stops() -> None:
-    found = decide(look({"b": running(), "c": running(), "d": waiting(), "e": waiting()}, "abc", kept=True))
+    found = decide(
+        look({"b": running(), "c": running(), "d": waiting(), "e": waiting()}, "abc", kept=True)
+    )
     assert isinstance(found, PublishRound)
     assert letters(found) == "dbc"
     found = decide(look({"a": waiting(1), "b": running(), "d": waiting()}, "ab", kept=True))
     assert isinstance(found, PublishRound)
     assert letters(found) == "ab"  # who comes back takes its own place
-    assert isinstance(decide(look({"a": running(), "b": running(), "d": waiting()}, "ab", kept=True)), HoldRound)
+    assert isinstance(
+        decide(look({"a": running(), "b": running(), "d": waiting()}, "ab", kept=True)), HoldRound
+    )
     assert isinstance(decide(look({"b": running()}, "ab", kept=True)), HoldRound)
 
 
 def test_what_becomes_of_who_waits() -> None:
-    assert isinstance(decide_for_agent(look({"a": waiting(), "b": waiting()}, "ab"), "a", 0, RULES), PlacedInRound)
-    assert isinstance(decide_for_agent(look({"a": waiting(1), "b": running()}, "ab"), "a", 1, RULES), RoundPending)
+    assert isinstance(
+        decide_for_agent(look({"a": waiting(), "b": waiting()}, "ab"), "a", 0, RULES), PlacedInRound
+    )
+    assert isinstance(
+        decide_for_agent(look({"a": waiting(1), "b": running()}, "ab"), "a", 1, RULES), RoundPending
+    )
     running_two = {"a": running(), "b": running(), "c": waiting()}
     assert isinstance(decide_for_agent(look(running_two, "ab"), "c", 0, RULES), StandBy)
     warm = RendezvousRules(agents_min=2, agents_max=2, warm=True)
@@ -166,7 +196,9 @@ def test_what_becomes_of_who_waits() -> None:
         decide_for_agent(look({"b": running(), "c": waiting()}, "ab"), "c", 0, warm), RoundPending
     )  # it is needed
     assert isinstance(decide_for_agent(look({"c": waiting()}), "c", 0, RULES), RoundPending)
-    assert isinstance(decide_for_agent(look(running_two, "ab", closed="over"), "c", 0, RULES), RendezvousShut)
+    assert isinstance(
+        decide_for_agent(look(running_two, "ab", closed="over"), "c", 0, RULES), RendezvousShut
+    )
 
 
 def test_under_keepers_nobody_gets_a_round_again() -> None:
@@ -181,7 +213,11 @@ def test_under_keepers_nobody_gets_a_round_again() -> None:
 @pytest.mark.parametrize("kept", [False, True])
 def test_who_is_asked_back(kept: bool) -> None:
     def count(
-        seats: Mapping[str, AgentStatus], places: str = "ab", *, rules: RendezvousRules = RULES, lost_for_s: float = 9.0
+        seats: Mapping[str, AgentStatus],
+        places: str = "ab",
+        *,
+        rules: RendezvousRules = RULES,
+        lost_for_s: float = 9.0,
     ) -> int:
         seen = look(seats, places, kept=kept)
         mine = round_of(look(seats, "ab").view.epoch)
@@ -193,7 +229,9 @@ def test_who_is_asked_back(kept: bool) -> None:
     assert count({"a": running(), "c": waiting()}) == (0 if kept else 1)
     assert count({"a": running()}) == 0  # too few would be left
     assert count({"a": running()}, rules=least_one) == (0 if kept else 1)
-    assert count({"a": running()}, rules=least_one, lost_for_s=0.1) == 0  # it may only have lost its lease
+    assert (
+        count({"a": running()}, rules=least_one, lost_for_s=0.1) == 0
+    )  # it may only have lost its lease
     grow = RendezvousRules(agents_min=2, agents_max=3, grow=True)
     assert count({"a": running(), "b": running(), "c": waiting()}, rules=grow) == (0 if kept else 1)
 
@@ -201,15 +239,26 @@ def test_who_is_asked_back(kept: bool) -> None:
 def test_an_agent_that_others_went_on_without_is_asked_back() -> None:
     mine = round_of(look({}, "ab").view.epoch)
     assert (
-        restart_request(look({"a": running(), "b": running(2), "c": running(2)}, "bc", number=2), mine, RULES)[0] == 1
+        restart_request(
+            look({"a": running(), "b": running(2), "c": running(2)}, "bc", number=2), mine, RULES
+        )[0]
+        == 1
     )
-    assert restart_request(look({"a": running()}, "bc", number=2, closed="over"), mine, RULES)[0] == 0
+    assert (
+        restart_request(look({"a": running()}, "bc", number=2, closed="over"), mine, RULES)[0] == 0
+    )
 
 
 def test_an_agent_is_the_same_after_it_joined_anew() -> None:
     seen = look({"a": running(), "b": running()}, "ab")
     again = Member(NodeInfo(node="a-2", host="a", slots=1), lease_id=8, joined_revision=5)
-    view = View(job="j", revision=9, scope=ViewScope.ALL, epoch=seen.view.epoch, members=(again, seen.view.members[1]))
+    view = View(
+        job="j",
+        revision=9,
+        scope=ViewScope.ALL,
+        epoch=seen.view.epoch,
+        members=(again, seen.view.members[1]),
+    )
     found = AgentsView(view, {"a-2": running(), "b-1": running()})
     assert (found.lost, found.running) == ((), ("a", "b"))
 
@@ -219,7 +268,10 @@ def test_whether_a_round_can_begin() -> None:
     assert round_problem(look({"a": running(), "b": waiting()}, "ab"), mine) == ""
     assert round_problem(look({"a": running()}, "ab"), mine) == "b is gone"
     assert round_problem(look({"a": running(), "b": waiting(1)}, "ab"), mine) == "b left it"
-    assert round_problem(look({"a": running(), "b": running()}, "ab", number=2), mine) == "another round began"
+    assert (
+        round_problem(look({"a": running(), "b": running()}, "ab", number=2), mine)
+        == "another round began"
+    )
 
 
 def test_who_is_waited_for_at_the_end() -> None:
@@ -231,6 +283,8 @@ def test_who_is_waited_for_at_the_end() -> None:
 def test_words_that_are_none() -> None:
     assert decode_status(encode_status(running())) == running()
     assert decode_status(b"{}") is None
-    record = EpochRecord(job="j", number=1, places=(NodePlacement("a-1", 1),), leader="a-1", nodes_min=1, nodes_max=1)
+    record = EpochRecord(
+        job="j", number=1, places=(NodePlacement("a-1", 1),), leader="a-1", nodes_min=1, nodes_max=1
+    )
     with pytest.raises(IntegrityError):
         round_of(record)

@@ -1,4 +1,5 @@
-"""A node has one lease: agents live under their keepers', and nobody misses one when keepers come, leave and come back."""
+"""A node has one lease: agents live under their keepers', and nobody misses one when keepers come,
+leave and come back."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from ckpt.cluster.membership.leases import LeaseState
 from ckpt.cluster.membership.member import KeyspaceMembership
 from ckpt.cluster.membership.records import NodeInfo
 from ckpt.elastic.rendezvous import agent as rendezvous_agent
-from ckpt.elastic.rendezvous.agent import VIEW_S, AgentLease, RendezvousAgent, keyspace_of, newest_offer
+from ckpt.elastic.rendezvous.agent import (
+    VIEW_S,
+    AgentLease,
+    RendezvousAgent,
+    keyspace_of,
+    newest_offer,
+)
 from ckpt.ipc.cluster_spec import nodes_from_environment
 from ckpt.keyspace.base import Delete, Keys, KeyValue, Transaction
 
@@ -89,7 +96,9 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Etcd]:
 @pytest.fixture
 def job(alone: Etcd, etcd: Etcd) -> Iterator[Agents]:
     """Two agents at most, over that etcd; ``etcd`` is only asked whether there is one to be had."""
-    made = Agents(alone.endpoint, "one lease", 1, 2, {"ttl": str(TTL_S), "last_call_timeout": "0.5"})
+    made = Agents(
+        alone.endpoint, "one lease", 1, 2, {"ttl": str(TTL_S), "last_call_timeout": "0.5"}
+    )
     yield made
     made.close()
 
@@ -121,12 +130,15 @@ def lives_with(agent: RendezvousAgent, keeper: KeyspaceMembership) -> bool:
 
 def shared(agents: list[RendezvousAgent], keepers: list[KeyspaceMembership]) -> None:
     wait_for(
-        lambda: all(lives_with(*one) for one in zip(agents, keepers, strict=True)), "the agents live with their keepers"
+        lambda: all(lives_with(*one) for one in zip(agents, keepers, strict=True)),
+        "the agents live with their keepers",
     )
 
 
 @pytest.mark.slow
-def test_each_node_has_one_lease_which_its_keeper_alone_keeps_alive(job: Agents, keepers: Keepers, alone: Etcd) -> None:
+def test_each_node_has_one_lease_which_its_keeper_alone_keeps_alive(
+    job: Agents, keepers: Keepers, alone: Etcd
+) -> None:
     agents = running(job, 2)
     assert len(alone.leases()) == 2
     keeps = [keepers.come(one) for one in agents]
@@ -135,7 +147,9 @@ def test_each_node_has_one_lease_which_its_keeper_alone_keeps_alive(job: Agents,
     wait_for(lambda: len(alone.leases()) == 2, "the agents' own leases are given back")
     assert watcher.end() == []
     seats = agents[0].keyspace.transact(Transaction(reads=(Keys("a", "z"),))).found[0]
-    assert {one.lease_id for one in seats if not one.key.startswith(("rounds/", "epoch"))} == set(alone.leases())
+    assert {one.lease_id for one in seats if not one.key.startswith(("rounds/", "epoch"))} == set(
+        alone.leases()
+    )
     assert [one.num_nodes_waiting() for one in job.made] == [0, 0]
     keeps[0].keepalive.retire()  # as if it hung
     node = agents[0]._node
@@ -143,12 +157,17 @@ def test_each_node_has_one_lease_which_its_keeper_alone_keeps_alive(job: Agents,
     assert agents[0]._member.borrowed_lease_id == 0
     assert agents[0]._member.lease_status().state is LeaseState.VALID
     assert lives_with(agents[1], keeps[1])
-    wait_for(lambda: all(one.name in agents[1].latest_view().live for one in agents), "the other one sees it")
+    wait_for(
+        lambda: all(one.name in agents[1].latest_view().live for one in agents),
+        "the other one sees it",
+    )
     assert [one.num_nodes_waiting() for one in job.made] == [0, 0]
 
 
 @pytest.mark.slow
-def test_nobody_misses_an_agent_whose_keeper_leaves(job: Agents, keepers: Keepers, alone: Etcd) -> None:
+def test_nobody_misses_an_agent_whose_keeper_leaves(
+    job: Agents, keepers: Keepers, alone: Etcd
+) -> None:
     agents = running(job, 2)
     keeps = [keepers.come(one) for one in agents]
     shared(agents, keeps)
@@ -156,15 +175,23 @@ def test_nobody_misses_an_agent_whose_keeper_leaves(job: Agents, keepers: Keeper
     watcher = Watcher(agents)
     for one in keeps:
         one.leave()
-    wait_for(lambda: all(one._member.borrowed_lease_id == 0 for one in agents), "each has a lease of its own")
+    wait_for(
+        lambda: all(one._member.borrowed_lease_id == 0 for one in agents),
+        "each has a lease of its own",
+    )
     wait_for(lambda: len(alone.leases()) == 2, "the keepers' leases have run out")
     assert watcher.end() == []
     assert [one._node for one in agents] == nodes
-    assert [one._member.lease_status().state for one in agents] == [LeaseState.VALID, LeaseState.VALID]
+    assert [one._member.lease_status().state for one in agents] == [
+        LeaseState.VALID,
+        LeaseState.VALID,
+    ]
 
 
 @pytest.mark.slow
-def test_an_agent_whose_keepers_lease_is_revoked_joins_anew_and_keeps_its_place(job: Agents, keepers: Keepers) -> None:
+def test_an_agent_whose_keepers_lease_is_revoked_joins_anew_and_keeps_its_place(
+    job: Agents, keepers: Keepers
+) -> None:
     agents = running(job, 2)
     keeps = [keepers.come(one) for one in agents]
     shared(agents, keeps)
@@ -180,7 +207,9 @@ def test_an_agent_whose_keepers_lease_is_revoked_joins_anew_and_keeps_its_place(
 
 
 @pytest.mark.slow
-def test_an_agent_moves_on_with_a_keeper_that_joined_anew(job: Agents, keepers: Keepers, alone: Etcd) -> None:
+def test_an_agent_moves_on_with_a_keeper_that_joined_anew(
+    job: Agents, keepers: Keepers, alone: Etcd
+) -> None:
     (agent,) = running(job, 1)
     keeper = keepers.come(agent)
     shared([agent], [keeper])
@@ -196,7 +225,9 @@ def test_an_agent_moves_on_with_a_keeper_that_joined_anew(job: Agents, keepers: 
 
 
 @pytest.mark.slow
-def test_an_agent_moves_from_a_keeper_that_died_to_the_next_one(job: Agents, keepers: Keepers) -> None:
+def test_an_agent_moves_from_a_keeper_that_died_to_the_next_one(
+    job: Agents, keepers: Keepers
+) -> None:
     (agent,) = running(job, 1)
     first = keepers.come(agent)
     shared([agent], [first])
@@ -210,7 +241,9 @@ def test_an_agent_moves_from_a_keeper_that_died_to_the_next_one(job: Agents, kee
 
 
 @pytest.mark.slow
-def test_an_agent_goes_from_a_keeper_that_others_took_out_before_that_lease_ends(job: Agents, keepers: Keepers) -> None:
+def test_an_agent_goes_from_a_keeper_that_others_took_out_before_that_lease_ends(
+    job: Agents, keepers: Keepers
+) -> None:
     agents = running(job, 2)
     keeps = [keepers.come(one) for one in agents]
     shared(agents, keeps)
@@ -224,7 +257,9 @@ def test_an_agent_goes_from_a_keeper_that_others_took_out_before_that_lease_ends
 
 
 @pytest.mark.slow
-def test_an_agent_that_leaves_takes_its_keys_from_its_keepers_lease(job: Agents, keepers: Keepers) -> None:
+def test_an_agent_that_leaves_takes_its_keys_from_its_keepers_lease(
+    job: Agents, keepers: Keepers
+) -> None:
     agents = running(job, 2)
     keeps = [keepers.come(one) for one in agents]
     shared(agents, keeps)
@@ -234,7 +269,9 @@ def test_an_agent_that_leaves_takes_its_keys_from_its_keepers_lease(job: Agents,
     reader = keyspace_of(job.made[0]._settings.agents_spec)
     (left,) = reader.transact(Transaction(reads=(Keys("a", "z"),))).found
     reader.close()
-    assert not [one.key for one in left if any(node in one.key for node in nodes) or one.key == "leader"]
+    assert not [
+        one.key for one in left if any(node in one.key for node in nodes) or one.key == "leader"
+    ]
     for keeper in keeps:
         assert keeper._keyspace.renew(keeper._member()[0].lease_id) > 0
         assert keeper.lease_status().state is LeaseState.VALID
@@ -242,7 +279,9 @@ def test_an_agent_that_leaves_takes_its_keys_from_its_keepers_lease(job: Agents,
 
 
 @pytest.mark.slow
-def test_agents_meet_in_the_barrier_at_the_end_though_their_keepers_have_left(job: Agents, keepers: Keepers) -> None:
+def test_agents_meet_in_the_barrier_at_the_end_though_their_keepers_have_left(
+    job: Agents, keepers: Keepers
+) -> None:
     waiting = seated(job.come(2))
     stores = [one.info.store for one in waiting]
     agents = [one.handler._agent for one in waiting]
@@ -251,9 +290,14 @@ def test_agents_meet_in_the_barrier_at_the_end_though_their_keepers_have_left(jo
     for one in keeps:
         one.leave()
     barrier_s = 60
-    first = threading.Thread(target=barrier, args=(stores[0], 2, "torchelastic/agent/terminal_state", barrier_s))
+    first = threading.Thread(
+        target=barrier, args=(stores[0], 2, "torchelastic/agent/terminal_state", barrier_s)
+    )
     first.start()
-    wait_for(lambda: all(one._member.borrowed_lease_id == 0 for one in agents), "each has a lease of its own")
+    wait_for(
+        lambda: all(one._member.borrowed_lease_id == 0 for one in agents),
+        "each has a lease of its own",
+    )
     assert first.is_alive()  # the other one has not come
     barrier(stores[1], 2, "torchelastic/agent/terminal_state", barrier_s)
     first.join(barrier_s)
@@ -292,7 +336,9 @@ def test_who_follows_in_a_job_that_keepers_hold_reads_all_seldom_and_hears_of_ea
 ) -> None:
     agents = running(job, 2)
     shared(agents, [keepers.come(one) for one in agents])
-    wait_for(lambda: all(one.latest_view().view.leader is not None for one in agents), "somebody leads")
+    wait_for(
+        lambda: all(one.latest_view().view.leader is not None for one in agents), "somebody leads"
+    )
     leads = agents[0].latest_view().view.leader.node
     (follower,) = (one for one in agents if one._node != leads)
     (other,) = (one for one in agents if one is not follower)
@@ -300,7 +346,11 @@ def test_who_follows_in_a_job_that_keepers_hold_reads_all_seldom_and_hears_of_ea
     read, looks = follower._read, follower._lease.look
     asked: list[float] = []
     monkeypatch.setattr(follower, "_read", lambda: (whole.append(time.monotonic()), read())[1])
-    monkeypatch.setattr(follower._lease, "look", lambda *, runs: (asked.append(time.monotonic()), looks(runs=runs))[1])
+    monkeypatch.setattr(
+        follower._lease,
+        "look",
+        lambda *, runs: (asked.append(time.monotonic()), looks(runs=runs))[1],
+    )
     wait_for(lambda: len(asked) > 8, "it looks over and over whose lease it lives under")
     assert asked[-1] - asked[0] > 2 * TTL_S
     assert len(whole) <= 1 + (asked[-1] - asked[0]) / VIEW_S
@@ -308,12 +358,20 @@ def test_who_follows_in_a_job_that_keepers_hold_reads_all_seldom_and_hears_of_ea
     assert not other._follows(other.latest_view())
     monkeypatch.setattr(rendezvous_agent, "VIEW_S", 1000.0)
     wait_for(
-        lambda: follower._view_until_s > time.monotonic() + 100, "it has read all once more, and will not for long"
+        lambda: follower._view_until_s > time.monotonic() + 100,
+        "it has read all once more, and will not for long",
     )
     other.leave()
-    wait_for(lambda: follower.latest_view().lost == (other.name,), "it hears at once that the other one left")
     wait_for(
-        lambda: (leader := follower.latest_view().view.leader) is not None and leader.node == follower._node, "it leads"
+        lambda: follower.latest_view().lost == (other.name,),
+        "it hears at once that the other one left",
+    )
+    wait_for(
+        lambda: (
+            (leader := follower.latest_view().view.leader) is not None
+            and leader.node == follower._node
+        ),
+        "it leads",
     )
     assert not follower._follows(follower.latest_view())
 
@@ -326,7 +384,9 @@ def test_keepers_are_told_who_launched_them_where_they_can_share_a_lease(
     spec = nodes_from_environment()
     assert spec is not None and spec.agent == agent.name
     monkeypatch.setenv("CKPT_NODES", "")
-    other = Agents(str(tmp_path / "members"), "in files", 1, 2, {"ttl": "1", "last_call_timeout": "0"})
+    other = Agents(
+        str(tmp_path / "members"), "in files", 1, 2, {"ttl": "1", "last_call_timeout": "0"}
+    )
     try:
         running(other, 1)
         spec = nodes_from_environment()

@@ -62,11 +62,16 @@ def test_unknown_settings_are_refused_and_the_known_ones_named() -> None:
 @pytest.mark.parametrize(
     ("config", "word"),
     [
-        ({"standby": "hot"}, "warm or wait"), ({"grow": "maybe"}, "neither yes nor no"), ({"ttl": "x"}, "seconds"),
-        ({"ttl": "0.1"}, "too short"), ({"mirrors": "-1"}, "number from 0"), ({"mirror_rate": "x"}, "50MiB"),
-        ({"mirror_rate": "5KiB"}, "stalls"), ({"join_timeout": "-1"}, "seconds"),
+        ({"standby": "hot"}, "warm or wait"),
+        ({"grow": "maybe"}, "neither yes nor no"),
+        ({"ttl": "x"}, "seconds"),
+        ({"ttl": "0.1"}, "too short"),
+        ({"mirrors": "-1"}, "number from 0"),
+        ({"mirror_rate": "x"}, "50MiB"),
+        ({"mirror_rate": "5KiB"}, "stalls"),
+        ({"join_timeout": "-1"}, "seconds"),
     ],
-)  # fmt: skip
+)
 def test_values_that_cannot_work_are_refused(config: dict, word: str) -> None:
     with pytest.raises(UsageError, match=word):
         settings(**config)
@@ -81,22 +86,43 @@ def test_patience() -> None:
     assert settings(timeout=900).join_s == 900.0
     assert settings(timeout=900, join_timeout="5").join_s == 5.0
     usual = settings(secret="s")
-    assert usual.nodes is not None and (usual.rules.shrink_wait_s, usual.nodes.shrink_wait_s) == (5.0, 0.0)
-    found = settings(last_call_timeout="7", shrink_timeout="3", standby="warm", grow="yes", secret="s", domain="d")
-    assert (found.rules.last_call_s, found.rules.shrink_wait_s, found.rules.warm, found.rules.grow) == (
+    assert usual.nodes is not None and (usual.rules.shrink_wait_s, usual.nodes.shrink_wait_s) == (
+        5.0,
+        0.0,
+    )
+    found = settings(
+        last_call_timeout="7",
+        shrink_timeout="3",
+        standby="warm",
+        grow="yes",
+        secret="s",
+        domain="d",
+    )
+    assert (
+        found.rules.last_call_s,
+        found.rules.shrink_wait_s,
+        found.rules.warm,
+        found.rules.grow,
+    ) == (
         7.0,
         3.0,
         True,
         True,
     )
     assert found.nodes is not None
-    assert (found.nodes.last_call_s, found.nodes.shrink_wait_s, found.nodes.domain) == (7.0, 3.0, "d")
+    assert (found.nodes.last_call_s, found.nodes.shrink_wait_s, found.nodes.domain) == (
+        7.0,
+        3.0,
+        "d",
+    )
     assert Path(found.nodes.secret).is_absolute()
 
 
 def test_rate_of_mirrors_is_bytes_a_second_and_no_limit_by_default() -> None:
     rates = [
-        found.mirror_rate for text in ("", "0", "500MiB", "1.5 GB/s") if (found := settings(mirror_rate=text).nodes)
+        found.mirror_rate
+        for text in ("", "0", "500MiB", "1.5 GB/s")
+        if (found := settings(mirror_rate=text).nodes)
     ]
     assert rates == [0.0, 0.0, 500.0 * 2**20, 1.5 * 2**30]
 

@@ -33,7 +33,10 @@ def test_all_come_and_each_has_a_rank_of_its_own(agents: Make) -> None:
     waiting = seated(job.come(3))
     assert [one.info.rank for one in waiting] == [0, 1, 2]
     assert {one.info.world_size for one in waiting} == {3}
-    places = {(one.info.bootstrap_store_info.master_addr, one.info.bootstrap_store_info.master_port) for one in waiting}
+    places = {
+        (one.info.bootstrap_store_info.master_addr, one.info.bootstrap_store_info.master_port)
+        for one in waiting
+    }
     assert len(places) == 1
     assert [one.handler.num_nodes_waiting() for one in waiting] == [0, 0, 0]
     assert not waiting[0].handler.is_closed()
@@ -109,9 +112,14 @@ def test_whoever_comes_back_brings_all_to_a_fresh_round(agents: Make) -> None:
     wait_for(lambda: waiting[0].handler.num_nodes_waiting() > 0, "the other one is asked back")
     assert failed.waits
     again = seated([failed, Waiting(waiting[0].handler)])
-    assert [one.handler for one in again] == [one.handler for one in waiting]  # survivors keep their ranks
+    assert [one.handler for one in again] == [
+        one.handler for one in waiting
+    ]  # survivors keep their ranks
     assert not again[0].info.store.check(["said"])
-    assert again[0].info.bootstrap_store_info.master_port != waiting[0].info.bootstrap_store_info.master_port
+    assert (
+        again[0].info.bootstrap_store_info.master_port
+        != waiting[0].info.bootstrap_store_info.master_port
+    )
     assert [one.handler.num_nodes_waiting() for one in again] == [0, 0]
 
 
@@ -122,7 +130,10 @@ def test_a_spare_waits_and_disturbs_nobody(agents: Make) -> None:
     (spare,) = job.come(1)
     look = spare.handler._agent.next_view
     wait_for(lambda: look(None, 1.0) is not None, "the spare has seen the round")
-    wait_for(lambda: bool(waiting[0].handler._agent.latest_view().newcomers), "the others have seen the spare")
+    wait_for(
+        lambda: bool(waiting[0].handler._agent.latest_view().newcomers),
+        "the others have seen the spare",
+    )
     assert [one.handler.num_nodes_waiting() for one in waiting] == [0, 0]
     assert spare.waits
     for one in waiting:
@@ -186,7 +197,9 @@ def test_a_warm_spare_starts_at_once_with_ranks_that_cannot_train(
     (spare,) = job.come(1)
     info = spare.info
     assert info.rank >= info.world_size == 2
-    info.store.set(f"torchelastic/role_info/{info.rank}", '{"role": "r", "rank": 2, "local_world_size": 8}')
+    info.store.set(
+        f"torchelastic/role_info/{info.rank}", '{"role": "r", "rank": 2, "local_world_size": 8}'
+    )
     assert info.store.get(f"torchelastic/assigned_ranks/{info.rank}") == b"[16, 16, 16, 16]"
     barrier(info.store, info.world_size, "torchelastic/agent/terminal_state", barrier_timeout=1)
     monkeypatch.setenv("MASTER_ADDR", info.bootstrap_store_info.master_addr)
@@ -208,7 +221,9 @@ def test_whose_lease_was_lost_keeps_its_place(agents: Make) -> None:
     before = one._node
     one.keyspace.revoke(lease)
     wait_for(lambda: one._node not in ("", before), "it joined anew")
-    wait_for(lambda: one.name in waiting[1].handler._agent.latest_view().live, "the other one sees it")
+    wait_for(
+        lambda: one.name in waiting[1].handler._agent.latest_view().live, "the other one sees it"
+    )
     assert [handler.handler.num_nodes_waiting() for handler in waiting] == [0, 0]
 
 
@@ -216,11 +231,15 @@ def test_whose_lease_was_lost_keeps_its_place(agents: Make) -> None:
 def test_ranks_of_a_round_that_lost_its_first_agent_never_come_together(agents: Make) -> None:
     waiting = seated(agents(2, 2).come(2))
     first, second = waiting
-    second.info.store.set("torchelastic/role_info/1", '{"role": "r", "rank": 1, "local_world_size": 1}')
+    second.info.store.set(
+        "torchelastic/role_info/1", '{"role": "r", "rank": 1, "local_world_size": 1}'
+    )
     first.handler._agent.leave()
     rank, world, _, _ = json.loads(second.info.store.get("torchelastic/assigned_ranks/1"))
     assert 10**6 <= rank < world
-    assert second.handler.num_nodes_waiting() == 1  # though too few are left: its workers must not hang
+    assert (
+        second.handler.num_nodes_waiting() == 1
+    )  # though too few are left: its workers must not hang
 
 
 @pytest.mark.slow
@@ -229,7 +248,9 @@ def test_nobody_waits_at_the_end_for_an_agent_that_is_gone(agents: Make) -> None
     assert waiting[0].info.world_size == 3
     waiting[0].handler._agent.leave()
     threads = [
-        threading.Thread(target=barrier, args=(one.info.store, 3, "torchelastic/agent/terminal_state", WAIT_S))
+        threading.Thread(
+            target=barrier, args=(one.info.store, 3, "torchelastic/agent/terminal_state", WAIT_S)
+        )
         for one in waiting[1:]
     ]
     for thread in threads:
@@ -246,10 +267,18 @@ def test_keepers_learn_where_they_meet(agents: Make, endpoint: str) -> None:
     spec = nodes_from_environment()
     assert spec.job == job.job
     assert spec.where.removeprefix("etcd://").startswith(endpoint)
-    assert (spec.nodes_min, spec.nodes_max, spec.domain, spec.mirrors, spec.shrink_wait_s) == (1, 2, "rack 1", 2, 3.0)
+    assert (spec.nodes_min, spec.nodes_max, spec.domain, spec.mirrors, spec.shrink_wait_s) == (
+        1,
+        2,
+        "rack 1",
+        2,
+        3.0,
+    )
 
 
-def test_one_node_alone_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_node_alone_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CKPT_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("CKPT_NODES", "")
     job = Agents("", "none", 1, 1, {})
@@ -278,10 +307,15 @@ def test_an_outage_of_etcd_disturbs_nobody(tmp_path: Path) -> None:
         waiting = seated(job.come(2))
         assert waiting[0].info.world_size == 2
         server.kill()
-        wait_for(lambda: all(one.handler._agent.problem is not None for one in waiting), "the outage is felt")
+        wait_for(
+            lambda: all(one.handler._agent.problem is not None for one in waiting),
+            "the outage is felt",
+        )
         assert [one.handler.num_nodes_waiting() for one in waiting] == [0, 0]
         server.start()
-        wait_for(lambda: all(one.handler._agent.problem is None for one in waiting), "all see again")
+        wait_for(
+            lambda: all(one.handler._agent.problem is None for one in waiting), "all see again"
+        )
         assert [one.handler.num_nodes_waiting() for one in waiting] == [0, 0]
         again = [Waiting(one.handler) for one in waiting]
         assert {one.info.world_size for one in again} == {2}

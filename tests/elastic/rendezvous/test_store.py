@@ -44,7 +44,9 @@ def keyspace(driver: str, request: pytest.FixtureRequest, tmp_path: Path) -> Ite
     made: Keyspace = SqliteKeyspace(tmp_path / "job.db")
     if driver == "etcd":
         etcd: Etcd = request.getfixturevalue("etcd")
-        made = open_keyspace(EtcdOptions(endpoints=(etcd.endpoint,), call_s=5.0), f"store {tmp_path}")
+        made = open_keyspace(
+            EtcdOptions(endpoints=(etcd.endpoint,), call_s=5.0), f"store {tmp_path}"
+        )
     yield made
     made.close()
 
@@ -56,8 +58,15 @@ def store(keyspace: Keyspace) -> Make:
     def make(number: int = 1, **settings: object) -> RoundStore:
         lease = 7000 + number
         keyspace.grant(lease, 60.0)
-        chosen = {"round_problem": str, "count_present": lambda: 2, "on_doomed": lambda why: None, **settings}
-        return RoundStore(chosen.pop("keyspace", keyspace), RendezvousRound(number, ("a", "b"), lease), **chosen)
+        chosen = {
+            "round_problem": str,
+            "count_present": lambda: 2,
+            "on_doomed": lambda why: None,
+            **settings,
+        }
+        return RoundStore(
+            chosen.pop("keyspace", keyspace), RendezvousRound(number, ("a", "b"), lease), **chosen
+        )
 
     return make
 

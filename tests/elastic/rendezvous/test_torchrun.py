@@ -1,4 +1,5 @@
-"""Real torchrun on several "nodes" of this machine, each with a runtime folder of its own; whole nodes are killed."""
+"""Real torchrun on several "nodes" of this machine, each with a runtime folder of its own; whole
+nodes are killed."""
 
 from __future__ import annotations
 
@@ -45,8 +46,11 @@ def _command(pid: int) -> list[str]:
 
 
 @pytest.fixture
-def start(tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Node]]:
-    """Starts nodes: ``start(launcher options, script, *arguments)``; what they started is gone afterwards."""
+def start(
+    tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Node]]:
+    """Starts nodes: ``start(launcher options, script, *arguments)``; what they started is gone
+    afterwards."""
     for name in ("CKPT_KEEPER", "CKPT_IN_PLACE", "CKPT_NODES"):
         monkeypatch.delenv(name, raising=False)
     made: list[Fleet] = []
@@ -57,7 +61,10 @@ def start(tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         made.append(Fleet(folder))
         paths = os.pathsep.join([str(TESTS.parent), str(plugin)])
         env = {"PYTHONPATH": paths, "CKPT_STATE_DIR": str(tmp_path / "state")}
-        return Node(made[-1], made[-1].start([sys.executable, *launcher, str(script), *map(str, arguments)], env=env))
+        return Node(
+            made[-1],
+            made[-1].start([sys.executable, *launcher, str(script), *map(str, arguments)], env=env),
+        )
 
     yield make
     for fleet in made:
@@ -85,12 +92,20 @@ def test_an_undecorated_program_goes_on_when_an_agent_was_killed_and_came_back(
     out = tmp_path / "out"
     out.mkdir()
     launcher = [
-        *TORCHRUN, "--rdzv-id=plain", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
+        *TORCHRUN,
+        "--rdzv-id=plain",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--max-restarts=3",
         "--rdzv-conf=ttl=1,join_timeout=200",
-    ]  # fmt: skip
+    ]
     nodes = [start(launcher, PLAIN, out, 400) for _ in range(2)]
     wait_for(lambda: len(lines(out, 1)) > 5, "both train", wait_s=WAIT_S, say=say(nodes))
-    pid = int([line for line in (out / "pids.txt").read_text().splitlines() if line.startswith("0 ")][-1].split()[1])
+    pid = int(
+        [line for line in (out / "pids.txt").read_text().splitlines() if line.startswith("0 ")][
+            -1
+        ].split()[1]
+    )
     dead = next(node for node in nodes if node.has(pid))
     dead.fleet.kill_all()
     done = [len(lines(out, rank)) for rank in range(2)]
@@ -113,21 +128,35 @@ def test_a_warm_standby_takes_over_and_the_other_agents_notice_nothing(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    launcher = ["-m", "ckpt", "run", "--ttl=2", "--rdzv-id=kept", "--nnodes=2", "--nproc-per-node=1"]
+    launcher = [
+        "-m",
+        "ckpt",
+        "run",
+        "--ttl=2",
+        "--rdzv-id=kept",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+    ]
     nodes = [start(launcher, STEADY, out, 600, "--step-s", 0.1) for _ in range(3)]
     _lose_a_node(nodes, out, 600, warm=True)
 
 
 @pytest.mark.slow
-def test_a_standby_that_waits_takes_over_over_etcd(start: Callable[..., Node], tmp_path: Path, etcd: Etcd) -> None:
+def test_a_standby_that_waits_takes_over_over_etcd(
+    start: Callable[..., Node], tmp_path: Path, etcd: Etcd
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     secret = tmp_path / "job.secret"
     run([sys.executable, "-m", "ckpt", "key", "new", str(secret)], check=True, capture_output=True)
     launcher = [
-        *TORCHRUN, f"--rdzv-endpoint={etcd.endpoint}", "--rdzv-id=kept too", "--nnodes=2", "--nproc-per-node=1",
+        *TORCHRUN,
+        f"--rdzv-endpoint={etcd.endpoint}",
+        "--rdzv-id=kept too",
+        "--nnodes=2",
+        "--nproc-per-node=1",
         f"--rdzv-conf=ttl=5,standby=wait,secret={secret}",
-    ]  # fmt: skip
+    ]
     nodes = [start(launcher, STEADY, out, 600, "--step-s", 0.1) for _ in range(3)]
     _lose_a_node(nodes, out, 600, warm=False)
 
@@ -142,9 +171,13 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
     run([sys.executable, "-m", "ckpt", "key", "new", str(secret)], check=True, capture_output=True)
     before = set(etcd.leases())
     launcher = [
-        *TORCHRUN, f"--rdzv-endpoint={etcd.endpoint}", "--rdzv-id=one lease", "--nnodes=2", "--nproc-per-node=1",
+        *TORCHRUN,
+        f"--rdzv-endpoint={etcd.endpoint}",
+        "--rdzv-id=one lease",
+        "--nnodes=2",
+        "--nproc-per-node=1",
         f"--rdzv-conf=ttl=5,secret={secret}",
-    ]  # fmt: skip
+    ]
     nodes = [start(launcher, STEADY, out, 800, "--step-s", 0.1) for _ in range(2)]
 
     def theirs() -> set[int]:
@@ -156,11 +189,21 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
     wait_for(lambda: losses(out, 1) > 20, "both train", wait_s=WAIT_S, say=say(nodes))
     wait_for(lambda: settled(set()), "one lease a node", wait_s=WAIT_S, say=say(nodes))
     leases, done = theirs(), losses(out, 1)
-    wait_for(lambda: losses(out, 1) > done + 80, "they go on for longer than a lease", wait_s=WAIT_S, say=say(nodes))
+    wait_for(
+        lambda: losses(out, 1) > done + 80,
+        "they go on for longer than a lease",
+        wait_s=WAIT_S,
+        say=say(nodes),
+    )
     assert theirs() == leases
     assert "joins again" not in say(nodes)()
     assert nodes[1].fleet.send(nodes[1].fleet.keeper(Path("out/store")), signal.SIGKILL)
-    wait_for(lambda: settled(leases), "one lease a node with the next keeper", wait_s=WAIT_S, say=say(nodes))
+    wait_for(
+        lambda: settled(leases),
+        "one lease a node with the next keeper",
+        wait_s=WAIT_S,
+        say=say(nodes),
+    )
     (out / "hurry").touch()
     assert finished(nodes) == [0, 0], say(nodes)()
     assert "asked-back" not in say(nodes)()
@@ -168,14 +211,17 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
 
 
 def _lose_a_node(nodes: list[Node], out: Path, steps: int, *, warm: bool) -> None:
-    """Kill the node of rank 1; the standby has to bring it to an end, with the supervisor of rank 0 still the same."""
+    """Kill the node of rank 1; the standby has to bring it to an end, with the supervisor of rank 0
+    still the same."""
     trainer = nodes[0].job  # reads what ranks say of themselves, wherever they are
     job = Job(trainer.process, out)
     wait_for(lambda: losses(out, 1) > 20, "both train", wait_s=WAIT_S, say=say(nodes))
     wait_for(
-        lambda: sum(node.runs(STEADY) for node in nodes) == (3 if warm else 2), "the workers run", wait_s=WAIT_S,
+        lambda: sum(node.runs(STEADY) for node in nodes) == (3 if warm else 2),
+        "the workers run",
+        wait_s=WAIT_S,
         say=say(nodes),
-    )  # fmt: skip
+    )
     supervisor = job.supervisor(0)
     dead = next(node for node in nodes if node.has(job.trainer(1)))
     rest = [node for node in nodes if node is not dead]

@@ -125,7 +125,8 @@ class Keeper:
         return link
 
     def hang_up(self) -> None:
-        """Take the next connection, and end it without a word, as a keeper does that is just ending."""
+        """Take the next connection, and end it without a word, as a keeper does that is just
+        ending."""
         peer, _ = self._socket.accept()
         peer.close()
 
@@ -178,10 +179,19 @@ class Programs:
     def __call__(self, text: str, *, environment: dict[str, str] | None = None) -> Program:
         script = self.folder / "program.py"
         script.write_text(HEAD + text)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("CKPT_", "PYTEST_"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("CKPT_", "PYTEST_"))
+        }
         process = template.Program(
             [sys.executable, script.name],
-            env={**kept, "TEST_KEEPER": str(self.keeper.path), "TEST_FOLDER": str(self.folder), **(environment or {})},
+            env={
+                **kept,
+                "TEST_KEEPER": str(self.keeper.path),
+                "TEST_FOLDER": str(self.folder),
+                **(environment or {}),
+            },
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

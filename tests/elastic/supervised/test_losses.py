@@ -30,7 +30,8 @@ AHEAD = (
     "seat = sit(prepare=True)\n"
     "say('built', seat.attempt, os.getpid())\n"
     "seat = seat.promoted()\n"
-    "say('live', seat.attempt, seat.port, seat.how, os.environ['MASTER_PORT'], trainer_of_process() == seat, os.getpid())\n"
+    "say('live', seat.attempt, seat.port, seat.how, os.environ['MASTER_PORT'], "
+    "trainer_of_process() == seat, os.getpid())\n"
     "seat.first_step_done()\n"
     "forever()\n"
 )
@@ -44,7 +45,9 @@ def memfd(text: bytes) -> int:
 
 
 @pytest.mark.slow
-def test_lost_keeper_ends_the_trainer_and_the_next_one_gets_what_was_held(program, keeper, alive) -> None:
+def test_lost_keeper_ends_the_trainer_and_the_next_one_gets_what_was_held(
+    program, keeper, alive
+) -> None:
     run = program("sit()\nforever()\n")
     link = keeper.accept()
     first = link.start().trainer_pid
@@ -78,7 +81,9 @@ def test_lost_keeper_ends_the_trainer_and_the_next_one_gets_what_was_held(progra
 
 
 @pytest.mark.slow
-def test_supervisor_whose_attempt_never_began_hands_over_what_it_held_and_says_so_first(program, keeper) -> None:
+def test_supervisor_whose_attempt_never_began_hands_over_what_it_held_and_says_so_first(
+    program, keeper
+) -> None:
     run = program("sit()\nforever()\n")
     link = keeper.accept()
     assert not link.hello.holds
@@ -98,7 +103,9 @@ def test_supervisor_whose_attempt_never_began_hands_over_what_it_held_and_says_s
 
 
 @pytest.mark.slow
-def test_keeper_that_ends_at_the_hello_is_followed_by_another_and_is_none_that_died(program, keeper) -> None:
+def test_keeper_that_ends_at_the_hello_is_followed_by_another_and_is_none_that_died(
+    program, keeper
+) -> None:
     run = program("sit()\nforever()\n")
     keeper.accept().close()
     for _ in range(8):
@@ -139,7 +146,9 @@ def test_preemption_is_told_again_to_a_new_keeper(program, keeper) -> None:
 
 
 @pytest.mark.slow
-def test_keeper_that_cannot_be_had_again_ends_the_program_with_a_message(program, keeper, until, alive) -> None:
+def test_keeper_that_cannot_be_had_again_ends_the_program_with_a_message(
+    program, keeper, until, alive
+) -> None:
     run = program(
         "from ckpt.errors import UnavailableError\n"
         "def nobody():\n    raise UnavailableError('no keeper')\n"
@@ -248,7 +257,9 @@ def test_spawned_trainers_are_prepared_too(program, keeper) -> None:
 
 
 @pytest.mark.slow
-def test_node_that_may_not_act_has_its_trainer_stopped_and_starts_none_until_it_may(program, keeper, alive) -> None:
+def test_node_that_may_not_act_has_its_trainer_stopped_and_starts_none_until_it_may(
+    program, keeper, alive
+) -> None:
     run = program("sit()\nforever()\n")
     link = keeper.accept()
     board = Board.create(1)

@@ -29,7 +29,9 @@ os._exit(0)
         ("torch.ones(1 << 22).add_(1.0).sum()", "spawn"),
     ],
 )
-def test_trainer_runs_parallel_operations_whatever_came_before_the_call(program, keeper, above: str, how: str) -> None:
+def test_trainer_runs_parallel_operations_whatever_came_before_the_call(
+    program, keeper, above: str, how: str
+) -> None:
     run = program(CHOOSE.format(above=above))
     link = keeper.accept()
     for attempt in (1, 2):

@@ -1,4 +1,5 @@
-"""Real processes: a supervisor, the trainers that it forks, and a keeper that says what the test wants."""
+"""Real processes: a supervisor, the trainers that it forks, and a keeper that says what the test
+wants."""
 
 from __future__ import annotations
 
@@ -11,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.ipc.messages import Bye, Died, Dump, Kill, Killed, Leave, Preempt, PrintLine, Start, Started
+from ckpt.ipc.messages import (
+    Bye,
+    Died,
+    Dump,
+    Kill,
+    Killed,
+    Leave,
+    Preempt,
+    PrintLine,
+    Start,
+    Started,
+)
 
 REST = "say(json.dumps([seat.attempt, seat.port, seat.how, os.getppid(), os.getpgrp() == os.getpid()]))\n"
 
@@ -35,7 +47,9 @@ def test_forked_trainer_has_its_environment_and_goes_on_with_the_program(program
     assert run.line() == "127.0.0.1 4567 False 2 None {'weights': [1, 2]}"
     own, fds = run.line().split(maxsplit=1)
     assert own == "True"
-    assert len(json.loads(fds.replace("'", '"'))) <= 6, "stdin, stdout, stderr, report, stacks, the listing"
+    assert len(json.loads(fds.replace("'", '"'))) <= 6, (
+        "stdin, stdout, stderr, report, stacks, the listing"
+    )
     died = link.expect(Died)
     assert (died.attempt, died.status) == (3, 0)
     link.send(Leave(status=0))
@@ -54,7 +68,9 @@ def test_forked_trainer_has_its_environment_and_goes_on_with_the_program(program
         ("raise KeyboardInterrupt", -signal.SIGINT, 128 + signal.SIGINT),
     ],
 )
-def test_supervisor_ends_as_its_trainer_did(program, keeper, ends: str, status: int, told: int) -> None:
+def test_supervisor_ends_as_its_trainer_did(
+    program, keeper, ends: str, status: int, told: int
+) -> None:
     run = program(f"sit()\n{ends}\n")
     link = keeper.accept()
     link.start()
@@ -93,7 +109,9 @@ def test_kill_ends_the_whole_group_and_the_next_attempt_starts(program, keeper, 
     assert all(map(alive, [first, *grandchildren]))
     link.send(Kill(attempt=1))
     assert link.expect(Killed).attempt == 1
-    assert not any(map(os.path.exists, [f"/proc/{pid}" for pid in [first, *grandchildren]])), "not even a zombie"
+    assert not any(map(os.path.exists, [f"/proc/{pid}" for pid in [first, *grandchildren]])), (
+        "not even a zombie"
+    )
     second = link.start(attempt=2).trainer_pid
     assert alive(second)
     assert second != first
@@ -103,7 +121,9 @@ def test_kill_ends_the_whole_group_and_the_next_attempt_starts(program, keeper, 
 
 
 @pytest.mark.slow
-def test_what_a_dead_trainer_left_behind_is_gone_before_the_next_starts(program, keeper, alive) -> None:
+def test_what_a_dead_trainer_left_behind_is_gone_before_the_next_starts(
+    program, keeper, alive
+) -> None:
     run = program(
         "seat = sit()\n"
         "if seat.attempt == 1:\n"
@@ -129,7 +149,8 @@ def test_what_a_dead_trainer_left_behind_is_gone_before_the_next_starts(program,
 @pytest.mark.slow
 def test_process_that_a_trainer_left_to_itself_leaves_no_zombie(program, keeper, until) -> None:
     run = program(
-        "sit()\nif os.fork() == 0:\n    if os.fork() == 0:\n        say(os.getpid())\n    os._exit(0)\nos.wait()\nforever()\n"
+        "sit()\nif os.fork() == 0:\n    if os.fork() == 0:\n        say(os.getpid())\n    "
+        "os._exit(0)\nos.wait()\nforever()\n"
     )
     keeper.accept().start()
     orphan = run.line()
@@ -137,7 +158,9 @@ def test_process_that_a_trainer_left_to_itself_leaves_no_zombie(program, keeper,
 
 
 @pytest.mark.slow
-def test_kill_of_an_attempt_that_is_not_running_is_answered_and_harms_nothing(program, keeper, alive) -> None:
+def test_kill_of_an_attempt_that_is_not_running_is_answered_and_harms_nothing(
+    program, keeper, alive
+) -> None:
     program("sit()\nforever()\n")
     link = keeper.accept()
     link.send(Kill(attempt=1))
@@ -158,7 +181,9 @@ def test_trainer_dies_with_its_supervisor(program, keeper, until, alive) -> None
 
 @pytest.mark.slow
 def test_sigterm_that_comes_twice_at_once_is_one(program, keeper, alive) -> None:
-    run = program("from ckpt.elastic import sigterm as terms\nterms.REPEAT_S = 1000.0\nsit()\nforever()\n")
+    run = program(
+        "from ckpt.elastic import sigterm as terms\nterms.REPEAT_S = 1000.0\nsit()\nforever()\n"
+    )
     link = keeper.accept()
     pid = link.start().trainer_pid
     os.kill(run.pid, signal.SIGTERM)
@@ -173,7 +198,9 @@ def test_sigterm_that_comes_twice_at_once_is_one(program, keeper, alive) -> None
 
 @pytest.mark.slow
 def test_first_sigterm_asks_a_later_one_ends(program, keeper, until, alive) -> None:
-    run = program("from ckpt.elastic import sigterm as terms\nterms.REPEAT_S = 0.0\nsit()\nforever()\n")
+    run = program(
+        "from ckpt.elastic import sigterm as terms\nterms.REPEAT_S = 0.0\nsit()\nforever()\n"
+    )
     link = keeper.accept()
     pid = link.start().trainer_pid
     os.kill(run.pid, signal.SIGTERM)
@@ -209,7 +236,8 @@ def test_sigterm_to_the_trainer_is_passed_on_and_does_not_end_it(program, keeper
 @pytest.mark.slow
 def test_interrupt_reaches_the_trainer(program, keeper) -> None:
     run = program(
-        "sit()\ntry:\n    say('in')\n    forever()\nexcept KeyboardInterrupt:\n    say('caught')\n    raise\n"
+        "sit()\ntry:\n    say('in')\n    forever()\nexcept KeyboardInterrupt:\n    say('caught')\n "
+        "   raise\n"
     )
     link = keeper.accept()
     link.start()
@@ -224,7 +252,8 @@ def test_interrupt_reaches_the_trainer(program, keeper) -> None:
 @pytest.mark.slow
 def test_interrupt_is_the_cause_whatever_the_trainer_makes_of_it(program, keeper) -> None:
     run = program(
-        "sit()\ntry:\n    say('in')\n    forever()\nexcept KeyboardInterrupt:\n    say('caught')\n    sys.exit(3)\n"
+        "sit()\ntry:\n    say('in')\n    forever()\nexcept KeyboardInterrupt:\n    say('caught')\n "
+        "   sys.exit(3)\n"
     )
     link = keeper.accept()
     link.start()
@@ -238,7 +267,9 @@ def test_interrupt_is_the_cause_whatever_the_trainer_makes_of_it(program, keeper
 
 @pytest.mark.slow
 def test_nothing_is_started_after_an_interrupt(program, keeper, until, alive) -> None:
-    run = program("sit()\nsignal.signal(signal.SIGINT, lambda *_: say('mine'))\nsay('in')\nforever()\n")
+    run = program(
+        "sit()\nsignal.signal(signal.SIGINT, lambda *_: say('mine'))\nsay('in')\nforever()\n"
+    )
     link = keeper.accept()
     pid = link.start().trainer_pid
     assert run.line() == "in"
@@ -268,7 +299,8 @@ def test_signals_that_the_program_handles_reach_the_trainer(program, keeper) -> 
 @pytest.mark.slow
 def test_what_was_printed_before_the_call_is_printed_once(program, keeper) -> None:
     run = program(
-        "print('early')\nseat = sit()\nprint('attempt', seat.attempt)\n", environment={"PYTHONUNBUFFERED": ""}
+        "print('early')\nseat = sit()\nprint('attempt', seat.attempt)\n",
+        environment={"PYTHONUNBUFFERED": ""},
     )
     link = keeper.accept()
     for attempt in (1, 2):
@@ -280,7 +312,9 @@ def test_what_was_printed_before_the_call_is_printed_once(program, keeper) -> No
 
 
 @pytest.mark.slow
-def test_stacks_are_dumped_to_the_file_that_the_keeper_names(program, keeper, until, tmp_path) -> None:
+def test_stacks_are_dumped_to_the_file_that_the_keeper_names(
+    program, keeper, until, tmp_path
+) -> None:
     run = program("sit()\ndef stuck():\n    say('in')\n    forever()\nstuck()\n")
     link = keeper.accept()
     link.start()
@@ -309,7 +343,9 @@ def test_stacks_that_can_not_be_written_keep_nobody_from_training_or_from_being_
 
 
 @pytest.mark.slow
-def test_stacks_whose_folder_is_removed_keep_nobody_from_being_killed(program, keeper, tmp_path) -> None:
+def test_stacks_whose_folder_is_removed_keep_nobody_from_being_killed(
+    program, keeper, tmp_path
+) -> None:
     (tmp_path / "stacks").mkdir()
     run = program("os.environ['TEST_FOLDER'] += '/stacks'\nsit()\nsay('in')\nforever()\n")
     link = keeper.accept()
@@ -336,7 +372,8 @@ def test_start_for_which_the_last_trainer_has_to_be_killed_first(program, keeper
 @pytest.mark.slow
 def test_spawned_trainer_runs_the_command_again_from_where_it_was_started(program, keeper) -> None:
     run = program(
-        "say('above', os.getcwd())\nos.chdir('/')\nthreading.Thread(target=forever, daemon=True).start()\n"
+        "say('above', os.getcwd())\nos.chdir('/')\nthreading.Thread(target=forever, "
+        "daemon=True).start()\n"
         "seat = sit(Spawn('threads'))\n"
         + REST
         + "say(sys.argv, trainer_of_process() == seat)\nos.kill(os.getpid(), 15)\n"

@@ -1,4 +1,5 @@
-"""A program at a terminal: a debugger can be typed into, Ctrl-C and Ctrl-Z do what they do without a supervisor."""
+"""A program at a terminal: a debugger can be typed into, Ctrl-C and Ctrl-Z do what they do without
+a supervisor."""
 
 from __future__ import annotations
 
@@ -49,9 +50,14 @@ class Screen:
         (folder / "shell.py").write_text(SHELL)
         (folder / "program.py").write_text(program)
         self._process = subprocess.Popen(
-            [sys.executable, "shell.py", "program.py"], cwd=folder, env=environment, stdin=far, stdout=far, stderr=far,
+            [sys.executable, "shell.py", "program.py"],
+            cwd=folder,
+            env=environment,
+            stdin=far,
+            stdout=far,
+            stderr=far,
             start_new_session=True,
-        )  # fmt: skip
+        )
         os.close(far)
         self._seen = ""
 
@@ -82,13 +88,18 @@ class Screen:
 def screen(tmp_path: Path, keeper, head: str) -> Iterator[Screen]:
     """A program that debugs itself, and waits for signals after it."""
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("CKPT_", "PYTEST_", "PYTHON"))},
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("CKPT_", "PYTEST_", "PYTHON"))
+        },
         "TEST_KEEPER": str(keeper.path),
         "TEST_FOLDER": str(tmp_path),
         "TERM": "dumb",
     }
     text = (
-        "seat = sit()\nsay('attempt', seat.attempt, 'pid', os.getpid(), '.')\nx = 41\nbreakpoint()\n"
+        "seat = sit()\nsay('attempt', seat.attempt, 'pid', os.getpid(), '.')\nx = "
+        "41\nbreakpoint()\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # pdb has one of its own
         "say('front', os.tcgetpgrp(0) == os.getpgrp(), 'x', x, '.')\nforever()\n"
     )
@@ -98,7 +109,9 @@ def screen(tmp_path: Path, keeper, head: str) -> Iterator[Screen]:
 
 
 @pytest.mark.slow
-def test_debugger_can_be_typed_into_and_interrupt_ends_all_as_without_supervisor(screen: Screen, keeper) -> None:
+def test_debugger_can_be_typed_into_and_interrupt_ends_all_as_without_supervisor(
+    screen: Screen, keeper
+) -> None:
     link = keeper.accept()
     for attempt in (1, 2):  # the terminal comes back from a dead trainer, and is lent once more
         link.start(attempt)
@@ -138,7 +151,9 @@ def test_suspended_program_goes_on_where_it_was(screen: Screen, keeper) -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_before_anyone_asked_for_the_terminal_reaches_the_trainer(screen: Screen, keeper) -> None:
+def test_interrupt_before_anyone_asked_for_the_terminal_reaches_the_trainer(
+    screen: Screen, keeper
+) -> None:
     link = keeper.accept()
     screen.type("\x03")
     screen.see(r"ended -2 True")

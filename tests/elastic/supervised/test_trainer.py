@@ -8,7 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from ckpt.elastic.processes.trainer import TRAINER_VARIABLE, TrainerProcess, environment, trainer_of_process
+from ckpt.elastic.processes.trainer import (
+    TRAINER_VARIABLE,
+    TrainerProcess,
+    environment,
+    trainer_of_process,
+)
 from ckpt.errors import UsageError
 from ckpt.ipc.messages import Kill, Killed, Preempt
 
@@ -48,7 +53,8 @@ def test_prepared_seat_says_nothing_of_a_process_group_yet() -> None:
 @pytest.mark.slow
 def test_children_of_a_trainer_end_on_sigterm_as_children_do(program, keeper) -> None:
     run = program(
-        "sit()\nheard, says = os.pipe()\npid = os.fork()\nif pid == 0:\n    os.write(says, b'.')\n    forever()\n"
+        "sit()\nheard, says = os.pipe()\npid = os.fork()\nif pid == 0:\n    os.write(says, b'.')\n "
+        "   forever()\n"
         "os.read(heard, 1)\nos.kill(pid, signal.SIGTERM)\n"
         "say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )
@@ -69,8 +75,10 @@ def test_programs_that_a_trainer_starts_are_no_trainers(program, keeper) -> None
 
 @pytest.mark.slow
 def test_trainer_is_killed_before_its_supervisor_where_memory_is_short(program, keeper) -> None:
-    run = program("own = Path('/proc/self/oom_score_adj')\nbefore = int(own.read_text())\nsit()\n"
-                  "say(int(own.read_text()) > before or before == 1000)\n")  # fmt: skip
+    run = program(
+        "own = Path('/proc/self/oom_score_adj')\nbefore = int(own.read_text())\nsit()\n"
+        "say(int(own.read_text()) > before or before == 1000)\n"
+    )
     keeper.accept().start()
     assert run.line() == "True"
 
@@ -78,7 +86,8 @@ def test_trainer_is_killed_before_its_supervisor_where_memory_is_short(program, 
 @pytest.mark.slow
 def test_ignored_sigterm_stays_ignored(program, keeper) -> None:
     run = program(
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsit()\nsay(signal.getsignal(signal.SIGTERM).name)\nforever()\n"
+        "signal.signal(signal.SIGTERM, "
+        "signal.SIG_IGN)\nsit()\nsay(signal.getsignal(signal.SIGTERM).name)\nforever()\n"
     )
     link = keeper.accept()
     link.start()
@@ -91,9 +100,11 @@ def test_ignored_sigterm_stays_ignored(program, keeper) -> None:
 @pytest.mark.slow
 def test_handlers_of_the_program_are_there_in_the_trainer(program, keeper) -> None:
     run = program(
-        "def mine(*_): pass\nsignal.signal(signal.SIGINT, mine)\nsignal.signal(signal.SIGCHLD, mine)\nsit()\n"
+        "def mine(*_): pass\nsignal.signal(signal.SIGINT, mine)\nsignal.signal(signal.SIGCHLD, "
+        "mine)\nsit()\n"
         "say(signal.getsignal(signal.SIGINT) is mine, signal.getsignal(signal.SIGCHLD) is mine,"
-        "signal.getsignal(signal.SIGTSTP).name, signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.set_wakeup_fd(-1))\n"
+        "signal.getsignal(signal.SIGTSTP).name, signal.pthread_sigmask(signal.SIG_BLOCK, []), "
+        "signal.set_wakeup_fd(-1))\n"
     )
     keeper.accept().start()
     assert run.line() == "True True SIG_DFL set() -1"

@@ -62,7 +62,9 @@ def test_exception_alone_waits_for_an_explanation_then_counts() -> None:
 
 
 def test_same_exception_at_the_same_step_twice_ends_all_nodes_with_its_status() -> None:
-    came = decide(trouble(replace(ERROR, status=3)), FailureHistory("f", 7, 1, 0, 5), Policy(), NOW_S + 9)
+    came = decide(
+        trouble(replace(ERROR, status=3)), FailureHistory("f", 7, 1, 0, 5), Policy(), NOW_S + 9
+    )
     assert isinstance(came, EndJob)
     assert came.status == 3
     assert "twice" in came.text or "2 times" in came.text
@@ -105,11 +107,16 @@ def test_nodes_that_could_not_act_for_a_while_are_no_failures_of_the_program() -
 
 @settings(deadline=None)
 @given(
-    st.lists(st.sampled_from([DIED, ERROR, replace(ERROR, fingerprint="g"), replace(DIED, kind="hang")]), max_size=4),
+    st.lists(
+        st.sampled_from([DIED, ERROR, replace(ERROR, fingerprint="g"), replace(DIED, kind="hang")]),
+        max_size=4,
+    ),
     st.sets(st.sampled_from(["x", "y"])),
     st.floats(NOW_S, NOW_S + 3),
 )
-def test_waiting_ends_and_only_exceptions_wait(failures: list[Failure], lost: set[str], now_s: float) -> None:
+def test_waiting_ends_and_only_exceptions_wait(
+    failures: list[Failure], lost: set[str], now_s: float
+) -> None:
     came = decide(trouble(*failures, lost=tuple(sorted(lost))), FailureHistory(), Policy(), now_s)
     assert isinstance(came, NoFailure) == (not failures and not lost)
     if isinstance(came, WaitForCause):
@@ -121,5 +128,8 @@ def test_waiting_ends_and_only_exceptions_wait(failures: list[Failure], lost: se
 def test_ranks_are_told_as_those_of_the_whole_job() -> None:
     told = with_global_rank(DIED, 8)
     assert (told.rank, told.text) == (8, "rank 8 died of SIGKILL")
-    assert with_global_rank(replace(DIED, rank=1, text="rank 12 is not this one"), 8).text == "rank 12 is not this one"
+    assert (
+        with_global_rank(replace(DIED, rank=1, text="rank 12 is not this one"), 8).text
+        == "rank 12 is not this one"
+    )
     assert with_global_rank(replace(DIED, rank=-1), 8).rank == -1

@@ -37,7 +37,8 @@ def test_long_steps_make_it_patient() -> None:
 
 
 @pytest.mark.parametrize(
-    "phase", [TrainerPhase.STARTING, TrainerPhase.BUILDING, TrainerPhase.PAUSED, TrainerPhase.DEBUGGING]
+    "phase",
+    [TrainerPhase.STARTING, TrainerPhase.BUILDING, TrainerPhase.PAUSED, TrainerPhase.DEBUGGING],
 )
 def test_nobody_hangs_while_somebody_is_exempt(phase: TrainerPhase) -> None:
     assert hung_ranks([replace(WELL, phase=phase), LATE], floor_s=FLOOR_S) == ()
@@ -50,7 +51,13 @@ def test_nobody_hangs_before_the_first_step_or_in_a_debugger() -> None:
 
 @pytest.mark.parametrize(
     "phase",
-    [TrainerPhase.STARTING, TrainerPhase.BUILDING, TrainerPhase.TRAINING, TrainerPhase.PAUSED, TrainerPhase.DEBUGGING],
+    [
+        TrainerPhase.STARTING,
+        TrainerPhase.BUILDING,
+        TrainerPhase.TRAINING,
+        TrainerPhase.PAUSED,
+        TrainerPhase.DEBUGGING,
+    ],
 )
 def test_a_stopped_process_hangs_in_its_first_step_and_in_a_pause_too(phase: TrainerPhase) -> None:
     halted = replace(WELL, phase=phase, first_step_done=False, idle_s=61.0, stopped=True)
@@ -68,7 +75,11 @@ def test_a_rank_that_finished_neither_hangs_nor_exempts() -> None:
 
 
 def test_those_furthest_behind_come_first_and_of_those_the_longest_idle() -> None:
-    pulses = [replace(LATE, rank=0, completed=6), replace(LATE, rank=1), replace(LATE, rank=2, idle_s=20.0)]
+    pulses = [
+        replace(LATE, rank=0, completed=6),
+        replace(LATE, rank=1),
+        replace(LATE, rank=2, idle_s=20.0),
+    ]
     assert hung_ranks(pulses, floor_s=FLOOR_S) == (2, 1, 0)
 
 
@@ -95,11 +106,15 @@ def seen(*looks: tuple[float, dict[int, object]]) -> Observation:
 def test_time_counts_from_the_look_that_first_saw_the_same() -> None:
     assert seen((0.0, {0: "a"})).idle_s == {0: 0.0}
     assert seen((0.0, {0: "a"}), (1.0, {0: "a"}), (2.5, {0: "a"})).idle_s == {0: 2.5}
-    assert seen((0.0, {0: "a", 1: "x"}), (1.0, {0: "b", 1: "x"}), (2.0, {0: "b", 1: "x"})).idle_s == {0: 1.0, 1: 2.0}
+    assert seen(
+        (0.0, {0: "a", 1: "x"}), (1.0, {0: "b", 1: "x"}), (2.0, {0: "b", 1: "x"})
+    ).idle_s == {0: 1.0, 1: 2.0}
 
 
 def test_a_watcher_that_stood_still_itself_takes_nobody_for_hung() -> None:
-    assert seen((0.0, {0: "a"}), (1.0, {0: "a"}), (3600.0, {0: "a"})).idle_s == {0: 1.0 + LOOK_GAPS_MAX}
+    assert seen((0.0, {0: "a"}), (1.0, {0: "a"}), (3600.0, {0: "a"})).idle_s == {
+        0: 1.0 + LOOK_GAPS_MAX
+    }
 
 
 def test_a_rank_that_is_seen_for_the_first_time_has_not_stood_still() -> None:

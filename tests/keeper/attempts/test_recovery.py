@@ -12,7 +12,14 @@ FAILURE = Failure(1, "died", "rank 1 died of SIGKILL", -9, at_s=10.0)
 
 
 def recovery(**changes: object) -> Recovery:
-    known = {"attempt": 2, "failure": FAILURE, "completed": 12, "known_s": 10.25, "killed_s": 10.5, **changes}
+    known = {
+        "attempt": 2,
+        "failure": FAILURE,
+        "completed": 12,
+        "known_s": 10.25,
+        "killed_s": 10.5,
+        **changes,
+    }
     return Recovery(**known)  # type: ignore[arg-type]
 
 
@@ -24,8 +31,14 @@ def test_each_phase_ends_with_the_slowest_rank_and_together_they_are_all_of_it()
     phases = one.phases()
     assert list(phases) == ["detect", "kill", *NAMES.values()]
     assert phases == {
-        "detect": 0.25, "kill": 0.25, "fork": 0.625, "rendezvous": 1.0, "build": 1.0, "restore": 1.0, "step": 1.0,
-    }  # fmt: skip
+        "detect": 0.25,
+        "kill": 0.25,
+        "fork": 0.625,
+        "rendezvous": 1.0,
+        "build": 1.0,
+        "restore": 1.0,
+        "step": 1.0,
+    }
     assert one.seconds == pytest.approx(15.125 - 10.0)
 
 
@@ -60,9 +73,12 @@ def test_clocks_that_disagree_make_no_phase_negative() -> None:
 
 
 @pytest.mark.parametrize(
-    ("resume", "lost"), [(SnapshotId(3, 11), 1), (SnapshotId(3, 12), 0), (SnapshotId(3, 13), 0), (None, 12)]
+    ("resume", "lost"),
+    [(SnapshotId(3, 11), 1), (SnapshotId(3, 12), 0), (SnapshotId(3, 13), 0), (None, 12)],
 )
-def test_lost_steps_are_those_completed_beyond_what_was_restored(resume: SnapshotId | None, lost: int) -> None:
+def test_lost_steps_are_those_completed_beyond_what_was_restored(
+    resume: SnapshotId | None, lost: int
+) -> None:
     assert recovery(resume=resume).steps_lost == lost
 
 
@@ -70,12 +86,20 @@ def test_the_line_and_the_facts_tell_the_same() -> None:
     one = recovery(resume=SnapshotId(3, 11), how="fork")
     one.reach(0, "first-step", 11.0)
     assert one.line() == (
-        "recovered in 1.000 s: rank 1 died of SIGKILL with 12 steps complete; all ranks went on from step 11 "
+        "recovered in 1.000 s: rank 1 died of SIGKILL with 12 steps complete; all ranks went on "
+        "from step 11 "
         "(detect 0.250, kill 0.250, step 0.500); 1 steps redone"
     )
     facts = one.facts()
-    assert (facts["seconds"], facts["steps_lost"], facts["resumed"], facts["step_s"]) == (1.0, 1, 11, 0.5)
+    assert (facts["seconds"], facts["steps_lost"], facts["resumed"], facts["step_s"]) == (
+        1.0,
+        1,
+        11,
+        0.5,
+    )
 
 
 def test_nothing_completed_is_told_as_zero_steps() -> None:
-    assert "with 0 steps complete; all ranks went on from the start" in recovery(completed=-1).line()
+    assert (
+        "with 0 steps complete; all ranks went on from the start" in recovery(completed=-1).line()
+    )

@@ -69,7 +69,13 @@ class Told:
         return self
 
     def die(
-        self, rank: int, status: int = -9, *, after_s: float = 0.0, completed: int = 0, told: Failing | None = None
+        self,
+        rank: int,
+        status: int = -9,
+        *,
+        after_s: float = 0.0,
+        completed: int = 0,
+        told: Failing | None = None,
     ):
         if told is not None:
             self(TrainerFailing(rank, self.attempt, told))
@@ -108,7 +114,9 @@ def test_attempts_are_numbered_on_from_those_of_an_earlier_keeper() -> None:
 def test_words_of_an_earlier_keepers_attempt_count_for_nothing_while_ranks_gather() -> None:
     told = Told(2, attempt=4)
     told(SupervisorJoined(0, 0, 1))
-    assert told(TrainerDied(0, 4, -9, 1.0, 3), Hung(0, 4, "hangs", 1.0, 3), TrainerKilled(0, 4)) == []
+    assert (
+        told(TrainerDied(0, 4, -9, 1.0, 3), Hung(0, 4, "hangs", 1.0, 3), TrainerKilled(0, 4)) == []
+    )
     assert told(SupervisorJoined(1, 1, 1)) == [StartAll(5)]
 
 
@@ -180,7 +188,9 @@ def test_a_death_between_two_equal_errors_breaks_the_row() -> None:
 
 def test_a_final_error_ends_the_job_at_once() -> None:
     told = Told(2).run()
-    assert told.fail(0, 2, told=failing(final=True))[-1] == LeaveAll(2, "rank 0 raised ValueError: bad")
+    assert told.fail(0, 2, told=failing(final=True))[-1] == LeaveAll(
+        2, "rank 0 raised ValueError: bad"
+    )
 
 
 def test_an_error_is_known_by_what_was_told_however_its_trainer_ended() -> None:
@@ -188,7 +198,9 @@ def test_an_error_is_known_by_what_was_told_however_its_trainer_ended() -> None:
     assert kinds(told.fail(0, -6, told=failing())) == [AttemptOver, StartAll]
     assert "a bug" in told.fail(0, -9, told=failing())[-1].text
     final = Told(2).run()
-    assert final.fail(0, -9, told=failing(final=True))[-1] == LeaveAll(137, "rank 0 raised ValueError: bad")
+    assert final.fail(0, -9, told=failing(final=True))[-1] == LeaveAll(
+        137, "rank 0 raised ValueError: bad"
+    )
 
 
 @pytest.mark.parametrize("said", [None, failing(), failing(final=True)])
@@ -204,7 +216,9 @@ def test_an_interrupt_counts_before_the_error_that_another_rank_made_of_it() -> 
 
 
 @pytest.mark.parametrize(("status", "left"), [(3, 3), (-11, 139)])
-def test_no_exit_after_the_training_function_returned_starts_anything_again(status: int, left: int) -> None:
+def test_no_exit_after_the_training_function_returned_starts_anything_again(
+    status: int, left: int
+) -> None:
     told = Told(2).run()
     told(TrainerFinished(1, 1))
     leave = told.fail(0, status)[-1]
@@ -349,7 +363,9 @@ def test_a_supervisor_that_goes_before_all_have_come_ends_the_job(planned: bool)
     told = Told(2)
     told(SupervisorJoined(0, 0, 1))
     assert kinds(told(SupervisorLeft(0, 0, planned, 1.0, -1))) == [LeaveAll]
-    assert told(SupervisorJoined(1, 1, 1)) == [LeaveOne(1, 1)], "who comes too late must not wait for ever"
+    assert told(SupervisorJoined(1, 1, 1)) == [LeaveOne(1, 1)], (
+        "who comes too late must not wait for ever"
+    )
 
 
 def test_the_end_of_a_connection_that_was_replaced_says_nothing() -> None:
@@ -360,7 +376,12 @@ def test_the_end_of_a_connection_that_was_replaced_says_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("status", "text"),
-    [(0, "exited with 0"), (3, "exited with 3"), (-9, "died of SIGKILL"), (-77, "died of signal 77")],
+    [
+        (0, "exited with 0"),
+        (3, "exited with 3"),
+        (-9, "died of SIGKILL"),
+        (-77, "died of signal 77"),
+    ],
 )
 def test_a_status_in_words(status: int, text: str) -> None:
     assert rules.status_text(status) == text
@@ -372,7 +393,10 @@ def test_ranks_that_ended_while_there_was_no_keeper_are_not_started_again() -> N
     assert told(SupervisorLeft(0, 0, True, 1.0, 3)) == []
     assert kinds(told(SupervisorJoined(1, 1, 1))) == [LeaveAll]
     both = Told(2, attempt=4)
-    assert both(SupervisorJoined(0, 0, 1, 0), SupervisorJoined(1, 1, 1, 0)) == [LeaveOne(0, 0), LeaveOne(1, 0)]
+    assert both(SupervisorJoined(0, 0, 1, 0), SupervisorJoined(1, 1, 1, 0)) == [
+        LeaveOne(0, 0),
+        LeaveOne(1, 0),
+    ]
     assert both.roster.state is RosterState.OVER
 
 

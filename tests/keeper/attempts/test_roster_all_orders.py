@@ -1,4 +1,5 @@
-"""Every order of words, deaths and kills up to a number of faults: nothing hangs, and no two attempts ever live."""
+"""Every order of words, deaths and kills up to a number of faults: nothing hangs, and no two
+attempts ever live."""
 
 from __future__ import annotations
 
@@ -63,8 +64,18 @@ def test_one_node_of_several_trains_leaves_or_waits_for_an_epoch_it_asked_for(
 @pytest.mark.slow
 @pytest.mark.parametrize("gap_s", [0.4, 5.0] if SOAK else [0.4])
 @pytest.mark.parametrize(("ranks", "faults"), [(1, 3), (2, 2), (3, 1)] if SOAK else [(1, 3)])
-def test_every_order_of_more_faults_on_one_node_of_several(ranks: int, faults: int, gap_s: float) -> None:
-    explore(world(ranks, faults=faults, gap_s=gap_s, shared=True, policy=Policy(same_error_max=2, stuck_max=3)))
+def test_every_order_of_more_faults_on_one_node_of_several(
+    ranks: int, faults: int, gap_s: float
+) -> None:
+    explore(
+        world(
+            ranks,
+            faults=faults,
+            gap_s=gap_s,
+            shared=True,
+            policy=Policy(same_error_max=2, stuck_max=3),
+        )
+    )
 
 
 def test_without_faults_all_train_or_end() -> None:
@@ -74,9 +85,12 @@ def test_without_faults_all_train_or_end() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("gap_s", [0.4, 5.0] if SOAK else [5.0])
 @pytest.mark.parametrize(
-    ("ranks", "faults", "attempt"), [(1, 4, 0), (2, 2, 7), (3, 1, 0)] if SOAK else [(1, 4, 0), (2, 1, 7)]
+    ("ranks", "faults", "attempt"),
+    [(1, 4, 0), (2, 2, 7), (3, 1, 0)] if SOAK else [(1, 4, 0), (2, 1, 7)],
 )
-def test_every_order_of_more_faults_and_ranks(ranks: int, faults: int, attempt: int, gap_s: float) -> None:
+def test_every_order_of_more_faults_and_ranks(
+    ranks: int, faults: int, attempt: int, gap_s: float
+) -> None:
     policy = Policy(same_error_max=2, stuck_max=3)
     explore(world(ranks, faults=faults, gap_s=gap_s, policy=policy, attempt=attempt))
 
@@ -93,7 +107,11 @@ def test_long_walks_never_hang(ranks: int, gap_s: float, random) -> None:
         if not found:
             break
         now = random.choice(quiet or [after for _, after in found])
-    drained = World(now.roster, now.sides, 0, now.gap_s, now.now_s, now.completed, now.asked_to_stop, now.stops)
+    drained = World(
+        now.roster, now.sides, 0, now.gap_s, now.now_s, now.completed, now.asked_to_stop, now.stops
+    )
     while not drained.at_rest():
-        drained = next(after for name, after in moves(drained) if " ends" not in name and " stops" not in name)
+        drained = next(
+            after for name, after in moves(drained) if " ends" not in name and " stops" not in name
+        )
     check_rest(drained)

@@ -1,4 +1,5 @@
-"""Supervisors and a real keeper: attempts, deaths, hangs, preemption, and another keeper after this one."""
+"""Supervisors and a real keeper: attempts, deaths, hangs, preemption, and another keeper after this
+one."""
 
 from __future__ import annotations
 
@@ -9,7 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kit.keepers.served import POLICY, Served, Trainer, die, end_well, gone, kept, open_epoch, started, until
+from kit.keepers.served import (
+    POLICY,
+    Served,
+    Trainer,
+    die,
+    end_well,
+    gone,
+    kept,
+    open_epoch,
+    started,
+    until,
+)
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.ipc import messages as answers
@@ -164,7 +176,9 @@ def beat(one: Trainer, completed: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_hang_is_dumped_told_and_started_anew(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_is_dumped_told_and_started_anew(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watch_module, "STACKS_WAIT_S", 60.0)
     served = serve(Policy(linger_s=0.0, hang_s=0.3))
     crew = served.supervisors(2)
@@ -177,7 +191,9 @@ def test_a_hang_is_dumped_told_and_started_anew(serve: Serve, monkeypatch: pytes
     for one in crew:
         one.next(words.Kill)
         one.say(words.Killed(attempt=1))
-    assert "rank 1 hangs here:\nstack of 1" in [tell.text for tell in crew[0].so_far(words.PrintLine)]
+    assert "rank 1 hangs here:\nstack of 1" in [
+        tell.text for tell in crew[0].so_far(words.PrintLine)
+    ]
     gone_now = started(crew)
     for one in some:
         one.leave(planned=False)
@@ -262,7 +278,11 @@ def test_the_next_keeper_gets_slots_and_board_and_numbers_go_on(serve: Serve) ->
     slots = [one.slots[0] for one in some]
     for one in crew:
         until(
-            lambda one=one: len(kept(one)[1]) == 2 if not one.so_far(words.Keep) else len(one.so_far(words.Keep)) == 2
+            lambda one=one: (
+                len(kept(one)[1]) == 2
+                if not one.so_far(words.Keep)
+                else len(one.so_far(words.Keep)) == 2
+            )
         )
     served.crash()
     assert all(one.ended() for one in crew)
@@ -284,7 +304,9 @@ def test_the_next_keeper_gets_slots_and_board_and_numbers_go_on(serve: Serve) ->
     assert started(anew).attempt == 3
     third = after.trainer(0, 2, attempt=3)
     assert third.board.attempt == 3
-    assert third.calls.ask(words.GetChoices(), answers.Choices).choices == (answers.Choice(PAIR, "staged"),)
+    assert third.calls.ask(words.GetChoices(), answers.Choices).choices == (
+        answers.Choice(PAIR, "staged"),
+    )
     assert third.board.newest_complete() == PAIR
     assert not third.board.rank(0).slot(0).held
     assert some[0].board.attempt == 3, "it is the same board"

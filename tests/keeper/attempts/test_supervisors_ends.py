@@ -8,7 +8,17 @@ import time
 from collections.abc import Callable
 
 import pytest
-from kit.keepers.served import Peer, Served, Trainer, die, end_well, gone, open_epoch, started, until
+from kit.keepers.served import (
+    Peer,
+    Served,
+    Trainer,
+    die,
+    end_well,
+    gone,
+    open_epoch,
+    started,
+    until,
+)
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.ipc import messages as words
@@ -32,7 +42,9 @@ def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
 def hold_commits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """No commit is written before the event is set."""
     go_on, write = threading.Event(), Journal.commit
-    monkeypatch.setattr(Journal, "commit", lambda *args, **named: go_on.wait(10) and write(*args, **named))
+    monkeypatch.setattr(
+        Journal, "commit", lambda *args, **named: go_on.wait(10) and write(*args, **named)
+    )
     return go_on
 
 
@@ -51,10 +63,14 @@ def durable(served: Served) -> list[SnapshotId]:
     return [entry.snapshot for entry in Journal.open(FileBackend(served.store)).refresh().snapshots]
 
 
-def test_nobody_leaves_before_what_only_memory_holds_is_durable(serve: Serve, hold_commits: threading.Event) -> None:
+def test_nobody_leaves_before_what_only_memory_holds_is_durable(
+    serve: Serve, hold_commits: threading.Event
+) -> None:
     served = serve(Policy(linger_s=30.0, hang_s=0.0))
     crew, some = staged_by(served, 2)
-    some[0].calls.send(words.Failing(kind="UsageError", text="wrong", fingerprint="u", step=0, final=True))
+    some[0].calls.send(
+        words.Failing(kind="UsageError", text="wrong", fingerprint="u", step=0, final=True)
+    )
     for one in some:
         one.leave(planned=False)
     die(crew, 1, rank=0, status=2)
@@ -99,7 +115,9 @@ def test_a_store_that_takes_too_long_holds_nobody_longer_than_the_grace_time(
 
 
 @pytest.mark.slow
-def test_a_lost_supervisor_holds_the_others_not(serve: Serve, hold_commits: threading.Event) -> None:
+def test_a_lost_supervisor_holds_the_others_not(
+    serve: Serve, hold_commits: threading.Event
+) -> None:
     served = serve(Policy(linger_s=30.0, hang_s=0.0))
     crew, some = staged_by(served, 2)
     crew[0].leave(planned=False)
@@ -140,7 +158,9 @@ def test_what_a_supervisor_holds_is_handed_over_before_the_first_attempt(serve: 
     assert after.ends()
 
 
-def test_ranks_that_do_not_come_are_named_and_then_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_do_not_come_are_named_and_then_given_up(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = serve()
     one = served.peer(role="supervisor", rank=1, ranks=4)
     other = served.peer(role="supervisor", rank=2, ranks=4)
@@ -203,7 +223,9 @@ def test_ctrl_c_ends_the_job_as_the_shell_expects(serve: Serve) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_of_stacks_that_was_taken_away_hides_no_hang(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_stacks_that_was_taken_away_hides_no_hang(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watch_module, "STACKS_WAIT_S", 0.3)
     served = serve(Policy(linger_s=0.0, hang_s=0.3))
     crew = served.supervisors(1)

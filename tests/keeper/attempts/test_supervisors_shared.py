@@ -52,7 +52,13 @@ def serve_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serv
     made: list[Node] = []
 
     def make(name: str, *, policy: Policy = POLICY, **more: object) -> Node:
-        known = {"where": str(tmp_path / "meet"), "job": "job", "nodes_min": 2, "nodes_max": 2, "ttl_s": 30.0}
+        known = {
+            "where": str(tmp_path / "meet"),
+            "job": "job",
+            "nodes_min": 2,
+            "nodes_max": 2,
+            "ttl_s": 30.0,
+        }
         spec = NodesSpec(**{**known, **more})  # type: ignore[arg-type]
         monkeypatch.setattr(served_room, "KeeperSpec", partial(KeeperSpec, nodes=spec))
         made.append(Node(tmp_path / name, policy))
@@ -64,7 +70,9 @@ def serve_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serv
 
 
 def crews(serve_node: Serve, **more: object) -> tuple[list[Peer], list[Peer]]:
-    one, other = (serve_node(name, **more).supervisors(2, launch=f"launch-{name}") for name in ("a", "b"))
+    one, other = (
+        serve_node(name, **more).supervisors(2, launch=f"launch-{name}") for name in ("a", "b")
+    )
     return one, other
 
 
@@ -74,7 +82,9 @@ def ends(crew: list[Peer], attempt: int) -> None:
 
 
 @pytest.mark.slow
-def test_death_on_one_node_starts_both_anew_with_the_same_number_and_place(serve_node: Serve) -> None:
+def test_death_on_one_node_starts_both_anew_with_the_same_number_and_place(
+    serve_node: Serve,
+) -> None:
     crew = crews(serve_node)
     first = [started(one) for one in crew]
     assert [one.attempt for one in first] == [1, 1]
@@ -117,7 +127,9 @@ def test_failure_that_is_final_on_one_node_ends_the_job_on_both(serve_node: Serv
     crew = crews(serve_node)
     for one in crew:
         started(one)
-    crew[1][0].say(words.Died(attempt=1, status=-2, at_s=time.monotonic()))  # somebody wants the end
+    crew[1][0].say(
+        words.Died(attempt=1, status=-2, at_s=time.monotonic())
+    )  # somebody wants the end
     for peers in reversed(crew):  # the others hear of it once nothing of it lives
         for peer in peers:
             peer.next(words.Kill)
@@ -150,7 +162,9 @@ def test_new_launch_of_the_same_keepers_begins_after_the_last_ones_end(serve_nod
         wire.close()
 
 
-def test_each_launch_of_a_keeper_says_which_agent_launched_it(serve_node: Serve, tmp_path: Path) -> None:
+def test_each_launch_of_a_keeper_says_which_agent_launched_it(
+    serve_node: Serve, tmp_path: Path
+) -> None:
     node = serve_node("a", nodes_min=1, nodes_max=1)
     wire = node.wire()  # keep it for the second launch
     keyspace = SqliteKeyspace(tmp_path / "meet")
@@ -172,7 +186,9 @@ def test_each_launch_of_a_keeper_says_which_agent_launched_it(serve_node: Serve,
 
 
 @pytest.mark.slow
-def test_preempted_before_its_first_epoch_ends_the_job_once_the_others_have_come(serve_node: Serve) -> None:
+def test_preempted_before_its_first_epoch_ends_the_job_once_the_others_have_come(
+    serve_node: Serve,
+) -> None:
     first = serve_node("a").supervisors(1, launch="a")
     first[0].say(words.Preempt(grace_s=30.0))
     second = serve_node("b").supervisors(1, launch="b")
@@ -183,7 +199,9 @@ def test_preempted_before_its_first_epoch_ends_the_job_once_the_others_have_come
     assert second[0].next(words.Leave).status == 1
 
 
-def test_keeper_that_can_not_meet_the_others_has_its_supervisors_leave(serve_node: Serve, tmp_path: Path) -> None:
+def test_keeper_that_can_not_meet_the_others_has_its_supervisors_leave(
+    serve_node: Serve, tmp_path: Path
+) -> None:
     (tmp_path / "meet").mkdir()  # where a file should be
     crew = serve_node("a").supervisors(1, launch="a")
     leave = crew[0].next(words.Leave)

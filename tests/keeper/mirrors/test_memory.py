@@ -29,7 +29,13 @@ from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mirrors.memory import ClusterMemory
-from ckpt.keeper.mirrors.plan import InventoryQuery, MirrorReport, MirrorRound, next_round, retained_mirrors
+from ckpt.keeper.mirrors.plan import (
+    InventoryQuery,
+    MirrorReport,
+    MirrorRound,
+    next_round,
+    retained_mirrors,
+)
 from ckpt.keeper.mirrors.serve import NodeMemoryServer
 from ckpt.keeper.nodes.epoch_view import EpochView
 from ckpt.values import PAGE_BYTES, SnapshotId
@@ -60,9 +66,15 @@ class World:
         assert self.state.memory.slots is not None
         self.state.memory.slots.add(0, 0, self.slot.given(), self.slot.size_bytes)
         self.among = Alone()
-        where = NodesSpec(where=str(folder / "meet"), job="job", nodes_min=1, nodes_max=3, mirror_bytes=1 << 20)
-        self.memory = ClusterMemory(self.state, self.among, where, SECRET, host="127.0.0.1", emit=lambda event: None)
-        self.peer = NodeMemoryServer(PeerSecret.of(SECRET), Endpoint(), emit=lambda event: None, budget_bytes=1 << 20)
+        where = NodesSpec(
+            where=str(folder / "meet"), job="job", nodes_min=1, nodes_max=3, mirror_bytes=1 << 20
+        )
+        self.memory = ClusterMemory(
+            self.state, self.among, where, SECRET, host="127.0.0.1", emit=lambda event: None
+        )
+        self.peer = NodeMemoryServer(
+            PeerSecret.of(SECRET), Endpoint(), emit=lambda event: None, budget_bytes=1 << 20
+        )
 
     def _post(self, call: Callable[[], object]) -> None:
         self.posted.append(call)
@@ -71,8 +83,13 @@ class World:
     def come(self, number: int, *nodes: str, standbys: dict[str, int] | None = None) -> None:
         """An epoch of these nodes, one rank each; ``standbys``: their ports."""
         record = EpochRecord(
-            job="job", number=number, places=tuple(NodePlacement(node, 1) for node in nodes), leader="me", nodes_min=1, nodes_max=3
-        )  # fmt: skip
+            job="job",
+            number=number,
+            places=tuple(NodePlacement(node, 1) for node in nodes),
+            leader="me",
+            nodes_min=1,
+            nodes_max=3,
+        )
         peers = {node: f"127.0.0.1:{self.peer.port}" for node in nodes if node != "me"}
         peers |= {node: f"127.0.0.1:{port}" for node, port in (standbys or {}).items()}
         self.among.epoch = NodeEpoch(record, EpochNote(era=number), {}, peers, {}, None, "me")
@@ -131,8 +148,12 @@ def test_pair_of_a_world_that_has_shrunk_is_not_kept_instead_of_what_a_lost_node
 
 
 def test_standby_keeps_it_too_and_nobody_waits_for_one_that_has_no_room(world: World) -> None:
-    standby = NodeMemoryServer(PeerSecret.of(SECRET), Endpoint(), emit=lambda event: None, budget_bytes=1 << 20)
-    full = NodeMemoryServer(PeerSecret.of(SECRET), Endpoint(), emit=lambda event: None, budget_bytes=1)
+    standby = NodeMemoryServer(
+        PeerSecret.of(SECRET), Endpoint(), emit=lambda event: None, budget_bytes=1 << 20
+    )
+    full = NodeMemoryServer(
+        PeerSecret.of(SECRET), Endpoint(), emit=lambda event: None, budget_bytes=1
+    )
     try:
         world.come(1, "me", "peer", standbys={"s": standby.port})
         world.slot.seal(OLD, rank=0, ranks=2)
@@ -150,7 +171,9 @@ def test_standby_keeps_it_too_and_nobody_waits_for_one_that_has_no_room(world: W
 
 
 def test_only_node_with_ranks_keeps_its_state_at_a_standby(world: World) -> None:
-    standby = NodeMemoryServer(PeerSecret.of(SECRET), Endpoint(), emit=lambda event: None, budget_bytes=1 << 20)
+    standby = NodeMemoryServer(
+        PeerSecret.of(SECRET), Endpoint(), emit=lambda event: None, budget_bytes=1 << 20
+    )
     try:
         world.come(1, "me", standbys={"s": standby.port})
         world.slot.seal(OLD, rank=0, ranks=1)
@@ -162,7 +185,9 @@ def test_only_node_with_ranks_keeps_its_state_at_a_standby(world: World) -> None
 
 def test_standby_knows_the_newest_pair_of_which_it_has_all_that_it_is_to_keep(world: World) -> None:
     world.come(1, "a", "b")
-    world.among.epoch = replace(world.among.epoch, peers={"me": "127.0.0.1:1", "a": "h:1", "b": "h:2"}, me="me")
+    world.among.epoch = replace(
+        world.among.epoch, peers={"me": "127.0.0.1:1", "a": "h:1", "b": "h:2"}, me="me"
+    )
     share = MadeSlot()
     for pair, ranks in ((OLD, (0, 1)), (NEW, (1,))):
         for rank in ranks:
@@ -174,7 +199,8 @@ def test_standby_knows_the_newest_pair_of_which_it_has_all_that_it_is_to_keep(wo
 
 
 def test_what_did_not_change_since_the_pair_before_is_not_sent_again(world: World) -> None:
-    """Each pair's base is still there when it is put, though what is over goes as soon as all have a newer one."""
+    """Each pair's base is still there when it is put, though what is over goes as soon as all have
+    a newer one."""
     world.come(1, "me", "peer")
     before, now, sent_bytes = frozenset[SnapshotId](), MirrorRound(), []
     for step in range(5, 10):
@@ -186,7 +212,9 @@ def test_what_did_not_change_since_the_pair_before_is_not_sent_again(world: Worl
         world.named(pair, now.kept)
         assert world.memory.mirror_report.mirrored == pair
         sent_bytes.append(world.memory.sent_bytes - so_far)
-    assert sent_bytes == [SLOT_BYTES - HEADER_BYTES + PAGE_BYTES] + [2 * PAGE_BYTES] * 4, "a header and one page"
+    assert sent_bytes == [SLOT_BYTES - HEADER_BYTES + PAGE_BYTES] + [2 * PAGE_BYTES] * 4, (
+        "a header and one page"
+    )
     assert world.peer.snapshots() == {SnapshotId(1, 8), SnapshotId(1, 9)}
     assert world.peer.refused == {}
 
@@ -199,7 +227,9 @@ def test_how_long_nothing_newer_was_on_others_is_told_once(world: World) -> None
     assert [event.kind for event in world.told].count("protected") == 1
     world.come(2, "me", "peer")
     world.memory.set_round(MirrorRound(NEW, None))
-    assert [event.kind for event in world.told].count("protected") == 1, "in this epoch nothing is yet"
+    assert [event.kind for event in world.told].count("protected") == 1, (
+        "in this epoch nothing is yet"
+    )
     world.memory.set_round(MirrorRound(NEW, NEW))
     assert [event.kind for event in world.told].count("protected") == 2
 
@@ -216,9 +246,15 @@ def test_where_each_share_is_follows_from_the_spans_of_the_plan(world: World) ->
     world.memory.receive("peer", structs.replace(word, attempt=7))
     assert world.memory.sources(OLD) == (), "a plan of another attempt says nothing"
     world.memory.receive("peer", word)
-    peer, both, near = ("127.0.0.1:2",), ("127.0.0.1:1", "127.0.0.1:3"), ("127.0.0.1:1", "127.0.0.1:2")
+    peer, both, near = (
+        ("127.0.0.1:2",),
+        ("127.0.0.1:1", "127.0.0.1:3"),
+        ("127.0.0.1:1", "127.0.0.1:2"),
+    )
     found = world.memory.sources(OLD)
-    assert [one.slots for one in found] == [peer, both, both, both, near, near], "here first; who is gone lends nothing"
+    assert [one.slots for one in found] == [peer, both, both, both, near, near], (
+        "here first; who is gone lends nothing"
+    )
     assert [one.mirrors for one in found] == [one.slots for one in found]
     assert [one.local for one in found] == [-1, -1, -1, 0, -1, -1]
     assert world.memory.sources(NEW) == ()
@@ -234,8 +270,9 @@ def test_ranks_of_a_node_are_told_of_as_one(world: World) -> None:
     ((node, word),) = said
     assert isinstance(word, NodeInventory) and (node, word.call) == ("peer", 5)
     assert {(one.snapshot, one.rank, one.ranks, one.mirror) for one in word.holdings} == {
-        (OLD, 0, 1, False), (OLD, 0, 1, True),
-    }  # fmt: skip
+        (OLD, 0, 1, False),
+        (OLD, 0, 1, True),
+    }
 
 
 def test_plan_is_told_to_all_once_all_have_said_what_they_hold(world: World) -> None:
@@ -258,5 +295,7 @@ def test_plan_is_told_to_all_once_all_have_said_what_they_hold(world: World) -> 
     world.memory.receive("peer", NodeInventory(call=question.call, holdings=(theirs,)))
     assert answers == [{OLD: origin}]
     (plan,) = told
-    assert plan == MeshSources(attempt=1, nodes=("me", "peer"), pairs=((OLD, 3, ((1, (0,)), (2, (1,)))),))
+    assert plan == MeshSources(
+        attempt=1, nodes=("me", "peer"), pairs=((OLD, 3, ((1, (0,)), (2, (1,)))),)
+    )
     assert [one.local for one in world.memory.sources(OLD)] == [0, -1, -1]

@@ -28,9 +28,17 @@ P1, P2 = SnapshotId(1, 10), SnapshotId(1, 20)
 
 
 def held(
-    snapshot: SnapshotId, rank: int, *, size: int = 2, origin: str = "o", mirror: bool = False, ranks: int = 1
+    snapshot: SnapshotId,
+    rank: int,
+    *,
+    size: int = 2,
+    origin: str = "o",
+    mirror: bool = False,
+    ranks: int = 1,
 ) -> InventoryEntry:
-    return InventoryEntry(snapshot=snapshot, origin=origin, world_size=size, rank=rank, ranks=ranks, mirror=mirror)
+    return InventoryEntry(
+        snapshot=snapshot, origin=origin, world_size=size, rank=rank, ranks=ranks, mirror=mirror
+    )
 
 
 def test_pair_is_complete_where_every_rank_is_somewhere_newest_first() -> None:
@@ -53,20 +61,29 @@ def test_slots_come_before_mirrors() -> None:
 
 
 def test_mirrors_complete_what_a_lost_node_had() -> None:
-    assert complete_snapshots({"a": [held(P1, 0), held(P1, 1, mirror=True)]})[0].sources == (("a",), ("a",))
+    assert complete_snapshots({"a": [held(P1, 0), held(P1, 1, mirror=True)]})[0].sources == (
+        ("a",),
+        ("a",),
+    )
 
 
 def test_equal_numbers_of_two_openings_or_worlds_make_no_pair() -> None:
-    assert complete_snapshots({"a": [held(P1, 0, origin="x")], "b": [held(P1, 1, origin="y")]}) == []
+    assert (
+        complete_snapshots({"a": [held(P1, 0, origin="x")], "b": [held(P1, 1, origin="y")]}) == []
+    )
     assert complete_snapshots({"a": [held(P1, 0, size=2)], "b": [held(P1, 1, size=3)]}) == []
 
 
 def test_rank_beyond_its_world_counts_for_nothing() -> None:
-    assert complete_snapshots({"a": [held(P1, 0, size=1), held(P1, 7, size=1)]})[0].sources == (("a",),)
+    assert complete_snapshots({"a": [held(P1, 0, size=1), held(P1, 7, size=1)]})[0].sources == (
+        ("a",),
+    )
 
 
 def test_node_that_has_a_share_in_a_slot_and_as_a_mirror_is_named_once() -> None:
-    assert complete_snapshots({"a": [held(P1, 0, size=1), held(P1, 0, size=1, mirror=True)]})[0].sources == (("a",),)
+    assert complete_snapshots({"a": [held(P1, 0, size=1), held(P1, 0, size=1, mirror=True)]})[
+        0
+    ].sources == (("a",),)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +102,14 @@ def holding(draw: st.DrawFn) -> InventoryEntry:
     size = draw(st.integers(1, 6))
     rank = draw(st.integers(0, size - 1))
     ranks = draw(st.integers(1, size - rank))
-    return held(draw(ids), rank, size=size, origin=draw(st.sampled_from("xy")), mirror=draw(st.booleans()), ranks=ranks)
+    return held(
+        draw(ids),
+        rank,
+        size=size,
+        origin=draw(st.sampled_from("xy")),
+        mirror=draw(st.booleans()),
+        ranks=ranks,
+    )
 
 
 holdings = st.lists(holding(), max_size=20)
@@ -108,17 +132,21 @@ def said(
 @pytest.mark.slow
 @settings(deadline=None)
 @given(nodes)
-def test_what_is_complete_is_held_by_those_that_it_names(there: dict[str, list[InventoryEntry]]) -> None:
+def test_what_is_complete_is_held_by_those_that_it_names(
+    there: dict[str, list[InventoryEntry]],
+) -> None:
     found = complete_snapshots(there)
     all_ranks = {key: ranks for key, ranks in said(there).items() if len(ranks) == key[2]}
-    assert [(one.snapshot, one.origin, one.world_size) for one in found] == sorted(all_ranks, reverse=True)[
-        :SNAPSHOTS_MAX
-    ]
+    assert [(one.snapshot, one.origin, one.world_size) for one in found] == sorted(
+        all_ranks, reverse=True
+    )[:SNAPSHOTS_MAX]
     for pair in found:
         ranks = all_ranks[pair.snapshot, pair.origin, pair.world_size]
         for rank, named in enumerate(pair.sources):
             assert list(named) == list(dict.fromkeys(node for _, node in sorted(ranks[rank])))
-        assert all(one.nodes != other.nodes for one, other in pairwise(pair.spans)), "no span could be longer"
+        assert all(one.nodes != other.nodes for one, other in pairwise(pair.spans)), (
+            "no span could be longer"
+        )
 
 
 @pytest.mark.slow
@@ -130,13 +158,23 @@ def test_spans_say_what_ranks_say(there: dict[str, list[InventoryEntry]]) -> Non
     assert missing_ranks(short) == missing_ranks(there)
     for node, some in short.items():
         assert len(some) <= len(there[node])
-        assert {key: {rank: set(who) for rank, who in ranks.items()} for key, ranks in said({node: some}).items()} == {
-            key: {rank: set(who) for rank, who in ranks.items()} for key, ranks in said({node: there[node]}).items()
+        assert {
+            key: {rank: set(who) for rank, who in ranks.items()}
+            for key, ranks in said({node: some}).items()
+        } == {
+            key: {rank: set(who) for rank, who in ranks.items()}
+            for key, ranks in said({node: there[node]}).items()
         }
         kinds = [(one.snapshot, one.origin, one.world_size, one.mirror) for one in some]
         for kind in set(kinds):
-            its = sorted((one.rank, one.rank + one.ranks) for one, its in zip(some, kinds, strict=True) if its == kind)
-            assert all(end < start for (_, end), (start, _) in pairwise(its)), "joined as far as can be"
+            its = sorted(
+                (one.rank, one.rank + one.ranks)
+                for one, its in zip(some, kinds, strict=True)
+                if its == kind
+            )
+            assert all(end < start for (_, end), (start, _) in pairwise(its)), (
+                "joined as far as can be"
+            )
 
 
 @pytest.mark.slow
@@ -175,7 +213,9 @@ def test_plan_comes_over_a_line_as_it_was(there: dict[str, list[InventoryEntry]]
         (),
     ],
 )
-def test_pair_that_a_word_contradicts_itself_about_is_none(spans: tuple[tuple[int, tuple[int, ...]], ...]) -> None:
+def test_pair_that_a_word_contradicts_itself_about_is_none(
+    spans: tuple[tuple[int, tuple[int, ...]], ...],
+) -> None:
     sound = (P2, 2, ((2, (0, 1)),))
     word = MeshSources(attempt=1, nodes=("a", "b"), pairs=((P1, 2, spans), sound))
     assert from_message(word) == {P2: (SourceRange(2, ("a", "b")),)}

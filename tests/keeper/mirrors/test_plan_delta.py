@@ -11,9 +11,25 @@ from hypothesis import strategies as st
 from ckpt.cluster.peermem.http import RANGES_MAX, ranges_problem
 from ckpt.format.canonical import digest
 from ckpt.keeper.mirrors import plan as mirror_delta
-from ckpt.keeper.mirrors.plan import CHANGED_SHARE_MAX, JOIN_BYTES, DeltaRanges, StagedShare, WholeShare, delta_of
+from ckpt.keeper.mirrors.plan import (
+    CHANGED_SHARE_MAX,
+    JOIN_BYTES,
+    DeltaRanges,
+    StagedShare,
+    WholeShare,
+    delta_of,
+)
 from ckpt.staging.layout import lay_out
-from ckpt.values import CHUNK_BYTES, PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
+from ckpt.values import (
+    CHUNK_BYTES,
+    PAGE_BYTES,
+    Box,
+    Leaf,
+    LeafKind,
+    SnapshotId,
+    StagedIndex,
+    StagedShard,
+)
 
 HEADER_BYTES = PAGE_BYTES
 
@@ -27,22 +43,40 @@ class Made:
 
 
 def made(
-    bodies: list[bytes], *, step: int, data_bytes: int = 0, filler: bytes = b"\xee", chunk_bytes: int = CHUNK_BYTES
+    bodies: list[bytes],
+    *,
+    step: int,
+    data_bytes: int = 0,
+    filler: bytes = b"\xee",
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Made:
-    """Bodies laid out as a trainer does it; what lies between is ``filler``, of which no index tells."""
+    """Bodies laid out as a trainer does it; what lies between is ``filler``, of which no index
+    tells."""
     offsets, end = lay_out([len(body) for body in bodies])
     size_bytes = max(end, data_bytes)
     data = bytearray(filler * size_bytes)
     shards = []
     for number, (offset, body) in enumerate(zip(offsets, bodies, strict=True)):
         data[offset : offset + len(body)] = body
-        leaf = Leaf(name=f"w/{number}", kind=LeafKind.TENSOR, dtype="uint8", shape=(len(body),), rank=0)
-        digests = tuple(digest(body[at : at + chunk_bytes]) for at in range(0, len(body), chunk_bytes))
+        leaf = Leaf(
+            name=f"w/{number}", kind=LeafKind.TENSOR, dtype="uint8", shape=(len(body),), rank=0
+        )
+        digests = tuple(
+            digest(body[at : at + chunk_bytes]) for at in range(0, len(body), chunk_bytes)
+        )
         shards.append(
-            StagedShard(leaf=leaf, box=Box.whole(leaf.shape), offset_bytes=offset, size_bytes=len(body), digests=digests)
-        )  # fmt: skip
+            StagedShard(
+                leaf=leaf,
+                box=Box.whole(leaf.shape),
+                offset_bytes=offset,
+                size_bytes=len(body),
+                digests=digests,
+            )
+        )
     index = StagedIndex(snapshot=SnapshotId(1, step), rank=0, world_size=1, shards=tuple(shards))
-    return Made(StagedShare(index, HEADER_BYTES, size_bytes), bytes([step]) * HEADER_BYTES + bytes(data))
+    return Made(
+        StagedShare(index, HEADER_BYTES, size_bytes), bytes([step]) * HEADER_BYTES + bytes(data)
+    )
 
 
 def applied(changed: DeltaRanges, new: Made, base: Made) -> bytes:
@@ -55,7 +89,9 @@ def applied(changed: DeltaRanges, new: Made, base: Made) -> bytes:
 
 def right(found: bytes, new: Made) -> bool:
     """Whether these are the header and all shards of ``new``."""
-    spans = [(0, HEADER_BYTES)] + [(HEADER_BYTES + one.offset_bytes, one.size_bytes) for one in new.share.index.shards]
+    spans = [(0, HEADER_BYTES)] + [
+        (HEADER_BYTES + one.offset_bytes, one.size_bytes) for one in new.share.index.shards
+    ]
     return all(found[at : at + size] == new.data[at : at + size] for at, size in spans)
 
 
@@ -63,21 +99,29 @@ SHORT_BYTES = 3 * PAGE_BYTES
 """A chunk, so that there are many."""
 
 SIZES = st.lists(
-    st.integers(0, 200) | st.integers(PAGE_BYTES, 20 * PAGE_BYTES) | st.sampled_from((SHORT_BYTES, 7 * SHORT_BYTES + 5)),
+    st.integers(0, 200)
+    | st.integers(PAGE_BYTES, 20 * PAGE_BYTES)
+    | st.sampled_from((SHORT_BYTES, 7 * SHORT_BYTES + 5)),
     max_size=8,
-)  # fmt: skip
+)
 
 
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(SIZES, st.data())
-def test_earlier_share_with_what_is_sent_is_the_new_share(sizes: list[int], data: st.DataObject) -> None:
+def test_earlier_share_with_what_is_sent_is_the_new_share(
+    sizes: list[int], data: st.DataObject
+) -> None:
     first = [bytes([number + 1]) * size for number, size in enumerate(sizes)]
     data_bytes = (sum(sizes) + 100_000) * data.draw(st.sampled_from((1, 4)))
     base = made(first, step=1, data_bytes=data_bytes, chunk_bytes=SHORT_BYTES)
     bodies = []
     for body in first:
-        match data.draw(st.sampled_from(("same", "same", "byte", "all", "length"))) if body else "same":
+        match (
+            data.draw(st.sampled_from(("same", "same", "byte", "all", "length")))
+            if body
+            else "same"
+        ):
             case "byte":
                 at = data.draw(st.integers(0, len(body) - 1))
                 bodies.append(body[:at] + b"\xff" + body[at + 1 :])
@@ -125,13 +169,15 @@ def test_ranges_that_nearly_touch_are_one() -> None:
     near, far = HEADER_BYTES + 2 * PAGE_BYTES, HEADER_BYTES + (3 * PAGE_BYTES + JOIN_BYTES)
     for number in (2, 3 + JOIN_BYTES // PAGE_BYTES):
         bodies[number] = bytes(PAGE_BYTES)
-    assert delta_of(made(bodies, step=2).share, base.share) == DeltaRanges(((0, near + PAGE_BYTES), (far, PAGE_BYTES)))
+    assert delta_of(made(bodies, step=2).share, base.share) == DeltaRanges(
+        ((0, near + PAGE_BYTES), (far, PAGE_BYTES))
+    )
 
 
 def test_empty_share_is_its_header() -> None:
-    assert delta_of(made([], step=2, data_bytes=PAGE_BYTES).share, made([], step=1, data_bytes=PAGE_BYTES).share) == (
-        DeltaRanges(((0, HEADER_BYTES),))
-    )
+    assert delta_of(
+        made([], step=2, data_bytes=PAGE_BYTES).share, made([], step=1, data_bytes=PAGE_BYTES).share
+    ) == (DeltaRanges(((0, HEADER_BYTES),)))
 
 
 def test_all_is_sent_where_most_changed_and_not_just_below() -> None:
@@ -144,7 +190,9 @@ def test_all_is_sent_where_most_changed_and_not_just_below() -> None:
     assert found == WholeShare("most has changed")
 
 
-@pytest.mark.parametrize("facts", [{"header_bytes": 2 * PAGE_BYTES}, {"data_bytes": 8 * PAGE_BYTES}])
+@pytest.mark.parametrize(
+    "facts", [{"header_bytes": 2 * PAGE_BYTES}, {"data_bytes": 8 * PAGE_BYTES}]
+)
 def test_all_is_sent_where_header_or_data_is_of_another_length(facts: dict[str, int]) -> None:
     base = made([bytes(PAGE_BYTES)], step=1, data_bytes=4 * PAGE_BYTES).share
     assert isinstance(delta_of(base, base), DeltaRanges)

@@ -29,7 +29,9 @@ class Told:
         self.gather.ask(nodes, ("me", [MINE]), 100.0, self.answers.append)
 
     def answer(self, node: str) -> None:
-        self.gather.answered(node, said.NodeInventory(call=self.asked[node], holdings=(THEIRS,)), 100.1)
+        self.gather.answered(
+            node, said.NodeInventory(call=self.asked[node], holdings=(THEIRS,)), 100.1
+        )
 
 
 def test_alone_it_is_answered_at_once() -> None:

@@ -1,4 +1,5 @@
-"""The simulation of ``benchmarks/gather_sim.py``, small: nothing is lost or counted twice, and each way finds the same plan."""
+"""The simulation of ``benchmarks/gather_sim.py``, small: nothing is lost or counted twice, and each
+way finds the same plan."""
 
 from __future__ import annotations
 
@@ -13,14 +14,23 @@ COSTS = Costs()
 
 
 def run(
-    way: Way, *, seed: int = 1, lost: frozenset[int] = frozenset(), costs: Costs = COSTS, nodes: int = NODES
+    way: Way,
+    *,
+    seed: int = 1,
+    lost: frozenset[int] = frozenset(),
+    costs: Costs = COSTS,
+    nodes: int = NODES,
 ) -> Run:
     return GatherRun(nodes, way, costs, seed=seed, lost=lost).run()
 
 
-@pytest.mark.parametrize("way", [*ways_for(NODES), Way(name="tree 2", fan_in=2)], ids=lambda way: way.name)
+@pytest.mark.parametrize(
+    "way", [*ways_for(NODES), Way(name="tree 2", fan_in=2)], ids=lambda way: way.name
+)
 @pytest.mark.parametrize("seed", range(5))
-def test_every_nodes_word_arrives_once_and_the_plan_is_that_of_one_who_sees_all(way: Way, seed: int) -> None:
+def test_every_nodes_word_arrives_once_and_the_plan_is_that_of_one_who_sees_all(
+    way: Way, seed: int
+) -> None:
     found = run(way, seed=seed)
     assert found.answers == found.plans == NODES
     assert list(found.pairs) == complete_snapshots(all_holdings(NODES))
@@ -46,7 +56,9 @@ def test_both_of_two_partners_lost_leave_no_pair() -> None:
 
 
 def test_answers_that_come_too_late_count_for_nothing() -> None:
-    slow = Costs(heard_s_per_byte=1e-3)  # half a second a word, one after the other at the node of rank 0
+    slow = Costs(
+        heard_s_per_byte=1e-3
+    )  # half a second a word, one after the other at the node of rank 0
     found = run(Way(name="flat"), costs=slow)
     assert 1 < found.answers < NODES // 2
     assert found.pairs == ()

@@ -20,17 +20,20 @@ def test_next_pair_is_named_only_when_all_have_the_last_one() -> None:
     now = MirrorRound(named=P1)
     assert next_round(now, [MirrorReport(mirrored=P1), MirrorReport()], P2) == now
     assert next_round(now, [MirrorReport(mirrored=P1), None], P2) == now
-    assert next_round(now, [MirrorReport(mirrored=P1), MirrorReport(mirrored=P1)], P2) == MirrorRound(named=P2, kept=P1)
+    assert next_round(
+        now, [MirrorReport(mirrored=P1), MirrorReport(mirrored=P1)], P2
+    ) == MirrorRound(named=P2, kept=P1)
     assert next_round(now, [MirrorReport(mirrored=P1)] * 2, P1) == MirrorRound(named=P1, kept=P1)
 
 
 def test_pair_that_a_node_could_not_keep_is_passed_over_and_what_all_have_stays() -> None:
     now = MirrorRound(named=P2, kept=P1)
-    assert next_round(now, [MirrorReport(mirrored=P2), MirrorReport(mirrored=P1, missed=P2)], P3) == MirrorRound(
-        named=P3, kept=P1
-    )
+    assert next_round(
+        now, [MirrorReport(mirrored=P2), MirrorReport(mirrored=P1, missed=P2)], P3
+    ) == MirrorRound(named=P3, kept=P1)
     assert (
-        next_round(now, [MirrorReport(mirrored=P2), MirrorReport(mirrored=P1, missed=P2)], P2) == now
+        next_round(now, [MirrorReport(mirrored=P2), MirrorReport(mirrored=P1, missed=P2)], P2)
+        == now
     )  # until there is a newer one
 
 
@@ -64,7 +67,12 @@ class Node:
             self.word = MirrorReport(self.word.mirrored, named)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["hear", "keep", "miss", "step", "lead"])), max_size=200))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from(["hear", "keep", "miss", "step", "lead"])),
+        max_size=200,
+    )
+)
 def test_some_pair_is_on_all_nodes_at_every_moment(happens: list[tuple[int, str]]) -> None:
     old = SnapshotId(1, 0)
     nodes = [Node(frozenset({old})) for _ in range(3)]

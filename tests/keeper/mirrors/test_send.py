@@ -55,7 +55,9 @@ class World:
         self.heard.release()
 
     def node(self, name: str, budget_bytes: int = ROOMY) -> NodeMemoryServer:
-        lending = NodeMemoryServer(SECRET, Endpoint(), emit=self.told.append, budget_bytes=budget_bytes)
+        lending = NodeMemoryServer(
+            SECRET, Endpoint(), emit=self.told.append, budget_bytes=budget_bytes
+        )
         self.nodes[name] = lending
         endpoint = Endpoint("127.0.0.1", lending.port)
         self.stores[name] = PeerStore(endpoint, SECRET, epoch=lambda: self.epoch, cap=self.cap)
@@ -65,8 +67,14 @@ class World:
         for rank, made in enumerate(self.made):
             made.seal(snapshot, rank=rank, origin="o")
         sealed = [self.table.hold_snapshot(rank, snapshot) for rank in range(2)]
-        assert all(self.board.rank(rank).slot(0).held for rank in range(2)), "not overwritten on its way"
-        self.mirror.send(MirrorTask(snapshot, self.epoch, [one for one in sealed if one is not None], self.stores))
+        assert all(self.board.rank(rank).slot(0).held for rank in range(2)), (
+            "not overwritten on its way"
+        )
+        self.mirror.send(
+            MirrorTask(
+                snapshot, self.epoch, [one for one in sealed if one is not None], self.stores
+            )
+        )
         assert self.heard.acquire(timeout=WAIT_S)
         assert not any(self.board.rank(rank).slot(0).held for rank in range(2)), "let go of"
         return self.came[-1][2]
@@ -107,8 +115,12 @@ def test_pair_comes_to_each_node_whole_and_under_a_short_header(world: World) ->
                 assert own is not None
                 assert found[0] == own[0]
                 assert len(kept.view) < made.size_bytes
-                assert bytes(kept.view[PAGE_BYTES:]) == bytes(made.memory[-len(kept.view) + PAGE_BYTES :])
-    assert world.mirror.sent_bytes == 2 * sum(stat.size_bytes for stat in nodes[0].vault.list("mirrors/"))
+                assert bytes(kept.view[PAGE_BYTES:]) == bytes(
+                    made.memory[-len(kept.view) + PAGE_BYTES :]
+                )
+    assert world.mirror.sent_bytes == 2 * sum(
+        stat.size_bytes for stat in nodes[0].vault.list("mirrors/")
+    )
     assert world.told == []
 
 
@@ -119,7 +131,9 @@ def test_full_node_is_told_once_with_what_to_do_and_again_after_it_had_room(worl
     assert world.send(first) == {"b", "c"}
     for step in (2, 3):
         assert world.send(SnapshotId(1, step)) == {"c"}
-    assert [(event.kind, event.alarm, event.facts["node"]) for event in world.told] == [("mirror-failed", True, "b")]
+    assert [(event.kind, event.alarm, event.facts["node"]) for event in world.told] == [
+        ("mirror-failed", True, "b")
+    ]
     assert "raise mirror_bytes" in world.told[0].text
     small.retain(frozenset())
     assert world.send(SnapshotId(1, 4)) == {"b", "c"}

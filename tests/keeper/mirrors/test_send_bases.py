@@ -11,7 +11,9 @@ from ckpt.values import SnapshotId, StagedIndex
 def base(step: int, *, behind: int = 0) -> MirrorBase:
     index = StagedIndex(snapshot=SnapshotId(1, step), rank=0, world_size=1, shards=())
     return MirrorBase(
-        StoredContent(key=f"k/{step}", size_bytes=1, version=step, boot="b"), StagedShare(index, 0, 1), behind
+        StoredContent(key=f"k/{step}", size_bytes=1, version=step, boot="b"),
+        StagedShare(index, 0, 1),
+        behind,
     )
 
 

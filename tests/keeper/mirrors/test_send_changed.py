@@ -37,7 +37,8 @@ def pair(step: int) -> SnapshotId:
 
 
 class World:
-    """A node of one rank, whose slot holds a leaf of three chunks and a small one, and a node that keeps its pairs."""
+    """A node of one rank, whose slot holds a leaf of three chunks and a small one, and a node that
+    keeps its pairs."""
 
     def __init__(self) -> None:
         self.board = Board.create(1)
@@ -48,8 +49,12 @@ class World:
         self.came: list[frozenset[str]] = []
         self.heard = threading.Semaphore(0)
         self.epoch = 1
-        self.lending = NodeMemoryServer(SECRET, Endpoint(), emit=self.told.append, budget_bytes=ROOMY)
-        self.store = PeerStore(Endpoint("127.0.0.1", self.lending.port), SECRET, epoch=lambda: self.epoch)
+        self.lending = NodeMemoryServer(
+            SECRET, Endpoint(), emit=self.told.append, budget_bytes=ROOMY
+        )
+        self.store = PeerStore(
+            Endpoint("127.0.0.1", self.lending.port), SECRET, epoch=lambda: self.epoch
+        )
         self.mirror = MirrorSender(done=self.done, emit=self.told.append)
 
     def done(self, task: MirrorTask, came: frozenset[str]) -> None:
@@ -66,7 +71,9 @@ class World:
         assert self.heard.acquire(timeout=WAIT_S)
         puts = before.served.get("PUT", 0) + len(self.came[-1])
         deadline_s = time.monotonic() + WAIT_S
-        while (after := self.lending._server.stats()).served.get("PUT", 0) != puts:  # counted once they are answered
+        while (after := self.lending._server.stats()).served.get(
+            "PUT", 0
+        ) != puts:  # counted once they are answered
             assert time.monotonic() < deadline_s, "other puts than came"
             time.sleep(0.001)
         return after.received_bytes - before.received_bytes
@@ -84,7 +91,9 @@ class World:
         """The other node's keeper dies, and another one lends at the same address."""
         port = self.lending.port
         self.lending.close()
-        self.lending = NodeMemoryServer(SECRET, Endpoint("127.0.0.1", port), emit=self.told.append, budget_bytes=ROOMY)
+        self.lending = NodeMemoryServer(
+            SECRET, Endpoint("127.0.0.1", port), emit=self.told.append, budget_bytes=ROOMY
+        )
 
     def close(self) -> None:
         assert self.mirror.close(WAIT_S)
@@ -131,7 +140,8 @@ def test_only_chunks_that_changed_travel(world: World) -> None:
 
 @pytest.mark.slow
 def test_base_is_there_in_every_round_whichever_are_missed(world: World) -> None:
-    """As node of rank 0: pairs alternate, some are missed by another node, and what is over goes each time."""
+    """As node of rank 0: pairs alternate, some are missed by another node, and what is over goes
+    each time."""
     now, received = MirrorRound(), []
     for step in range(1, 9):
         now = next_round(now, [MirrorReport(mirrored=now.named, missed=None)], pair(step))
@@ -141,8 +151,13 @@ def test_base_is_there_in_every_round_whichever_are_missed(world: World) -> None
         assert world.has(step)
         assert len(world.lending.snapshots()) <= 2
     assert received == [WHOLE_BYTES] + [SMALL_SENT] * 7
-    for step in (9, 10):  # this node had the last one, another one had not: it goes, and what was kept stays
-        now = next_round(now, [MirrorReport(mirrored=now.kept), MirrorReport(missed=now.named)], pair(step))
+    for step in (
+        9,
+        10,
+    ):  # this node had the last one, another one had not: it goes, and what was kept stays
+        now = next_round(
+            now, [MirrorReport(mirrored=now.kept), MirrorReport(missed=now.named)], pair(step)
+        )
         world.lending.retain(retained_mirrors(now, frozenset()))
         assert world.lending.snapshots() == {pair(7)}
         assert world.send(step, FROZEN, small(step)) == SMALL_SENT
@@ -175,7 +190,9 @@ def test_base_that_was_put_anew_by_somebody_else_is_no_base(world: World) -> Non
 def test_node_that_was_started_anew_gets_all_and_then_what_changed(world: World) -> None:
     world.send(1, FROZEN, small(1))
     world.restart()
-    with world.lending.vault.incoming(mirror_key(pair(1), 0), WHOLE_BYTES) as room:  # the same version as before
+    with world.lending.vault.incoming(
+        mirror_key(pair(1), 0), WHOLE_BYTES
+    ) as room:  # the same version as before
         room.view[:] = bytes([9]) * WHOLE_BYTES
         assert room.publish() == 1
     assert world.send(2, FROZEN, small(2)) == WHOLE_BYTES
@@ -225,7 +242,10 @@ def test_slot_that_is_overwritten_while_it_is_sent_is_kept_nowhere_and_no_base(
     real = getattr(world.store, name)
 
     def put(
-        key: str, data: Sequence[Buffer], check_unchanged: Callable[[], None] | None = None, **facts: object
+        key: str,
+        data: Sequence[Buffer],
+        check_unchanged: Callable[[], None] | None = None,
+        **facts: object,
     ) -> StoredContent:
         def begun() -> None:
             world.slot.begin()

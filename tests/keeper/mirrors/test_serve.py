@@ -39,7 +39,9 @@ class Node:
         for index, made in enumerate(self.made):
             self.table.add(0, index, made.given(), made.size_bytes)
         self.told: list[Event] = []
-        self.lending = NodeMemoryServer(SECRET, Endpoint(), emit=self.told.append, budget_bytes=1 << 20)
+        self.lending = NodeMemoryServer(
+            SECRET, Endpoint(), emit=self.told.append, budget_bytes=1 << 20
+        )
         self.lending.slots.show(self.table)
         self.store = PeerStore(Endpoint("127.0.0.1", self.lending.port), SECRET, epoch=lambda: 1)
 
@@ -122,7 +124,9 @@ def test_damaged_header_is_nothing_that_is_lent(node: Node) -> None:
     assert [stat.key for stat in node.store.list("slots/")] == [slot_key(NEXT, 0)]
 
 
-def test_index_is_looked_into_once_a_generation(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_is_looked_into_once_a_generation(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     looks: list[int] = []
     real = lend.read_summary
 
@@ -141,7 +145,9 @@ def test_index_is_looked_into_once_a_generation(node: Node, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("call", ["dup", "mmap"])
-def test_system_without_descriptors_lends_later(node: Node, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_system_without_descriptors_lends_later(
+    node: Node, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     def full(*args: object, **kwargs: object) -> int:
         raise OSError(24, "too many open files")
 
@@ -167,7 +173,9 @@ def test_what_is_kept_for_others_is_told_unless_it_is_something_else(node: Node)
     node.store.put(mirror_key(PAIR, 0), [whole])
     node.store.put(mirror_key(NEXT, 1), [damaged])
     node.store.put("mirrors/what", [b"ever"])
-    assert node.lending.mirrored() == [InventoryEntry(snapshot=PAIR, origin="o", world_size=2, rank=1, mirror=True)]
+    assert node.lending.mirrored() == [
+        InventoryEntry(snapshot=PAIR, origin="o", world_size=2, rank=1, mirror=True)
+    ]
 
 
 def test_only_the_pairs_that_are_named_stay(node: Node) -> None:

@@ -1,4 +1,5 @@
-"""A keeper among those of other nodes: what it makes of epochs, words and broken lines, without any of them."""
+"""A keeper among those of other nodes: what it makes of epochs, words and broken lines, without any
+of them."""
 
 from __future__ import annotations
 
@@ -72,14 +73,18 @@ class Keeper:
         self.posted: list[Callable[[], object]] = []
         self.heard: list[EpochChanged | JobEnded | Rank0Unreachable] = []
         spec = KeeperSpec(job="job", store=str(tmp_path / "store"), compression="off")
-        self.state = JobState.create(spec, incarnation="b", post=self.posted.append, emit=lambda event: None)
+        self.state = JobState.create(
+            spec, incarnation="b", post=self.posted.append, emit=lambda event: None
+        )
         self.state.memory.resize(2)
         self.state.launch.policy = Policy(linger_s=5.0)
         where = NodesSpec(where=str(tmp_path / "meet"), job="job", nodes_min=2, nodes_max=2, **more)  # type: ignore[arg-type]
         self.node: FakeNode | None = None
         self.refuses: Exception | None = None
 
-        def join(*_: object, observer: NodeObserver, attempt: Callable[[], int], **__: object) -> FakeNode:
+        def join(
+            *_: object, observer: NodeObserver, attempt: Callable[[], int], **__: object
+        ) -> FakeNode:
             if self.refuses is not None:
                 raise self.refuses
             self.node = FakeNode(observer, attempt)
@@ -103,18 +108,22 @@ class Keeper:
         while self.posted:
             self.posted.pop(0)()
 
-    def come(self, number: int, *order: str, end: int | None = None, era: int = 1, why: str = "why") -> None:
+    def come(
+        self, number: int, *order: str, end: int | None = None, era: int = 1, why: str = "why"
+    ) -> None:
         """An epoch of those nodes, two ranks each."""
         places = tuple(NodePlacement(name, 2) for name in order)
         record = EpochRecord(
             job="job", number=number, places=places, leader=order[0], nodes_min=1, nodes_max=3
-        )  # fmt: skip
+        )
         meet = (
             None
             if end is not None or "me" not in order
             else said.MeetingAddress(attempt=number, host="10.0.0.9", port=4000)
         )
-        self.fake.told.on_epoch(NodeEpoch(record, EpochNote(why=why, end=end, era=era), {}, {}, {}, meet, "me"))
+        self.fake.told.on_epoch(
+            NodeEpoch(record, EpochNote(why=why, end=end, era=era), {}, {}, {}, meet, "me")
+        )
         self.run()
 
     def word(self, node: str, word: MeshMessage) -> None:
@@ -156,7 +165,9 @@ def test_address_of_lent_memory_is_read_as_it_is_written(host: str) -> None:
     assert (read.host, read.port) == (host, 4000)
 
 
-def test_one_rate_cap_for_all_nodes_that_keep_mirrors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rate_cap_for_all_nodes_that_keep_mirrors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     capped = Keeper(tmp_path, monkeypatch, mirror_rate=float(5 << 20))
     memory = capped.nodes.memory
     caps = {memory._peers._store(f"127.0.0.1:{port}")._cap for port in (1, 2)}
@@ -194,7 +205,13 @@ def test_failure_is_told_of_a_rank_of_the_whole_job(joined: Keeper) -> None:
     joined.come(3, "root", "me")
     joined.nodes.request_epoch(DIED, 7, 3)
     (told,) = joined.fake.failures
-    assert (told.attempt, told.rank, told.kind, told.status, told.completed) == (3, 3, "died", -9, 7)
+    assert (told.attempt, told.rank, told.kind, told.status, told.completed) == (
+        3,
+        3,
+        "died",
+        -9,
+        7,
+    )
     assert joined.fake.attempt() == 3
 
 
@@ -272,7 +289,9 @@ def test_decisions_of_rank_0_are_passed_on_and_those_of_this_attempt_taken(joine
     joined.come(3, "me", "other")
     board.begin_attempt(3)
     joined.nodes.decided(6, 1)
-    assert joined.fake.of(said.MeshDecided) == [("other", said.MeshDecided(attempt=3, boundary=6, flags=1))]
+    assert joined.fake.of(said.MeshDecided) == [
+        ("other", said.MeshDecided(attempt=3, boundary=6, flags=1))
+    ]
     joined.come(4, "root", "me")
     board.begin_attempt(4)
     joined.word("root", said.MeshDecided(attempt=3, boundary=8, flags=1))
@@ -316,7 +335,9 @@ def test_supervisors_of_a_standby_hear_once_an_epoch_that_trainers_may_run_ahead
     joined: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[tuple[str, Message]] = []
-    monkeypatch.setattr(joined.state.clients, "broadcast", lambda role, word, **_: heard.append((role, word)))
+    monkeypatch.setattr(
+        joined.state.clients, "broadcast", lambda role, word, **_: heard.append((role, word))
+    )
     joined.come(3, "root", "me")
     assert heard == []
     joined.come(4, "root", "other")
@@ -353,7 +374,9 @@ def test_node_of_rank_0_tells_each_what_the_rest_have_in_common(joined: Keeper) 
     joined.nodes.tick(100.0)
     told = dict(joined.fake.of(said.NodeProgress))
     assert set(told) == {"other", "third"}
-    assert all(word == said.NodeProgress(attempt=3, sealed=(), completed=-1) for word in told.values())
+    assert all(
+        word == said.NodeProgress(attempt=3, sealed=(), completed=-1) for word in told.values()
+    )
 
 
 def replace_attempt(word: said.NodeProgress, attempt: int) -> said.NodeProgress:

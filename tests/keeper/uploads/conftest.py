@@ -1,4 +1,5 @@
-"""A job in its keeper: real slots, a real store that can misbehave, and a loop that the test turns."""
+"""A job in its keeper: real slots, a real store that can misbehave, and a loop that the test
+turns."""
 
 from __future__ import annotations
 
@@ -114,14 +115,22 @@ class World:
     """What the next staged indexes of an epoch carry, where it was told."""
     calls: queue.SimpleQueue[Callable[[], object]] = field(default_factory=queue.SimpleQueue)
 
-    def uploads(self, *, job: str = "job", open_store: Callable[[], Backend] | None = None) -> Uploads:
-        """A keeper's uploads; an earlier keeper's are just forgotten, as they are with its process."""
+    def uploads(
+        self, *, job: str = "job", open_store: Callable[[], Backend] | None = None
+    ) -> Uploads:
+        """A keeper's uploads; an earlier keeper's are just forgotten, as they are with its
+        process."""
         spec = KeeperSpec(job=job, store=str(self.root), compression="off")
         return Uploads(
-            spec, ranks=self.ranks, post=self.calls.put,
-            on_outcome=lambda *told: self.told.append(told), on_fenced_text=self.fences.append, emit=self.events.append,
-            open_store=open_store or (lambda: self.store), retry_first_s=0.01,
-        )  # fmt: skip
+            spec,
+            ranks=self.ranks,
+            post=self.calls.put,
+            on_outcome=lambda *told: self.told.append(told),
+            on_fenced_text=self.fences.append,
+            emit=self.events.append,
+            open_store=open_store or (lambda: self.store),
+            retry_first_s=0.01,
+        )
 
     def until(self, there: Callable[[], object]) -> None:
         """Turn the loop until something is so."""
@@ -167,20 +176,28 @@ class World:
         data[-1] = 100 + snapshot.step
         shards, at = [], 0
         for name, held in (("fixed", rows - 1), ("moving", 1)):
-            leaf = Leaf(name=name, kind=LeafKind.TENSOR, dtype="uint8", shape=(self.ranks * held, ROW_BYTES))
+            leaf = Leaf(
+                name=name, kind=LeafKind.TENSOR, dtype="uint8", shape=(self.ranks * held, ROW_BYTES)
+            )
             length = held * ROW_BYTES
             shards.append(
                 StagedShard(
-                    leaf=leaf, box=Box((rank * held, 0), (held, ROW_BYTES)), offset_bytes=at, size_bytes=length,
+                    leaf=leaf,
+                    box=Box((rank * held, 0), (held, ROW_BYTES)),
+                    offset_bytes=at,
+                    size_bytes=length,
                     digests=(digest(slot.data[at : at + length]),),
                 )
-            )  # fmt: skip
+            )
             at += length
         del data
         index = StagedIndex(
-            snapshot=snapshot, rank=rank, world_size=self.ranks, shards=tuple(shards),
+            snapshot=snapshot,
+            rank=rank,
+            world_size=self.ranks,
+            shards=tuple(shards),
             origin=self.origins.get(snapshot.epoch, ""),
-        )  # fmt: skip
+        )
         slot.seal(index)
         return SealedSlot(index=index, data=slot.data[:], release=pin.release, shared={})
 
@@ -198,7 +215,9 @@ class World:
                 return SealedSlot(index=found[0], data=slot.data[:], release=pin.release, shared={})
         return None
 
-    def save(self, uploads: Uploads, snapshot: SnapshotId, tags: tuple[str, ...] = ()) -> list[Told]:
+    def save(
+        self, uploads: Uploads, snapshot: SnapshotId, tags: tuple[str, ...] = ()
+    ) -> list[Told]:
         """Stage and hand in on all ranks; the outcomes, by rank."""
         for rank in range(self.ranks):
             uploads.persist(rank, self.stage(rank, snapshot), tags)
@@ -216,7 +235,9 @@ class World:
 
     def readable(self, snapshot: SnapshotId) -> bool:
         """Whether each byte of a committed snapshot is there and right."""
-        return verify(load_index(FileBackend(self.root), self.state(), snapshot), FileBackend(self.root)).ok
+        return verify(
+            load_index(FileBackend(self.root), self.state(), snapshot), FileBackend(self.root)
+        ).ok
 
     @staticmethod
     def infos(told: list[Told]) -> list[SnapshotInfo | None]:
@@ -240,7 +261,8 @@ def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
 
     def make(ranks: int = 2) -> World:
         pools = [
-            SlotPool(count=3, data_bytes=8 * ROW_BYTES, header_bytes=1 << 16, prefault=False) for _ in range(ranks)
+            SlotPool(count=3, data_bytes=8 * ROW_BYTES, header_bytes=1 << 16, prefault=False)
+            for _ in range(ranks)
         ]
         worlds.append(World(tmp_path / "store", ranks, Store(tmp_path / "store"), pools))
         return worlds[-1]

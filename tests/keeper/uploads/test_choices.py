@@ -30,13 +30,19 @@ PAIRS = tuple(SnapshotId(epoch, step) for epoch in EPOCHS for step in STEPS)
 def _log(opens: dict[int, SnapshotId | None], commits: tuple[SnapshotId, ...] = ()) -> LogState:
     return LogState(
         job="job",
-        opens=tuple(OpenedEpoch(epoch, seq, resume) for seq, (epoch, resume) in enumerate(sorted(opens.items()))),
-        snapshots=tuple(Committed(pair, "", None, 100 + seq, 0) for seq, pair in enumerate(commits)),
+        opens=tuple(
+            OpenedEpoch(epoch, seq, resume)
+            for seq, (epoch, resume) in enumerate(sorted(opens.items()))
+        ),
+        snapshots=tuple(
+            Committed(pair, "", None, 100 + seq, 0) for seq, pair in enumerate(commits)
+        ),
     )
 
 
 def _is_on_line(opens: dict[int, SnapshotId | None], pair: SnapshotId) -> bool:
-    """The line by its definition: all that the newest epoch captured, and the line of what it resumed up to that."""
+    """The line by its definition: all that the newest epoch captured, and the line of what it
+    resumed up to that."""
 
     def within(epoch: int, last_step: int | None) -> bool:
         if epoch not in opens:
@@ -52,7 +58,9 @@ def _is_on_line(opens: dict[int, SnapshotId | None], pair: SnapshotId) -> bool:
 def _histories() -> Iterator[dict[int, SnapshotId | None]]:
     """Every way in which up to three epochs can go on from one another."""
     for count in range(4):
-        before = [[None, *(pair for pair in PAIRS if pair.epoch < epoch)] for epoch in EPOCHS[:count]]
+        before = [
+            [None, *(pair for pair in PAIRS if pair.epoch < epoch)] for epoch in EPOCHS[:count]
+        ]
         for resumes in itertools.product(*before):
             yield dict(zip(EPOCHS, resumes, strict=False))
 
@@ -65,7 +73,9 @@ def _subsets() -> Iterator[tuple[SnapshotId, ...]]:
 def test_choices_are_the_line_newest_first_and_staged_before_durable() -> None:
     for opens in _histories():
         for staged in _subsets():
-            commits = tuple(pair for pair in PAIRS if pair.epoch in opens and pair not in staged[1:])
+            commits = tuple(
+                pair for pair in PAIRS if pair.epoch in opens and pair not in staged[1:]
+            )
             found = best_first(_log(opens, commits), staged)
             expected = [
                 Choice(pair, tier)
@@ -83,7 +93,9 @@ def test_what_was_given_out_counts_as_if_it_were_read() -> None:
         given_out = whole.opens
         for read in range(len(opens) + 1):
             commits = PAIRS[: 2 * read]
-            state = with_pending(_log(dict(list(opens.items())[:read]), commits), given_out, PAIRS[: 2 * len(opens)])
+            state = with_pending(
+                _log(dict(list(opens.items())[:read]), commits), given_out, PAIRS[: 2 * len(opens)]
+            )
             assert (state.epoch, state.lineage) == (whole.epoch, whole.lineage)
             assert with_pending(state, given_out, PAIRS[: 2 * len(opens)]) == state
 
@@ -100,7 +112,8 @@ def test_fallback_to_an_older_snapshot_leaves_the_newer_ones_off_the_line() -> N
 def test_staged_pair_that_was_never_committed_may_be_resumed_and_stays_on_the_line() -> None:
     staged = SnapshotId(1, 15)
     state = with_pending(
-        _log({1: None}, (SnapshotId(1, 10),)), [OpenedEpoch(2, -1, staged), OpenedEpoch(3, -1, SnapshotId(2, 16))]
+        _log({1: None}, (SnapshotId(1, 10),)),
+        [OpenedEpoch(2, -1, staged), OpenedEpoch(3, -1, SnapshotId(2, 16))],
     )
     assert best_first(state, [staged, SnapshotId(1, 16)])[0] == Choice(staged, "staged")
 
@@ -113,7 +126,9 @@ def test_epochs_without_record_are_taken_to_follow_the_newest_pair_below() -> No
         (4, SnapshotId(2, 30)),
     ]
     assert missing_opens(state, [SnapshotId(1, 12)]) == ()
-    assert [(one.epoch, one.resume) for one in missing_opens(_log({}), [SnapshotId(2, 30)])] == [(2, None)]
+    assert [(one.epoch, one.resume) for one in missing_opens(_log({}), [SnapshotId(2, 30)])] == [
+        (2, None)
+    ]
 
 
 @given(
@@ -121,13 +136,17 @@ def test_epochs_without_record_are_taken_to_follow_the_newest_pair_below() -> No
     read=st.integers(0, 3),
     commits=st.integers(0, 6),
 )
-def test_assumed_opens_put_the_newest_staged_pair_first(staged: set[SnapshotId], read: int, commits: int) -> None:
+def test_assumed_opens_put_the_newest_staged_pair_first(
+    staged: set[SnapshotId], read: int, commits: int
+) -> None:
     opens = {epoch: SnapshotId(epoch - 1, 1) if epoch > 1 else None for epoch in EPOCHS[:read]}
     state = _log(opens, PAIRS[: min(commits, 2 * read)])
     missing = missing_opens(state, staged)
     known = set(opens)
     for opened in missing:
-        assert opened.epoch > max(known, default=0), "each record counts where the one before is written"
+        assert opened.epoch > max(known, default=0), (
+            "each record counts where the one before is written"
+        )
         assert opened.resume is None or opened.resume.epoch in known
         known.add(opened.epoch)
     beyond = [pair for pair in staged if pair.epoch > read]
@@ -164,7 +183,8 @@ def test_nobody_needs_what_the_line_has_a_newer_one_of() -> None:
 def test_staged_pairs_count_by_the_record_that_opened_their_epoch(
     opened: list[str], given_out: list[tuple[int, bool]]
 ) -> None:
-    """Of each number there may be one that the log has, and one that this node's keeper gave out and nobody recorded."""
+    """Of each number there may be one that the log has, and one that this node's keeper gave out
+    and nobody recorded."""
     ids = {epoch: f"{who}{epoch:016x}" for epoch, who in enumerate(opened, 1)}
     state = _log(dict.fromkeys(ids))
     for epoch, recorded in given_out:
@@ -172,13 +192,21 @@ def test_staged_pairs_count_by_the_record_that_opened_their_epoch(
         pair = SnapshotId(epoch, 7)
         expected = ids[epoch] == origin if epoch in ids else opened[-1] == MINE
         assert (pair in own_staged(state, ids, {pair: origin})) == expected
-        assert (pair in restorable(state, ids, {pair: origin})) == (expected and epoch >= state.epoch)
+        assert (pair in restorable(state, ids, {pair: origin})) == (
+            expected and epoch >= state.epoch
+        )
         assert pair in own_staged(state, ids, {pair: ""}), "by its number alone"
 
 
 def test_numbers_that_were_given_out_after_a_foreign_epoch_do_not_count() -> None:
     ids = {1: MINE + "1" * 16, 2: THEIRS + "2" * 16}
     state = _log({1: None, 2: SnapshotId(1, 1)})
-    staged = {SnapshotId(1, 1): ids[1], SnapshotId(2, 5): MINE + "5" * 16, SnapshotId(3, 6): MINE + "6" * 16}
+    staged = {
+        SnapshotId(1, 1): ids[1],
+        SnapshotId(2, 5): MINE + "5" * 16,
+        SnapshotId(3, 6): MINE + "6" * 16,
+    }
     assert restorable(state, ids, staged) == (SnapshotId(1, 1),)
-    assert restorable(_log({}), {}, staged) == (), "nothing is ours in a log that has no open of ours"
+    assert restorable(_log({}), {}, staged) == (), (
+        "nothing is ours in a log that has no open of ours"
+    )

@@ -1,4 +1,5 @@
-"""Snapshots of several nodes: two keepers' uploads in one process, joined by the room of their era."""
+"""Snapshots of several nodes: two keepers' uploads in one process, joined by the room of their
+era."""
 
 from __future__ import annotations
 
@@ -27,10 +28,15 @@ class Node:
         self.told: list = []
         self.down = 0
         self.uploads = Uploads(
-            KeeperSpec(job="job", store=str(world.root), compression="off"), ranks=1, post=world.calls.put,
-            on_outcome=lambda *told: self.told.append(told), on_fenced_text=world.fences.append, emit=world.events.append,
-            open_store=self.open, retry_first_s=0.01,
-        )  # fmt: skip
+            KeeperSpec(job="job", store=str(world.root), compression="off"),
+            ranks=1,
+            post=world.calls.put,
+            on_outcome=lambda *told: self.told.append(told),
+            on_fenced_text=world.fences.append,
+            emit=world.events.append,
+            open_store=self.open,
+            retry_first_s=0.01,
+        )
         self.uploads.use_channels(self.channel)
 
     def open(self):
@@ -43,7 +49,10 @@ class Node:
     def channel(self, rank: int) -> LoopChannel:
         room = self.room
         return LoopChannel(
-            self.world.calls.put, lambda: room if room is self.room else None, rank=self.rank + rank, size=2
+            self.world.calls.put,
+            lambda: room if room is self.room else None,
+            rank=self.rank + rank,
+            size=2,
         )
 
     def stage(self, snapshot: SnapshotId):
@@ -97,7 +106,9 @@ class Pair:
         assert self.world.pinned() == 0
 
     def both_durable(self, *snapshots: SnapshotId) -> None:
-        self.world.until(lambda: all(node.durable()[-len(snapshots) :] == [*snapshots] for node in self.nodes))
+        self.world.until(
+            lambda: all(node.durable()[-len(snapshots) :] == [*snapshots] for node in self.nodes)
+        )
         assert all(self.world.readable(one) for one in snapshots)
         self.settled()
 
@@ -136,7 +147,9 @@ def test_what_comes_before_the_epoch_is_known_to_be_open_waits_for_it(pair) -> N
 
 
 @pytest.mark.parametrize("staged", [True, False])
-def test_uneven_hand_ins_of_an_attempt_are_evened_out_when_the_next_opens(pair, staged: bool) -> None:
+def test_uneven_hand_ins_of_an_attempt_are_evened_out_when_the_next_opens(
+    pair, staged: bool
+) -> None:
     pair.begin()
     epoch = pair.open()
     one, two = SnapshotId(epoch, 1), SnapshotId(epoch, 2)
@@ -159,7 +172,9 @@ def test_uneven_hand_ins_of_an_attempt_are_evened_out_when_the_next_opens(pair, 
     assert (pair.world.state().find(two) is not None) is staged
 
 
-def test_what_an_attempt_held_back_until_its_end_is_neither_lost_count_of_nor_handed_in_twice(pair) -> None:
+def test_what_an_attempt_held_back_until_its_end_is_neither_lost_count_of_nor_handed_in_twice(
+    pair,
+) -> None:
     pair.begin()
     epoch = pair.open()
     pair.end()
@@ -209,7 +224,9 @@ def test_other_era_fails_what_is_in_flight_and_lets_go_of_what_waits(pair) -> No
     for node in pair.nodes:
         node.hand_in(SnapshotId(epoch, 2))
     pair.both_durable(SnapshotId(epoch, 2))
-    assert [node.uploads.submitted for node in pair.nodes] == [(1, ((0, SnapshotId(epoch, 2), ()),))] * 2
+    assert [node.uploads.submitted for node in pair.nodes] == [
+        (1, ((0, SnapshotId(epoch, 2), ()),))
+    ] * 2
 
 
 def test_turn_that_one_rank_lacks_ends_with_its_era(make_world) -> None:

@@ -1,4 +1,5 @@
-"""Nodes of several ranks each, whose trainers die between any two words of theirs: one seed is one run."""
+"""Nodes of several ranks each, whose trainers die between any two words of theirs: one seed is one
+run."""
 
 from __future__ import annotations
 
@@ -34,16 +35,24 @@ class Node:
         self.ranks = ranks
         self.room: LocalMailbox | None = None
         self.uploads = Uploads(
-            KeeperSpec(job="job", store=str(world.root), compression="off"), ranks=ranks, post=world.calls.put,
-            on_outcome=lambda *told: None, on_fenced_text=world.fences.append, emit=world.events.append,
-            open_store=lambda: world.store, retry_first_s=0.01,
-        )  # fmt: skip
+            KeeperSpec(job="job", store=str(world.root), compression="off"),
+            ranks=ranks,
+            post=world.calls.put,
+            on_outcome=lambda *told: None,
+            on_fenced_text=world.fences.append,
+            emit=world.events.append,
+            open_store=lambda: world.store,
+            retry_first_s=0.01,
+        )
         self.uploads.use_channels(self.channel)
 
     def channel(self, rank: int) -> LoopChannel:
         room = self.room
         return LoopChannel(
-            self.world.calls.put, lambda: room if room is self.room else None, rank=self.first + rank, size=WORLD
+            self.world.calls.put,
+            lambda: room if room is self.room else None,
+            rank=self.first + rank,
+            size=WORLD,
         )
 
     def sealed_of(self, rank: int, snapshot: SnapshotId):
@@ -60,7 +69,9 @@ class Job:
         self.world = world
         self.dice = dice
         firsts = [0, *itertools.accumulate(COUNTS)]
-        self.nodes = [Node(world, first, ranks) for first, ranks in zip(firsts, COUNTS, strict=False)]
+        self.nodes = [
+            Node(world, first, ranks) for first, ranks in zip(firsts, COUNTS, strict=False)
+        ]
         self.step = 0
 
     def era(self) -> None:

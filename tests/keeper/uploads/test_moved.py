@@ -1,4 +1,5 @@
-"""A store that is removed or replaced between two launches of one keeper: the next starts afresh."""
+"""A store that is removed or replaced between two launches of one keeper: the next starts
+afresh."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def test_store_that_is_still_there_is_gone_on_with(make_world) -> None:
     first = world.infos(world.save(uploads, SnapshotId(1, 1)))[0]
     pair = world.stage_all(SnapshotId(1, 2))
     uploads.new_launch()
-    assert world.result(uploads.choices([pair], {pair: world.origins[1]}))[0] == Choice(pair, "staged")
+    assert world.result(uploads.choices([pair], {pair: world.origins[1]}))[0] == Choice(
+        pair, "staged"
+    )
     assert world.opened(uploads, pair) == 2
     second = world.infos(world.save(uploads, SnapshotId(2, 3)))[0]
     assert second.new_bytes < first.new_bytes / 2, "chunks are still known"

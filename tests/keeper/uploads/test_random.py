@@ -1,4 +1,5 @@
-"""Attempts that die at any moment over a store that comes and goes: what is told is true, nothing is stuck. One seed a run."""
+"""Attempts that die at any moment over a store that comes and goes: what is told is true, nothing
+is stuck. One seed a run."""
 
 from __future__ import annotations
 
@@ -33,19 +34,28 @@ class Run:
         for slot in (
             slot for pool in self.world.pools for slot in pool.slots
         ):  # what is off the line now, as a keeper does
-            if slot.snapshot is not None and not slot.pinned and (resume is None or slot.snapshot > resume):
+            if (
+                slot.snapshot is not None
+                and not slot.pinned
+                and (resume is None or slot.snapshot > resume)
+            ):
                 slot.invalidate()
 
     def complete(self) -> list[SnapshotId]:
         """The pairs that all ranks' slots hold."""
-        held = [{slot.snapshot for slot in pool.slots if slot.snapshot is not None} for pool in self.world.pools]
+        held = [
+            {slot.snapshot for slot in pool.slots if slot.snapshot is not None}
+            for pool in self.world.pools
+        ]
         return sorted(set.intersection(*held), reverse=True)
 
     def save(self, ranks: list[int]) -> None:
-        """One more step; only some ranks get as far as handing it in, and some of the others as staging it."""
+        """One more step; only some ranks get as far as handing it in, and some of the others as
+        staging it."""
         free = [[slot for slot in pool.slots if not slot.pinned] for pool in self.world.pools]
         if any(
-            len(pool.slots) == pool.count and len(slots) < 2 for pool, slots in zip(self.world.pools, free, strict=True)
+            len(pool.slots) == pool.count and len(slots) < 2
+            for pool, slots in zip(self.world.pools, free, strict=True)
         ):
             return  # skipped, as a job does whose slots are all held
         self.step += 1
@@ -58,8 +68,11 @@ class Run:
                 self.world.stage_only(rank, pair)
 
     def die(self) -> None:
-        """The attempt dies while it saves, and the next goes on from one of the choices, mostly the first."""
-        self.save(self.random.sample(range(self.world.ranks), self.random.randrange(self.world.ranks)))
+        """The attempt dies while it saves, and the next goes on from one of the choices, mostly the
+        first."""
+        self.save(
+            self.random.sample(range(self.world.ranks), self.random.randrange(self.world.ranks))
+        )
         self.uploads.attempt_ended(self.world.sealed_of)
         try:
             choices = self.world.result(self.uploads.choices(self.complete()))
@@ -68,7 +81,9 @@ class Run:
             choices = self.world.result(self.uploads.choices(self.complete()))
         if self.world.store.down:
             choices = tuple(choice for choice in choices if choice.tier == "staged")
-        assert list(choices) == sorted(choices, key=lambda one: (one.snapshot, one.tier == "staged"), reverse=True)
+        assert list(choices) == sorted(
+            choices, key=lambda one: (one.snapshot, one.tier == "staged"), reverse=True
+        )
         at = 0 if self.random.random() < 0.7 or not choices else self.random.randrange(len(choices))
         self.begin(choices[at].snapshot if choices else None)
 
@@ -102,7 +117,9 @@ class Run:
                 case _:
                     done = [self.uploads.in_flight]
                     self.world.until(
-                        lambda done=done: self.world.store.down or self.uploads.in_flight < max(1, done[0])
+                        lambda done=done: (
+                            self.world.store.down or self.uploads.in_flight < max(1, done[0])
+                        )
                     )
         self.save([0])
         self.uploads.attempt_ended(self.world.sealed_of)

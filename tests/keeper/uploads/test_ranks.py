@@ -1,4 +1,5 @@
-"""Ranks that die, refuse or are all gone: what they staged becomes durable all the same, or fails for all alike."""
+"""Ranks that die, refuse or are all gone: what they staged becomes durable all the same, or fails
+for all alike."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ WAIT_S = 60.0
 
 
 @pytest.mark.parametrize("staged_by", [(0, 1), (0,)])
-def test_rank_that_died_is_handed_in_from_its_slot_or_refused(make_world, staged_by: tuple[int, ...]) -> None:
+def test_rank_that_died_is_handed_in_from_its_slot_or_refused(
+    make_world, staged_by: tuple[int, ...]
+) -> None:
     world = make_world(3)
     uploads = world.uploads()
     world.result(uploads.open_epoch(None))
@@ -31,7 +34,9 @@ def test_rank_that_died_is_handed_in_from_its_slot_or_refused(make_world, staged
         assert [(rank, error.code) for rank, _, _, error in world.told] == [(2, "unavailable")]
         assert "died before they staged" in world.told[0][3].text
     world.result(uploads.open_epoch(None))
-    assert all(world.infos(world.save(uploads, SnapshotId(2, 1)))), "the ranks' queues are equal again"
+    assert all(world.infos(world.save(uploads, SnapshotId(2, 1)))), (
+        "the ranks' queues are equal again"
+    )
     assert world.pinned() == 0
     uploads.close(WAIT_S)
 
@@ -57,7 +62,9 @@ def test_refusal_of_one_rank_fails_the_snapshot_for_all(make_world) -> None:
     uploads.refuse(0, SnapshotId(1, 1), UsageError("no room"))
     uploads.persist(1, world.stage(1, SnapshotId(1, 1)), ())
     world.until(lambda: uploads.in_flight == 0)
-    assert [(rank, error) for rank, *_, error in world.told] == [(1, RemoteError("usage", "no room", 0))]
+    assert [(rank, error) for rank, *_, error in world.told] == [
+        (1, RemoteError("usage", "no room", 0))
+    ]
     assert all(world.infos(world.save(uploads, SnapshotId(1, 2))))
     uploads.close(WAIT_S)
 
@@ -107,7 +114,9 @@ def test_settling_again_leaves_the_bytes_of_the_first_try_as_they_are(make_world
     assert world.readable(pair)
     manifest = load_manifest(world.store, world.state(), pair)
     assert len(first) == 1, "one part for all ranks of the node"
-    assert not first & {part.key for part in manifest.parts}, "that commit may land yet, and names the first parts"
+    assert not first & {part.key for part in manifest.parts}, (
+        "that commit may land yet, and names the first parts"
+    )
     uploads.close(WAIT_S)
 
 

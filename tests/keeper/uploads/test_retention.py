@@ -1,4 +1,5 @@
-"""A keeper keeps to its launch's policy: after commits, never under a restore, never for somebody else's epoch."""
+"""A keeper keeps to its launch's policy: after commits, never under a restore, never for somebody
+else's epoch."""
 
 from __future__ import annotations
 
@@ -112,9 +113,14 @@ def test_nothing_is_dropped_or_deleted_while_trainers_restore(make_world) -> Non
     world.store.go_on.set()
     world.outcomes(uploads, SnapshotId(1, 2))
     assert uploads.finish_retention(begin=False), "nothing is even begun"
-    assert before <= objects(world), "what is restored now is there, though a newer one is committed"
-    # (1, 2) may be dropped in the moment in which the next one refers to it: that is refused, the one after refers to none.
-    saved = next(step for step in (3, 4) if all(world.infos(world.save(uploads, SnapshotId(2, step)))))
+    assert before <= objects(world), (
+        "what is restored now is there, though a newer one is committed"
+    )
+    # (1, 2) may be dropped in the moment in which the next one refers to it: that is refused, the
+    # one after refers to none.
+    saved = next(
+        step for step in (3, 4) if all(world.infos(world.save(uploads, SnapshotId(2, step))))
+    )
     world.until(lambda: steps(world) == [saved])
     uploads.close(WAIT_S)
 
@@ -128,7 +134,8 @@ def test_keeper_that_was_overtaken_drops_nothing(make_world) -> None:
         world.save(uploads, SnapshotId(1, step))
     world.until(lambda: uploads.finish_retention(begin=False))
     hangs, go_on = threading.Event(), threading.Event()
-    # The keeper is paused right before it writes the record of a drop, and another writer goes on meanwhile.
+    # The keeper is paused right before it writes the record of a drop, and another writer goes on
+    # meanwhile.
     put = world.store.put
 
     def slow(key: str, data, *, create_only: bool = False) -> None:
@@ -183,7 +190,10 @@ def test_each_launch_has_its_own_policy_and_the_last_ones_ends_with_it(make_worl
         world.save(uploads, SnapshotId(1, step))
     world.until(lambda: steps(world) == [2, 3])
     uploads.new_launch()
-    assert world.result(uploads.open_epoch(SnapshotId(1, 3), Retention(keep="last=4", grace_s=0.0))) == 2
+    assert (
+        world.result(uploads.open_epoch(SnapshotId(1, 3), Retention(keep="last=4", grace_s=0.0)))
+        == 2
+    )
     for step in range(4, 9):
         world.save(uploads, SnapshotId(2, step))
     world.until(lambda: steps(world) == [5, 6, 7, 8])
@@ -230,7 +240,9 @@ def test_epoch_that_is_opened_with_another_policy_is_kept_to_that_one(make_world
         world.save(uploads, SnapshotId(2, step))
     tidy(world, uploads)
     assert steps(world) == [2, 3, 4, 5, 6, 7]
-    assert uploads.open_epoch(SnapshotId(2, 7), Retention(keep="last=3", grace_s=0.0)).result(0) == 3
+    assert (
+        uploads.open_epoch(SnapshotId(2, 7), Retention(keep="last=3", grace_s=0.0)).result(0) == 3
+    )
     world.save(uploads, SnapshotId(3, 8))
     world.until(lambda: steps(world) == [6, 7, 8])
     uploads.close(WAIT_S)

@@ -1,4 +1,5 @@
-"""Stores that are down, slow, gone or taken by another writer: epochs stay in order, and nothing waits in the loop."""
+"""Stores that are down, slow, gone or taken by another writer: epochs stay in order, and nothing
+waits in the loop."""
 
 from __future__ import annotations
 
@@ -33,13 +34,19 @@ def test_store_that_is_down_at_the_first_open_tells_the_caller(make_world) -> No
     uploads.close(WAIT_S)
 
 
-def test_epochs_opened_while_the_store_is_down_are_recorded_in_order_before_their_commits(make_world) -> None:
+def test_epochs_opened_while_the_store_is_down_are_recorded_in_order_before_their_commits(
+    make_world,
+) -> None:
     world = make_world()
     uploads = world.uploads()
     world.result(uploads.open_epoch(None))
     world.save(uploads, SnapshotId(1, 1))
     world.store.down = True
-    numbers = [uploads.open_epoch(SnapshotId(1, 1)), uploads.open_epoch(SnapshotId(2, 4)), uploads.open_epoch(None)]
+    numbers = [
+        uploads.open_epoch(SnapshotId(1, 1)),
+        uploads.open_epoch(SnapshotId(2, 4)),
+        uploads.open_epoch(None),
+    ]
     assert [number.result(0) for number in numbers] == [2, 3, 4], "given out at once"
     with pytest.raises(UsageError):
         uploads.open_epoch(SnapshotId(9, 1)).result(0)
@@ -52,8 +59,11 @@ def test_epochs_opened_while_the_store_is_down_are_recorded_in_order_before_thei
     world.until(lambda: uploads.idle)
     state = world.state()
     assert [(opened.epoch, opened.resume) for opened in state.opens] == [
-        (1, None), (2, SnapshotId(1, 1)), (3, SnapshotId(2, 4)), (4, None),
-    ]  # fmt: skip
+        (1, None),
+        (2, SnapshotId(1, 1)),
+        (3, SnapshotId(2, 4)),
+        (4, None),
+    ]
     assert all(world.infos(world.save(uploads, SnapshotId(4, 6))))
     assert state.voids_total == 0
     uploads.close(WAIT_S)
@@ -173,9 +183,16 @@ def test_new_keeper_records_epochs_that_the_old_one_gave_out_and_never_wrote(mak
     for rank in range(2):
         world.stage_only(rank, staged)
     again = world.uploads()
-    assert world.result(again.choices([staged])) == (Choice(staged, "staged"), Choice(SnapshotId(1, 1), "durable"))
+    assert world.result(again.choices([staged])) == (
+        Choice(staged, "staged"),
+        Choice(SnapshotId(1, 1), "durable"),
+    )
     assert world.result(again.open_epoch(staged)) == 3
-    assert [(one.epoch, one.resume) for one in world.state().opens] == [(1, None), (2, SnapshotId(1, 1)), (3, staged)]
+    assert [(one.epoch, one.resume) for one in world.state().opens] == [
+        (1, None),
+        (2, SnapshotId(1, 1)),
+        (3, staged),
+    ]
     again.flush_newest([staged], world.sealed_of)
     assert all(world.infos(world.outcomes(again, staged)))
     assert world.state().lineage == (staged, SnapshotId(1, 1))

@@ -1,4 +1,5 @@
-"""A keeper that finds slots of an earlier one: it waits for the store, and settles only what is the job's own line."""
+"""A keeper that finds slots of an earlier one: it waits for the store, and settles only what is the
+job's own line."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ FIRST = SnapshotId(1, 1)
 
 
 def _left_behind(world, *epochs: int) -> SnapshotId:
-    """A keeper opened epochs (all but the first while the store was away), staged a pair and died; the pair."""
+    """A keeper opened epochs (all but the first while the store was away), staged a pair and died;
+    the pair."""
     uploads = world.uploads()
     world.opened(uploads, None)
     world.save(uploads, FIRST)
@@ -71,7 +73,9 @@ def test_first_epoch_whose_reply_is_lost_is_opened_once(make_world) -> None:
 
 
 @pytest.mark.parametrize("epochs", [(), (2,), (2, 3)])
-def test_settling_opens_an_epoch_where_nobody_else_went_on(make_world, epochs: tuple[int, ...]) -> None:
+def test_settling_opens_an_epoch_where_nobody_else_went_on(
+    make_world, epochs: tuple[int, ...]
+) -> None:
     world = make_world()
     pair = _left_behind(world, *epochs)
     world.store.down = True
@@ -88,7 +92,9 @@ def test_settling_opens_an_epoch_where_nobody_else_went_on(make_world, epochs: t
 
 
 @pytest.mark.parametrize("epochs", [(), (2,), (2, 3)])
-def test_settling_leaves_the_job_to_whoever_went_on_with_it(make_world, epochs: tuple[int, ...]) -> None:
+def test_settling_leaves_the_job_to_whoever_went_on_with_it(
+    make_world, epochs: tuple[int, ...]
+) -> None:
     world = make_world()
     pair = _left_behind(world, *epochs)
     assert Journal.open(FileBackend(world.root)).open_epoch(resume=FIRST) == 2
@@ -157,7 +163,9 @@ def test_epochs_given_out_after_a_lost_number_are_lost_too(make_world) -> None:
     theirs = world.uploads(open_store=lambda: FileBackend(world.root))
     assert world.result(theirs.open_epoch(FIRST)) == 2
     again = world.uploads()
-    assert world.result(again.choices([pair], {pair: world.origins[3]})) == (Choice(FIRST, "durable"),)
+    assert world.result(again.choices([pair], {pair: world.origins[3]})) == (
+        Choice(FIRST, "durable"),
+    )
     again.close(WAIT_S)
     theirs.close(WAIT_S)
 
@@ -173,7 +181,9 @@ def test_keeper_that_lives_on_gives_up_what_it_gave_out_and_others_took(make_wor
     assert Journal.open(FileBackend(world.root)).open_epoch(resume=FIRST) == 2
     uploads.new_launch()
     world.store.down = False
-    assert world.result(uploads.choices([pair], {pair: world.origins[3]})) == (Choice(FIRST, "durable"),)
+    assert world.result(uploads.choices([pair], {pair: world.origins[3]})) == (
+        Choice(FIRST, "durable"),
+    )
     assert world.result(uploads.open_epoch(FIRST)) == 3
     assert uploads.origin_of(3) != world.origins[3]
     uploads.close(WAIT_S)
@@ -188,8 +198,10 @@ def test_records_written_late_carry_the_ids_that_were_given_out(make_world) -> N
     assert world.result(again.open_epoch(pair)) == 4
     state = world.state()
     assert {one.epoch: state.write_id_at(one.seq) for one in state.opens} == {
-        1: world.origins[1], 3: world.origins[3], 4: again.origin_of(4),
-    }  # fmt: skip
+        1: world.origins[1],
+        3: world.origins[3],
+        4: again.origin_of(4),
+    }
     assert len({launch_prefix(origin) for origin in world.origins.values()}) == 1
     assert launch_prefix(again.origin_of(4)) != launch_prefix(world.origins[1])
     again.close(WAIT_S)
@@ -214,7 +226,9 @@ def test_ids_of_old_records_are_read(make_world, monkeypatch) -> None:
 
 def _damage(world, pair: SnapshotId) -> None:
     sealed = world.sealed_of(0, pair)
-    sealed.data[3 * ROW_BYTES] ^= 1  # of the leaf that changes: what is in the store already is not read again
+    sealed.data[3 * ROW_BYTES] ^= (
+        1  # of the leaf that changes: what is in the store already is not read again
+    )
     sealed.free()
 
 
@@ -255,7 +269,9 @@ def test_end_with_something_unsettled_is_told(make_world) -> None:
     again.flush_newest([pair], world.sealed_of)
     world.until(lambda: world.alarms("settle-waits"))
     again.close(WAIT_S)
-    assert [str(pair) in text for text in world.alarms("dropped")] == [True], "at once: the loop turns no more"
+    assert [str(pair) in text for text in world.alarms("dropped")] == [True], (
+        "at once: the loop turns no more"
+    )
     quiet = world.uploads()
     quiet.close(WAIT_S)
     assert len(world.alarms("dropped")) == 1

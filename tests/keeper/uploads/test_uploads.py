@@ -67,7 +67,9 @@ def test_chunks_are_written_once_over_all_attempts(make_world) -> None:
     world.result(uploads.open_epoch(SnapshotId(1, 1)))
     second = world.infos(world.save(uploads, SnapshotId(2, 2)))[0]
     assert second.new_bytes < first.new_bytes / 2
-    assert load_manifest(FileBackend(world.root), world.state(), SnapshotId(2, 2)).base == SnapshotId(1, 1)
+    assert load_manifest(
+        FileBackend(world.root), world.state(), SnapshotId(2, 2)
+    ).base == SnapshotId(1, 1)
     assert world.readable(SnapshotId(2, 2))
     uploads.close(WAIT_S)
 
@@ -82,10 +84,14 @@ def test_what_trainers_read_may_be_referred_to_by_a_new_keeper(make_world) -> No
     assert world.result(again.choices([])) == (Choice(SnapshotId(1, 1), "durable"),)
     world.result(again.open_epoch(SnapshotId(1, 1)))
     known = load_index(FileBackend(world.root), world.state(), SnapshotId(1, 1)).locations()
-    again.refer_next(1, SnapshotId(1, 1), known)  # one rank alone: the commit names the base all the same
+    again.refer_next(
+        1, SnapshotId(1, 1), known
+    )  # one rank alone: the commit names the base all the same
     second = world.infos(world.save(again, SnapshotId(2, 2)))[0]
     assert second.new_bytes < first.new_bytes
-    assert load_manifest(FileBackend(world.root), world.state(), SnapshotId(2, 2)).base == SnapshotId(1, 1)
+    assert load_manifest(
+        FileBackend(world.root), world.state(), SnapshotId(2, 2)
+    ).base == SnapshotId(1, 1)
     again.close(WAIT_S)
 
 
@@ -180,9 +186,9 @@ def test_new_launch_goes_on_after_others(make_world) -> None:
     assert other.open_epoch(resume=SnapshotId(1, 1)) == 2
     assert world.codes(world.save(uploads, SnapshotId(1, 2))) == ["fenced"] * 2
     uploads.new_launch()
-    assert world.result(uploads.choices([SnapshotId(1, 2)])) == (Choice(SnapshotId(1, 1), "durable"),), (
-        "off the line by now"
-    )
+    assert world.result(uploads.choices([SnapshotId(1, 2)])) == (
+        Choice(SnapshotId(1, 1), "durable"),
+    ), "off the line by now"
     opened = uploads.open_epoch(SnapshotId(1, 1))
     assert not opened.done(), "the log is read first"
     assert world.result(opened) == 3

@@ -1,1 +1,2 @@
-"""Keepers for tests: a real one in this process, a stand-in, makers of slots, a simulated roster."""
+"""Keepers for tests: a real one in this process, a stand-in, makers of slots, a simulated
+roster."""

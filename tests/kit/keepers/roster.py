@@ -1,6 +1,8 @@
-"""Supervisors, trainers and their sockets around a roster, as a model: every order in which words can arrive.
+"""Supervisors, trainers and their sockets around a roster, as a model: every order in which words
+can arrive.
 
-A state is a value; ``moves`` gives all that may happen next. The roster is checked against what really lives in the model.
+A state is a value; ``moves`` gives all that may happen next. The roster is checked against what
+really lives in the model.
 """
 
 from __future__ import annotations
@@ -38,7 +40,14 @@ from ckpt.keeper.attempts.events import (
 )
 from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, RankState, Roster, RosterState
 
-STATUS_OF = {"ends": 0, "stops": PREEMPTED_STATUS, "raises": 1, "refuses": 2, "killed": -9, "interrupted": -2}
+STATUS_OF = {
+    "ends": 0,
+    "stops": PREEMPTED_STATUS,
+    "raises": 1,
+    "refuses": 2,
+    "killed": -9,
+    "interrupted": -2,
+}
 ERROR = Failing(kind="ValueError", text="bad", fingerprint="f", step=3)
 FINAL = Failing(kind="UsageError", text="wrong", fingerprint="u", step=0, final=True)
 
@@ -58,7 +67,8 @@ class Side:
 class World:
     """All of it. ``faults`` are those that may still happen; ``gap_s`` passes between two of them.
 
-    With several nodes: ``epoch`` is the newest, ``asked`` what this node asked for and has not got yet.
+    With several nodes: ``epoch`` is the newest, ``asked`` what this node asked for and has not got
+    yet.
     """
 
     roster: Roster
@@ -107,7 +117,13 @@ class World:
 
 
 def world(
-    ranks: int, *, faults: int, gap_s: float = 5.0, policy: Policy | None = None, attempt: int = 0, shared: bool = False
+    ranks: int,
+    *,
+    faults: int,
+    gap_s: float = 5.0,
+    policy: Policy | None = None,
+    attempt: int = 0,
+    shared: bool = False,
 ) -> World:
     """A launch that nobody has joined yet; ``shared``: on one node of several."""
     roster = Roster("l", ranks, policy or Policy(), attempt, shared=shared)
@@ -118,15 +134,26 @@ def moves(now: World) -> Iterator[tuple[str, World]]:
     """All that may happen next, with a name."""
     for rank, side in enumerate(now.sides):
         if side.there == "absent":
-            yield f"{rank} joins", put(now, rank, there="up", up=(SupervisorJoined(rank, rank, 50 + rank),))
-            if now.roster.attempt and now.faults:  # it met an earlier keeper, which did not hear how its trainer ended
+            yield (
+                f"{rank} joins",
+                put(now, rank, there="up", up=(SupervisorJoined(rank, rank, 50 + rank),)),
+            )
+            if (
+                now.roster.attempt and now.faults
+            ):  # it met an earlier keeper, which did not hear how its trainer ended
                 fewer = replace(now, faults=now.faults - 1)
                 for status in (0, -9):
                     joined = SupervisorJoined(rank, rank, 50 + rank, status)
                     done = int(not status)
-                    yield f"{rank} joins late, {status}", put(fewer, rank, there="up", done=done, up=(joined,))
+                    yield (
+                        f"{rank} joins late, {status}",
+                        put(fewer, rank, there="up", done=done, up=(joined,)),
+                    )
         if side.up:
-            yield f"keeper hears {rank}: {side.up[0]}", hear(put(now, rank, up=side.up[1:]), side.up[0])
+            yield (
+                f"keeper hears {rank}: {side.up[0]}",
+                hear(put(now, rank, up=side.up[1:]), side.up[0]),
+            )
         if side.there == "up" and side.down:
             yield f"{rank} hears {side.down[0]}", obey(now, rank)
         if side.trainer:
@@ -144,9 +171,15 @@ def answers(now: World, asked: RequestEpoch) -> Iterator[tuple[str, World]]:
     if asked.failure is None or not asked.failure.final:
         yield "an epoch comes", come(now, placed=True)
         if now.faults:
-            yield "an epoch without this node comes", come(replace(now, faults=now.faults - 1), placed=False)
+            yield (
+                "an epoch without this node comes",
+                come(replace(now, faults=now.faults - 1), placed=False),
+            )
     if asked.failure is not None:
-        yield "the job ends", hear(replace(now, asked=None), JobEnded(1, asked.failure.text, now.now_s))
+        yield (
+            "the job ends",
+            hear(replace(now, asked=None), JobEnded(1, asked.failure.text, now.now_s)),
+        )
 
 
 def come(now: World, *, placed: bool) -> World:
@@ -162,14 +195,20 @@ def faults(now: World) -> Iterator[tuple[str, World]]:
         if side.trainer:
             for how in ("raises", "refuses", "killed", "interrupted"):
                 yield f"{rank} {how}", end(now, rank, how)
-                yield f"{rank} {how}, a step later", end(replace(now, completed=now.completed + 1), rank, how)
+                yield (
+                    f"{rank} {how}, a step later",
+                    end(replace(now, completed=now.completed + 1), rank, how),
+                )
             hung = Hung(rank, now.roster.attempt, f"rank {rank} hangs", now.now_s, now.completed)
             yield f"{rank} hangs", hear(now, hung)
             for word in (TrainerFinished(rank, side.trainer), TrainerEntered(rank, side.trainer)):
                 yield f"{rank} says {word}", put(now, rank, up=(*side.up, word))
         if side.there == "up":
             left = SupervisorLeft(rank, rank, False, now.now_s, now.completed)
-            yield f"supervisor {rank} is killed", put(now, rank, there="gone", trainer=0, up=(*side.up, left), down=())
+            yield (
+                f"supervisor {rank} is killed",
+                put(now, rank, there="gone", trainer=0, up=(*side.up, left), down=()),
+            )
     if now.roster.shared:
         yield "another node fails", come(now, placed=True)
         yield "another node fails, this one is left out", come(now, placed=False)
@@ -229,7 +268,9 @@ def hear(now: World, event: RosterEvent) -> World:
     if AttemptOver in names:
         ends = (StartAll, LeaveAll, RequestEpoch)
         standby = (
-            roster.state is RosterState.WAITING and roster.newest_epoch is not None and not roster.newest_epoch.placed
+            roster.state is RosterState.WAITING
+            and roster.newest_epoch is not None
+            and not roster.newest_epoch.placed
         )
         assert names[-1] in ends or standby, "an attempt ends in another one, or all leave"
         assert all(not side.trainer for side in now.sides), "it is over, and something of it lives"
@@ -245,16 +286,22 @@ def _tell(now: World, before: Roster, action: RosterAction) -> World:
             assert attempt == (now.epoch if before.shared else before.attempt + 1)
             assert attempt > before.attempt
             assert all(not side.trainer for side in now.sides), "two attempts live"
-            assert not any(isinstance(word, StartAll) for side in now.sides for word in side.down), "two will live"
+            assert not any(
+                isinstance(word, StartAll) for side in now.sides for word in side.down
+            ), "two will live"
             assert not any(side.done for side in now.sides), "a rank that ended is started again"
-            assert not any(one.finished for one in before.members.values()), "the rest of a program is run again"
+            assert not any(one.finished for one in before.members.values()), (
+                "the rest of a program is run again"
+            )
             fresh = before.state is RosterState.GATHERING and not before.shared
             assert fresh or not now.roster.preempted, "preempted, and started again"
         case KillAll():
             assert before.state is RosterState.RUNNING
         case RequestEpoch():
             assert before.shared
-            assert all(not side.trainer for side in now.sides), "asks for an epoch while something lives"
+            assert all(not side.trainer for side in now.sides), (
+                "asks for an epoch while something lives"
+            )
             return replace(now, asked=action)
         case ReportEnded():
             assert before.shared
@@ -285,11 +332,18 @@ def _check(roster: Roster) -> None:
     for offset in (-1, 1, 7):
         stale = roster.attempt + offset
         for event in (
-            TrainerStarted(0, stale, 1, "fork"), TrainerDied(0, stale, 0, 0.0, 9), TrainerDied(0, stale, -9, 0.0, 9),
-            TrainerKilled(0, stale), Hung(0, stale, "", 0.0, 9), TrainerFailing(0, stale, ERROR),
-            TrainerFinished(0, stale), TrainerEntered(0, stale),
-        ):  # fmt: skip
-            assert rules.step(roster, event) == (roster, []), "a dead attempt's word changed something"
+            TrainerStarted(0, stale, 1, "fork"),
+            TrainerDied(0, stale, 0, 0.0, 9),
+            TrainerDied(0, stale, -9, 0.0, 9),
+            TrainerKilled(0, stale),
+            Hung(0, stale, "", 0.0, 9),
+            TrainerFailing(0, stale, ERROR),
+            TrainerFinished(0, stale),
+            TrainerEntered(0, stale),
+        ):
+            assert rules.step(roster, event) == (roster, []), (
+                "a dead attempt's word changed something"
+            )
 
 
 def check_rest(now: World) -> None:
@@ -309,7 +363,11 @@ def check_rest(now: World) -> None:
             and roster.newest_epoch.number > roster.attempt
         )
         assert now.asked is not None or left_out, f"waits for what nobody knows of: {roster}"
-        assert all(side.there == "up" and not side.trainer for side in now.sides if side.there != "gone")
+        assert all(
+            side.there == "up" and not side.trainer for side in now.sides if side.there != "gone"
+        )
         return
     assert roster.state is RosterState.OVER, f"hangs: {roster}"
-    assert all(side.there == "gone" for side in now.sides), f"a supervisor was never told to go: {now.sides}"
+    assert all(side.there == "gone" for side in now.sides), (
+        f"a supervisor was never told to go: {now.sides}"
+    )

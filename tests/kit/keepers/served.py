@@ -194,9 +194,15 @@ class Served:
     def hello(self, like: Hello | None = None, **changes: object) -> Hello:
         """A hello of a trainer of a launch of its own, or one like another."""
         known = {
-            "version": WIRE_VERSION, "role": "trainer", "pid": os.getpid(), "launch": "l1", "rank": 0, "ranks": 1,
-            "policy": self.policy, "id": 1,
-        }  # fmt: skip
+            "version": WIRE_VERSION,
+            "role": "trainer",
+            "pid": os.getpid(),
+            "launch": "l1",
+            "rank": 0,
+            "ranks": 1,
+            "policy": self.policy,
+            "id": 1,
+        }
         if like is not None:
             known = {name: getattr(like, name) for name in Hello.__struct_fields__}
         return Hello(**{**known, **changes})  # type: ignore[arg-type]
@@ -209,14 +215,18 @@ class Served:
 
     def supervisors(self, ranks: int, **hello: object) -> list[Peer]:
         """All join; their words of welcome are read."""
-        found = [self.peer(role="supervisor", rank=rank, ranks=ranks, **hello) for rank in range(ranks)]
+        found = [
+            self.peer(role="supervisor", rank=rank, ranks=ranks, **hello) for rank in range(ranks)
+        ]
         for one in found:
             one.next(Welcome)
         return found
 
     def tool(self) -> KeeperClient:
         calls = KeeperClient(self.wire())
-        calls.ask(self.hello(role="tool", launch="", ranks=0, policy=None), Welcome, timeout_s=WAIT_S)
+        calls.ask(
+            self.hello(role="tool", launch="", ranks=0, policy=None), Welcome, timeout_s=WAIT_S
+        )
         return calls
 
     def report(self) -> KeeperReport:
@@ -238,7 +248,8 @@ class Served:
         return not self.thread.is_alive()
 
     def pause(self) -> threading.Event:
-        """Have the loop stand still until the event is set: what comes meanwhile is read in one go."""
+        """Have the loop stand still until the event is set: what comes meanwhile is read in one
+        go."""
         stands, go_on = threading.Event(), threading.Event()
 
         def wait() -> None:
@@ -250,7 +261,8 @@ class Served:
         return go_on
 
     def crash(self) -> None:
-        """The keeper is gone from one moment to the next, as for those who speak to it; its folder stays."""
+        """The keeper is gone from one moment to the next, as for those who speak to it; its folder
+        stays."""
         self.daemon._over = lambda _: True  # type: ignore[method-assign]
         self.daemon.post(lambda: None)
         assert self.ends()
@@ -259,7 +271,9 @@ class Served:
     def finish(self) -> None:
         """Let it end, whatever it waits for."""
         if self.thread.is_alive() and not self.ends(0.5):
-            self.trainer(0, self.daemon._job.state.memory.ranks or 1, launch=f"last-{next(self._launches)}").leave()
+            self.trainer(
+                0, self.daemon._job.state.memory.ranks or 1, launch=f"last-{next(self._launches)}"
+            ).leave()
         assert self.ends()
         if self.home is not None:
             self._close()
@@ -275,7 +289,9 @@ def started(supervisors: Sequence[Peer]) -> Start:
     starts = [one.next(Start) for one in supervisors]
     assert len(set(starts)) == 1
     for one in supervisors:
-        one.say(Started(attempt=starts[0].attempt, trainer_pid=0, how="fork", at_s=time.monotonic()))
+        one.say(
+            Started(attempt=starts[0].attempt, trainer_pid=0, how="fork", at_s=time.monotonic())
+        )
     return starts[0]
 
 
@@ -309,5 +325,7 @@ def kept(peer: Peer) -> tuple[KeepBoard, list[Keep]]:
     return board, peer.so_far(Keep)
 
 
-def open_epoch(trainer: Trainer, resume: SnapshotId | None = None, *, retention: Retention | None = None) -> int:
+def open_epoch(
+    trainer: Trainer, resume: SnapshotId | None = None, *, retention: Retention | None = None
+) -> int:
     return trainer.calls.ask(OpenEpoch(resume=resume, retention=retention), Number).number

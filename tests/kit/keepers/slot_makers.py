@@ -11,7 +11,16 @@ from pathlib import Path
 from ckpt.format.canonical import digest
 from ckpt.staging.header import Header
 from ckpt.staging.layout import lay_out
-from ckpt.values import CHUNK_BYTES, PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
+from ckpt.values import (
+    CHUNK_BYTES,
+    PAGE_BYTES,
+    Box,
+    Leaf,
+    LeafKind,
+    SnapshotId,
+    StagedIndex,
+    StagedShard,
+)
 
 SLOT_BYTES = 16 * PAGE_BYTES
 HEADER_BYTES = 4 * PAGE_BYTES
@@ -39,25 +48,50 @@ class MadeSlot:
         self.memory[HEADER_BYTES : HEADER_BYTES + PAGE_BYTES] = data
         leaf = Leaf(name="w", kind=LeafKind.TENSOR, dtype="uint8", shape=(ranks, PAGE_BYTES))
         shard = StagedShard(
-            leaf=leaf, box=Box((rank, 0), (1, PAGE_BYTES)), offset_bytes=0, size_bytes=PAGE_BYTES, digests=(digest(data),)
-        )  # fmt: skip
-        index = StagedIndex(snapshot=snapshot, rank=rank, world_size=ranks, shards=(shard,), origin=origin)
+            leaf=leaf,
+            box=Box((rank, 0), (1, PAGE_BYTES)),
+            offset_bytes=0,
+            size_bytes=PAGE_BYTES,
+            digests=(digest(data),),
+        )
+        index = StagedIndex(
+            snapshot=snapshot, rank=rank, world_size=ranks, shards=(shard,), origin=origin
+        )
         self.header.seal(index)
         return generation
 
-    def seal_leaves(self, snapshot: SnapshotId, bodies: Sequence[bytes], *, rank: int = 0, ranks: int = 2) -> int:
-        """Hold ``snapshot``, of one leaf of this rank for each body; the generation. What is between shards stays as it was."""
+    def seal_leaves(
+        self, snapshot: SnapshotId, bodies: Sequence[bytes], *, rank: int = 0, ranks: int = 2
+    ) -> int:
+        """Hold ``snapshot``, of one leaf of this rank for each body; the generation. What is
+        between shards stays as it was."""
         generation = self.header.begin()
         offsets, _ = lay_out([len(body) for body in bodies])
         shards = []
         for number, (offset, body) in enumerate(zip(offsets, bodies, strict=True)):
             self.memory[HEADER_BYTES + offset : HEADER_BYTES + offset + len(body)] = body
-            leaf = Leaf(name=f"w/{number}", kind=LeafKind.TENSOR, dtype="uint8", shape=(len(body),), rank=rank)
-            digests = tuple(digest(body[at : at + CHUNK_BYTES]) for at in range(0, len(body), CHUNK_BYTES))
+            leaf = Leaf(
+                name=f"w/{number}",
+                kind=LeafKind.TENSOR,
+                dtype="uint8",
+                shape=(len(body),),
+                rank=rank,
+            )
+            digests = tuple(
+                digest(body[at : at + CHUNK_BYTES]) for at in range(0, len(body), CHUNK_BYTES)
+            )
             shards.append(
-                StagedShard(leaf=leaf, box=Box.whole(leaf.shape), offset_bytes=offset, size_bytes=len(body), digests=digests)
-            )  # fmt: skip
-        self.header.seal(StagedIndex(snapshot=snapshot, rank=rank, world_size=ranks, shards=tuple(shards)))
+                StagedShard(
+                    leaf=leaf,
+                    box=Box.whole(leaf.shape),
+                    offset_bytes=offset,
+                    size_bytes=len(body),
+                    digests=digests,
+                )
+            )
+        self.header.seal(
+            StagedIndex(snapshot=snapshot, rank=rank, world_size=ranks, shards=tuple(shards))
+        )
         return generation
 
     def given(self) -> int:
@@ -77,7 +111,8 @@ def descriptors(made: Iterable[MadeSlot]) -> int:
 
 
 def leading_to(fd: int) -> int:
-    """How many descriptors of this process lead where ``fd`` leads. Others come and go with what other tests left behind."""
+    """How many descriptors of this process lead where ``fd`` leads. Others come and go with what
+    other tests left behind."""
     wanted = os.fstat(fd)
     found = 0
     for path in Path("/proc/self/fd").iterdir():

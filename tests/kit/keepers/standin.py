@@ -1,4 +1,5 @@
-"""A keeper that only tells its status, in a job's folder and on its real socket; and reports for it to tell."""
+"""A keeper that only tells its status, in a job's folder and on its real socket; and reports for it
+to tell."""
 
 from __future__ import annotations
 
@@ -68,7 +69,13 @@ def job_report(job: str = "demo", *, completed: int = 120, attempt: int = 2) -> 
         since_s=75.0,
         complete=SnapshotId(5, 119),
         durable=SnapshotInfo(
-            epoch=5, step=100, world_size=2, size_bytes=900, new_bytes=90, created_unix_s=1.7e9, tags=("best",)
+            epoch=5,
+            step=100,
+            world_size=2,
+            size_bytes=900,
+            new_bytes=90,
+            created_unix_s=1.7e9,
+            tags=("best",),
         ),
         uploads=1,
         slot_bytes=6 << 20,
@@ -85,9 +92,11 @@ def folder_of(job: str = "demo", store: str = STORE) -> JobFolder:
 
 
 class StandIn:
-    """A keeper that knows nothing but what to answer: the n-th question gets the n-th report, then always the last.
+    """A keeper that knows nothing but what to answer: the n-th question gets the n-th report, then
+    always the last.
 
-    It ends by itself before it would answer question ``answers_max``; ``on_end`` then runs once its lock is free.
+    It ends by itself before it would answer question ``answers_max``; ``on_end`` then runs once its
+    lock is free.
     """
 
     def __init__(
@@ -102,7 +111,12 @@ class StandIn:
         lock = folder.try_lock()
         assert lock is not None
         self._reports = reports
-        self._mute, self._refuses, self._answers_max, self._on_end = mute, refuses, answers_max, on_end
+        self._mute, self._refuses, self._answers_max, self._on_end = (
+            mute,
+            refuses,
+            answers_max,
+            on_end,
+        )
         self._asked = 0
         self._wires: list[MessageSocket] = []
         self._lock = lock
@@ -145,7 +159,9 @@ class StandIn:
                     assert version == WIRE_VERSION
                     self.roles.append(role)
                     if self._refuses:
-                        refusal = from_error(UsageError("this keeper is of another version."), rank=0)
+                        refusal = from_error(
+                            UsageError("this keeper is of another version."), rank=0
+                        )
                         wire.send(Done(id=call_id, error=refusal))
                     else:
                         wire.send(Welcome(id=call_id, boot="b00t", pid=os.getpid(), attempt=2))

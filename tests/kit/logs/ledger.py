@@ -1,4 +1,5 @@
-"""What really happened to a simulated log: every record that ever landed anywhere, and what writers were told."""
+"""What really happened to a simulated log: every record that ever landed anywhere, and what writers
+were told."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Body:
 
 
 class Ledger:
-    """Checks at each landing what must hold of all stores together (invariants 1, 2, 3, 5, 6 and 13 of the design)."""
+    """Checks at each landing what must hold of all stores together (invariants 1, 2, 3, 5, 6 and 13
+    of the design)."""
 
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
@@ -62,7 +64,9 @@ class Ledger:
             self._meet(record)
             self._copies[record.digest, second].add(body)
             if second:
-                assert self._settled.setdefault(seq, record.digest) == record.digest, "one record is settled a place"
+                assert self._settled.setdefault(seq, record.digest) == record.digest, (
+                    "one record is settled a place"
+                )
             self._count(record)
 
     def chain(self, digest: str) -> list[str]:
@@ -103,7 +107,9 @@ class Ledger:
         """The ids of each set of stores that is in force, or may come to be."""
         found = [] if self.state.stores is None else [self.state.stores.ids]
         return found + [
-            one.body.ids for one in self.records.values() if one.seq >= len(self.told) and isinstance(one.body, Stores)
+            one.body.ids
+            for one in self.records.values()
+            if one.seq >= len(self.told) and isinstance(one.body, Stores)
         ]
 
     def members_of(self, record: Record) -> StoreSet:
@@ -123,21 +129,32 @@ class Ledger:
 
     def votes(self, seq: int) -> dict[str, set[Body]]:
         """Who ever held which record at the first key of a place."""
-        return {d: bodies for (d, second), bodies in self._copies.items() if not second and self.records[d].seq == seq}
+        return {
+            d: bodies
+            for (d, second), bodies in self._copies.items()
+            if not second and self.records[d].seq == seq
+        }
 
     def _meet(self, record: Record) -> None:
         if record.digest in self.records:
             return
         if record.seq:
             before = self.records.get(record.prev)
-            assert before is not None and before.seq == record.seq - 1, "a record follows one that exists"
-            assert self.counts(record.prev), f"nothing is written before what it follows counts. seq={record.seq}"
+            assert before is not None and before.seq == record.seq - 1, (
+                "a record follows one that exists"
+            )
+            assert self.counts(record.prev), (
+                f"nothing is written before what it follows counts. seq={record.seq}"
+            )
             after = self.states[record.prev].stores
             assert after is not None
             on = len(
-                {body.store_id for key in (False, True) for body in self._copies[record.prev, key]} & set(after.ids)
+                {body.store_id for key in (False, True) for body in self._copies[record.prev, key]}
+                & set(after.ids)
             )
-            assert on >= after.write_quorum, "a new set has its copies before another record follows"
+            assert on >= after.write_quorum, (
+                "a new set has its copies before another record follows"
+            )
         self.records[record.digest] = record
         before_state = self.states[record.prev] if record.prev else empty(JOB)
         self.states[record.digest] = state = fold(before_state, [record])

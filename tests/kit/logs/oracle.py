@@ -12,7 +12,8 @@ from kit.logs.stores import SmallReplicated
 
 
 def look(scene: Scene, heard: set[int]) -> LogState | None:
-    """The log as one sees it who hears only these sites, nothing else happening; None where that is an error."""
+    """The log as one sees it who hears only these sites, nothing else happening; None where that is
+    an error."""
     world = scene.world
     plan = scene.known_plan()
     everywhere = tuple(range(len(world.sites)))
@@ -28,7 +29,9 @@ def look(scene: Scene, heard: set[int]) -> LogState | None:
             if len(heard) == len(stores):
                 for entry in state.snapshots:
                     assert load_manifest(backend, state, entry.snapshot).snapshot == entry.snapshot
-                    assert entry.manifest_digest not in scene.refused, "what was refused does not count"
+                    assert entry.manifest_digest not in scene.refused, (
+                        "what was refused does not count"
+                    )
             return state
     except (UnavailableError, NotFoundError, UsageError):
         return None
@@ -54,19 +57,33 @@ def check(scene: Scene) -> None:
     if state is None and scene.strays():
         return
     assert state is not None, "with all stores there, there is a log"
-    assert len(ledger.chain(state.head_digest)) >= len(ledger.told), "what was told is seen by who hears all"
-    assert set(state.voids) == {void for void in state.voids if void.code == "repeat"}, "writers see voids beforehand"
-    sound = [site.number for site in world.sites if site.body.store_id in members.ids and site.number not in world.hurt]
+    assert len(ledger.chain(state.head_digest)) >= len(ledger.told), (
+        "what was told is seen by who hears all"
+    )
+    assert set(state.voids) == {void for void in state.voids if void.code == "repeat"}, (
+        "writers see voids beforehand"
+    )
+    sound = [
+        site.number
+        for site in world.sites
+        if site.body.store_id in members.ids and site.number not in world.hurt
+    ]
     outside = [n for n in everyone if world.sites[n].body.store_id not in members.ids]
     world.dice.shuffle(sound)
-    # What was written when W was lower is on fewer stores: until a scrub, more of them have to be heard.
+    # What was written when W was lower is on fewer stores: until a scrub, more of them have to be
+    # heard.
     enough = len(members.ids) - world.quorum_min + 1
     if len(sound) >= enough:
-        state = look(scene, {*sound[:enough], *world.dice.sample(outside, world.dice.randint(0, len(outside)))})
+        state = look(
+            scene,
+            {*sound[:enough], *world.dice.sample(outside, world.dice.randint(0, len(outside)))},
+        )
         if state is None and scene.strays():
             return
         assert state is not None, "who hears enough finds the log"
-        assert len(ledger.chain(state.head_digest)) >= len(ledger.told), "what was told is seen by who hears enough"
+        assert len(ledger.chain(state.head_digest)) >= len(ledger.told), (
+            "what was told is seen by who hears enough"
+        )
         assert not state.short or state.stores != members, "who hears enough knows it"
     few = set(sound[: members.answers_min - 1]) | set(outside)
     state = look(scene, few)

@@ -1,4 +1,5 @@
-"""Who acts in the simulated world: writers, readers that live long, and a person who changes the set of stores."""
+"""Who acts in the simulated world: writers, readers that live long, and a person who changes the
+set of stores."""
 
 from __future__ import annotations
 
@@ -54,17 +55,23 @@ class Scene:
             return self.plan
         sites: list[int] = []
         everywhere = range(len(self.world.sites))
-        for (
-            store_id
-        ) in members.ids:  # where several were one after the other, the last is named once, and some other place
-            free = [n for n in (self.world.where.get(store_id), *everywhere) if n is not None and n not in sites]
+        for store_id in (
+            members.ids
+        ):  # where several were one after the other, the last is named once, and some other place
+            free = [
+                n
+                for n in (self.world.where.get(store_id), *everywhere)
+                if n is not None and n not in sites
+            ]
             sites.append(free[0])
         self.plan = Plan(tuple(sites), members.write_quorum)
         return self.plan
 
     def backend(self, process: Process, plan: Plan) -> SmallReplicated:
         """The stores of a plan, as a process reaches them."""
-        return SmallReplicated([Way(self.world.sites[n], process) for n in plan.sites], plan.write_quorum)
+        return SmallReplicated(
+            [Way(self.world.sites[n], process) for n in plan.sites], plan.write_quorum
+        )
 
     def told(self, journal: Journal) -> None:
         """An operation of this journal succeeded."""
@@ -73,7 +80,8 @@ class Scene:
         self.world.ledger.tell(state.head_digest)
 
     def strays(self) -> bool:
-        """Whether a store that was wiped was made another log's at some time: such a one has to be cleared by hand."""
+        """Whether a store that was wiped was made another log's at some time: such a one has to be
+        cleared by hand."""
         return len(self.world.ledger.logs) > 1
 
     def seen(self, state: LogState, told: int, *, flagged: bool) -> None:
@@ -128,7 +136,9 @@ class Person:
             assert self.process is not None
             before = self.scene.plan
             plan = self.scene.known_plan()
-            backend = self.scene.backend(self.process, before if self.world.dice.random() < 0.1 else plan)
+            backend = self.scene.backend(
+                self.process, before if self.world.dice.random() < 0.1 else plan
+            )
             self.journal = Journal.open(backend, job=JOB, create=create)
         return self.journal
 
@@ -165,7 +175,11 @@ class Writer(Person):
                 self.world.note("unknown")
             case UsageError():
                 self.world.note("usage")
-                known = ("the log is on", "gives out the positions", "does not give out the positions")
+                known = (
+                    "the log is on",
+                    "gives out the positions",
+                    "does not give out the positions",
+                )
                 assert any(fact in str(error) for fact in known) or self.scene.strays(), str(error)
                 self.journal = None
             case ConflictError() | IntegrityError() | UnavailableError() | NotFoundError():
@@ -209,7 +223,8 @@ class Writer(Person):
         found = self.last
         if found is None or self.world.dice.random() < 0.5:
             found = self.last = self._manifest(journal)
-        # Else it repeats what it, or a life before, did not hear of: also as a keeper does for a dead epoch.
+        # Else it repeats what it, or a life before, did not hear of: also as a keeper does for a
+        # dead epoch.
         try:
             journal.commit(found, epoch=self.epoch)
         except ConflictError:
@@ -230,9 +245,16 @@ class Writer(Person):
         writer = keys.writer_name(self.name, f"{self.lives:016x}")
         ref = PartRef(key=keys.part_key(pair, writer), digest="0" * 32, size_bytes=1, rank=0)
         return Manifest(
-            job=JOB, snapshot=pair, world_size=1, base=base if base != pair else None, parts=(ref,), size_bytes=1,
-            new_bytes=1, created_unix_s=float(self.epoch), metadata={"by": f"{self.name} {self.lives}"},
-        )  # fmt: skip
+            job=JOB,
+            snapshot=pair,
+            world_size=1,
+            base=base if base != pair else None,
+            parts=(ref,),
+            size_bytes=1,
+            new_bytes=1,
+            created_unix_s=float(self.epoch),
+            metadata={"by": f"{self.name} {self.lives}"},
+        )
 
 
 class Reader(Person):
@@ -253,17 +275,24 @@ class Reader(Person):
 
 
 class Operator(Person):
-    """Replaces a store that was lost, swaps one for another, changes W: by a record, after the log was copied."""
+    """Replaces a store that was lost, swaps one for another, changes W: by a record, after the log
+    was copied."""
 
     def do(self) -> None:
         ledger, dice = self.world.ledger, self.world.dice
         members = ledger.state.stores
-        if members is None or any(isinstance(one, Operator) for one in self.world.busy if one is not self):
+        if members is None or any(
+            isinstance(one, Operator) for one in self.world.busy if one is not self
+        ):
             return
         if ledger.latest.stores != members:
             self._finish_change()
             return
-        inside = {site.body.store_id: site.number for site in self.world.sites if site.body.store_id in members.ids}
+        inside = {
+            site.body.store_id: site.number
+            for site in self.world.sites
+            if site.body.store_id in members.ids
+        }
         for store_id, number in inside.items():
             if number in self.world.unfilled:
                 self._fill(number)
@@ -272,7 +301,9 @@ class Operator(Person):
         outside = [site.number for site in self.world.sites if site.number not in inside.values()]
         gone = [place for place, store_id in enumerate(members.ids) if store_id not in inside]
         if outside and (gone or dice.random() < 0.5):
-            self._replace(members, gone[0] if gone else dice.randrange(len(members.ids)), dice.choice(outside))
+            self._replace(
+                members, gone[0] if gone else dice.randrange(len(members.ids)), dice.choice(outside)
+            )
         else:
             self._append(members.ids, dice.randint(len(members.ids) // 2 + 1, len(members.ids)))
 
@@ -305,7 +336,8 @@ class Operator(Person):
         self.world.note("set changes")
 
     def _finish_change(self) -> None:
-        """Of a change it is not known whether it counts: it is looked at until it does, or not, for good."""
+        """Of a change it is not known whether it counts: it is looked at until it does, or not, for
+        good."""
         journal = self._everywhere()
         if journal.refresh_confirmed().head_digest:
             self.scene.told(journal)
@@ -322,13 +354,15 @@ class Operator(Person):
             self.world.unfilled.discard(number)
 
     def _prepare(self, number: int) -> str:
-        """Copy what was told to a store that is not in the set, then give it an id of its own: last, for that makes it one."""
+        """Copy what was told to a store that is not in the set, then give it an id of its own:
+        last, for that makes it one."""
         self._fill(number)
         body = self.world.sites[number].body
         if not body.store_id:
             source = next(site.body for site in self.world.sites if site.body.store_id)
             record = JobRecord.decode(source.first_bytes[keys.JOB_KEY])
-            # Where a late put may replace what is there, it is the same id: another one would make another store of it.
+            # Where a late put may replace what is there, it is the same id: another one would make
+            # another store of it.
             body.planned_id = body.planned_id or f"{self.world.dice.getrandbits(128):032x}"
             mine = JobRecord(job=JOB, store_id=body.planned_id, log_id=record.log_id)
             self._put(Way(self.world.sites[number], self._process()), keys.JOB_KEY, mine.encode())
@@ -341,9 +375,14 @@ class Operator(Person):
         for digest in ledger.told[:]:
             record = ledger.records[digest]
             data = record.encode()
-            there = [way.site.body.first_bytes.get(key(record.seq)) for key in (keys.log_key, keys.settled_key)]
+            there = [
+                way.site.body.first_bytes.get(key(record.seq))
+                for key in (keys.log_key, keys.settled_key)
+            ]
             if data not in there:
-                self._put(way, (keys.log_key if there[0] is None else keys.settled_key)(record.seq), data)
+                self._put(
+                    way, (keys.log_key if there[0] is None else keys.settled_key)(record.seq), data
+                )
         for site in self.world.sites:
             for key, data in list(site.body.first_bytes.items()):
                 if key.startswith(keys.MANIFESTS) and key not in way.site.body.first_bytes:
@@ -360,5 +399,7 @@ class Operator(Person):
         return self.process
 
     def failed(self, error: CkptError) -> None:
-        assert not isinstance(error, UsageError) or "positions" in str(error) or self.scene.strays(), error
+        assert (
+            not isinstance(error, UsageError) or "positions" in str(error) or self.scene.strays()
+        ), error
         self.world.note("changes that failed")

@@ -1,4 +1,5 @@
-"""An etcd of the simulated world: requests and replies are lost, processes die beside it, and its data may be wiped."""
+"""An etcd of the simulated world: requests and replies are lost, processes die beside it, and its
+data may be wiped."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A world of stores in which anything may happen in the middle of anything: one seed is one run.
 
-A process is stopped in the middle of an operation by running another process's whole action first. Requests are lost before or
-after their effect, land much later, or land twice; lists miss what is put while they are made; stores go down and come back,
-are wiped or rot; processes die anywhere.
+A process is stopped in the middle of an operation by running another process's whole action first.
+Requests are lost before or after their effect, land much later, or land twice; lists miss what is
+put while they are made; stores go down and come back, are wiped or rot; processes die anywhere.
 """
 
 from __future__ import annotations
@@ -83,8 +83,17 @@ class Weather:
 
 
 CALM = Weather(
-    lost_request=0, late=0, lost_reply=0, twice=0, death=0, change=0, disaster=0, nested=0, nested_in_votes=0, lazy=0
-)  # fmt: skip
+    lost_request=0,
+    late=0,
+    lost_reply=0,
+    twice=0,
+    death=0,
+    change=0,
+    disaster=0,
+    nested=0,
+    nested_in_votes=0,
+    lazy=0,
+)
 
 
 class World:
@@ -102,7 +111,8 @@ class World:
         self.unfilled: set[int] = set()
         """Sites that lost all, or were taken into the set, and were not filled since."""
         self.planned: list[tuple[float, tuple[str, ...]]] = []
-        """Sets of stores that somebody asked for, and at which place they may come into force at the latest."""
+        """Sets of stores that somebody asked for, and at which place they may come into force at
+        the latest."""
         self.where: dict[str, int] = {}
         """At which site each store was."""
         self.quorum_min = 1
@@ -124,12 +134,19 @@ class World:
         return self.quorum_min - 1
 
     def may_lose(self, number: int, ids: Sequence[str] = ()) -> bool:
-        """Whether a site can lose something, and no set, also not one of these ``ids``, loses more than it promises to bear."""
+        """Whether a site can lose something, and no set, also not one of these ``ids``, loses more
+        than it promises to bear."""
         hurt = self.hurt | {number}
         alive = {site.body.store_id for site in self.sites if site.number not in hurt}
         self.planned = [(seq, plan) for seq, plan in self.planned if seq >= len(self.ledger.told)]
-        sets = [one for one in (*self.ledger.sets(), *(plan for _, plan in self.planned), tuple(ids)) if one]
-        lost = max((sum(store_id not in alive for store_id in one) for one in sets), default=len(hurt))
+        sets = [
+            one
+            for one in (*self.ledger.sets(), *(plan for _, plan in self.planned), tuple(ids))
+            if one
+        ]
+        lost = max(
+            (sum(store_id not in alive for store_id in one) for one in sets), default=len(hurt)
+        )
         return lost <= self.losses_max
 
     def note(self, what: str) -> None:
@@ -173,13 +190,19 @@ class World:
         self.where[site.body.store_id] = site.number
 
     def calm(self) -> None:
-        """From now on nothing goes wrong, all stores answer, and what was on its way has arrived."""
+        """From now on nothing goes wrong, all stores answer, and what was on its way has
+        arrived."""
         self.weather = CALM
         for site in self.sites:
             site.up = True
         while any(site.late for site in self.sites):
             self._land()
-        while any(lane for process in self.processes for lanes in process.lanes for lane in lanes.waiting.values()):
+        while any(
+            lane
+            for process in self.processes
+            for lanes in process.lanes
+            for lane in lanes.waiting.values()
+        ):
             self._catch_up()
 
     def mend(self) -> None:
@@ -200,9 +223,12 @@ class World:
     def _catch_up(self) -> None:
         """One lane of some process does something that its caller did not wait for."""
         lanes = [
-            (one, number) for process in self.processes for one in process.lanes for number, lane in one.waiting.items()
+            (one, number)
+            for process in self.processes
+            for one in process.lanes
+            for number, lane in one.waiting.items()
             if lane
-        ]  # fmt: skip
+        ]
         if lanes:
             one, number = self.dice.choice(lanes)
             with one.process.running(undying=True):
@@ -210,7 +236,11 @@ class World:
 
     def _harm(self) -> None:
         """A store loses something for good, unless too many did already."""
-        if self.service is not None and all(site.creates for site in self.sites) and self.dice.random() < 0.3:
+        if (
+            self.service is not None
+            and all(site.creates for site in self.sites)
+            and self.dice.random() < 0.3
+        ):
             self.note(
                 "etcd wiped"
             )  # a store that overwrites could get a record that had its place before, and one after
@@ -222,7 +252,8 @@ class World:
             self.note("wiped")
             self.unfilled.add(site.number)
             site.body = Body(MemoryBackend())
-            # One that says which store it is, arriving only now, would make the new store pass for the old one.
+            # One that says which store it is, arriving only now, would make the new store pass for
+            # the old one.
             site.late = [late for late in site.late if late.key != keys.JOB_KEY]
             return
         found = [stat.key for stat in site.body.memory.list("") if stat.size_bytes]
@@ -278,7 +309,8 @@ class Process:
 
 
 class InlineLanes:
-    """See Lanes: one call after the other, in an order that the dice choose; some are made long after their caller went on."""
+    """See Lanes: one call after the other, in an order that the dice choose; some are made long
+    after their caller went on."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
@@ -292,7 +324,11 @@ class InlineLanes:
         order = sorted(calls)
         world.dice.shuffle(order)
         for number in order:
-            if not self.process.patient and enough(answers) and world.dice.random() < world.weather.lazy:
+            if (
+                not self.process.patient
+                and enough(answers)
+                and world.dice.random() < world.weather.lazy
+            ):
                 self.waiting.setdefault(number, deque()).append(calls[number])
                 continue
             while self.waiting.get(number):
@@ -357,7 +393,11 @@ class Way:
         before = list(self.site.body.memory.list(prefix, after=after))
         self._go()
         known = {stat.key for stat in before}
-        new = [stat for stat in self.site.body.memory.list(prefix, after=after) if stat.key not in known]
+        new = [
+            stat
+            for stat in self.site.body.memory.list(prefix, after=after)
+            if stat.key not in known
+        ]
         found = before + [stat for stat in new if self.world.dice.random() < 0.5]
         yield from sorted(found, key=lambda stat: stat.key)
 

@@ -1,4 +1,5 @@
-"""A writer that stops itself in the middle of a commit, as a paused machine would. Importable by a spawned process."""
+"""A writer that stops itself in the middle of a commit, as a paused machine would. Importable by a
+spawned process."""
 
 from __future__ import annotations
 
@@ -77,15 +78,28 @@ def stores(folder: Path, *, once: bool, sleep: Sleep | None = None) -> SmallRepl
 def manifest(epoch: int, step: int, note: str) -> Manifest:
     """A snapshot of nothing."""
     pair = SnapshotId(epoch, step)
-    ref = PartRef(key=keys.part_key(pair, keys.writer_name(note, "0" * 16)), digest="0" * 32, size_bytes=1, rank=0)
+    ref = PartRef(
+        key=keys.part_key(pair, keys.writer_name(note, "0" * 16)),
+        digest="0" * 32,
+        size_bytes=1,
+        rank=0,
+    )
     return Manifest(
-        job=JOB, snapshot=pair, world_size=1, base=None, parts=(ref,), size_bytes=1, new_bytes=1, created_unix_s=0.0,
+        job=JOB,
+        snapshot=pair,
+        world_size=1,
+        base=None,
+        parts=(ref,),
+        size_bytes=1,
+        new_bytes=1,
+        created_unix_s=0.0,
         metadata={"by": note},
-    )  # fmt: skip
+    )
 
 
 def sleepy_writer(folder: Path, once: bool, prefix: str, when: str, pipe: Connection) -> None:
-    """Open an epoch and commit; then commit once more, stopping in the middle; say what came of it."""
+    """Open an epoch and commit; then commit once more, stopping in the middle; say what came of
+    it."""
     sleep = Sleep(prefix, when, pipe)
     journal = Journal.open(stores(folder, once=once, sleep=sleep), job=JOB, create=True)
     epoch = journal.open_epoch(resume=None)

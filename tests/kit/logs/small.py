@@ -1,4 +1,5 @@
-"""A few small stores that may be away, overwrite, and be looked at over the shoulder; and makers of logs on them."""
+"""A few small stores that may be away, overwrite, and be looked at over the shoulder; and makers of
+logs on them."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Death(BaseException):
 
 
 class Store:
-    """A store of this process's memory that may be away, overwrite, and be looked over the shoulder at each operation."""
+    """A store of this process's memory that may be away, overwrite, and be looked over the shoulder
+    at each operation."""
 
     def __init__(self, name: str, *, once: bool = True, inner: MemoryBackend | None = None) -> None:
         self.inner = inner or MemoryBackend(name)
@@ -44,7 +46,7 @@ class Store:
     def capabilities(self) -> Capabilities:
         return Capabilities(
             create_only=self.once and self.up and self.probes, read_bytes_best=1, concurrency_best=1
-        )  # fmt: skip
+        )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
         self._answer()
@@ -93,10 +95,22 @@ def made(stores: Sequence[Backend], quorum: int = 2) -> Journal:
 
 def commit(journal: Journal, epoch: int, step: int) -> None:
     pair = SnapshotId(epoch, step)
-    ref = PartRef(key=keys.part_key(pair, keys.writer_name("n", "0" * 16)), digest="0" * 32, size_bytes=1, rank=0)
+    ref = PartRef(
+        key=keys.part_key(pair, keys.writer_name("n", "0" * 16)),
+        digest="0" * 32,
+        size_bytes=1,
+        rank=0,
+    )
     found = Manifest(
-        job=JOB, snapshot=pair, world_size=1, base=None, parts=(ref,), size_bytes=1, new_bytes=1, created_unix_s=0.0
-    )  # fmt: skip
+        job=JOB,
+        snapshot=pair,
+        world_size=1,
+        base=None,
+        parts=(ref,),
+        size_bytes=1,
+        new_bytes=1,
+        created_unix_s=0.0,
+    )
     journal.commit(found, epoch=epoch)
 
 
@@ -107,7 +121,9 @@ def wipe(store: Store) -> None:
 class Watch:
     """Counts operations at all stores, and does something at one of them."""
 
-    def __init__(self, stores: Sequence[Store], at: int, act: Callable[[], None], *, after: bool = False) -> None:
+    def __init__(
+        self, stores: Sequence[Store], at: int, act: Callable[[], None], *, after: bool = False
+    ) -> None:
         self.count = 0
         self._at = at
         self._act = act

@@ -1,4 +1,5 @@
-"""Several stores as one backend, as small as can be: puts go to all and need W, reads take the first copy that is right."""
+"""Several stores as one backend, as small as can be: puts go to all and need W, reads take the
+first copy that is right."""
 
 from __future__ import annotations
 
@@ -67,7 +68,9 @@ class SmallReplicated:
                     raise found
         raise NotFoundError(key)
 
-    def read_checked(self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0) -> None:
+    def read_checked(
+        self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0
+    ) -> None:
         raise AssertionError("the log reads whole objects")
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:

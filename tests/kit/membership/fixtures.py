@@ -77,7 +77,8 @@ def ttl_s() -> float:
 def make_keyspace(
     service: str, request: pytest.FixtureRequest, tmp_path: Path, job: str
 ) -> Iterator[Callable[[], Keyspace]]:
-    """Makes keyspaces of one job, each as another process would have it, over each kind of service."""
+    """Makes keyspaces of one job, each as another process would have it, over each kind of
+    service."""
     made: list[Keyspace] = []
     server = MemoryServer()
 
@@ -100,7 +101,9 @@ def make_keyspace(
 
 
 @pytest.fixture
-def make_member(make_keyspace: Callable[[], Keyspace], job: str) -> Iterator[Callable[..., KeyspaceMembership]]:
+def make_member(
+    make_keyspace: Callable[[], Keyspace], job: str
+) -> Iterator[Callable[..., KeyspaceMembership]]:
     """Makes what a node has of the job, before it joined."""
     made: list[KeyspaceMembership] = []
 

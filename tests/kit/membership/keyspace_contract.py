@@ -1,4 +1,5 @@
-"""What every keyspace must do, and what membership must do over each of them. Subclassed once for each driver's fixture."""
+"""What every keyspace must do, and what membership must do over each of them. Subclassed once for
+each driver's fixture."""
 
 from __future__ import annotations
 
@@ -48,7 +49,10 @@ class KeyspaceContract:
     def test_a_transaction_writes_and_reads_at_one_revision(self, make_keyspace: Make) -> None:
         keyspace = make_keyspace()
         done = keyspace.transact(
-            Transaction(then=(Put("a", b"1"), Put("b", b"2")), reads=(Keys("a", "c"), Keys("nothing"), Keys("b")))
+            Transaction(
+                then=(Put("a", b"1"), Put("b", b"2")),
+                reads=(Keys("a", "c"), Keys("nothing"), Keys("b")),
+            )
         )
         assert done.succeeded
         both, nothing, one = done.found
@@ -63,7 +67,9 @@ class KeyspaceContract:
     ) -> None:
         keyspace = make_keyspace()
         put(keyspace, "a", b"1")
-        done = keyspace.transact(Transaction((Unchanged("a", 0),), (Put("a", b"2"), Put("b", b"2")), (Keys("a", "c"),)))
+        done = keyspace.transact(
+            Transaction((Unchanged("a", 0),), (Put("a", b"2"), Put("b", b"2")), (Keys("a", "c"),))
+        )
         assert not done.succeeded
         assert [(kv.key, kv.value) for kv in done.found[0]] == [("a", b"1")]
 
@@ -74,14 +80,24 @@ class KeyspaceContract:
         second = put(keyspace, "free", b"2")
         leased = put(keyspace, "leased", b"3", lease_id)
         for compare, holds in [
-            (Unchanged("free", second), True), (Unchanged("free", first), False), (Unchanged("free", 0), False),
-            (Unchanged("none", 0), True), (Unchanged("none", leased), False),
-            (NoneOf(Keys("x", "z")), True), (NoneOf(Keys("f", "g")), False), (NoneOf(Keys("none")), True),
-            (Exists("free"), True), (Exists("none"), False),
-            (Equals("free", b"2"), True), (Equals("free", b"1"), False), (Equals("none", b""), False),
-            (Leased("leased", lease_id), True), (Leased("leased", lease_id + 1), False), (Leased("free", lease_id), False),
+            (Unchanged("free", second), True),
+            (Unchanged("free", first), False),
+            (Unchanged("free", 0), False),
+            (Unchanged("none", 0), True),
+            (Unchanged("none", leased), False),
+            (NoneOf(Keys("x", "z")), True),
+            (NoneOf(Keys("f", "g")), False),
+            (NoneOf(Keys("none")), True),
+            (Exists("free"), True),
+            (Exists("none"), False),
+            (Equals("free", b"2"), True),
+            (Equals("free", b"1"), False),
+            (Equals("none", b""), False),
+            (Leased("leased", lease_id), True),
+            (Leased("leased", lease_id + 1), False),
+            (Leased("free", lease_id), False),
             (Leased("none", lease_id), False),
-        ]:  # fmt: skip
+        ]:
             assert keyspace.transact(Transaction((compare,))).succeeded is holds, compare
 
     def test_keys_without_values_are_read_with_their_revisions(self, make_keyspace: Make) -> None:
@@ -137,7 +153,9 @@ class KeyspaceContract:
         keyspace.revoke(second)
         assert get(keyspace, "a") is None
 
-    def test_keys_move_to_another_lease_in_one_transaction_or_not_at_all(self, make_keyspace: Make) -> None:
+    def test_keys_move_to_another_lease_in_one_transaction_or_not_at_all(
+        self, make_keyspace: Make
+    ) -> None:
         keyspace = make_keyspace()
         first, second, gone = (lease(keyspace) for _ in range(3))
         put(keyspace, "a", b"1", first)
@@ -146,7 +164,9 @@ class KeyspaceContract:
         both = (Put("a", b"1", second), Put("b", b"2", second))
         with pytest.raises(NotFoundError):
             keyspace.transact(Transaction((Leased("a", first),), (both[0], Put("b", b"2", gone))))
-        assert keyspace.transact(Transaction((Leased("a", first), Leased("b", first)), both)).succeeded
+        assert keyspace.transact(
+            Transaction((Leased("a", first), Leased("b", first)), both)
+        ).succeeded
         keyspace.revoke(first)
         assert [get(keyspace, key) for key in "ab"] == [b"1", b"2"]
         assert not keyspace.transact(Transaction((Leased("a", first),), both)).succeeded
@@ -167,10 +187,15 @@ class KeyspaceContract:
         assert get(keyspace, "a") == b"1"
 
     @pytest.mark.slow
-    def test_a_lease_runs_out_and_a_renewed_one_does_not(self, make_keyspace: Make, ttl_s: float) -> None:
+    def test_a_lease_runs_out_and_a_renewed_one_does_not(
+        self, make_keyspace: Make, ttl_s: float
+    ) -> None:
         keyspace, ttl_s = make_keyspace(), 2 * ttl_s
         began_s = time.monotonic()
-        kept, left = keyspace.grant(secrets.randbits(62) + 1, ttl_s), keyspace.grant(secrets.randbits(62) + 1, ttl_s)
+        kept, left = (
+            keyspace.grant(secrets.randbits(62) + 1, ttl_s),
+            keyspace.grant(secrets.randbits(62) + 1, ttl_s),
+        )
         put(keyspace, "kept", b"1", kept.lease_id)
         put(keyspace, "left", b"1", left.lease_id)
         while get(keyspace, "left") is not None:
@@ -199,7 +224,9 @@ class KeyspaceContract:
             assert not keyspace.wait(ranges, now, timeout_s=0.05)
             woken: list[bool] = []
             waiting = threading.Thread(
-                target=lambda at=now, to=woken: to.append(keyspace.wait(ranges, at, timeout_s=DEADLINE_S))
+                target=lambda at=now, to=woken: to.append(
+                    keyspace.wait(ranges, at, timeout_s=DEADLINE_S)
+                )
             )
             waiting.start()
             change()
@@ -227,11 +254,16 @@ class KeyspaceContract:
 
         def race(number: int, keyspace: Keyspace) -> None:
             start.wait(DEADLINE_S)
-            if keyspace.transact(Transaction((Unchanged("one", 0),), (Put("one", b"%d" % number),))).succeeded:
+            if keyspace.transact(
+                Transaction((Unchanged("one", 0),), (Put("one", b"%d" % number),))
+            ).succeeded:
                 winners.append(number)
 
         keyspaces = [make_keyspace() for _ in range(6)]
-        threads = [threading.Thread(target=race, args=(n, keyspace)) for n, keyspace in enumerate(keyspaces)]
+        threads = [
+            threading.Thread(target=race, args=(n, keyspace))
+            for n, keyspace in enumerate(keyspaces)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -249,7 +281,9 @@ class KeyspaceContract:
                 while True:
                     ((one,),) = keyspace.transact(Transaction(reads=(Keys("count"),))).found
                     raised = Put("count", b"%d" % (int(one.value) + 1))
-                    if keyspace.transact(Transaction((Unchanged("count", one.changed),), (raised,))).succeeded:
+                    if keyspace.transact(
+                        Transaction((Unchanged("count", one.changed),), (raised,))
+                    ).succeeded:
                         break
             done.append(1)
 

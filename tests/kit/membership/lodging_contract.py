@@ -1,4 +1,5 @@
-"""What a node must do that lives under another's lease, and one whose lease others live under. Subclassed as the others are."""
+"""What a node must do that lives under another's lease, and one whose lease others live under.
+Subclassed as the others are."""
 
 from __future__ import annotations
 
@@ -47,11 +48,17 @@ class LodgingContract:
         assert member.borrowed_lease_id == other
         assert keyspace.renew(ticket.lease_id) == 0
         assert under(keyspace, other) == {
-            f"nodes/{ticket.node}", f"said/fact/{ticket.node}", f"said/holdings/{ticket.node}",
-            f"suspects/n1/{ticket.node}", "leader",
-        }  # fmt: skip
+            f"nodes/{ticket.node}",
+            f"said/fact/{ticket.node}",
+            f"said/holdings/{ticket.node}",
+            f"suspects/n1/{ticket.node}",
+            "leader",
+        }
         after = member.view()
-        assert after.by_node[ticket.node].joined_revision == before.by_node[ticket.node].joined_revision
+        assert (
+            after.by_node[ticket.node].joined_revision
+            == before.by_node[ticket.node].joined_revision
+        )
         assert after.by_node[ticket.node].inventory == StateInventory(8, {0: 7})
         assert (after.epoch, after.suspicions) == (before.epoch, before.suspicions)
 
@@ -70,8 +77,11 @@ class LodgingContract:
         member.put_fact("fact", b"1")
         member.suspect("n1", "reset")
         assert under(keyspace, other) == {
-            f"nodes/{node}", f"said/fact/{node}", f"suspects/n1/{node}", "leader",
-        }  # fmt: skip
+            f"nodes/{node}",
+            f"said/fact/{node}",
+            f"suspects/n1/{node}",
+            "leader",
+        }
         assert member.borrow_lease(third := lease(keyspace))
         assert under(keyspace, other) == set()
         assert keyspace.renew(other) > 0
@@ -88,7 +98,9 @@ class LodgingContract:
         assert "leader" not in under(make_keyspace(), other)
         assert member.lead() == Following(node)
 
-    def test_a_lease_that_is_over_is_not_moved_to(self, make_member: Make, make_keyspace: MakeKeyspace) -> None:
+    def test_a_lease_that_is_over_is_not_moved_to(
+        self, make_member: Make, make_keyspace: MakeKeyspace
+    ) -> None:
         member, keyspace = make_member(), make_keyspace()
         ticket = member.join(info())
         member.put_fact("fact", b"x")
@@ -98,7 +110,10 @@ class LodgingContract:
         assert member.borrowed_lease_id == 0
         assert member.lease_status().state is LeaseState.VALID
         member.put_fact("fact", b"y")
-        assert under(keyspace, ticket.lease_id) == {f"nodes/{ticket.node}", f"said/fact/{ticket.node}"}
+        assert under(keyspace, ticket.lease_id) == {
+            f"nodes/{ticket.node}",
+            f"said/fact/{ticket.node}",
+        }
 
     @pytest.mark.slow
     def test_back_under_a_lease_of_its_own_it_needs_no_other(
@@ -200,7 +215,10 @@ class LodgingContract:
     ) -> None:
         member, keyspace = make_member(), make_keyspace()
         ticket = member.join(info(), agent="host-1a")
-        assert under(keyspace, ticket.lease_id) == {f"nodes/{ticket.node}", f"said/agent.host-1a/{ticket.node}"}
+        assert under(keyspace, ticket.lease_id) == {
+            f"nodes/{ticket.node}",
+            f"said/agent.host-1a/{ticket.node}",
+        }
         for agent in ("a/b", "a.b", "x" * 65):
             with pytest.raises(UsageError):
                 make_member().join(info(), agent=agent)

@@ -1,4 +1,5 @@
-"""What membership must do over each kind of service. Subclassed where a fixture gives the members."""
+"""What membership must do over each kind of service. Subclassed where a fixture gives the
+members."""
 
 from __future__ import annotations
 
@@ -43,10 +44,19 @@ def record_of(view: View, *nodes: str, number: int = 0) -> EpochRecord:
     assert view.leader is not None
     number = number or (view.epoch.number if view.epoch else 0) + 1
     places = tuple(NodePlacement(node, 2) for node in nodes)
-    return EpochRecord(job=view.job, number=number, places=places, leader=view.leader.node, nodes_min=1, nodes_max=9)
+    return EpochRecord(
+        job=view.job,
+        number=number,
+        places=places,
+        leader=view.leader.node,
+        nodes_min=1,
+        nodes_max=9,
+    )
 
 
-def open_epoch(leader: KeyspaceMembership, *nodes: str, remove: tuple[str, ...] = (), number: int = 0) -> EpochRecord:
+def open_epoch(
+    leader: KeyspaceMembership, *nodes: str, remove: tuple[str, ...] = (), number: int = 0
+) -> EpochRecord:
     assert leader.lead() == Leading()
     view = leader.view()
     record = record_of(view, *nodes, number=number)
@@ -108,7 +118,9 @@ class MembershipContract:
         assert one.read_facts("fact") == {}
 
     @pytest.mark.slow
-    def test_a_lease_is_kept_alive_far_beyond_its_life(self, make_member: Make, ttl_s: float) -> None:
+    def test_a_lease_is_kept_alive_far_beyond_its_life(
+        self, make_member: Make, ttl_s: float
+    ) -> None:
         ttl_s *= 2  # nothing may be late by as much as it lasts
         member = make_member(ttl_s)
         node = member.join(info()).node
@@ -187,7 +199,9 @@ class MembershipContract:
         assert found.count(Leading()) == 1
         assert len(found) == 5
 
-    def test_two_witnesses_put_another_leader_in_place_of_a_dead_one(self, make_member: Make) -> None:
+    def test_two_witnesses_put_another_leader_in_place_of_a_dead_one(
+        self, make_member: Make
+    ) -> None:
         dead, node = joined(make_member)
         one, other = joined(make_member)[0], joined(make_member)[0]
         open_epoch(dead, node)
@@ -219,7 +233,11 @@ class MembershipContract:
             assert member.view().epoch == record
             assert member.view(ViewScope.HEAD).epoch == record
         until(lambda: all(member.lease_status().epoch == 1 for member in (one, other, spare)))
-        assert [member.lease_status().placed for member in (one, other, spare)] == [True, True, False]
+        assert [member.lease_status().placed for member in (one, other, spare)] == [
+            True,
+            True,
+            False,
+        ]
 
     def test_the_head_alone_names_no_members(self, make_member: Make) -> None:
         one, node = joined(make_member)
@@ -262,7 +280,9 @@ class MembershipContract:
             with pytest.raises(UsageError):
                 leader.publish(record_of(view, node, "x", number=number), view)
 
-    def test_a_leader_that_left_and_leads_anew_publishes_nothing_from_before(self, make_member: Make) -> None:
+    def test_a_leader_that_left_and_leads_anew_publishes_nothing_from_before(
+        self, make_member: Make
+    ) -> None:
         leader, node = joined(make_member)
         leader.lead()
         view = leader.view()
@@ -278,7 +298,11 @@ class MembershipContract:
         open_epoch(leader, node, out_node)
         open_epoch(leader, node, remove=(out_node,))
         assert out_node not in leader.view().by_node
-        for act in (lambda: out.put_fact("a", b"1"), out.lead, lambda: out.suspect(node, "revenge")):
+        for act in (
+            lambda: out.put_fact("a", b"1"),
+            out.lead,
+            lambda: out.suspect(node, "revenge"),
+        ):
             with pytest.raises(FencedError):
                 act()
         until(lambda: out.lease_status().state is LeaseState.LOST)
@@ -351,7 +375,9 @@ class MembershipContract:
         suspected = {word.node for word in one.view().suspicions}
         assert suspected == {f"n{number}" for number in range(3, SUSPICIONS_MAX + 3)}
 
-    def test_what_nobody_can_read_is_no_member(self, make_member: Make, make_keyspace: Callable[[], Keyspace]) -> None:
+    def test_what_nobody_can_read_is_no_member(
+        self, make_member: Make, make_keyspace: Callable[[], Keyspace]
+    ) -> None:
         one, node = joined(make_member)
         keyspace = make_keyspace()
         put(keyspace, "nodes/bad", b"{}")

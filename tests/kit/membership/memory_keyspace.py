@@ -1,4 +1,5 @@
-"""A keyspace in memory, for one process: the same words, its own clock, and a log of all that was written."""
+"""A keyspace in memory, for one process: the same words, its own clock, and a log of all that was
+written."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ class MemoryServer:
                 self.revision += 1
                 for op in transaction.then:
                     self._apply(op)
-            return TransactionResult(held, self.revision, tuple(tuple(self._read(keys)) for keys in transaction.reads))
+            return TransactionResult(
+                held, self.revision, tuple(tuple(self._read(keys)) for keys in transaction.reads)
+            )
 
     def grant(self, lease_id: int, ttl_s: float) -> Grant:
         with self.lock:
@@ -73,14 +76,17 @@ class MemoryServer:
 
     def expire(self) -> None:
         now_s = self.clock()
-        for lease_id in [lease_id for lease_id, (_, end_s) in self.leases.items() if end_s <= now_s]:
+        for lease_id in [
+            lease_id for lease_id, (_, end_s) in self.leases.items() if end_s <= now_s
+        ]:
             self._end(lease_id)
 
     def changed(self, ranges: tuple[Keys, ...], after: int) -> bool:
         with self.lock:
             self.expire()
             return any(
-                revision > after and any(_within(key, keys) for keys in ranges) for revision, key in self.changes
+                revision > after and any(_within(key, keys) for keys in ranges)
+                for revision, key in self.changes
             )
 
     def _end(self, lease_id: int) -> None:

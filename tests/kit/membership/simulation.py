@@ -1,9 +1,12 @@
-"""A job under faults, from one seed: the real decisions, transactions and lease arithmetic over a service that loses messages.
+"""A job under faults, from one seed: the real decisions, transactions and lease arithmetic over a
+service that loses messages.
 
-With every other seed each host has a landlord besides, which offers its lease for a while; then nodes live under that.
+With every other seed each host has a landlord besides, which offers its lease for a while; then
+nodes live under that.
 
-Each node is two tasks, as two threads would be: one keeps its lease alive, one looks, leads and decides. A task is stopped in
-the middle of a call by running others first; so a pause, a lost answer and a request that lands late happen anywhere.
+Each node is two tasks, as two threads would be: one keeps its lease alive, one looks, leads and
+decides. A task is stopped in the middle of a call by running others first; so a pause, a lost
+answer and a request that lands late happen anywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +20,13 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ckpt.cluster.membership import transactions as names
-from ckpt.cluster.membership.decide import MembershipOptions, NewEpoch, WaitTimers, decide, update_timers
+from ckpt.cluster.membership.decide import (
+    MembershipOptions,
+    NewEpoch,
+    WaitTimers,
+    decide,
+    update_timers,
+)
 from ckpt.cluster.membership.leases import LeaseState
 from ckpt.cluster.membership.member import KeyspaceMembership
 from ckpt.cluster.membership.outcomes import Leading, NotPublished, Published
@@ -63,14 +72,17 @@ class Service(MemoryServer):
             record = decode_epoch(put.value)
             newest = self.epochs[-1].number if self.epochs else 0
             assert record.number > newest, "an epoch does not exceed the one before"
-            assert self.keys[names.LEADER].value == record.leader.encode(), "somebody published who does not lead"
+            assert self.keys[names.LEADER].value == record.leader.encode(), (
+                "somebody published who does not lead"
+            )
             assert names.node_key(record.leader) in self.keys, "somebody published who is no member"
             self.epochs.append(record)
 
 
 @dataclass
 class Landlord:
-    """A lease of another job's node on the same host: others may live under it while it is offered."""
+    """A lease of another job's node on the same host: others may live under it while it is
+    offered."""
 
     lease_id: int = 0
     offered: bool = False
@@ -81,7 +93,11 @@ class Landlord:
         fate = world.lodging_dice.random()
         if not self.lives:
             if world.faulty and fate < 0.3:
-                self.lease_id, self.offered, self.lives = world.lodging_dice.getrandbits(60) + 1, True, True
+                self.lease_id, self.offered, self.lives = (
+                    world.lodging_dice.getrandbits(60) + 1,
+                    True,
+                    True,
+                )
                 world.service.grant(self.lease_id, world.ttl_s)
         elif not world.faulty or fate < 0.05:
             world.service.renew(self.lease_id)
@@ -111,7 +127,9 @@ class Process:
 
     def __post_init__(self) -> None:
         keyspace = SimKeyspace(self.world, self)
-        self.member = KeyspaceMembership(keyspace, "j", ttl_s=self.world.ttl_s, clock=self.clock, threads=False)
+        self.member = KeyspaceMembership(
+            keyspace, "j", ttl_s=self.world.ttl_s, clock=self.clock, threads=False
+        )
 
     def clock(self) -> float:
         """This machine's clock: it began at another time and runs at another speed."""
@@ -119,7 +137,9 @@ class Process:
 
     def join(self) -> None:
         try:
-            ticket = self.member.join(NodeInfo(node=self.node, host=self.node.split("-")[0], slots=self.slots))
+            ticket = self.member.join(
+                NodeInfo(node=self.node, host=self.node.split("-")[0], slots=self.slots)
+            )
         except CkptError:
             self.world.restart(self, soon=True)
             return
@@ -171,19 +191,28 @@ class Process:
         done = self.member.publish(decision.record, view, remove=decision.remove)
         bytes_held = [encode_epoch(record) for record in self.world.service.epochs]
         data = encode_epoch(decision.record)
-        assert not isinstance(done, Published) or data in bytes_held, "published, but it is not there"
+        assert not isinstance(done, Published) or data in bytes_held, (
+            "published, but it is not there"
+        )
         assert not isinstance(done, NotPublished) or data not in bytes_held, "lost, but it is there"
 
     def _suspect(self, view: View) -> None:
         dice = self.world.dice
         for member in view.members:
             process = self.world.of(member.node)
-            silent = process is None or not process.alive or process.paused_until_s > self.world.now_s
+            silent = (
+                process is None or not process.alive or process.paused_until_s > self.world.now_s
+            )
             if member.node != self.node and dice.random() < (0.5 if silent else self.world.slander):
                 self.member.suspect(member.node, "silent" if silent else "slander")
         for word in view.suspicions:
             process = self.world.of(word.node)
-            if word.by == self.node and process is not None and process.alive and dice.random() < 0.5:
+            if (
+                word.by == self.node
+                and process is not None
+                and process.alive
+                and dice.random() < 0.5
+            ):
                 self.member.suspect(word.node, None)
 
 
@@ -247,16 +276,24 @@ class World:
         self.service = Service(self)
         self.processes: list[Process] = []
         self.lodging_dice = random.Random(f"landlord {seed}")
-        self.landlords = {f"h{number}": Landlord() for number in range(self.nodes)} if seed % 2 else {}
+        self.landlords = (
+            {f"h{number}": Landlord() for number in range(self.nodes)} if seed % 2 else {}
+        )
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._starts = itertools.count()
         self._depth = 0
 
     def options(self, dice: random.Random) -> MembershipOptions:
-        grows = dice.random() < 0.1 and self.now_s < FAULTS_S + SETTLE_S / 2  # or it may be growing when all is checked
+        grows = (
+            dice.random() < 0.1 and self.now_s < FAULTS_S + SETTLE_S / 2
+        )  # or it may be growing when all is checked
         return MembershipOptions(
-            nodes_min=self.low, nodes_max=self.high, last_call_s=1.0, shrink_wait_s=0.5, may_grow=grows
+            nodes_min=self.low,
+            nodes_max=self.high,
+            last_call_s=1.0,
+            shrink_wait_s=0.5,
+            may_grow=grows,
         )
 
     def of(self, node: str) -> Process | None:
@@ -304,7 +341,8 @@ class World:
         self._push(when_s, land)
 
     def pass_time(self, process: Process, seconds: float) -> None:
-        """Let time pass for a process that waits; others go on, and it may be paused or killed meanwhile."""
+        """Let time pass for a process that waits; others go on, and it may be paused or killed
+        meanwhile."""
         until_s = self.now_s + max(0.0, seconds)
         self._run_events(until_s)
         while process.alive and process.paused_until_s > self.now_s:
@@ -325,7 +363,11 @@ class World:
 
     def _start(self, host: str) -> None:
         process = Process(
-            self, f"{host}-{next(self._starts)}", 2, self.dice.uniform(0, 1e6), self.dice.uniform(0.98, 1.02)
+            self,
+            f"{host}-{next(self._starts)}",
+            2,
+            self.dice.uniform(0, 1e6),
+            self.dice.uniform(0.98, 1.02),
         )
         self.processes.append(process)
         self.at(self.now_s, process, process.join)
@@ -382,14 +424,18 @@ class World:
         alive = [process for process in self.processes if process.alive]
         assert len(alive) == self.nodes
         newest = self.service.epochs[-1]
-        assert {place.node for place in newest.places} <= {process.node for process in alive}, "a dead node holds ranks"
+        assert {place.node for place in newest.places} <= {process.node for process in alive}, (
+            "a dead node holds ranks"
+        )
         assert self.low <= len(newest.places) <= self.high
         assert self.service.keys[names.LEADER].value.decode() in {process.node for process in alive}
         assert {key for key in self.service.keys if key.startswith(names.NODES)} == {
             names.node_key(process.node) for process in alive
         }
         own = {process.node: process.member._member()[0].lease_id for process in alive}
-        assert {one.node: self.service.keys[names.node_key(one.node)].lease_id for one in alive} == own
+        assert {
+            one.node: self.service.keys[names.node_key(one.node)].lease_id for one in alive
+        } == own
         assert set(self.service.leases) == set(own.values()), "a lease is left"
         for process in alive:
             standing = process.member.lease_status()

@@ -36,29 +36,47 @@ def view_of(
     domains: Mapping[str, str] | None = None,
     slots: Mapping[str, int] | None = None,
 ) -> View:
-    """``nodes`` live; ``places`` is the epoch, None: there is none. ``suspicions`` are pairs (who, by whom)."""
+    """``nodes`` live; ``places`` is the epoch, None: there is none. ``suspicions`` are pairs (who,
+    by whom)."""
     slots = slots or {}
     world = sum(slots.get(node, 2) for node in places or ())
     members = tuple(
         Member(
-            NodeInfo(node=node, host=f"host-{node}", domain=(domains or {}).get(node, ""), slots=slots.get(node, 2)),
-            lease_id=n + 1, joined_revision=n + 1,
-            inventory=StateInventory(world, dict(holdings[node])) if holdings and node in holdings else None,
+            NodeInfo(
+                node=node,
+                host=f"host-{node}",
+                domain=(domains or {}).get(node, ""),
+                slots=slots.get(node, 2),
+            ),
+            lease_id=n + 1,
+            joined_revision=n + 1,
+            inventory=StateInventory(world, dict(holdings[node]))
+            if holdings and node in holdings
+            else None,
         )
         for n, node in enumerate(sorted(nodes))
-    )  # fmt: skip
+    )
     epoch = None
     if places is not None:
         epoch = EpochRecord(
-            job="j", number=number, places=tuple(NodePlacement(node, slots.get(node, 2)) for node in places), leader="z",
-            nodes_min=1, nodes_max=99,
-        )  # fmt: skip
+            job="j",
+            number=number,
+            places=tuple(NodePlacement(node, slots.get(node, 2)) for node in places),
+            leader="z",
+            nodes_min=1,
+            nodes_max=99,
+        )
     leads = min(nodes, default=None) if leader == "" else leader
     return View(
-        job="j", revision=50, scope=ViewScope.ALL, leader=Leader(leads, 9) if leads is not None else None, epoch=epoch,
-        epoch_revision=7 if epoch else 0, members=members,
+        job="j",
+        revision=50,
+        scope=ViewScope.ALL,
+        leader=Leader(leads, 9) if leads is not None else None,
+        epoch=epoch,
+        epoch_revision=7 if epoch else 0,
+        members=members,
         suspicions=tuple(Suspicion(node, by, "reset") for node, by in suspicions),
-    )  # fmt: skip
+    )
 
 
 def decided(
@@ -73,6 +91,12 @@ def after(view: View, decision: NewEpoch) -> View:
     """The view once the decision was published."""
     members = tuple(member for member in view.members if member.node not in decision.remove)
     return View(
-        job=view.job, revision=view.revision + 1, scope=view.scope, leader=view.leader, epoch=decision.record,
-        epoch_revision=view.revision + 1, members=members, suspicions=view.suspicions,
-    )  # fmt: skip
+        job=view.job,
+        revision=view.revision + 1,
+        scope=view.scope,
+        leader=view.leader,
+        epoch=decision.record,
+        epoch_revision=view.revision + 1,
+        members=members,
+        suspicions=view.suspicions,
+    )

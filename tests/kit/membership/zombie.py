@@ -1,4 +1,5 @@
-"""A process that is frozen while it leads, until its lease has run out, and then goes on where it was."""
+"""A process that is frozen while it leads, until its lease has run out, and then goes on where it
+was."""
 
 from __future__ import annotations
 
@@ -44,8 +45,11 @@ def zombie_is_refused(where: str, other: KeyspaceMembership, job: str, *, ttl_s:
     """``where``: endpoints, or a file. ``other`` is another member of the job."""
     zombie = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, where, job, str(ttl_s)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
     assert zombie.stdin is not None and zombie.stdout is not None
     try:
         assert zombie.stdout.readline() == "Leading\n"

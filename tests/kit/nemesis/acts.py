@@ -47,9 +47,17 @@ class Acts:
     """See the module. ``start``: starts one more machine on a host."""
 
     def __init__(
-        self, cluster: Cluster, lan: Network, etcd: Etcd, seen: Seen, *, hosts: Sequence[int], others: Sequence[int],
-        clocks: dict[int, Clock], start: Callable[[int], Machine],
-    ) -> None:  # fmt: skip
+        self,
+        cluster: Cluster,
+        lan: Network,
+        etcd: Etcd,
+        seen: Seen,
+        *,
+        hosts: Sequence[int],
+        others: Sequence[int],
+        clocks: dict[int, Clock],
+        start: Callable[[int], Machine],
+    ) -> None:
         self._cluster = cluster
         self._lan = lan
         self._etcd = etcd
@@ -90,7 +98,8 @@ class Acts:
         return [one for one in self._on.values() if one.name not in self.killed]
 
     def do(self, act: Act) -> tuple[str, Undo | None]:
-        """Begin it: what was done, in words, and how to undo it. What can't be done now is left out, and says so."""
+        """Begin it: what was done, in words, and how to undo it. What can't be done now is left
+        out, and says so."""
         if act.whom:
             machine = self._whom(act)
             if machine is None:
@@ -168,7 +177,9 @@ class Acts:
     def _pause(self, machine: Machine, what: str) -> tuple[str, Undo | None]:
         from_ns = now_ns()
         stopped: set[int] = set()
-        for _ in range(_STOPS_MAX):  # until nobody is left who could have started another one meanwhile
+        for _ in range(
+            _STOPS_MAX
+        ):  # until nobody is left who could have started another one meanwhile
             pids = {
                 "node": machine.members,
                 "keeper": lambda: [machine.keeper()],
@@ -253,7 +264,8 @@ class Acts:
 
 
 def trainer_of(machine: Machine) -> int:
-    """The process that trains there, or is about to: the supervisor's child that is no keeper; 0 for none."""
+    """The process that trains there, or is about to: the supervisor's child that is no keeper; 0
+    for none."""
     if machine.process is None:
         return 0
     keeper = machine.keeper()

@@ -1,7 +1,7 @@
 """Whether a history is one that may be: no split brain, no wrong state, nothing lost. Pure.
 
-Each rule returns what is wrong, in words that name it; a run is right where all of them return nothing. The log's rules have
-a file of their own (``nemesis_log``).
+Each rule returns what is wrong, in words that name it; a run is right where all of them return
+nothing. The log's rules have a file of their own (``nemesis_log``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ MARGIN_PART = 0.1
 """How much of the TTL a node that lost touch has for stopping, before its lease can run out."""
 
 WAKE_NS = 1_500_000_000
-"""Within this time after it went on, or its time was called off, a process is killed; on a busy machine too."""
+"""Within this time after it went on, or its time was called off, a process is killed; on a busy
+machine too."""
 
 SHOWN_MAX = 12
 
@@ -34,15 +35,21 @@ def check(history: History) -> list[str]:
 
 
 def seats(history: History, members: Members) -> list[str]:
-    """Each trainer sat where the membership's epoch placed its rank, and nobody else sat there in that epoch."""
+    """Each trainer sat where the membership's epoch placed its rank, and nobody else sat there in
+    that epoch."""
     wrong = []
     seen: dict[tuple[int, int], Trainer] = {}
     for who in dict.fromkeys(one.who for one in history.entered):
         published = members.epoch(who.attempt)
         if published is None:
             wrong.append(f"trained in an epoch that was never published. {who}")
-        elif published.machines[who.rank : who.rank + 1] != (who.machine,) or len(published.machines) != who.world:
-            wrong.append(f"trained where its epoch places somebody else. {who} places={published.machines}")
+        elif (
+            published.machines[who.rank : who.rank + 1] != (who.machine,)
+            or len(published.machines) != who.world
+        ):
+            wrong.append(
+                f"trained where its epoch places somebody else. {who} places={published.machines}"
+            )
         other = seen.setdefault((who.attempt, who.rank), who)
         if other is not who:
             wrong.append(f"one rank of one epoch was trained by two. {other} and {who}")
@@ -50,14 +57,20 @@ def seats(history: History, members: Members) -> list[str]:
 
 
 def states(history: History, members: Members) -> list[str]:
-    """Every state that a trainer ever had is the undisturbed one after so many steps; steps follow each other."""
+    """Every state that a trainer ever had is the undisturbed one after so many steps; steps follow
+    each other."""
     wrong = []
     reference = history.reference
     for one in history.entered:
         if one.value != reference[one.step] or not one.clean or len(one.trail) != one.step:
-            wrong.append(f"restored a wrong state. {one.who} step={one.step} pair={one.pair} clean={one.clean}")
+            wrong.append(
+                f"restored a wrong state. {one.who} step={one.step} pair={one.pair} "
+                f"clean={one.clean}"
+            )
         if one.pair is not None and one.pair[1] != one.step:
-            wrong.append(f"restored another step than it says. {one.who} step={one.step} pair={one.pair}")
+            wrong.append(
+                f"restored another step than it says. {one.who} step={one.step} pair={one.pair}"
+            )
     wrong += [
         f"a step differs from the undisturbed run. {one.who} step={one.step}"
         for one in history.steps
@@ -67,14 +80,19 @@ def states(history: History, members: Members) -> list[str]:
     for who, steps in _by_trainer(history.steps).items():
         numbers = [one.step for one in steps]
         if numbers != list(range(begins.get(who, -1), begins.get(who, -1) + len(numbers))):
-            wrong.append(f"steps do not follow each other. {who} begin={begins.get(who)} steps={numbers[:5]}…")
+            wrong.append(
+                f"steps do not follow each other. {who} begin={begins.get(who)} "
+                f"steps={numbers[:5]}…"
+            )
     return wrong
 
 
 def one_epoch_at_a_time(history: History, members: Members) -> list[str]:
-    """Once an epoch has taken a step, no older one takes any: it needs all its ranks, and one of them is gone.
+    """Once an epoch has taken a step, no older one takes any: it needs all its ranks, and one of
+    them is gone.
 
-    A trainer that was stopped inside a step may end it when it is let go on. What it began is what counts.
+    A trainer that was stopped inside a step may end it when it is let go on. What it began is what
+    counts.
     """
     firsts: dict[int, int] = {}
     lasts: dict[int, Step] = {}
@@ -85,9 +103,14 @@ def one_epoch_at_a_time(history: History, members: Members) -> list[str]:
             lasts[attempt] = one
     wrong = []
     for older, last in lasts.items():
-        later = [(first, attempt) for attempt, first in firsts.items() if attempt > older and last.began_ns > first]
+        later = [
+            (first, attempt)
+            for attempt, first in firsts.items()
+            if attempt > older and last.began_ns > first
+        ]
         wrong += [
-            f"two epochs trained at once. epoch={older} took step {last.step} on {last.who.machine} "
+            f"two epochs trained at once. epoch={older} took step {last.step} on "
+            f"{last.who.machine} "
             f"{(last.began_ns - first) / 1e9:.3f} s after epoch {attempt} had begun"
             for first, attempt in later
         ]
@@ -110,9 +133,11 @@ def whole_steps(history: History, members: Members) -> list[str]:
 
 
 def within_lease(history: History, members: Members) -> list[str]:
-    """No trainer lives on after its node's time is over, but for one that slept and is killed when it wakes.
+    """No trainer lives on after its node's time is over, but for one that slept and is killed when
+    it wakes.
 
-    That time is the lease's, or, while etcd answers nobody, that of the last roll that all nodes of the epoch answered.
+    That time is the lease's, or, while etcd answers nobody, that of the last roll that all nodes of
+    the epoch answered.
     """
     margin_ns = int(history.ttl_s * MARGIN_PART * 1e9)
     return [
@@ -123,30 +148,41 @@ def within_lease(history: History, members: Members) -> list[str]:
 
 
 def silent_nodes_stop(history: History, members: Members) -> list[str]:
-    """Whoever was cut off for a TTL does not train: what it knew of its lease and of others was older than that by then."""
+    """Whoever was cut off for a TTL does not train: what it knew of its lease and of others was
+    older than that by then."""
     wrong = []
     for silence in history.silences:
         over_ns = silence.from_ns + int(history.ttl_s * 1e9)
         late = [
             one
             for one in history.beats
-            if one.who.machine == silence.machine and over_ns < one.at_ns <= silence.to_ns
+            if one.who.machine == silence.machine
+            and over_ns < one.at_ns <= silence.to_ns
             and not _woke(one.who, one.at_ns, history.pauses)
-        ]  # fmt: skip
+        ]
         if late:
             lived_s = (max(one.at_ns for one in late) - over_ns) / 1e9
-            wrong.append(f"a trainer lived {lived_s:.3f} s longer than a TTL after its node was cut off. {late[0].who}")
+            wrong.append(
+                f"a trainer lived {lived_s:.3f} s longer than a TTL after its node was cut off. "
+                f"{late[0].who}"
+            )
     return wrong
 
 
 def ends(history: History, members: Members) -> list[str]:
     """All programs that nobody killed ended well, and all ranks with the wanted state."""
-    wrong = [f"a program ended badly. machine={name} status={code}" for name, code in history.ends.items() if code != 0]
+    wrong = [
+        f"a program ended badly. machine={name} status={code}"
+        for name, code in history.ends.items()
+        if code != 0
+    ]
     if not history.finals:
         wrong.append("no rank came to its end")
     for rank, final in history.finals.items():
         if final.step != history.finish or final.value != history.reference[history.finish]:
-            wrong.append(f"the final state is not that of an undisturbed run. rank={rank} step={final.step}")
+            wrong.append(
+                f"the final state is not that of an undisturbed run. rank={rank} step={final.step}"
+            )
     return wrong
 
 
@@ -155,7 +191,11 @@ def attempts_and_epochs(history: History, log: Log) -> list[str]:
     of_epoch: dict[int, set[int]] = {}
     for one in (*history.entered, *history.steps):
         of_epoch.setdefault(one.epoch, set()).add(one.who.attempt)
-    wrong = [f"two attempts in one epoch of the log. epoch={e} attempts={a}" for e, a in of_epoch.items() if len(a) > 1]
+    wrong = [
+        f"two attempts in one epoch of the log. epoch={e} attempts={a}"
+        for e, a in of_epoch.items()
+        if len(a) > 1
+    ]
     order = [min(attempts) for _, attempts in sorted(of_epoch.items())]
     wrong += [
         f"an older attempt opened a later epoch. {before} after {after}"
@@ -166,20 +206,28 @@ def attempts_and_epochs(history: History, log: Log) -> list[str]:
 
 
 RULES: tuple[Callable[[History, Members], list[str]], ...] = (
-    seats, states, one_epoch_at_a_time, whole_steps, within_lease, silent_nodes_stop, ends,
-)  # fmt: skip
+    seats,
+    states,
+    one_epoch_at_a_time,
+    whole_steps,
+    within_lease,
+    silent_nodes_stop,
+    ends,
+)
 
 
 def lateness_s(history: History) -> float:
-    """How long after its node's time was over a trainer lived at most, of those that had not slept; negative: before."""
+    """How long after its node's time was over a trainer lived at most, of those that had not slept;
+    negative: before."""
     return max(_overtime_ns(history).values(), default=0) / 1e9
 
 
 def _overtime_ns(history: History) -> dict[Trainer, int]:
     """How long each trainer lived after its node's time.
 
-    A node that went on by the roll alone and is then told that its lease is gone has its time called off: then its trainers
-    are killed as fast as a supervisor hears of it, which no margin covers.
+    A node that went on by the roll alone and is then told that its lease is gone has its time
+    called off: then its trainers are killed as fast as a supervisor hears of it, which no margin
+    covers.
     """
     longest: dict[Trainer, int] = {}
     fine: dict[Trainer, int] = {}
@@ -193,15 +241,20 @@ def _overtime_ns(history: History) -> dict[Trainer, int]:
             longest[who] = max(longest.get(who, one.at_ns - one.until_ns), one.at_ns - one.until_ns)
             continue
         called_off_ns = fine.get(who, 0)
-        over_ns = one.at_ns - (one.until_ns if called_off_ns <= one.until_ns else called_off_ns + WAKE_NS)
+        over_ns = one.at_ns - (
+            one.until_ns if called_off_ns <= one.until_ns else called_off_ns + WAKE_NS
+        )
         longest[who] = max(longest.get(who, over_ns), over_ns)
     return longest
 
 
 def _woke(who: Trainer, at_ns: int, pauses: tuple[Pause, ...]) -> bool:
-    """Whether a trainer had been stopped itself shortly before; where its keeper alone was, it has no excuse."""
+    """Whether a trainer had been stopped itself shortly before; where its keeper alone was, it has
+    no excuse."""
     return any(
-        one.machine == who.machine and one.what != "keeper" and one.from_ns <= at_ns <= one.to_ns + WAKE_NS
+        one.machine == who.machine
+        and one.what != "keeper"
+        and one.from_ns <= at_ns <= one.to_ns + WAKE_NS
         for one in pauses
     )
 

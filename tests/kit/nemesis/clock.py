@@ -1,4 +1,5 @@
-"""Machines whose wall clock jumps while programs run there; CLOCK_MONOTONIC and CLOCK_BOOTTIME go on, as they do."""
+"""Machines whose wall clock jumps while programs run there; CLOCK_MONOTONIC and CLOCK_BOOTTIME go
+on, as they do."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ LIBRARIES = ("/usr/lib/*/faketime/libfaketime.so.1", "/usr/lib*/faketime/libfake
 
 
 def require() -> Path:
-    """The library that does it. Skips the test where it isn't installed; in CI that is a failure."""
+    """The library that does it. Skips the test where it isn't installed; in CI that is a
+    failure."""
     found = [path for pattern in LIBRARIES for path in Path("/").glob(pattern[1:])]
     if not found:
         text = "libfaketime is not installed (Debian: apt-get install faketime)"
@@ -20,7 +22,8 @@ def require() -> Path:
 
 
 class Clock:
-    """The wall clock of one machine: as far from the true one as its file says. Programs look there once a second."""
+    """The wall clock of one machine: as far from the true one as its file says. Programs look there
+    once a second."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -35,6 +38,11 @@ class Clock:
     def command(self) -> list[str]:
         """What to put before a command that is to have this clock, all that it starts included."""
         return [
-            "env", f"LD_PRELOAD={require()}", f"FAKETIME_TIMESTAMP_FILE={self._path}", "FAKETIME_CACHE_DURATION=1",
-            "FAKETIME_DONT_FAKE_MONOTONIC=1", "FAKETIME_DISABLE_SHM=1", "NO_FAKE_STAT=1",
-        ]  # fmt: skip
+            "env",
+            f"LD_PRELOAD={require()}",
+            f"FAKETIME_TIMESTAMP_FILE={self._path}",
+            "FAKETIME_CACHE_DURATION=1",
+            "FAKETIME_DONT_FAKE_MONOTONIC=1",
+            "FAKETIME_DISABLE_SHM=1",
+            "NO_FAKE_STAT=1",
+        ]

@@ -18,7 +18,8 @@ from kit.networks import Network
 CLIENTS, PEERS = 2379, 2380
 
 OWN_MACHINE = ("nice", "-n", "-10")
-"""It needs little, and elsewhere has machines of its own: without this a busy test machine makes it change its leader for ever.
+"""It needs little, and elsewhere has machines of its own: without this a busy test machine makes it
+change its leader for ever.
 """
 
 
@@ -69,19 +70,42 @@ class Etcd:
             return
         member.folder.mkdir(exist_ok=True)
         address = f"http://{self._lan.address(member.host)}"
-        initial = ",".join(f"{one.name}=http://{self._lan.address(one.host)}:{PEERS}" for one in self.members)
+        initial = ",".join(
+            f"{one.name}=http://{self._lan.address(one.host)}:{PEERS}" for one in self.members
+        )
         with (member.folder / "log").open("ab") as log:
             member.process = subprocess.Popen(
                 [
-                    *self._lan.command(member.host), *OWN_MACHINE, require(), "--name", member.name,
-                    "--data-dir", str(member.folder / "data"),
-                    "--listen-client-urls", f"{address}:{CLIENTS}", "--advertise-client-urls", f"{address}:{CLIENTS}",
-                    "--listen-peer-urls", f"{address}:{PEERS}", "--initial-advertise-peer-urls", f"{address}:{PEERS}",
-                    "--initial-cluster", initial, "--initial-cluster-state", "new", "--unsafe-no-fsync",
-                    "--logger", "zap", "--log-level", "error",
+                    *self._lan.command(member.host),
+                    *OWN_MACHINE,
+                    require(),
+                    "--name",
+                    member.name,
+                    "--data-dir",
+                    str(member.folder / "data"),
+                    "--listen-client-urls",
+                    f"{address}:{CLIENTS}",
+                    "--advertise-client-urls",
+                    f"{address}:{CLIENTS}",
+                    "--listen-peer-urls",
+                    f"{address}:{PEERS}",
+                    "--initial-advertise-peer-urls",
+                    f"{address}:{PEERS}",
+                    "--initial-cluster",
+                    initial,
+                    "--initial-cluster-state",
+                    "new",
+                    "--unsafe-no-fsync",
+                    "--logger",
+                    "zap",
+                    "--log-level",
+                    "error",
                 ],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={"PATH": os.environ["PATH"]},
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={"PATH": os.environ["PATH"]},
+            )
 
     def leader(self) -> Member:
         """Who leads; the first one where nobody says."""
@@ -100,11 +124,21 @@ class Etcd:
     def _status(self) -> list[dict]:  # type: ignore[type-arg]
         done = subprocess.run(
             [
-                *self._lan.command(self.members[0].host), require("etcdctl"),
-                "--endpoints", ",".join(self.endpoints), "--command-timeout=2s", "endpoint", "status", "-w", "json",
+                *self._lan.command(self.members[0].host),
+                require("etcdctl"),
+                "--endpoints",
+                ",".join(self.endpoints),
+                "--command-timeout=2s",
+                "endpoint",
+                "status",
+                "-w",
+                "json",
             ],
-            capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"], "ETCDCTL_API": "3"},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"PATH": os.environ["PATH"], "ETCDCTL_API": "3"},
+        )
         return json.loads(done.stdout) if done.stdout.strip() else []
 
 

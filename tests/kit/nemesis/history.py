@@ -1,7 +1,8 @@
-"""What is known of one run when it is over: facts alone, from which the checker tells whether it was right. No I/O.
+"""What is known of one run when it is over: facts alone, from which the checker tells whether it
+was right. No I/O.
 
-Times are of CLOCK_BOOTTIME in nanoseconds: all machines of a test are this one, and share it. A pair is an epoch of the log and
-a step.
+Times are of CLOCK_BOOTTIME in nanoseconds: all machines of a test are this one, and share it. A
+pair is an epoch of the log and a step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change of a key in etcd, below the job's root, as a watch told it; ``value`` None: deleted."""
+    """One change of a key in etcd, below the job's root, as a watch told it; ``value`` None:
+    deleted."""
 
     revision: int
     at_ns: int
@@ -36,7 +38,8 @@ class Trainer:
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """A trainer goes on from ``pair`` (None: from nothing), in an epoch of the log, holding a state."""
+    """A trainer goes on from ``pair`` (None: from nothing), in an epoch of the log, holding a
+    state."""
 
     who: Trainer
     epoch: int
@@ -89,7 +92,8 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """Of an object of a store's log, while the job ran: its digest when that was first seen; None: it was gone."""
+    """Of an object of a store's log, while the job ran: its digest when that was first seen; None:
+    it was gone."""
 
     at_ns: int
     store: int
@@ -129,10 +133,11 @@ class Silence:
 class History:
     """One run.
 
-    ``stores``: how many there are; ``log_digests``: what each has of the log in the end, by its number and the key.
-    ``log``: the counted and the void, in order of ``seq``; ``hole``: why its end can't be read. ``snapshots``: what the store's
-    own reader lists; ``contents``: each read back, or why it can't be. ``reference``: the value after each number of
-    undisturbed steps. ``finish``: how many steps there had to be. ``ends``: how programs that nobody killed ended.
+    ``stores``: how many there are; ``log_digests``: what each has of the log in the end, by its
+    number and the key. ``log``: the counted and the void, in order of ``seq``; ``hole``: why its
+    end can't be read. ``snapshots``: what the store's own reader lists; ``contents``: each read
+    back, or why it can't be. ``reference``: the value after each number of undisturbed steps.
+    ``finish``: how many steps there had to be. ``ends``: how programs that nobody killed ended.
     """
 
     changes: tuple[Change, ...] = ()

@@ -1,6 +1,8 @@
-"""What the log's history says: which snapshots exist, on which line; and whether states are what it says. Pure.
+"""What the log's history says: which snapshots exist, on which line; and whether states are what it
+says. Pure.
 
-It follows the rules of the log by itself, in a few lines, so that it can be held against what the store's reader makes of them.
+It follows the rules of the log by itself, in a few lines, so that it can be held against what the
+store's reader makes of them.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Log:
 
     def newest(self) -> Pair | None:
         """The greatest pair that counts on the line of the newest epoch."""
-        return max((one.pair for one in self.commits if self.on_line(one.pair, self.epoch)), default=None)
+        return max(
+            (one.pair for one in self.commits if self.on_line(one.pair, self.epoch)), default=None
+        )
 
 
 def read_log(records: Sequence[Opened | Committed]) -> Log:
@@ -75,10 +79,14 @@ def _open(log: Log, record: Opened) -> None:
         return  # void
     log.opens[record.epoch] = record
     if record.resume is not None and not log.taken_in(record.resume) and record.resume[1] > 0:
-        log.wrong.append(f"an epoch goes on from what was never trained. epoch={record.epoch} from={record.resume}")
+        log.wrong.append(
+            f"an epoch goes on from what was never trained. epoch={record.epoch} "
+            f"from={record.resume}"
+        )
     if newest is not None and not log.on_line(newest, record.epoch):
         log.wrong.append(
-            f"an epoch goes on from before the newest snapshot. epoch={record.epoch} from={record.resume} newest={newest}"
+            f"an epoch goes on from before the newest snapshot. epoch={record.epoch} "
+            f"from={record.resume} newest={newest}"
         )
 
 
@@ -86,7 +94,8 @@ def _commit(log: Log, record: Committed) -> None:
     log.commits.append(record)
     if not log.on_line(record.pair, log.epoch):
         log.wrong.append(
-            f"a snapshot was committed that the line had gone on without. pair={record.pair} epoch={log.epoch} seq={record.seq}"
+            f"a snapshot was committed that the line had gone on without. pair={record.pair} "
+            f"epoch={log.epoch} seq={record.seq}"
         )
 
 
@@ -101,12 +110,15 @@ def records(history: History, log: Log) -> list[str]:
             f"differ={sorted({one.pair for one in log.commits} ^ history.snapshots)[:5]}"
         )
     if log.newest() != history.newest:
-        wrong.append(f"the store's reader has another newest. reader={history.newest} log={log.newest()}")
+        wrong.append(
+            f"the store's reader has another newest. reader={history.newest} log={log.newest()}"
+        )
     return wrong
 
 
 def kept(history: History, log: Log) -> list[str]:
-    """No record, once there, went or changed; one place of the log holds the same on each store, and most stores have it."""
+    """No record, once there, went or changed; one place of the log holds the same on each store,
+    and most stores have it."""
     wrong = []
     first: dict[tuple[int, str], str] = {}
     for one in history.sightings:
@@ -125,12 +137,16 @@ def kept(history: History, log: Log) -> list[str]:
         if len(set(digests)) > 1:
             wrong.append(f"two records at one place of the log. key={key}")
         if 2 * len(digests) <= history.stores:
-            wrong.append(f"a record is on too few stores. key={key} on={len(digests)} stores={history.stores}")
+            wrong.append(
+                f"a record is on too few stores. key={key} on={len(digests)} "
+                f"stores={history.stores}"
+            )
     return wrong
 
 
 def contents(history: History, log: Log) -> list[str]:
-    """Every snapshot that was ever committed is there, and holds the undisturbed state of its line."""
+    """Every snapshot that was ever committed is there, and holds the undisturbed state of its
+    line."""
     wrong = []
     for one in log.commits:
         found = history.contents.get(one.pair, "it is gone")
@@ -140,7 +156,8 @@ def contents(history: History, log: Log) -> list[str]:
             wrong.append(f"a snapshot holds a wrong state. pair={one.pair}")
         elif list(found.trail) != log.taken_in(one.pair):
             wrong.append(
-                f"a snapshot is not of its line. pair={one.pair}{_differ(found.trail, log.taken_in(one.pair))}"
+                "a snapshot is not of its line. "
+                f"pair={one.pair}{_differ(found.trail, log.taken_in(one.pair))}"
             )
     return wrong
 
@@ -160,7 +177,10 @@ def trained(history: History, log: Log) -> list[str]:
             continue  # captured before a step of its own
         reached = min(done.get(pair[0], {0: 0}).values())
         if reached < pair[1]:
-            wrong.append(f"a snapshot is of a step that not all ranks completed. pair={pair} reached={reached}")
+            wrong.append(
+                f"a snapshot is of a step that not all ranks completed. pair={pair} "
+                f"reached={reached}"
+            )
     return wrong
 
 
@@ -172,25 +192,41 @@ def lines(history: History, log: Log) -> list[str]:
         if opened is None:
             wrong.append(f"trained in an epoch that was never opened. {one.who} epoch={one.epoch}")
         elif opened.resume != one.pair:
-            wrong.append(f"went on from another pair than its epoch. {one.who} from={one.pair} epoch's={opened.resume}")
+            wrong.append(
+                f"went on from another pair than its epoch. {one.who} from={one.pair} "
+                f"epoch's={opened.resume}"
+            )
         elif one.pair is not None and list(one.trail) != log.taken_in(one.pair):
-            wrong.append(f"restored what is not of its line. {one.who} {_differ(one.trail, log.taken_in(one.pair))}")
+            wrong.append(
+                f"restored what is not of its line. {one.who} "
+                f"{_differ(one.trail, log.taken_in(one.pair))}"
+            )
     end = log.newest()
     if end is None or end[1] != history.finish:
         wrong.append(f"the last state is not durable. newest={end} finish={history.finish}")
     else:
         wrong += [
-            f"the final state is not of the newest line. rank={rank} {_differ(final.trail, log.taken_in(end))}"
+            f"the final state is not of the newest line. rank={rank} "
+            f"{_differ(final.trail, log.taken_in(end))}"
             for rank, final in history.finals.items()
             if list(final.trail) != log.taken_in(end)
         ]
     return wrong
 
 
-LOG_RULES: tuple[Callable[[History, Log], list[str]], ...] = (records, kept, contents, trained, lines)
+LOG_RULES: tuple[Callable[[History, Log], list[str]], ...] = (
+    records,
+    kept,
+    contents,
+    trained,
+    lines,
+)
 
 
 def _differ(found: Sequence[int], wanted: Sequence[int]) -> str:
-    at = next((n for n, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
+    at = next(
+        (n for n, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b),
+        min(len(found), len(wanted)),
+    )
     here, there = list(found[at : at + 3]), list(wanted[at : at + 3])
     return f" at step {at}: {here} of {len(found)}, the line has {there} of {len(wanted)}"

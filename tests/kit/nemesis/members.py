@@ -1,4 +1,5 @@
-"""What the membership's history says: who was in which epoch, where; and whether it contradicts itself. Pure."""
+"""What the membership's history says: who was in which epoch, where; and whether it contradicts
+itself. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """The membership's history, read once: epochs in order, each node's machine, and what is wrong with it."""
+    """The membership's history, read once: epochs in order, each node's machine, and what is wrong
+    with it."""
 
     epochs: tuple[Published, ...]
     machines: Mapping[str, str]
@@ -73,17 +75,31 @@ class _Reader:
             self.wrong.append(f"two epochs of one number with different content. epoch={number}")
         newest = self.epochs[-1].record.number if self.epochs else 0
         if number <= newest:
-            self.wrong.append(f"an epoch follows one that is no smaller. epoch={number} newest={newest}")
+            self.wrong.append(
+                f"an epoch follows one that is no smaller. epoch={number} newest={newest}"
+            )
         if record.leader != self._leader:
-            self.wrong.append(f"an epoch is not its leader's. epoch={number} by={record.leader} leader={self._leader}")
-        # Its leader looked after the epoch before: who was a member since then may be lost meanwhile, and the next one says so.
+            self.wrong.append(
+                f"an epoch is not its leader's. epoch={number} by={record.leader} "
+                f"leader={self._leader}"
+            )
+        # Its leader looked after the epoch before: who was a member since then may be lost
+        # meanwhile, and the next one says so.
         looked = self.epochs[-1].revision if self.epochs else 0
-        strangers = [node for node in record.ranks if node not in self._members and self._ended.get(node, 0) <= looked]
+        strangers = [
+            node
+            for node in record.ranks
+            if node not in self._members and self._ended.get(node, 0) <= looked
+        ]
         if strangers:
             self.wrong.append(f"an epoch places who is no member. epoch={number} nodes={strangers}")
-        machines = tuple(self.machines.get(node, "") for node, ranks in record.ranks.items() for _ in ranks)
+        machines = tuple(
+            self.machines.get(node, "") for node, ranks in record.ranks.items() for _ in ranks
+        )
         if len(set(machines)) != len(machines):
-            self.wrong.append(f"an epoch places two ranks on one machine of one slot. epoch={number} {machines}")
+            self.wrong.append(
+                f"an epoch places two ranks on one machine of one slot. epoch={number} {machines}"
+            )
         self.epochs.append(Published(record, change.revision, machines))
 
     def _take_node(self, change: Change) -> None:

@@ -1,4 +1,5 @@
-"""One job of three nodes and a standby, what schedules do to it one after the other, and the history of all that happened."""
+"""One job of three nodes and a standby, what schedules do to it one after the other, and the
+history of all that happened."""
 
 from __future__ import annotations
 
@@ -43,24 +44,28 @@ RECOVER_S = 300.0
 
 LAUNCHES_MAX = 3
 LAUNCHED = MACHINES[:2]
-"""A trainer that dies when its function has returned ends the job on all nodes, and launchers start it again: on two nodes, as
-many as it needs, for one that comes later would come after the end."""
+"""A trainer that dies when its function has returned ends the job on all nodes, and launchers start
+it again: on two nodes, as many as it needs, for one that comes later would come after the end."""
 
 TRAIL_MAX = 1 << 14
 LOOK_S = 0.02
 
 STALL_LOOK_S = 0.05
 STALL_S = 1.0
-"""A machine that others use too stands still at times: who has not run for so long is taken to have slept with all."""
+"""A machine that others use too stands still at times: who has not run for so long is taken to have
+slept with all."""
 
 
 class Nemesis:
     """See the module. Everything that it starts ends with the stack.
 
-    ``stores``: how many folders have what becomes durable. With several etcd gives out the places of their log.
+    ``stores``: how many folders have what becomes durable. With several etcd gives out the places
+    of their log.
     """
 
-    def __init__(self, schedules: Sequence[Schedule], folder: Path, ending: ExitStack, *, stores: int) -> None:
+    def __init__(
+        self, schedules: Sequence[Schedule], folder: Path, ending: ExitStack, *, stores: int
+    ) -> None:
         self.schedules = schedules
         self._ttl_s = schedules[0].ttl_s
         self._clock_jumps = any(act.kind == "clock" for one in schedules for act in one.acts)
@@ -85,9 +90,15 @@ class Nemesis:
         self._clocks = {host: Clock(folder / f"clock-{host}") for host in MACHINES}
         self._began_s = time.monotonic()
         self._acts = Acts(
-            self._cluster, self._lan, self._etcd, self._watch, hosts=MACHINES, others=ETCD_HOSTS, clocks=self._clocks,
+            self._cluster,
+            self._lan,
+            self._etcd,
+            self._watch,
+            hosts=MACHINES,
+            others=ETCD_HOSTS,
+            clocks=self._clocks,
             start=self._start,
-        )  # fmt: skip
+        )
 
     def play(self) -> History:
         """Everything, to the end of the job."""
@@ -101,17 +112,23 @@ class Nemesis:
             noting.join()
 
     def _note_stalls(self, over: threading.Event) -> None:
-        """A machine that stood still as a whole, as one that is shared may, had all its nodes paused."""
+        """A machine that stood still as a whole, as one that is shared may, had all its nodes
+        paused."""
         before_ns = now_ns()
         while not over.wait(STALL_LOOK_S):
             if (at_ns := now_ns()) - before_ns > STALL_S * 1e9:
                 self.said.append(f"{at_ns} all stood still for {(at_ns - before_ns) / 1e9:.1f} s")
-                self._acts.pauses += [Pause(one.name, "node", before_ns, at_ns) for one in self._cluster.machines]
+                self._acts.pauses += [
+                    Pause(one.name, "node", before_ns, at_ns) for one in self._cluster.machines
+                ]
             before_ns = at_ns
 
     def _play(self) -> History:
         self._wait(
-            lambda: self._trainers.completed >= BEGUN_STEPS and self._watch.living() >= len(MACHINES), "the job's begin"
+            lambda: (
+                self._trainers.completed >= BEGUN_STEPS and self._watch.living() >= len(MACHINES)
+            ),
+            "the job's begin",
         )
         for schedule in self.schedules:
             self._say(f"begin {schedule}")
@@ -138,21 +155,37 @@ class Nemesis:
         new.write_text(str(finish))
         new.replace(self._cluster.results / "finish")
         for _ in range(LAUNCHES_MAX):
-            wait_for(self._cluster.ended, "the end of all programs", wait_s=RECOVER_S, say=self.describe)
+            wait_for(
+                self._cluster.ended, "the end of all programs", wait_s=RECOVER_S, say=self.describe
+            )
             ends = self._acts.ends()
             if not any(ends.values()):
                 break
-            self._say(f"a trainer was lost after its function had returned, so all end: launched again. {ends}")
+            self._say(
+                "a trainer was lost after its function had returned, so all end: launched again. "
+                f"{ends}"
+            )
             self._acts.start_again(LAUNCHED)
         self._say(f"the job is over after {finish} steps")
 
     def _begin_log(self) -> None:
         program = Path(__file__).parents[1] / "programs" / "log_by_etcd.py"
         done = run(
-            [*self._lan.command(OBSERVER), sys.executable, str(program), JOB, *map(str, self._stores)],
-            env={**os.environ, "CKPT_SEQUENCER": self._etcd.where}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.stdout.startswith("etcd:"), f"etcd gives out no places\n{done.stdout}\n{done.stderr}"
+            [
+                *self._lan.command(OBSERVER),
+                sys.executable,
+                str(program),
+                JOB,
+                *map(str, self._stores),
+            ],
+            env={**os.environ, "CKPT_SEQUENCER": self._etcd.where},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout.startswith("etcd:"), (
+            f"etcd gives out no places\n{done.stdout}\n{done.stderr}"
+        )
 
     def describe(self) -> str:
         """For who has to understand a failure."""
@@ -173,7 +206,9 @@ class Nemesis:
             for undo in [one for one in undos if one[0] <= at_s]:
                 undos.remove(undo)
                 done = undo[2]()
-                self._say(f"end {undo[1].kind} {undo[1].whom} {done if isinstance(done, str) else ''}")
+                self._say(
+                    f"end {undo[1].kind} {undo[1].whom} {done if isinstance(done, str) else ''}"
+                )
             if waiting and waiting[0].at_s <= at_s:
                 act = waiting.pop(0)
                 words, after = self._acts.do(act)
@@ -189,13 +224,20 @@ class Nemesis:
             before = [*before, *self._clocks[host].command()]
         more = {"ttl_s": self._ttl_s}
         return self._cluster.start(
-            "--every", 20, "--stores", len(self._stores), program="exact.py", before=before,
-            host=self._lan.address(host), more=more,
-        )  # fmt: skip
+            "--every",
+            20,
+            "--stores",
+            len(self._stores),
+            program="exact.py",
+            before=before,
+            host=self._lan.address(host),
+            more=more,
+        )
 
     def _say(self, text: str) -> None:
         self.said.append(
-            f"{time.monotonic() - self._began_s:6.2f} s {now_ns()} step {self._trainers.completed:4d}  {text}"
+            f"{time.monotonic() - self._began_s:6.2f} s {now_ns()} step "
+            f"{self._trainers.completed:4d}  {text}"
         )
         print(self.said[-1], flush=True)
 
@@ -203,48 +245,76 @@ class Nemesis:
         deadline_s = time.monotonic() + RECOVER_S
         while not until():
             self._check_lives()
-            assert time.monotonic() < deadline_s, f"not within {RECOVER_S:.0f} s: {what}\n{self.describe()}"
+            assert time.monotonic() < deadline_s, (
+                f"not within {RECOVER_S:.0f} s: {what}\n{self.describe()}"
+            )
             time.sleep(LOOK_S)
 
     def _check_lives(self) -> None:
         for machine in self._cluster.machines:
             if machine.name not in self._acts.killed and machine.process is not None:
                 status = machine.process.poll()
-                assert status is None, f"{machine.name} ended with {status} before the job was over\n{self.describe()}"
+                assert status is None, (
+                    f"{machine.name} ended with {status} before the job was over\n{self.describe()}"
+                )
 
     # ---- what was
 
     def _history(self, finish: int) -> History:
         trainers = self._trainers.poll()
-        digests = {(number, key): digest for number, log in enumerate(self._logs) for key, digest in log.look().items()}
+        digests = {
+            (number, key): digest
+            for number, log in enumerate(self._logs)
+            for key, digest in log.look().items()
+        }
         sightings = [one for log in self._logs for one in log.sightings]
         records, hole = self._records()
         checkpointer = ckpt.Checkpointer([str(store) for store in self._stores])
         infos = checkpointer.snapshots()
         newest = checkpointer.latest()
-        highest = max(finish, *(one.step + 1 for one in trainers.steps), *(one.step for one in infos))
+        highest = max(
+            finish, *(one.step + 1 for one in trainers.steps), *(one.step for one in infos)
+        )
         return History(
-            changes=tuple(self._watch.changes()), entered=tuple(trainers.entered), steps=tuple(trainers.steps),
-            beats=tuple(trainers.beats), log=tuple(records), hole=hole, sightings=tuple(sightings), log_digests=digests,
+            changes=tuple(self._watch.changes()),
+            entered=tuple(trainers.entered),
+            steps=tuple(trainers.steps),
+            beats=tuple(trainers.beats),
+            log=tuple(records),
+            hole=hole,
+            sightings=tuple(sightings),
+            log_digests=digests,
             stores=len(self._stores),
             snapshots=frozenset((one.epoch, one.step) for one in infos),
             newest=(newest.epoch, newest.step) if newest is not None else None,
-            contents={pair: read_back(checkpointer, pair) for pair in dict.fromkeys(_pairs(records))},
-            finals=self._finals(), pauses=tuple(self._acts.pauses), silences=tuple(self._acts.silences),
-            reference=tuple(reference(highest)), finish=finish, ends=self._acts.ends(), ttl_s=self._ttl_s,
-        )  # fmt: skip
+            contents={
+                pair: read_back(checkpointer, pair) for pair in dict.fromkeys(_pairs(records))
+            },
+            finals=self._finals(),
+            pauses=tuple(self._acts.pauses),
+            silences=tuple(self._acts.silences),
+            reference=tuple(reference(highest)),
+            finish=finish,
+            ends=self._acts.ends(),
+            ttl_s=self._ttl_s,
+        )
 
     def _records(self) -> tuple[list[Opened | Committed], str]:
         """The log, each record's bytes as they lie in a store; and why its end can't be read.
 
-        Where etcd gives out its places all stores have the same at one place, or nothing: another check sees to that.
+        Where etcd gives out its places all stores have the same at one place, or nothing: another
+        check sees to that.
         """
-        paths = {path.name: path for store in self._stores for path in (store / "log").glob("*.json")}
+        paths = {
+            path.name: path for store in self._stores for path in (store / "log").glob("*.json")
+        }
         found = [decode_record(path.read_bytes()) for _, path in sorted(paths.items())]
         backend = open_stores([str(store) for store in self._stores], emit=lambda event: None)
         unsure = Journal.open(backend).refresh().stale_reason
         backend.close()
-        return [one for record in found if (one := _said(record)) is not None], str(unsure) if unsure else ""
+        return [one for record in found if (one := _said(record)) is not None], str(
+            unsure
+        ) if unsure else ""
 
     def _finals(self) -> dict[int, Content]:
         found = {}
@@ -276,7 +346,9 @@ def nemesis(schedules: Sequence[Schedule], folder: Path, *, stores: int) -> Iter
 def _said(record: Record) -> Opened | Committed | None:
     match record.body:
         case Open(epoch, resume):
-            return Opened(record.seq, epoch, (resume.epoch, resume.step) if resume is not None else None)
+            return Opened(
+                record.seq, epoch, (resume.epoch, resume.step) if resume is not None else None
+            )
         case Commit(snapshot, _, _):
             return Committed(record.seq, record.epoch, (snapshot.epoch, snapshot.step))
     return None

@@ -10,24 +10,38 @@ TTL_S = 2.0
 CLOCK_JUMP_S = 3600
 
 WHOM = ("root", "placed", "standby", "leader")
-"""Which machine, as things are when the act begins: that of rank 0, another that holds ranks, one that holds none, that which
-leads the membership."""
+"""Which machine, as things are when the act begins: that of rank 0, another that holds ranks, one
+that holds none, that which leads the membership."""
 
 ACTS = {
-    "kill-node": 4, "kill-trainer": 3, "kill-keeper": 3,
-    "pause-node": 4, "pause-keeper": 3, "pause-trainer": 2,
-    "cut": 6, "deaf": 2, "mute": 2, "apart": 2,
+    "kill-node": 4,
+    "kill-trainer": 3,
+    "kill-keeper": 3,
+    "pause-node": 4,
+    "pause-keeper": 3,
+    "pause-trainer": 2,
+    "cut": 6,
+    "deaf": 2,
+    "mute": 2,
+    "apart": 2,
     "clock": 4,
-    "etcd-kill": 2, "etcd-kill-leader": 3, "etcd-freeze": 2, "etcd-freeze-all": 2, "etcd-cut": 2, "etcd-restart-all": 2,
-}  # fmt: skip
+    "etcd-kill": 2,
+    "etcd-kill-leader": 3,
+    "etcd-freeze": 2,
+    "etcd-freeze-all": 2,
+    "etcd-cut": 2,
+    "etcd-restart-all": 2,
+}
 """What is done, and how often in proportion.
 
-``cut``: the link of a machine is down. ``deaf``: all that is sent to it is lost, while what it sends arrives; ``mute``: the
-other way. ``apart``: it and one other can't reach each other, while both reach all else. ``clock``: its wall clock jumps.
+``cut``: the link of a machine is down. ``deaf``: all that is sent to it is lost, while what it
+sends arrives; ``mute``: the other way. ``apart``: it and one other can't reach each other, while
+both reach all else. ``clock``: its wall clock jumps.
 """
 
 ONCE = frozenset({"kill-trainer", "kill-keeper"})
-"""Over as soon as they are done; all others are undone after ``last_s``, a killed node by one that is started in its place."""
+"""Over as soon as they are done; all others are undone after ``last_s``, a killed node by one that
+is started in its place."""
 
 ON_TRAINER = frozenset({"kill-trainer", "pause-trainer"})
 """Only machines that hold ranks have one."""
@@ -37,7 +51,8 @@ ON_ETCD = frozenset(kind for kind in ACTS if kind.startswith("etcd"))
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """One act. ``whom``: one of ``WHOM``; "" where it is etcd's. ``number`` chooses where several may be meant."""
+    """One act. ``whom``: one of ``WHOM``; "" where it is etcd's. ``number`` chooses where several
+    may be meant."""
 
     at_s: float
     kind: str
@@ -60,16 +75,20 @@ class Schedule:
     acts: tuple[Act, ...]
 
     def __str__(self) -> str:
-        return "\n".join([f"seed={self.seed} ttl={self.ttl_s:g}", *(f"  {act}" for act in self.acts)])
+        return "\n".join(
+            [f"seed={self.seed} ttl={self.ttl_s:g}", *(f"  {act}" for act in self.acts)]
+        )
 
 
 def longest_s(ttl_s: float) -> float:
-    """How long an act lasts at most: longer than it takes until a lost node's ranks are given away, in most cases."""
+    """How long an act lasts at most: longer than it takes until a lost node's ranks are given away,
+    in most cases."""
     return 2 * ttl_s + 2
 
 
 def draw(seed: int, *, ttl_s: float = TTL_S, acts_min: int = 4, acts_max: int = 8) -> Schedule:
-    """The schedule of a seed. Acts overlap, but no two of one kind on the same are in force at once."""
+    """The schedule of a seed. Acts overlap, but no two of one kind on the same are in force at
+    once."""
     dice = random.Random(seed)
     at_s = 0.5
     acts: list[Act] = []

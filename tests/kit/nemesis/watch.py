@@ -38,7 +38,9 @@ class EtcdWatch:
         for line in lines:
             found = json.loads(line)
             value = None if found["value"] is None else base64.b64decode(found["value"])
-            self._changes.append(Change(found["revision"], found["at"], found["key"], value, found["lease"]))
+            self._changes.append(
+                Change(found["revision"], found["at"], found["key"], value, found["lease"])
+            )
         return self._changes
 
     def members(self) -> Members:
@@ -71,7 +73,9 @@ class EtcdWatch:
         newest = etcd.revision()
         assert newest > 0, "etcd does not answer"
         # Nobody else writes to this etcd: its newest revision is the job's.
-        wait_for(lambda: self.changes()[-1].revision >= newest, f"all changes up to revision {newest}")
+        wait_for(
+            lambda: self.changes()[-1].revision >= newest, f"all changes up to revision {newest}"
+        )
 
 
 @contextlib.contextmanager
@@ -81,11 +85,17 @@ def etcd_watch(path: Path, lan: Network, host: int, etcd: Etcd, job: str) -> Ite
     with path.with_suffix(".log").open("ab") as log:
         process = Program(
             [
-                *lan.command(host), sys.executable, str(PROGRAMS / "watch_etcd.py"), str(path), f"/ckpt/{job}/",
+                *lan.command(host),
+                sys.executable,
+                str(PROGRAMS / "watch_etcd.py"),
+                str(path),
+                f"/ckpt/{job}/",
                 ",".join(etcd.endpoints),
             ],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
     try:
         yield EtcdWatch(path)
     finally:
@@ -127,12 +137,24 @@ class Trainers:
                 pair = tuple(event["pair"]) if event["pair"] is not None else None
                 self.entered.append(
                     Entered(
-                        who, event["epoch"], event["at"], pair, event["step"], event["value"], steps_of(event["trail"]),
+                        who,
+                        event["epoch"],
+                        event["at"],
+                        pair,
+                        event["step"],
+                        event["value"],
+                        steps_of(event["trail"]),
                         event["clean"],
                     )
-                )  # fmt: skip
+                )
             case "step":
-                found = (event["epoch"], event["step"], event["began"], event["ended"], event["value"])
+                found = (
+                    event["epoch"],
+                    event["step"],
+                    event["began"],
+                    event["ended"],
+                    event["value"],
+                )
                 self.steps.append(Step(self._who[path], *found))
                 self._completed = max(self._completed, event["step"] + 1)
             case "beat":
@@ -140,7 +162,8 @@ class Trainers:
 
 
 class LogWatch:
-    """Looks again and again at the log that lies in a folder: what comes, and whether anything changes or goes."""
+    """Looks again and again at the log that lies in a folder: what comes, and whether anything
+    changes or goes."""
 
     def __init__(self, folder: Path, store: int) -> None:
         self._folder = folder

@@ -24,7 +24,8 @@ class Files:
 
 @dataclass(frozen=True)
 class Certificates:
-    """Two nodes of one CA; one that names another host, one that has expired; and one of another CA."""
+    """Two nodes of one CA; one that names another host, one that has expired; and one of another
+    CA."""
 
     one: Files
     two: Files
@@ -36,9 +37,12 @@ class Certificates:
 def make_certificates(folder: Path) -> Certificates:
     ours, theirs = _Ca(folder, "ours"), _Ca(folder, "theirs")
     return Certificates(
-        ours.sign("one"), ours.sign("two"), ours.sign("misnamed", address="127.9.9.9"),
-        ours.sign("expired", valid_h=-0.1), theirs.sign("stranger"),
-    )  # fmt: skip
+        ours.sign("one"),
+        ours.sign("two"),
+        ours.sign("misnamed", address="127.9.9.9"),
+        ours.sign("expired", valid_h=-0.1),
+        theirs.sign("stranger"),
+    )
 
 
 class _Ca:
@@ -48,16 +52,27 @@ class _Ca:
         self._name = _named(f"{name} CA")
         self._file = folder / f"{name}-ca.pem"
         builder = _certificate(self._name, self._name, self._key.public_key())
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        builder = builder.add_extension(
+            x509.BasicConstraints(ca=True, path_length=0), critical=True
+        )
         builder = builder.add_extension(
             x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False
         )
         usage = x509.KeyUsage(
-            digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
-            key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
-        )  # fmt: skip
+            digital_signature=True,
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            key_cert_sign=True,
+            crl_sign=True,
+            encipher_only=False,
+            decipher_only=False,
+        )
         builder = builder.add_extension(usage, critical=True)
-        self._file.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        self._file.write_bytes(
+            builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        )
 
     def sign(self, name: str, *, address: str = "127.0.0.1", valid_h: float = 1.0) -> Files:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -65,14 +80,17 @@ class _Ca:
         names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
         builder = builder.add_extension(names, critical=False)
         builder = builder.add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
+            critical=False,
         )
         files = Files(self._folder / f"{name}.pem", self._folder / f"{name}.key", self._file)
         signed = builder.sign(self._key, hashes.SHA256())
         files.certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
         files.key.write_bytes(
             key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
             )
         )
         return files

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from ckpt.cluster.peermem.server import PeerServer
 
 Spoil = Callable[[int, bytes], "bytes | None"]
-"""Offset in the stream of one direction, and bytes; gives what is passed on, or None to cut the connection."""
+"""Offset in the stream of one direction, and bytes; gives what is passed on, or None to cut the
+connection."""
 
 
 def as_is(offset: int, data: bytes) -> bytes | None:
@@ -19,7 +20,8 @@ def as_is(offset: int, data: bytes) -> bytes | None:
 
 
 class Proxy:
-    """Listens at ``address``; ``down`` is applied to what the server sends, ``up`` to what clients do."""
+    """Listens at ``address``; ``down`` is applied to what the server sends, ``up`` to what clients
+    do."""
 
     def __init__(self, server: PeerServer) -> None:
         self._target = server.address
@@ -55,10 +57,18 @@ class Proxy:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(self._target)
                 self._sockets += [client, server]
-                self._run(lambda client=client, server=server: self._pump(client, server, lambda: self.up))  # type: ignore[misc]
-                self._run(lambda client=client, server=server: self._pump(server, client, lambda: self.down))  # type: ignore[misc]
+                self._run(
+                    lambda client=client, server=server: self._pump(client, server, lambda: self.up)
+                )  # type: ignore[misc]
+                self._run(
+                    lambda client=client, server=server: self._pump(
+                        server, client, lambda: self.down
+                    )
+                )  # type: ignore[misc]
 
-    def _pump(self, source: socket.socket, target: socket.socket, spoil: Callable[[], Spoil]) -> None:
+    def _pump(
+        self, source: socket.socket, target: socket.socket, spoil: Callable[[], Spoil]
+    ) -> None:
         offset = 0
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):

@@ -1,4 +1,5 @@
-"""A client that says exactly what a test tells it to: right heads, wrong heads, or bytes that are neither."""
+"""A client that says exactly what a test tells it to: right heads, wrong heads, or bytes that are
+neither."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ class Said:
 class RawPeer:
     """A connection to ``server`` whose every byte the test decides. ``meet`` makes the keys."""
 
-    def __init__(self, server: PeerServer, *, secret: PeerSecret = SECRET, meet: bool = True) -> None:
+    def __init__(
+        self, server: PeerServer, *, secret: PeerSecret = SECRET, meet: bool = True
+    ) -> None:
         self.socket = socket.create_connection(server.address, WAIT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.channel = PeerChannel(self.socket, PeerTimeouts(grace_s=WAIT_S))
@@ -52,7 +55,10 @@ class RawPeer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.socket.close()
 
@@ -87,7 +93,9 @@ class RawPeer:
         assert self.keys is not None
         head = request.encode("test")
         proof = mac(self.keys.request_head, head)
-        tag = body_mac(self.mac_name, self.keys.request_body, counter=request.counter, head_mac=proof)
+        tag = body_mac(
+            self.mac_name, self.keys.request_body, counter=request.counter, head_mac=proof
+        )
         tag.update(body)
         return with_mac(head, proof) + body + tag.tag()
 
@@ -122,5 +130,7 @@ class RawPeer:
     def body(self, answer: PeerAnswer) -> bytes:
         """The body behind ``answer``, its tag not looked at."""
         out = bytearray(answer.body_bytes)
-        self.channel.read_body(memoryview(out), body_mac("hmac-sha256", b"", counter=0, head_mac=b""))
+        self.channel.read_body(
+            memoryview(out), body_mac("hmac-sha256", b"", counter=0, head_mac=b"")
+        )
         return bytes(out)

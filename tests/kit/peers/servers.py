@@ -1,4 +1,5 @@
-"""What the tests of peers share: servers and stores with short limits, and waiting for a condition."""
+"""What the tests of peers share: servers and stores with short limits, and waiting for a
+condition."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ OTHER_SECRET = PeerSecret.of(bytes(range(100, 132)))
 BUDGET_BYTES = 160 << 20
 
 PATIENT = PeerServerLimits(stranger_s=WAIT_S, idle_s=WAIT_S, timeouts=PeerTimeouts(grace_s=WAIT_S))
-BRIEF = PeerServerLimits(stranger_s=3.0, idle_s=3.0, timeouts=PeerTimeouts(grace_s=3.0, bytes_per_s_min=8 << 20))
+BRIEF = PeerServerLimits(
+    stranger_s=3.0, idle_s=3.0, timeouts=PeerTimeouts(grace_s=3.0, bytes_per_s_min=8 << 20)
+)
 """Limits that a test reaches at once, and ones that none reaches."""
 
 

@@ -1,8 +1,10 @@
-"""An agent as a process of its own, which can be killed: it rendezvous, and again whenever it is asked back.
+"""An agent as a process of its own, which can be killed: it rendezvous, and again whenever it is
+asked back.
 
     python agent.py ENDPOINT JOB NODES_MIN NODES_MAX CONFIG_JSON
 
-Says a JSON line for each round that it is in, and one for each line that it reads: what it knows. Ends when nobody writes.
+Says a JSON line for each round that it is in, and one for each line that it reads: what it knows.
+Ends when nobody writes.
 """
 
 from __future__ import annotations
@@ -22,7 +24,11 @@ def say(**fields: object) -> None:
 
 
 endpoint, job, nodes_min, nodes_max, config = sys.argv[1:]
-handler = handler_of(RendezvousParameters("ckpt", endpoint, job, int(nodes_min), int(nodes_max), **json.loads(config)))
+handler = handler_of(
+    RendezvousParameters(
+        "ckpt", endpoint, job, int(nodes_min), int(nodes_max), **json.loads(config)
+    )
+)
 say(ready=True)
 while True:
     info = handler.next_rendezvous()
@@ -33,6 +39,10 @@ while True:
                 sys.exit(0 if handler.shutdown() else 1)
             agent = handler._agent
             look = agent.latest_view()
-            leads = look is not None and look.view.leader is not None and look.view.leader.node == agent._node
+            leads = (
+                look is not None
+                and look.view.leader is not None
+                and look.view.leader.node == agent._node
+            )
             say(leads=leads, fresh=0 if look is None else len(look.newcomers))
     say(asked=True)

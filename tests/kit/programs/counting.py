@@ -1,4 +1,5 @@
-"""A training whose every rank appends each step that it completed to a file. ``counting.py FOLDER STEPS``."""
+"""A training whose every rank appends each step that it completed to a file. ``counting.py FOLDER
+STEPS``."""
 
 from __future__ import annotations
 

@@ -1,14 +1,17 @@
-"""Dies at every mutating system call of one save, and checks after each death what a fresh process finds.
+"""Dies at every mutating system call of one save, and checks after each death what a fresh process
+finds.
 
     python crash_points.py FOLDER SCENARIO KIND SHARE
 
-SCENARIO: ``first`` saves version 1 into an empty store, ``over`` version 2 over version 1, ``continued`` restores
-version 1 first (so version 2 refers to its chunks), ``tagged`` tags version 2 too, ``second`` saves both in one process.
-KIND: ``kill`` (SIGKILL before, after and half-way through each call) or ``power`` (the power goes, unsynced bytes are
-lost, kept or garbled as seeds say). SHARE: every so many-th point, 1 for all.
+SCENARIO: ``first`` saves version 1 into an empty store, ``over`` version 2 over version 1,
+``continued`` restores version 1 first (so version 2 refers to its chunks), ``tagged`` tags version
+2 too, ``second`` saves both in one process. KIND: ``kill`` (SIGKILL before, after and half-way
+through each call) or ``power`` (the power goes, unsynced bytes are lost, kept or garbled as seeds
+say). SHARE: every so many-th point, 1 for all.
 
-This process imports torch, runs no operation on two threads and starts no thread: so its forks are as good as fresh
-processes, at milliseconds each. Prints one JSON object: the calls met, the points tried and everything that is wrong.
+This process imports torch, runs no operation on two threads and starts no thread: so its forks are
+as good as fresh processes, at milliseconds each. Prints one JSON object: the calls met, the points
+tried and everything that is wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +32,14 @@ from ckpt.backends.file.store import FileBackend
 from ckpt.backends.file.syscalls import REAL_OPS, FileOps
 from ckpt.errors import NotFoundError
 from ckpt.session.checkpointer import Checkpointer
-from ckpt.testing.crashes import CrashingOps, CrashMode, OpCall, PowerCut, PowerLossOps, RecordingOps
+from ckpt.testing.crashes import (
+    CrashingOps,
+    CrashMode,
+    OpCall,
+    PowerCut,
+    PowerLossOps,
+    RecordingOps,
+)
 
 HALVED = frozenset({"write", "preallocate"})
 POWER_SEEDS = (0, 1, 2)
@@ -129,7 +139,8 @@ def faults_found(root: Path, scenario: str, *, saved: bool) -> list[str]:
 
 
 def in_child(work: Callable[[], int], *, output: Path | None = None) -> int:
-    """Run ``work`` in a fork; its exit status, negative for a signal. What it raises goes to ``output`` as text."""
+    """Run ``work`` in a fork; its exit status, negative for a signal. What it raises goes to
+    ``output`` as text."""
     if output is not None:
         output.unlink(missing_ok=True)
     pid = os.fork()
@@ -157,14 +168,20 @@ class Points:
         if scenario in ("first", "second"):
             self._template.mkdir(parents=True)
         else:
-            self._expect(in_child(lambda: self._save_quietly(self._template, "first")), SAVED, "the first save")
+            self._expect(
+                in_child(lambda: self._save_quietly(self._template, "first")),
+                SAVED,
+                "the first save",
+            )
         self.calls = self._enumerate()
 
     def kill(self, call: OpCall, mode: CrashMode) -> None:
         """Die at one call, and look."""
         root = self._fresh()
         output = self.folder / "wrong.json"
-        status = in_child(lambda: self._save_with(root, CrashingOps(at=call.number, mode=mode)), output=output)
+        status = in_child(
+            lambda: self._save_with(root, CrashingOps(at=call.number, mode=mode)), output=output
+        )
         here = f"{self.scenario}: killed {mode.value} call {call.number} ({call.name} {Path(call.path).name})"
         self._expect(status, -signal.SIGKILL, here)
         self._check(root, here, saved=False)
@@ -207,10 +224,14 @@ class Points:
         def record() -> int:
             ops = RecordingOps()
             save(root, self.scenario, ops)
-            output.write_text(json.dumps([(call.number, call.name, call.path) for call in ops.calls]))
+            output.write_text(
+                json.dumps([(call.number, call.name, call.path) for call in ops.calls])
+            )
             return SAVED
 
-        self._expect(in_child(record, output=self.folder / "wrong.json"), SAVED, "the save that is counted")
+        self._expect(
+            in_child(record, output=self.folder / "wrong.json"), SAVED, "the save that is counted"
+        )
         self._check(root, f"{self.scenario}: undisturbed", saved=True)
         return [OpCall(*call) for call in json.loads(output.read_text())]
 
@@ -252,7 +273,16 @@ def main() -> None:
             if mode is not CrashMode.TORN or call.name in HALVED:
                 points.kill(call, mode)
     names = sorted({call.name for call in points.calls})
-    print(json.dumps({"calls": len(points.calls), "names": names, "tried": points.tried, "wrong": points.wrong}))
+    print(
+        json.dumps(
+            {
+                "calls": len(points.calls),
+                "names": names,
+                "tried": points.tried,
+                "wrong": points.wrong,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

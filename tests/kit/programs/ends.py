@@ -1,10 +1,12 @@
 """A small training whose ends are of many kinds: ``python ends.py FOLDER HOW``.
 
-HOW is ``endless``, ``raises`` (the first attempt, in mid-training, inside a folder that only the program's first lines make),
-``rest`` (what comes after the decorated call fails), ``twice`` (two decorated calls, the second dies once), ``dies`` (rank 0's
-first attempt by SIGKILL), ``last`` (the first attempt dies with all steps complete and only memory holding the last of them),
-``early`` (so too; the next one sees that nothing is left to do, and returns before it tracks anything) or
-``exits`` (``sys.exit(4)`` in every attempt). A line in ``rest.txt`` each time that the call returned.
+HOW is ``endless``, ``raises`` (the first attempt, in mid-training, inside a folder that only the
+program's first lines make), ``rest`` (what comes after the decorated call fails), ``twice`` (two
+decorated calls, the second dies once), ``dies`` (rank 0's first attempt by SIGKILL), ``last`` (the
+first attempt dies with all steps complete and only memory holding the last of them), ``early`` (so
+too; the next one sees that nothing is left to do, and returns before it tracks anything) or
+``exits`` (``sys.exit(4)`` in every attempt). A line in ``rest.txt`` each time that the call
+returned.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def fail(run: ckpt.Run, attempt: int, needed: Path) -> None:
     """What this kind of end does in the middle of a step."""
     match HOW:
         case "raises":
-            assert needed.exists(), "the first attempt's exception has unwound what the second one needs"
+            assert needed.exists(), (
+                "the first attempt's exception has unwound what the second one needs"
+            )
             if attempt == 0:
                 raise RuntimeError("a batch that is bad once")
         case "exits":

@@ -2,16 +2,17 @@
 
     python exact.py FOLDER [--step-s S] [--every N] [--stores N]
 
-Each trainer appends to a file of its own, ``FOLDER/events/<machine>-<pid>.jsonl``, one line for each event; times are of
-CLOCK_BOOTTIME in nanoseconds, one clock for all machines of a test.
+Each trainer appends to a file of its own, ``FOLDER/events/<machine>-<pid>.jsonl``, one line for
+each event; times are of CLOCK_BOOTTIME in nanoseconds, one clock for all machines of a test.
 
     enter   it goes on: ``attempt`` (the membership's epoch), ``epoch`` (the log's), rank, world, the pair resumed, its state
     step    a step that all ranks took together: when it began and ended, and the value after it
     beat    it is alive now, and until when its node may act, as the board says
 
-``FOLDER/finish`` holds how many steps there shall be; who trains looks there at each step, and all learn it in the same one.
-Tracked beside the weights is a trail: in which epoch of the log each step was taken. So a state says itself of which line it
-is. Written down it is a list of epochs, each with a number of steps.
+``FOLDER/finish`` holds how many steps there shall be; who trains looks there at each step, and all
+learn it in the same one. Tracked beside the weights is a trail: in which epoch of the log each step
+was taken. So a state says itself of which line it is. Written down it is a list of epochs, each
+with a number of steps.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def parse() -> argparse.Namespace:
 
 OPTIONS = parse()
 POLICY = ckpt.RestartPolicy(same_error_max=100, stuck_max=100)
-"""Faults come so close together here that several attempts in a row may end before their first step."""
+"""Faults come so close together here that several attempts in a row may end before their first
+step."""
 
 
 def now_ns() -> int:
@@ -58,7 +60,9 @@ class Events:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         machine = Path(os.environ["CKPT_RUNTIME_DIR"]).parent.name
-        self._fd = os.open(folder / f"{machine}-{os.getpid()}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._fd = os.open(
+            folder / f"{machine}-{os.getpid()}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+        )
 
     def say(self, kind: str, **facts: object) -> None:
         os.write(self._fd, f"{json.dumps({'kind': kind, **facts})}\n".encode())
@@ -90,17 +94,26 @@ def train(run: ckpt.Run) -> None:
     events = Events(OPTIONS.folder / "events")
     dist.init_process_group("gloo")
     exact = Exact()
-    # Never called; it says that all ranks hold the same weights, each of which is then stored by one rank only.
+    # Never called; it says that all ranks hold the same weights, each of which is then stored by
+    # one rank only.
     model = DistributedDataParallel(exact.model)
     trail = torch.full((TRAIL_MAX,), -1, dtype=torch.int64)
     run.track(model=model, optimizer=exact.optimizer, progress={"trail": trail})
     done, resumed = run.completed_steps, run.restored
     assert run._seat is not None
     events.say(
-        "enter", attempt=run._seat.attempt, epoch=run.membership_epoch, rank=run.rank, world=run.world_size, at=now_ns(),
-        pair=[resumed.epoch, resumed.step] if resumed is not None else None, step=done, value=exact.value(),
-        trail=runs(trail[:done]), clean=bool((trail[done:] == -1).all()),
-    )  # fmt: skip
+        "enter",
+        attempt=run._seat.attempt,
+        epoch=run.membership_epoch,
+        rank=run.rank,
+        world=run.world_size,
+        at=now_ns(),
+        pair=[resumed.epoch, resumed.step] if resumed is not None else None,
+        step=done,
+        value=exact.value(),
+        trail=runs(trail[:done]),
+        clean=bool((trail[done:] == -1).all()),
+    )
     over = threading.Event()
     threading.Thread(target=beat, args=(run, events, over), daemon=True).start()
     total = torch.zeros(ROWS * COLUMNS + 1, dtype=torch.int64)
@@ -112,7 +125,9 @@ def train(run: ckpt.Run) -> None:
         exact.apply(total[:-1].view(ROWS, COLUMNS))
         trail[step] = run.membership_epoch
         value = exact.value()
-        events.say("step", epoch=run.membership_epoch, step=step, began=began, ended=now_ns(), value=value)
+        events.say(
+            "step", epoch=run.membership_epoch, step=step, began=began, ended=now_ns(), value=value
+        )
         time.sleep(OPTIONS.step_s)
         if 0 < int(total[-1]) <= step + 1:
             break

@@ -1,4 +1,5 @@
-"""Stops its own process before the first step of the first attempt, as SIGSTOP from outside does; then trains on."""
+"""Stops its own process before the first step of the first attempt, as SIGSTOP from outside does;
+then trains on."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ import ckpt
 FOLDER = Path(sys.argv[1])
 
 
-@ckpt.resilient(store=str(FOLDER / "store"), every=1000, restart=ckpt.RestartPolicy(hang="2s", linger="1s"))
+@ckpt.resilient(
+    store=str(FOLDER / "store"), every=1000, restart=ckpt.RestartPolicy(hang="2s", linger="1s")
+)
 def train(run: ckpt.Run) -> None:
     model = nn.Linear(2, 1)
     run.track(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))

@@ -1,7 +1,7 @@
 """Trains under a policy, restoring from the store alone.
 
-python kept.py FOLDER STEPS --keep POLICY [--grace 24h] [--every N] [--step-s S] [--linger 60s] [--memory-every N]
-torchrun ... kept.py FOLDER STEPS ...
+python kept.py FOLDER STEPS --keep POLICY [--grace 24h] [--every N] [--step-s S] [--linger 60s]
+[--memory-every N] torchrun ... kept.py FOLDER STEPS ...
 """
 
 from __future__ import annotations
@@ -32,9 +32,13 @@ OPTIONS = parse()
 
 
 @ckpt.resilient(
-    store=str(OPTIONS.folder / "store"), every=OPTIONS.every, memory_every=OPTIONS.memory_every, keep=OPTIONS.keep,
-    grace=OPTIONS.grace, restart=ckpt.RestartPolicy(linger=OPTIONS.linger),
-)  # fmt: skip
+    store=str(OPTIONS.folder / "store"),
+    every=OPTIONS.every,
+    memory_every=OPTIONS.memory_every,
+    keep=OPTIONS.keep,
+    grace=OPTIONS.grace,
+    restart=ckpt.RestartPolicy(linger=OPTIONS.linger),
+)
 def train(run: ckpt.Run) -> None:
     """The loop, as users write it."""
     enter(OPTIONS.folder, run.rank)

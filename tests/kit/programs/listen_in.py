@@ -1,9 +1,11 @@
-"""Listens in on all links of this network namespace, and says in how many packets state could be read.
+"""Listens in on all links of this network namespace, and says in how many packets state could be
+read.
 
     python listen_in.py FILE
 
-The ballast of ``little.py`` is one number over and over: bytes that repeat every four, and are not all zero. Nothing that is
-encrypted looks so. FILE gets ``{"packets": N, "clear": M}`` when SIGTERM comes; it is there, with zeros, once this listens.
+The ballast of ``little.py`` is one number over and over: bytes that repeat every four, and are not
+all zero. Nothing that is encrypted looks so. FILE gets ``{"packets": N, "clear": M}`` when SIGTERM
+comes; it is there, with zeros, once this listens.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ LOOK_EVERY = 128
 def repeats(packet: bytes) -> bool:
     """Whether a run of it is one four-byte number over and over, other than zero."""
     for at in range(0, len(packet) - RUN_BYTES, LOOK_EVERY):
-        if packet[at : at + RUN_BYTES - 4] == packet[at + 4 : at + RUN_BYTES] and any(packet[at : at + 4]):
+        if packet[at : at + RUN_BYTES - 4] == packet[at + 4 : at + RUN_BYTES] and any(
+            packet[at : at + 4]
+        ):
             return True
     return False
 

@@ -1,4 +1,5 @@
-"""A little training that uses everything which must be restored. Shared by the programs of this folder.
+"""A little training that uses everything which must be restored. Shared by the programs of this
+folder.
 
 Each rank writes into the program's folder:
 
@@ -7,7 +8,8 @@ Each rank writes into the program's folder:
     losses-<rank>.txt     each step's number and exact loss, appended as it is computed
     final-<rank>.json     digests of all state, at the end
 
-Where there is a file ``hurry``, steps have no pauses any more: nobody waits for anything but the end.
+Where there is a file ``hurry``, steps have no pauses any more: nobody waits for anything but the
+end.
 """
 
 from __future__ import annotations
@@ -67,14 +69,24 @@ class Training:
         self.ballast = torch.zeros(max(1, ballast_mib << 18))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=7, gamma=0.9)
-        self.loader = StatefulDataLoader(TensorDataset(data), batch_size=5, shuffle=True, drop_last=True)
+        self.loader = StatefulDataLoader(
+            TensorDataset(data), batch_size=5, shuffle=True, drop_last=True
+        )
         self.progress: dict[str, object] = {"seen": 0, "mean": torch.zeros(6), "last": []}
-        run.track(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, loader=self.loader)
+        run.track(
+            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, loader=self.loader
+        )
         run.track(progress=self.progress, ballast=self.ballast)
         # Opening a loader draws a random number: before the generators are restored by the loop.
         self.batches = iter(self.loader)
 
-    def train(self, steps: int, *, step_s: float = 0.0, before_step: Callable[[int], None] = lambda step: None) -> None:
+    def train(
+        self,
+        steps: int,
+        *,
+        step_s: float = 0.0,
+        before_step: Callable[[int], None] = lambda step: None,
+    ) -> None:
         """All steps that are left, and the digests of what came of them."""
         with (self.folder / f"losses-{self.run.rank}.txt").open("a", buffering=1) as losses:
             for step in self.run.steps(steps):
@@ -108,11 +120,16 @@ class Training:
 
     def write_digests(self) -> None:
         parts = {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(), "progress": self.progress, "loader": self.loader.state_dict(),
-            "ballast": self.ballast, "random": random.getstate(), "numpy": np.random.get_state(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "progress": self.progress,
+            "loader": self.loader.state_dict(),
+            "ballast": self.ballast,
+            "random": random.getstate(),
+            "numpy": np.random.get_state(),
             "torch": torch.get_rng_state(),
-        }  # fmt: skip
+        }
         found = {name: digest(part) for name, part in parts.items()}
         (self.folder / f"final-{self.run.rank}.json").write_text(json.dumps(found))
 

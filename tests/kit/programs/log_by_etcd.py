@@ -1,4 +1,5 @@
-"""Begins a job's log on several folders whose places etcd gives out, as on stores that can't create an object only once.
+"""Begins a job's log on several folders whose places etcd gives out, as on stores that can't create
+an object only once.
 
 CKPT_SEQUENCER=etcd://HOST:PORT,… python log_by_etcd.py JOB FOLDER FOLDER …
 """

@@ -1,4 +1,5 @@
-"""Which stores a program of this folder works on: what the test wrote into ``stores.json``, as arguments of ckpt's."""
+"""Which stores a program of this folder works on: what the test wrote into ``stores.json``, as
+arguments of ckpt's."""
 
 from __future__ import annotations
 

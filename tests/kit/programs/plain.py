@@ -2,7 +2,8 @@
 
     torchrun ... plain.py FOLDER STEPS
 
-Each rank appends ``<step> <world size> <sum> <restarts>`` to ``FOLDER/plain-<rank>.txt``, and its own process to ``pids.txt``.
+Each rank appends ``<step> <world size> <sum> <restarts>`` to ``FOLDER/plain-<rank>.txt``, and its
+own process to ``pids.txt``.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""Reads the newest snapshot of ``save_and_die.py`` in a fresh process: ``python read_back.py FOLDER``."""
+"""Reads the newest snapshot of ``save_and_die.py`` in a fresh process: ``python read_back.py
+FOLDER``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Saves with a plain ``Checkpointer``, and is gone by SIGKILL right after the last ``save_async`` returned.
+"""Saves with a plain ``Checkpointer``, and is gone by SIGKILL right after the last ``save_async``
+returned.
 
     python save_and_die.py FOLDER SEED
 
-Writes what the last snapshot must hold to ``saved.json`` before it saves it, and overwrites the tensors afterwards.
+Writes what the last snapshot must hold to ``saved.json`` before it saves it, and overwrites the
+tensors afterwards.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def main() -> None:
         state["weights"].normal_()
         state["step"].fill_(step)
         if step == last:
-            (FOLDER / "saved.json").write_text(json.dumps({"step": step, "weights": digest(state["weights"])}))
+            (FOLDER / "saved.json").write_text(
+                json.dumps({"step": step, "weights": digest(state["weights"])})
+            )
         checkpointer.save_async(state, step=step)
     state["weights"].zero_()
     os.kill(os.getpid(), signal.SIGKILL)

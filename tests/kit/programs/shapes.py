@@ -1,7 +1,7 @@
 """One training in programs of many shapes: ``python shapes.py FOLDER SHAPE [dies]``.
 
-``dies``: the first attempt ends by SIGKILL in mid-training. Appends a line to ``above.txt`` for each time that the code above
-the decorated call runs, and writes ``after.json`` behind the call.
+``dies``: the first attempt ends by SIGKILL in mid-training. Appends a line to ``above.txt`` for
+each time that the code above the decorated call runs, and writes ``after.json`` behind the call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def above() -> None:
         file.write(f"{os.getpid()}\n")
     match SHAPE:
         case "thread":
-            threading.Thread(target=threading.Event().wait, name="a-thread-above", daemon=True).start()
+            threading.Thread(
+                target=threading.Event().wait, name="a-thread-above", daemon=True
+            ).start()
         case "parallel":
             assert torch.get_num_threads() > 1
             torch.ones(1 << 22).mul_(2.0).sum()
@@ -85,8 +87,11 @@ def inner(run: ckpt.Run) -> None:
 
 def worker_items(begin: int) -> Callable[[int], None]:
     """A loader with worker processes, which gives the number of each step that is left."""
-    # A generator of its own: the loader draws its workers' seed from it, not from the one that the training restores.
-    loader = DataLoader(range(STEPS), sampler=range(begin, STEPS), num_workers=2, generator=torch.Generator())
+    # A generator of its own: the loader draws its workers' seed from it, not from the one that the
+    # training restores.
+    loader = DataLoader(
+        range(STEPS), sampler=range(begin, STEPS), num_workers=2, generator=torch.Generator()
+    )
     items = iter(loader)
 
     def check(step: int) -> None:

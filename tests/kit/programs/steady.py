@@ -4,8 +4,8 @@
         [--stall-at N] [--raise-at N] [--prepared]
     torchrun ... steady.py FOLDER STEPS ...
 
-``--stall-at``: that step never ends. ``--raise-at``: that step raises, whenever it is tried. ``--prepared``: trainers run
-ahead, and each leaves ``ahead-<pid>`` before it is ready.
+``--stall-at``: that step never ends. ``--raise-at``: that step raises, whenever it is tried.
+``--prepared``: trainers run ahead, and each leaves ``ahead-<pid>`` before it is ready.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ POLICY = ckpt.RestartPolicy(hang=OPTIONS.hang, linger=OPTIONS.linger)
 
 
 @ckpt.resilient(
-    store=str(OPTIONS.folder / "store"), every=OPTIONS.every, memory_every=1, restart=POLICY, prepared=OPTIONS.prepared
+    store=str(OPTIONS.folder / "store"),
+    every=OPTIONS.every,
+    memory_every=1,
+    restart=POLICY,
+    prepared=OPTIONS.prepared,
 )
 def train(run: ckpt.Run) -> None:
     """The loop, as users write it."""

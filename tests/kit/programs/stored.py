@@ -1,11 +1,13 @@
-"""Trains on several stores. A file ``hurry`` in its folder ends the pauses between steps, which are long in the last quarter.
+"""Trains on several stores. A file ``hurry`` in its folder ends the pauses between steps, which are
+long in the last quarter.
 
     python stored.py FOLDER STEPS --stores '["s3://a/run", "/mnt/run"]' [--options '[{...}, null]'] [--quorum N]
         [--key file:PATH] [--every N] [--step-s S] [--payload-kib N] [--linger 60s]
     torchrun ... stored.py FOLDER STEPS ...
 
-Beside what ``little`` writes: ``walls-<rank>.txt``, how long each step took from its beginning to the next one's, without the
-pause. ``STORED_OPTIONS`` may hold the stores' options, so that no key stands on a command line.
+Beside what ``little`` writes: ``walls-<rank>.txt``, how long each step took from its beginning to
+the next one's, without the pause. ``STORED_OPTIONS`` may hold the stores' options, so that no key
+stands on a command line.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ MARK = bytes(range(65, 97)) + b"ckpt: a mark that nothing else h"
 
 NAP_S = 0.005
 LONGER = 10
-"""Pauses of the last quarter against those before: there a test finds its program still training though it took its time."""
+"""Pauses of the last quarter against those before: there a test finds its program still training
+though it took its time."""
 
 
 def parse() -> argparse.Namespace:
@@ -64,7 +67,11 @@ class Stored(Training):
         """Those of the little training, and the payload's."""
         super().write_digests()
         path = self.folder / f"final-{self.run.rank}.json"
-        found = {**json.loads(path.read_text()), "payload": digest(self.payload), "mark": digest(self.mark)}
+        found = {
+            **json.loads(path.read_text()),
+            "payload": digest(self.payload),
+            "mark": digest(self.mark),
+        }
         path.write_text(json.dumps(found))
 
 
@@ -92,13 +99,22 @@ class Pace:
 
 
 CHOICE = parse()
-OPTIONS = json.loads(os.environ["STORED_OPTIONS"]) if "STORED_OPTIONS" in os.environ else CHOICE.options
+OPTIONS = (
+    json.loads(os.environ["STORED_OPTIONS"]) if "STORED_OPTIONS" in os.environ else CHOICE.options
+)
 
 
 @ckpt.resilient(
-    store=CHOICE.stores, storage_options=OPTIONS, write_quorum=CHOICE.quorum, encryption_key=CHOICE.key, job="stored",
-    every=CHOICE.every, memory_every=1, compression="off", restart=ckpt.RestartPolicy(linger=CHOICE.linger),
-)  # fmt: skip
+    store=CHOICE.stores,
+    storage_options=OPTIONS,
+    write_quorum=CHOICE.quorum,
+    encryption_key=CHOICE.key,
+    job="stored",
+    every=CHOICE.every,
+    memory_every=1,
+    compression="off",
+    restart=ckpt.RestartPolicy(linger=CHOICE.linger),
+)
 def train(run: ckpt.Run) -> None:
     """The loop, as users write it."""
     enter(CHOICE.folder, run.rank)

@@ -1,13 +1,15 @@
 # ruff: noqa: E402  the killer is forked before anything that may start a thread is imported
-"""Trains a tiny model that uses everything which must be restored, and kills itself at planned random moments.
+"""Trains a tiny model that uses everything which must be restored, and kills itself at planned
+random moments.
 
     python train_and_die.py FOLDER STEPS SEED KILLS
     torchrun ... train_and_die.py FOLDER STEPS SEED KILLS
 
-The first KILLS attempts end by SIGKILL, the next ones don't. How attempt number n dies follows from SEED and n: after a
-random time in the loop, or before, after or half-way through a random system call of the store. Of several ranks one dies.
-Appends to ``losses-<rank>.txt`` each step's number and exact loss, and writes digests of everything to
-``final-<rank>.json`` at the end. Snapshots are due at every step, so most of the time something is being saved.
+The first KILLS attempts end by SIGKILL, the next ones don't. How attempt number n dies follows from
+SEED and n: after a random time in the loop, or before, after or half-way through a random system
+call of the store. Of several ranks one dies. Appends to ``losses-<rank>.txt`` each step's number
+and exact loss, and writes digests of everything to ``final-<rank>.json`` at the end. Snapshots are
+due at every step, so most of the time something is being saved.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def count_attempt() -> int:
 
 
 def timed_killer(delay_s: float) -> int:
-    """Fork a process that kills this one ``delay_s`` after a byte arrives; returns where to write it. Before any thread."""
+    """Fork a process that kills this one ``delay_s`` after a byte arrives; returns where to write
+    it. Before any thread."""
     mine, theirs = os.getpid(), os.pipe()
     if os.fork() == 0:
         os.close(theirs[1])
@@ -88,7 +91,9 @@ def train(run: ckpt.Run) -> None:
         dist.init_process_group("gloo")
     for seeded in (torch.manual_seed, random.seed, np.random.seed):
         seeded(11)
-    model: nn.Module = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    model: nn.Module = nn.Sequential(
+        nn.Linear(6, 16), nn.Dropout(0.3), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1)
+    )
     if WORLD_SIZE > 1:
         model = DistributedDataParallel(model)
     for seeded in (torch.manual_seed, random.seed, np.random.seed):
@@ -98,8 +103,12 @@ def train(run: ckpt.Run) -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.9)
     loader = StatefulDataLoader(TensorDataset(data), batch_size=5, shuffle=True, drop_last=True)
     progress: dict[str, object] = {"seen": 0, "mean": torch.zeros(6), "last": []}
-    run.track(model=model, optimizer=optimizer, scheduler=scheduler, loader=loader, progress=progress)
-    batches = iter(loader)  # opening a loader draws a random number: before the generators are restored by the loop
+    run.track(
+        model=model, optimizer=optimizer, scheduler=scheduler, loader=loader, progress=progress
+    )
+    batches = iter(
+        loader
+    )  # opening a loader draws a random number: before the generators are restored by the loop
     if KILLER >= 0:
         os.write(KILLER, b"!")
     with (FOLDER / f"losses-{RANK}.txt").open("a", buffering=1) as losses:
@@ -123,10 +132,15 @@ def train(run: ckpt.Run) -> None:
             progress.update(seen=seen + len(batch), last=[step, noise.item()])
             losses.write(f"{step} {loss.item().hex()}\n")
     parts = {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-        "progress": progress, "loader": loader.state_dict(), "random": random.getstate(),
-        "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
-    }  # fmt: skip
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "progress": progress,
+        "loader": loader.state_dict(),
+        "random": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
     digests = {name: digest(part) for name, part in parts.items()}
     if DIES:  # its moment never came: on a slow store all steps are over after few calls
         os.kill(os.getpid(), signal.SIGKILL)

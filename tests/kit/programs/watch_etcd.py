@@ -1,10 +1,11 @@
-"""Watches all keys in etcd from the first revision on, whichever members die meanwhile; a line for each change.
+"""Watches all keys in etcd from the first revision on, whichever members die meanwhile; a line for
+each change.
 
     python watch_etcd.py FILE ROOT HOST:PORT,HOST:PORT,…
 
-Keys of the job have no ROOT; those of others, its log's for one, are whole. It says when it saw a change, in nanoseconds of
-CLOCK_BOOTTIME: never before it was made. Speaks JSON over HTTP, as etcd offers it, so that it shares no code with what it
-watches.
+Keys of the job have no ROOT; those of others, its log's for one, are whole. It says when it saw a
+change, in nanoseconds of CLOCK_BOOTTIME: never before it was made. Speaks JSON over HTTP, as etcd
+offers it, so that it shares no code with what it watches.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ def main(path: Path, root: str, endpoints: list[str]) -> None:
 
 
 def changes(endpoint: str, root: str, first: int):  # type: ignore[no-untyped-def]
-    """Changes from a revision on, until the member says nothing any more. All of one revision come together."""
+    """Changes from a revision on, until the member says nothing any more. All of one revision come
+    together."""
     connection = http.client.HTTPConnection(endpoint, timeout=SILENT_S)
     try:
         create = {
-            "key": text(ALL), "range_end": text(ALL[:-1] + "0"), "start_revision": first, "fragment": False,
-        }  # fmt: skip
+            "key": text(ALL),
+            "range_end": text(ALL[:-1] + "0"),
+            "start_revision": first,
+            "fragment": False,
+        }
         connection.request("POST", "/v3/watch", json.dumps({"create_request": create}))
         answer = connection.getresponse()
         while True:
@@ -62,9 +67,12 @@ def changes(endpoint: str, root: str, first: int):  # type: ignore[no-untyped-de
 def said(event: dict, revision: int, at_ns: int, root: str) -> str:  # type: ignore[type-arg]
     found = event["kv"]
     change = {
-        "revision": revision, "at": at_ns, "key": base64.b64decode(found["key"]).decode().removeprefix(root),
-        "value": None if event.get("type") == "DELETE" else found.get("value", ""), "lease": int(found.get("lease", 0)),
-    }  # fmt: skip
+        "revision": revision,
+        "at": at_ns,
+        "key": base64.b64decode(found["key"]).decode().removeprefix(root),
+        "value": None if event.get("type") == "DELETE" else found.get("value", ""),
+        "lease": int(found.get("lease", 0)),
+    }
     return f"{json.dumps(change)}\n"
 
 

@@ -1,4 +1,5 @@
-"""A clock that jumps from event to event, and processes that wait on it for answers. The same order on every machine."""
+"""A clock that jumps from event to event, and processes that wait on it for answers. The same order
+on every machine."""
 
 from __future__ import annotations
 
@@ -57,7 +58,10 @@ class Clock:
                 continue
             break
         turn, process.waiting = process.turn, True
-        self.at(max(until_s, self.now_s), lambda: self._resume(process, None) if process.turn == turn else None)
+        self.at(
+            max(until_s, self.now_s),
+            lambda: self._resume(process, None) if process.turn == turn else None,
+        )
 
     def answer(self, process: Process, place: int, answer: object) -> None:
         if process.over:

@@ -9,7 +9,9 @@ from ckpt.backends.replicated.policy import Quorum
 
 def quorums(stores: int) -> list[Quorum]:
     """All that so many stores can have."""
-    counting = [frozenset(c) for n in range(1, stores + 1) for c in itertools.combinations(range(stores), n)]
+    counting = [
+        frozenset(c) for n in range(1, stores + 1) for c in itertools.combinations(range(stores), n)
+    ]
     return [
         Quorum(stores, write, full)
         for write in range(stores // 2 + 1, stores + 1)

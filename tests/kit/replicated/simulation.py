@@ -1,6 +1,8 @@
-"""A world of stores that are slow, dead, full, hanging, lying and rotting, on a clock of its own, around the decisions.
+"""A world of stores that are slow, dead, full, hanging, lying and rotting, on a clock of its own,
+around the decisions.
 
-Everything that decides is the real code; threads, memory and stores are played here. One seed is one run.
+Everything that decides is the real code; threads, memory and stores are played here. One seed is
+one run.
 """
 
 from __future__ import annotations
@@ -87,7 +89,13 @@ class World(Clock):
 
     # What stores do.
 
-    def call(self, place: int, side: str, act: Callable[[Store], object], hear: Callable[[int, object], None]) -> None:
+    def call(
+        self,
+        place: int,
+        side: str,
+        act: Callable[[Store], object],
+        hear: Callable[[int, object], None],
+    ) -> None:
         """Call a store; ``hear`` gets what it returns or raises, if ever."""
         store = self.stores[place]
         start_s = self.now_s
@@ -133,7 +141,9 @@ class World(Clock):
         self.at(self.now_s + stall_s(PACE, 0), stalled)
 
     def _sign(self, store: Store, side: str, sign: CircuitEvent) -> None:
-        circuit = advance(getattr(store, side), sign, self.now_s, limits=PACE, jitter=self.dice.random())
+        circuit = advance(
+            getattr(store, side), sign, self.now_s, limits=PACE, jitter=self.dice.random()
+        )
         setattr(store, side, circuit)
 
     def feel(self, store: Store, mood: str) -> None:
@@ -164,11 +174,13 @@ class World(Clock):
             loan = Loan(key)
             takers = [
                 PutTarget(
-                    usable=one.writing.usable, has_room=True, borrows=one.place % 2 == 0,
+                    usable=one.writing.usable,
+                    has_room=True,
+                    borrows=one.place % 2 == 0,
                     expected_s=speeds.expected_s(one.puts, 100),
                 )
                 for one in self.stores
-            ]  # fmt: skip
+            ]
             hows = plan_handover(takers, self.quorum, immutable=False, limits=PACE)
             durable = [False, False]
 
@@ -231,7 +243,9 @@ class World(Clock):
         if answer is None:
             return put_race.with_ack(race, place, self.now_s)
         passing = isinstance(answer, SilentError)
-        return put_race.with_failure(race, place, self.now_s, transient=passing, limits=PACE, jitter=self.dice.random())
+        return put_race.with_failure(
+            race, place, self.now_s, transient=passing, limits=PACE, jitter=self.dice.random()
+        )
 
     def read(self, key: str, low: int, high: int) -> Callable[[Process], Step]:
         wanted = self.right[key][low:high]
@@ -242,24 +256,36 @@ class World(Clock):
                 for one in self.stores
             ]
             usable = frozenset(one.place for one in self.stores if one.reading.usable)
-            race = read_race.begin_read(self.quorum, speeds.read_order(candidates, prefer=()), usable)
+            race = read_race.begin_read(
+                self.quorum, speeds.read_order(candidates, prefer=()), usable
+            )
             out = b""
             while True:
-                race, move = read_race.decide(race, self.now_s, limits=PACE, jitter=self.dice.random())
+                race, move = read_race.decide(
+                    race, self.now_s, limits=PACE, jitter=self.dice.random()
+                )
                 match move:
                     case read_race.AskStore(place):
                         late_s = self.now_s + speeds.hedge_s(self.stores[place].gets, 100, PACE)
-                        race = read_race.with_asked(race, place, late_s=late_s, lost_s=self.now_s + stall_s(PACE, 0))
+                        race = read_race.with_asked(
+                            race, place, late_s=late_s, lost_s=self.now_s + stall_s(PACE, 0)
+                        )
                         self.call(
-                            place, "reading", lambda store: self.seen(store, key, low, high),
+                            place,
+                            "reading",
+                            lambda store: self.seen(store, key, low, high),
                             lambda place, answer: self.answer(process, place, answer),
-                        )  # fmt: skip
+                        )
                     case read_race.WaitForRead(until_s):
                         got = yield until_s
                         if got is not None:
                             place, answer = got
                             found = self._found(answer, wanted)
-                            out = answer if found is ReadResult.RIGHT and isinstance(answer, bytes) else out
+                            out = (
+                                answer
+                                if found is ReadResult.RIGHT and isinstance(answer, bytes)
+                                else out
+                            )
                             race = read_race.with_result(race, place, found)
                     case end:
                         break
@@ -273,7 +299,9 @@ class World(Clock):
                     elif found in (ReadResult.WRONG, ReadResult.SHORT):
                         self.note(place, key, RepairNeed(CopyFault.DAMAGED, proof))
             elif isinstance(end, read_race.GiveUpRead) and end.failure is ReadFailure.NOT_FOUND:
-                assert key not in self.acked or key in self.harmed, "an acknowledged object is said to be nowhere"
+                assert key not in self.acked or key in self.harmed, (
+                    "an acknowledged object is said to be nowhere"
+                )
 
         return steps
 
@@ -290,7 +318,9 @@ class World(Clock):
 
     def healed(self) -> bool:
         """Whether nothing is known to be missing and every store is asked as usual."""
-        return not any(self.ledger.needs) and all(one.reading.usable and one.writing.usable for one in self.stores)
+        return not any(self.ledger.needs) and all(
+            one.reading.usable and one.writing.usable for one in self.stores
+        )
 
     def note(self, place: int, key: str, need: RepairNeed) -> None:
         self.ledger = ledgers.with_need(self.ledger, place, key, need, keys_max=PACE.keys_max)
@@ -323,7 +353,9 @@ class World(Clock):
             target.mending = False
             if end == "later":
                 jitter = self.dice.random()
-                self.ledger = ledgers.postponed(self.ledger, target.place, key, self.now_s, limits=PACE, jitter=jitter)
+                self.ledger = ledgers.postponed(
+                    self.ledger, target.place, key, self.now_s, limits=PACE, jitter=jitter
+                )
             elif end == "leave":
                 self.ledger = ledgers.left_to_scrub(self.ledger, target.place, key)
             else:
@@ -349,11 +381,16 @@ class World(Clock):
         given_up.append(True)
         return heard[0] if heard else SilentError()
 
-    def _mend(self, process: Process, target: Store, key: str, need: RepairNeed) -> Generator[float, object, str]:
+    def _mend(
+        self, process: Process, target: Store, key: str, need: RepairNeed
+    ) -> Generator[float, object, str]:
         sizes: dict[int, int | None] = {}
         for one in self.stores:
             size = yield from self._ask(
-                process, one.place, "reading", lambda s: len(s.objects[key]) if key in s.objects else None
+                process,
+                one.place,
+                "reading",
+                lambda s: len(s.objects[key]) if key in s.objects else None,
             )
             if not isinstance(size, Exception):
                 sizes[one.place] = size
@@ -365,23 +402,40 @@ class World(Clock):
                 return "leave"
             case RepairCopy(sources, size_bytes, compare, all_known):
                 for place in sources:
-                    body = yield from self._ask(process, place, "reading", lambda s: self.seen(s, key, 0, size_bytes))
+                    body = yield from self._ask(
+                        process, place, "reading", lambda s: self.seen(s, key, 0, size_bytes)
+                    )
                     if not isinstance(body, bytes) or len(body) != size_bytes:
                         all_known = False
                         continue
                     proof = need.verified
-                    if proof is not None and digest(body[proof.offset_bytes : proof.end_bytes]) != proof.digest:
+                    if (
+                        proof is not None
+                        and digest(body[proof.offset_bytes : proof.end_bytes]) != proof.digest
+                    ):
                         continue
                     return (yield from self._replace(process, target, key, need, body, compare))
-                return "leave" if isinstance(no_verified_source(all_answered=all_known), LeaveToScrub) else "later"
+                return (
+                    "leave"
+                    if isinstance(no_verified_source(all_answered=all_known), LeaveToScrub)
+                    else "later"
+                )
             case _:
                 return "well"
 
     def _replace(
-        self, process: Process, target: Store, key: str, need: RepairNeed, body: bytes, compare: bool
+        self,
+        process: Process,
+        target: Store,
+        key: str,
+        need: RepairNeed,
+        body: bytes,
+        compare: bool,
     ) -> Generator[float, object, str]:
         if compare:
-            mine = yield from self._ask(process, target.place, "reading", lambda s: self.seen(s, key, 0, len(body)))
+            mine = yield from self._ask(
+                process, target.place, "reading", lambda s: self.seen(s, key, 0, len(body))
+            )
             if not isinstance(mine, bytes):
                 return "later"
             if not equal_outside(memoryview(mine), memoryview(body), 0, need):

@@ -1,4 +1,5 @@
-"""Stores that stop in the middle, lend, and remember every version that any key ever had; and what all tests here share."""
+"""Stores that stop in the middle, lend, and remember every version that any key ever had; and what
+all tests here share."""
 
 from __future__ import annotations
 
@@ -38,10 +39,15 @@ QUICK = ReplicationLimits(
 """Limits that tests reach quickly."""
 
 STEADY = dataclasses.replace(QUICK, hedge_s_min=WAIT_S, hedge_s_first=WAIT_S, hedge_s_max=WAIT_S)
-"""The same without hedging: on a busy machine a bad copy is then still met before another one has answered."""
+"""The same without hedging: on a busy machine a bad copy is then still met before another one has
+answered."""
 
 PATIENT = ReplicationLimits(
-    hedge_s_min=WAIT_S, hedge_s_first=WAIT_S, hedge_s_max=WAIT_S, grace_s_min=WAIT_S, grace_s_max=WAIT_S
+    hedge_s_min=WAIT_S,
+    hedge_s_first=WAIT_S,
+    hedge_s_max=WAIT_S,
+    grace_s_min=WAIT_S,
+    grace_s_max=WAIT_S,
 )
 """Limits that no test reaches: everybody is waited for."""
 
@@ -92,7 +98,8 @@ class Remembering(MemoryBackend):
 
 
 class Gated:
-    """Stops every call of ``ops`` while the gate is shut: puts halfway through their bytes, reads with half of them read."""
+    """Stops every call of ``ops`` while the gate is shut: puts halfway through their bytes, reads
+    with half of them read."""
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
@@ -150,7 +157,9 @@ class Gated:
 
     def wait_inside(self, calls: int = 1) -> None:
         with self.change:
-            assert self.change.wait_for(lambda: self.inside >= calls, WAIT_S), "nobody came to the gate"
+            assert self.change.wait_for(lambda: self.inside >= calls, WAIT_S), (
+                "nobody came to the gate"
+            )
 
     def count(self, op: str, key: str = "") -> int:
         with self.change:
@@ -183,7 +192,12 @@ class Lending(Gated):
         self.handed: list[Sequence[Buffer]] = []
 
     def put_lent(
-        self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+        self,
+        key: str,
+        data: Sequence[Buffer],
+        still_lent: Callable[[], None],
+        *,
+        create_only: bool = False,
     ) -> None:
         self.handed.append(data)
         taken = self._taken("put", key, data)
@@ -195,7 +209,12 @@ class LendingFolder(FileBackend):
     """A folder that looks, before it names an object, whether its bytes were still lent."""
 
     def put_lent(
-        self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+        self,
+        key: str,
+        data: Sequence[Buffer],
+        still_lent: Callable[[], None],
+        *,
+        create_only: bool = False,
     ) -> None:
         FileBackend(self.url, ops=LookingOps(still_lent)).put(key, data, create_only=create_only)
 
@@ -227,15 +246,22 @@ class Heard:
 
     def wait_for(self, kind: str) -> Event:
         with self._change:
-            assert self._change.wait_for(lambda: kind in [event.kind for event in self.events], WAIT_S), self.events
+            assert self._change.wait_for(
+                lambda: kind in [event.kind for event in self.events], WAIT_S
+            ), self.events
             return next(event for event in self.events if event.kind == kind)
 
 
 @contextmanager
 def replicated(
-    stores: Sequence[Backend], *, pace: ReplicationLimits = QUICK, write_quorum: int | None = None,
-    tell: Callable[[Event], None] | None = None, prefer: Sequence[int] = (), budget_bytes: int = 64 << 20,
-) -> Iterator[ReplicatedBackend]:  # fmt: skip
+    stores: Sequence[Backend],
+    *,
+    pace: ReplicationLimits = QUICK,
+    write_quorum: int | None = None,
+    tell: Callable[[Event], None] | None = None,
+    prefer: Sequence[int] = (),
+    budget_bytes: int = 64 << 20,
+) -> Iterator[ReplicatedBackend]:
     """A group of ``stores`` that ends with the block, hung stores released first."""
     store = ReplicatedBackend(
         stores,

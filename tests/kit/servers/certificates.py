@@ -1,4 +1,5 @@
-"""An authority of a job's own and certificates of its nodes, made with ``openssl`` as a user would."""
+"""An authority of a job's own and certificates of its nodes, made with ``openssl`` as a user
+would."""
 
 from __future__ import annotations
 
@@ -45,9 +46,20 @@ class Authority:
         self._folder = folder
         self.file = folder / "ca.pem"
         self._openssl(
-            "req", "-x509", *_KEY, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", f"/CN={folder.name}",
-            "-addext", "keyUsage=critical,keyCertSign",
-        )  # fmt: skip
+            "req",
+            "-x509",
+            *_KEY,
+            "-keyout",
+            "ca.key",
+            "-out",
+            "ca.pem",
+            "-days",
+            "2",
+            "-subj",
+            f"/CN={folder.name}",
+            "-addext",
+            "keyUsage=critical,keyCertSign",
+        )
 
     def sign(self, name: str, *hosts: str, usage: str = "serverAuth,clientAuth") -> Files:
         """A certificate that names these addresses or names of DNS, or loopback."""
@@ -55,22 +67,51 @@ class Authority:
         (self._folder / f"{name}.ext").write_text(
             f"subjectAltName={names}\nextendedKeyUsage={usage}\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
         )
-        self._openssl("req", *_KEY, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
         self._openssl(
-            "x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
-            "-extfile", f"{name}.ext", "-out", f"{name}.pem",
-        )  # fmt: skip
+            "req", *_KEY, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}"
+        )
+        self._openssl(
+            "x509",
+            "-req",
+            "-in",
+            f"{name}.csr",
+            "-CA",
+            "ca.pem",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-days",
+            "2",
+            "-extfile",
+            f"{name}.ext",
+            "-out",
+            f"{name}.pem",
+        )
         return Files(self._folder / f"{name}.pem", self._folder / f"{name}.key", self.file)
 
     def encrypt(self, files: Files, password: str) -> Files:
         """The same with a key that takes a password."""
         path = files.key.with_suffix(".locked")
-        self._openssl("ec", "-in", str(files.key), "-aes256", "-passout", f"pass:{password}", "-out", str(path))
+        self._openssl(
+            "ec",
+            "-in",
+            str(files.key),
+            "-aes256",
+            "-passout",
+            f"pass:{password}",
+            "-out",
+            str(path),
+        )
         return Files(files.cert, path, files.ca)
 
     def _openssl(self, *arguments: str) -> None:
         done = subprocess.run(
-            ["openssl", *arguments], cwd=self._folder, capture_output=True, text=True, timeout=OPENSSL_S, check=False
+            ["openssl", *arguments],
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+            timeout=OPENSSL_S,
+            check=False,
         )
         assert done.returncode == 0, f"openssl {' '.join(arguments)}\n{done.stderr}"
 

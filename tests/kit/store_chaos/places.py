@@ -1,4 +1,5 @@
-"""The places of a job's stores, and what can be done to each behind its back: an S3 server behind a proxy, or a folder."""
+"""The places of a job's stores, and what can be done to each behind its back: an S3 server behind a
+proxy, or a folder."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ Options = dict[str, object]
 
 
 class Place(Protocol):
-    """One store's place. ``strike`` begins a fault of a kind (see ``chaos_schedule``), ``heal`` ends it."""
+    """One store's place. ``strike`` begins a fault of a kind (see ``chaos_schedule``), ``heal``
+    ends it."""
 
     spoiler: Spoiler
 
@@ -51,7 +53,8 @@ class Place(Protocol):
 
 
 class S3Place:
-    """A bucket of a real server. Ways to it: ``proxied``, ``direct``, and ``dead``, where nobody listens."""
+    """A bucket of a real server. Ways to it: ``proxied``, ``direct``, and ``dead``, where nobody
+    listens."""
 
     def __init__(self, server: S3Server) -> None:
         self._server = server
@@ -102,15 +105,23 @@ class S3Place:
         self.spoiler.rule = None
         HANDS.submit(self._server.start).result()
         if kind in ("wipe-bare", "wipe-down"):
-            with suppress(botocore.exceptions.ClientError):  # it is there: a server that keeps its data came back
+            with suppress(
+                botocore.exceptions.ClientError
+            ):  # it is there: a server that keeps its data came back
                 self._make_bucket()
 
     def keys(self) -> list[str]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket.name, Prefix=self._prefix)
-        return [one["Key"][len(self._prefix) :] for page in pages for one in page.get("Contents", ())]
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket.name, Prefix=self._prefix
+        )
+        return [
+            one["Key"][len(self._prefix) :] for page in pages for one in page.get("Contents", ())
+        ]
 
     def read(self, key: str) -> bytes:
-        got: bytes = self._client.get_object(Bucket=self._bucket.name, Key=self._prefix + key)["Body"].read()
+        got: bytes = self._client.get_object(Bucket=self._bucket.name, Key=self._prefix + key)[
+            "Body"
+        ].read()
         return got
 
     def write(self, key: str, data: bytes) -> None:
@@ -135,13 +146,18 @@ class S3Place:
 def _patient_client(server: S3Server) -> Any:
     """A client that finds the server again after it was killed."""
     return boto3.client(
-        "s3", endpoint_url=server.endpoint, region_name=REGION, aws_access_key_id=KEY, aws_secret_access_key=SECRET,
+        "s3",
+        endpoint_url=server.endpoint,
+        region_name=REGION,
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
         config=Config(retries={"total_max_attempts": 5}, proxies={}),
-    )  # fmt: skip
+    )
 
 
 class FolderPlace:
-    """A folder whose disk fails: ``around`` goes into its system calls. ``dead`` is below a file."""
+    """A folder whose disk fails: ``around`` goes into its system calls. ``dead`` is below a
+    file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -185,7 +201,9 @@ class FolderPlace:
     def heal(self, kind: str) -> None:
         self._fault = None
         if kind == "away":
-            shutil.rmtree(self._path, ignore_errors=True)  # what was written meanwhile is on the other disk
+            shutil.rmtree(
+                self._path, ignore_errors=True
+            )  # what was written meanwhile is on the other disk
         if kind == "broken":
             self._path.unlink()
         if kind in ("away", "broken") and self._aside.exists():

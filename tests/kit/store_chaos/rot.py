@@ -12,7 +12,8 @@ import botocore.exceptions
 from ckpt.format import keys
 
 LOG_SPARED = 2
-"""How many of the last records a store may not lose by themselves: nobody could tell that from never having had them."""
+"""How many of the last records a store may not lose by themselves: nobody could tell that from
+never having had them."""
 
 
 class Objects(Protocol):

@@ -10,14 +10,26 @@ import time
 from collections.abc import Callable
 
 from ckpt.testing.crashes import OpCall
-from kit.servers.rules import Answer, Delay, Fault, Flip, Request, ResetAfter, ResetBefore, Rule, Truncate
+from kit.servers.rules import (
+    Answer,
+    Delay,
+    Fault,
+    Flip,
+    Request,
+    ResetAfter,
+    ResetBefore,
+    Rule,
+    Truncate,
+)
 
 HANG_S = 2.2
-"""Longer than clients wait, their repetition included: what hung so is done when nobody waits for it any more."""
+"""Longer than clients wait, their repetition included: what hung so is done when nobody waits for
+it any more."""
 
 
 class Spoiler:
-    """The rule of one proxy for a whole run. ``rule`` may be changed at any time; ``when_seen`` calls once, then forgets."""
+    """The rule of one proxy for a whole run. ``rule`` may be changed at any time; ``when_seen``
+    calls once, then forgets."""
 
     def __init__(self) -> None:
         self.rule: Rule | None = None
@@ -53,7 +65,8 @@ class Spoiler:
 
 
 def _sometimes(seed: int, draw: Callable[[random.Random], Fault], *, reads: bool = False) -> Rule:
-    """A fault now and then, more or less often, by the order of arrival. ``reads``: in answers that bring an object alone."""
+    """A fault now and then, more or less often, by the order of arrival. ``reads``: in answers that
+    bring an object alone."""
     dice = random.Random(seed)
     chance = dice.choice((0.1, 0.3, 0.6, 1.0))
 
@@ -66,7 +79,9 @@ def _sometimes(seed: int, draw: Callable[[random.Random], Fault], *, reads: bool
 
 
 def _error(dice: random.Random) -> Fault:
-    return dice.choice((Answer(503, "SlowDown"), Answer(500, "InternalError"), Answer(502, "BadGateway")))
+    return dice.choice(
+        (Answer(503, "SlowDown"), Answer(500, "InternalError"), Answer(502, "BadGateway"))
+    )
 
 
 def _flip(dice: random.Random) -> Fault:
@@ -86,7 +101,9 @@ def _hang(dice: random.Random) -> Fault:
 
 
 def _any(dice: random.Random) -> Fault:
-    return dice.choice((_error, _cut, _slow, _hang, lambda _: ResetBefore(), lambda _: ResetAfter()))(dice)
+    return dice.choice(
+        (_error, _cut, _slow, _hang, lambda _: ResetBefore(), lambda _: ResetAfter())
+    )(dice)
 
 
 DiskFault = Callable[[OpCall], None]
@@ -111,7 +128,9 @@ def _crawling(seed: int) -> DiskFault:
 
 
 DISK: dict[str, Callable[[int], DiskFault]] = {
-    "full": lambda seed: _failing(seed, (errno.ENOSPC, errno.EDQUOT), frozenset({"preallocate", "write", "mkdir"})),
+    "full": lambda seed: _failing(
+        seed, (errno.ENOSPC, errno.EDQUOT), frozenset({"preallocate", "write", "mkdir"})
+    ),
     "ailing": lambda seed: _failing(seed, (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)),
     "read-only": lambda seed: _failing(seed, (errno.EROFS,)),
     "crawling": _crawling,
@@ -121,7 +140,9 @@ DISK: dict[str, Callable[[int], DiskFault]] = {
 RULES: dict[str, Callable[[int], Rule]] = {
     "errors": lambda seed: _sometimes(seed, _error),
     "denied": lambda seed: lambda request: Answer(403, "AccessDenied"),
-    "no-writes": lambda seed: lambda request: Answer(403, "AccessDenied") if request.method == "PUT" else None,
+    "no-writes": lambda seed: (
+        lambda request: Answer(403, "AccessDenied") if request.method == "PUT" else None
+    ),
     "resets-before": lambda seed: _sometimes(seed, lambda _: ResetBefore()),
     "resets-after": lambda seed: _sometimes(seed, lambda _: ResetAfter()),
     "cuts": lambda seed: _sometimes(seed, _cut),

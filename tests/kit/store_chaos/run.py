@@ -1,4 +1,5 @@
-"""One run: a job on three stores does what its schedule says, and each answer is held against the truth."""
+"""One run: a job on three stores does what its schedule says, and each answer is held against the
+truth."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ MENDS_MAX = 3
 class Run:
     """The job, its places, and what must be true of it."""
 
-    def __init__(self, schedule: Schedule, places: Sequence[Place], folder: Path, key: str | None) -> None:
+    def __init__(
+        self, schedule: Schedule, places: Sequence[Place], folder: Path, key: str | None
+    ) -> None:
         self.schedule = schedule
         self.places = places
         self.truth = Truth()
@@ -71,7 +74,10 @@ class Run:
             try:
                 outcome = within(OPERATION_S, partial(self._do, step))
             except BaseException as error:
-                print(f"{number:2}: {step}\n      FAILED after {time.monotonic() - began_s:.1f} s  {error!r}")
+                print(
+                    f"{number:2}: {step}\n      FAILED after {time.monotonic() - began_s:.1f} s  "
+                    f"{error!r}"
+                )
                 raise
             finally:
                 for place in waiting:
@@ -88,10 +94,18 @@ class Run:
     def _do(self, step: Step) -> str:
         dice = random.Random(step.seed)
         work: dict[str, Callable[[random.Random, bool], str]] = {
-            "save": self.save, "restore": self.restore, "restore-step": self.restore_step, "look": self.look,
-            "rewind": self.rewind, "reopen": self.reopen, "scrub": self.scrub, "gc": self.gc, "care": self.care,
-            "sync": self.sync, "mend": self.mend,
-        }  # fmt: skip
+            "save": self.save,
+            "restore": self.restore,
+            "restore-step": self.restore_step,
+            "look": self.look,
+            "rewind": self.rewind,
+            "reopen": self.reopen,
+            "scrub": self.scrub,
+            "gc": self.gc,
+            "care": self.care,
+            "sync": self.sync,
+            "mend": self.mend,
+        }
         try:
             return work[step.operation](dice, step.quiet)
         except CkptError as error:
@@ -122,7 +136,9 @@ class Run:
                 self.truth.maybe_opened(session.restored.id if session.restored else None)
             else:
                 if not opened:
-                    self.truth.opened(session.epoch, session.restored.id if session.restored else None)
+                    self.truth.opened(
+                        session.epoch, session.restored.id if session.restored else None
+                    )
                 if isinstance(error, CommitUnknownError):
                     self.truth.maybe_committed(Pair(session.epoch, step), content)
             raise
@@ -171,7 +187,12 @@ class Run:
         """A session of one's own, for which the ``dead`` stores do not answer."""
         urls, options = self._stores(dead)
         return ckpt.Checkpointer(
-            urls, job="chaos", storage_options=options, write_quorum=QUORUM, encryption_key=self._key, threads=2
+            urls,
+            job="chaos",
+            storage_options=options,
+            write_quorum=QUORUM,
+            encryption_key=self._key,
+            threads=2,
         )
 
     def restore(self, dice: random.Random, quiet: bool) -> str:
@@ -196,7 +217,9 @@ class Run:
         if quiet:
             broken = [info for info in found if info.problem]
             assert not broken, f"manifests can't be read: {broken}"
-            wrong = self.truth.see(frozenset(info.id for info in found), newest.id if newest else None)
+            wrong = self.truth.see(
+                frozenset(info.id for info in found), newest.id if newest else None
+            )
             assert not wrong, wrong
         return f"{len(found)} snapshots, newest {newest.id if newest else None}"
 
@@ -209,20 +232,30 @@ class Run:
         return info
 
     def _restored(
-        self, checkpointer: ckpt.Checkpointer, *, step: int | None, mine: bool = False, sure: bool = False
-    ) -> str:  # fmt: skip
+        self,
+        checkpointer: ckpt.Checkpointer,
+        *,
+        step: int | None,
+        mine: bool = False,
+        sure: bool = False,
+    ) -> str:
         state = state_of(self.sizes, None)
         expected = self.truth.newest() if step is None else self.truth.of_step(step)
         try:
             info = checkpointer.restore(state, step=step)
         except NotFoundError:
-            assert None in expected, f"not found, though it has to be there. step={step} expected={expected}"
+            assert None in expected, (
+                f"not found, though it has to be there. step={step} expected={expected}"
+            )
             raise
         content = self._check_bytes(info, state)
         assert info.maybe_stale or info.id in expected, (
-            f"another snapshot than it has to be, and not flagged. found={info.id} step={step} expected={expected}"
+            f"another snapshot than it has to be, and not flagged. found={info.id} step={step} "
+            f"expected={expected}"
         )
-        assert not (sure and info.maybe_stale), f"flagged as stale, though enough stores answer. found={info.id}"
+        assert not (sure and info.maybe_stale), (
+            f"flagged as stale, though enough stores answer. found={info.id}"
+        )
         if mine:
             self._content, self._step = content, info.step
         return f"restored {info.id}{', maybe stale' if info.maybe_stale else ''}"
@@ -232,7 +265,9 @@ class Run:
         if info.maybe_stale:
             known = [content for pair, content in self.truth.ever if pair == info.id]
         content = held_by(self.sizes, state, known)
-        assert content is not None, f"WRONG BYTES or a snapshot that does not exist. found={info} known={len(known)}"
+        assert content is not None, (
+            f"WRONG BYTES or a snapshot that does not exist. found={info} known={len(known)}"
+        )
         return content
 
     # Who looks after the stores.
@@ -297,9 +332,15 @@ class Run:
                 words.append(told(report))
                 assert not report.lost, f"lost to all stores: {report.problems}"
                 members = Journal.open(backend).refresh().stores
-                if report.ok and members is not None and {one.store_id for one in report.stores} == set(members.ids):
+                if (
+                    report.ok
+                    and members is not None
+                    and {one.store_id for one in report.stores} == set(members.ids)
+                ):
                     return "; ".join(words)
-        raise AssertionError(f"not everything is mended, though all stores answer: {words} {report}")
+        raise AssertionError(
+            f"not everything is mended, though all stores answer: {words} {report}"
+        )
 
     def _stores(self, dead: Sequence[int]) -> tuple[list[str], list[dict[str, object] | None]]:
         urls, options = [], []
@@ -311,7 +352,9 @@ class Run:
 
     def backend(self, dead: Sequence[int] = ()) -> Backend:
         urls, options = self._stores(dead)
-        return open_job_stores(urls, options, write_quorum=QUORUM, encryption_key=self._key, emit=nobody)
+        return open_job_stores(
+            urls, options, write_quorum=QUORUM, encryption_key=self._key, emit=nobody
+        )
 
 
 def _short(error: CkptError) -> str:

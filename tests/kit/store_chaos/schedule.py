@@ -1,7 +1,8 @@
 """What happens in one run, all of it drawn from its seed beforehand. Pure.
 
-At any time one store at most is wrong: it lost what it had, or spoils it. From then on until everything is mended no other one
-may. What only keeps a store from answering may meet all of them at once.
+At any time one store at most is wrong: it lost what it had, or spoils it. From then on until
+everything is mended no other one may. What only keeps a store from answering may meet all of them
+at once.
 """
 
 from __future__ import annotations
@@ -45,20 +46,32 @@ HARMS = {
     FORGETFUL: (*_HARMS, "wipe-bare", "wipe-down", "flips"),
     FOLDER: (*_HARMS, "away", "broken"),
 }
-"""Faults that make a store the wrong one: with ``away`` and ``broken`` it seems to be empty, though it is not."""
+"""Faults that make a store the wrong one: with ``away`` and ``broken`` it seems to be empty, though
+it is not."""
 
 AT_ONCE = frozenset({"rot", "lose", "wipe"})
 """Over as soon as they are done."""
 
 OPERATIONS = {
-    "save": 8, "restore": 3, "restore-step": 2, "look": 2, "rewind": 1, "reopen": 1, "scrub": 2, "gc": 3, "care": 2, "sync": 1,
-}  # fmt: skip
-"""What is done, and how often in proportion. ``care``: what a keeper does for stores that were away or came back empty."""
+    "save": 8,
+    "restore": 3,
+    "restore-step": 2,
+    "look": 2,
+    "rewind": 1,
+    "reopen": 1,
+    "scrub": 2,
+    "gc": 3,
+    "care": 2,
+    "sync": 1,
+}
+"""What is done, and how often in proportion. ``care``: what a keeper does for stores that were away
+or came back empty."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """``at_request``: begins at a place's so-manieth request during the operation, before it where None."""
+    """``at_request``: begins at a place's so-manieth request during the operation, before it where
+    None."""
 
     place: int
     kind: str
@@ -66,7 +79,11 @@ class Fault:
     at_request: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        when = "" if self.at_request is None else f" at request {self.at_request[1]} of store {self.at_request[0]}"
+        when = (
+            ""
+            if self.at_request is None
+            else f" at request {self.at_request[1]} of store {self.at_request[0]}"
+        )
         return f"{self.kind} of store {self.place}{when}"
 
 
@@ -74,8 +91,8 @@ class Fault:
 class Step:
     """Some faults end, some begin, and one operation.
 
-    ``quiet``: none is in force, and at most one store lost what it had. ``bearable``: one store at most has anything wrong with
-    it, so that what needs no more than a quorum has to succeed.
+    ``quiet``: none is in force, and at most one store lost what it had. ``bearable``: one store at
+    most has anything wrong with it, so that what needs no more than a quorum has to succeed.
     """
 
     operation: str
@@ -86,10 +103,12 @@ class Step:
     bearable: bool = False
 
     def __str__(self) -> str:
-        words = [f"end {fault}" for fault in self.ends] + [f"begin {fault}" for fault in self.begins]
+        words = [f"end {fault}" for fault in self.ends] + [
+            f"begin {fault}" for fault in self.begins
+        ]
         return (
-            f"{'quiet ' if self.quiet else 'bearable ' if self.bearable else ''}{self.operation} {self.seed}"
-            + "".join(f"; {one}" for one in words)
+            f"{'quiet ' if self.quiet else 'bearable ' if self.bearable else ''}{self.operation} "
+            f"{self.seed}" + "".join(f"; {one}" for one in words)
         )
 
 
@@ -104,7 +123,9 @@ class Schedule:
     steps: tuple[Step, ...]
 
     def __str__(self) -> str:
-        head = f"seed={self.seed} world={self.world} client={self.client} encrypted={self.encrypted}"
+        head = (
+            f"seed={self.seed} world={self.world} client={self.client} encrypted={self.encrypted}"
+        )
         return "\n".join([head, *(f"  {number}: {step}" for number, step in enumerate(self.steps))])
 
 
@@ -114,7 +135,13 @@ def draw(seed: int, *, steps_min: int = 8, steps_max: int = 14) -> Schedule:
     world = dice.choice(WORLDS)
     weather = _Weather(dice, world, dice.choice((0.3, 0.6, 0.9)))
     steps = [weather.step(number) for number in range(dice.randint(steps_min, steps_max))]
-    return Schedule(seed, world, "s3fs" if dice.random() < 0.05 else "obstore", dice.random() < 0.25, tuple(steps))
+    return Schedule(
+        seed,
+        world,
+        "s3fs" if dice.random() < 0.05 else "obstore",
+        dice.random() < 0.25,
+        tuple(steps),
+    )
 
 
 class _Weather:
@@ -144,17 +171,27 @@ class _Weather:
             if fault is None:
                 break
             begins.append(fault)
-        operation = dice.choices(list(OPERATIONS), list(OPERATIONS.values()))[0] if number > 1 else "save"
+        operation = (
+            dice.choices(list(OPERATIONS), list(OPERATIONS.values()))[0] if number > 1 else "save"
+        )
         quiet = not self._active and not any(fault.at_request for fault in begins)
         ill = {self._wrong} if self._wrong is not None else set()
         ill |= {fault.place for fault in (*begins, *self._active.values())}
         # Who begins a fault that takes long is kept waiting by it.
-        ill |= {fault.at_request[0] for fault in begins if fault.at_request and fault.kind.startswith("wipe")}
+        ill |= {
+            fault.at_request[0]
+            for fault in begins
+            if fault.at_request and fault.kind.startswith("wipe")
+        }
         return Step(operation, seed, ends, tuple(begins), quiet, len(ill) <= 1)
 
     def _fault(self, busy: set[int]) -> Fault | None:
         dice = self._dice
-        free = [place for place in range(len(self._world)) if place not in self._active and place not in busy]
+        free = [
+            place
+            for place in range(len(self._world))
+            if place not in self._active and place not in busy
+        ]
         if not free:
             return None
         place = dice.choice(free)

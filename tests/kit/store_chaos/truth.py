@@ -1,6 +1,8 @@
-"""What must be true of a log after what its only writer was told. Its own rules, a few lines, beside those of ``ckpt.commit``.
+"""What must be true of a log after what its only writer was told. Its own rules, a few lines,
+beside those of ``ckpt.commit``.
 
-An operation whose outcome is not known makes two worlds of one. Which of them is true shows once a later record counts.
+An operation whose outcome is not known makes two worlds of one. Which of them is true shows once a
+later record counts.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ Pair = SnapshotId
 
 @dataclass(frozen=True)
 class World:
-    """One history: epochs with the pair that each went on from, what each pair holds, and what was dropped."""
+    """One history: epochs with the pair that each went on from, what each pair holds, and what was
+    dropped."""
 
     opens: tuple[tuple[int, Pair | None], ...] = ()
     commits: tuple[tuple[Pair, Content], ...] = ()
@@ -37,7 +40,9 @@ class World:
         epoch, last = self.epoch, None
         found: list[Pair] = []
         while epoch:
-            steps = sorted((pair.step for pair in self.existing() if pair.epoch == epoch), reverse=True)
+            steps = sorted(
+                (pair.step for pair in self.existing() if pair.epoch == epoch), reverse=True
+            )
             found += [Pair(epoch, step) for step in steps if last is None or step <= last]
             origin = origins.get(epoch)
             epoch, last = (origin.epoch, origin.step) if origin is not None else (0, None)
@@ -45,7 +50,8 @@ class World:
 
 
 class Truth:
-    """The worlds that are possible. ``settled``: the last that was asked for succeeded, so what was in doubt is decided."""
+    """The worlds that are possible. ``settled``: the last that was asked for succeeded, so what was
+    in doubt is decided."""
 
     def __init__(self) -> None:
         self.worlds: frozenset[World] = frozenset({World()})
@@ -90,7 +96,10 @@ class Truth:
 
     def of_step(self, step: int) -> set[Pair | None]:
         """Which snapshot may be meant by a step."""
-        return {next((pair for pair in world.line() if pair.step == step), None) for world in self.worlds}
+        return {
+            next((pair for pair in world.line() if pair.step == step), None)
+            for world in self.worlds
+        }
 
     def steps(self) -> list[int]:
         """Those of all snapshots that may be on the line."""
@@ -98,25 +107,37 @@ class Truth:
 
     def contents(self, pair: Pair) -> list[Content]:
         """What a snapshot that may exist may hold."""
-        return sorted({content for world in self.worlds if (content := world.existing().get(pair)) is not None})
+        return sorted(
+            {
+                content
+                for world in self.worlds
+                if (content := world.existing().get(pair)) is not None
+            }
+        )
 
     def see(self, found: frozenset[Pair], newest: Pair | None) -> str:
-        """All snapshots were found where enough stores answer. What contradicts the truth, in words; empty for nothing."""
+        """All snapshots were found where enough stores answer. What contradicts the truth, in
+        words; empty for nothing."""
         fitting = frozenset(
             world
             for world in self.worlds
             if world.existing().keys() == found and next(iter(world.line()), None) == newest
         )
         if not fitting:
-            known = [(sorted(world.existing()), next(iter(world.line()), None)) for world in self.worlds]
+            known = [
+                (sorted(world.existing()), next(iter(world.line()), None)) for world in self.worlds
+            ]
             return f"no world fits. found={sorted(found)} newest={newest} worlds={known}"
         if self.settled:
             self.worlds = fitting
         return ""
 
     def known(self) -> World:
-        """What is true, once nothing is in doubt: one of the worlds, which then differ in nothing that can be seen."""
-        known = {(frozenset(world.existing().items()), tuple(world.line())[:1]) for world in self.worlds}
+        """What is true, once nothing is in doubt: one of the worlds, which then differ in nothing
+        that can be seen."""
+        known = {
+            (frozenset(world.existing().items()), tuple(world.line())[:1]) for world in self.worlds
+        }
         assert len(known) == 1, f"still in doubt. worlds={known}"
         return next(iter(self.worlds))
 
@@ -134,4 +155,8 @@ def _open(world: World, origin: Pair | None) -> World:
 
 
 def _commit(world: World, pair: Pair, content: Content) -> World | None:
-    return replace(world, commits=(*world.commits, (pair, content))) if world.epoch == pair.epoch else None
+    return (
+        replace(world, commits=(*world.commits, (pair, content)))
+        if world.epoch == pair.epoch
+        else None
+    )

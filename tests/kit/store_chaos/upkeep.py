@@ -1,4 +1,5 @@
-"""What people and keepers do for stores: fill them, read and mend everything, sweep what nobody needs."""
+"""What people and keepers do for stores: fill them, read and mend everything, sweep what nobody
+needs."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def sweep_now(backend: Backend, state: LogState, dice: random.Random) -> SweepRe
 
 
 def care(backend: Backend) -> str:
-    """Fill what came back empty, and bring each other store what it missed. Says what was filled."""
+    """Fill what came back empty, and bring each other store what it missed. Says what was
+    filled."""
     journal = Journal.open(backend)
     journal.refresh()
     filled = []
@@ -45,7 +47,9 @@ def scrub_all(backend: Backend, *, mend: bool = True) -> ScrubReport:
 def told(report: ScrubReport) -> str:
     """The report in a line."""
     stores = [f"{one.role} {one.repaired}/{one.missing}+{one.damaged}" for one in report.stores]
-    return f"scrub ok={report.ok} {stores}" + ("" if report.ok else f" unmended={report.unrepaired} hole={report.hole}")
+    return f"scrub ok={report.ok} {stores}" + (
+        "" if report.ok else f" unmended={report.unrepaired} hole={report.hole}"
+    )
 
 
 def nobody(event: Event) -> None:

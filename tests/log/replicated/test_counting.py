@@ -76,7 +76,9 @@ def test_stores_that_were_silent_when_the_log_was_read_take_objects_as_soon_as_t
     assert journal.refresh().short
     for store in stores[1:]:
         store.silent = False
-    several.put("packs/x", [b"x"])  # a save writes its packs first, and reads the log when they are there
+    several.put(
+        "packs/x", [b"x"]
+    )  # a save writes its packs first, and reads the log when they are there
 
 
 @pytest.mark.slow

@@ -69,7 +69,9 @@ def sequencer(cluster: EtcdCluster, log_id: str) -> EtcdSequencer:
 
 
 @pytest.mark.slow
-def test_claiming_again_is_harmless_and_tells_who_has_the_place(named: EtcdCluster, log_id: str) -> None:
+def test_claiming_again_is_harmless_and_tells_who_has_the_place(
+    named: EtcdCluster, log_id: str
+) -> None:
     etcd = sequencer(named, log_id)
     assert etcd.append(0, b"a") == Appended()
     assert etcd.append(0, b"a") == Appended()
@@ -79,7 +81,9 @@ def test_claiming_again_is_harmless_and_tells_who_has_the_place(named: EtcdClust
 
 
 @pytest.mark.slow
-def test_of_many_that_claim_at_once_each_place_has_one_winner(named: EtcdCluster, log_id: str) -> None:
+def test_of_many_that_claim_at_once_each_place_has_one_winner(
+    named: EtcdCluster, log_id: str
+) -> None:
     racers, each = 4, 25
     won: list[dict[int, bytes]] = [{} for _ in range(racers)]
 
@@ -101,7 +105,9 @@ def test_of_many_that_claim_at_once_each_place_has_one_winner(named: EtcdCluster
         thread.start()
     for thread in threads:
         thread.join(120.0)
-    assert sorted(seq for one in won for seq in one) == list(range(racers * each)), "no gap, no place twice"
+    assert sorted(seq for one in won for seq in one) == list(range(racers * each)), (
+        "no gap, no place twice"
+    )
 
 
 @pytest.mark.slow
@@ -118,7 +124,9 @@ def test_a_writer_that_slept_while_many_places_went_reads_the_log_again(
 
 
 @pytest.mark.slow
-def test_an_etcd_that_lost_its_data_goes_on_from_the_place_that_is_claimed(named: EtcdCluster, log_id: str) -> None:
+def test_an_etcd_that_lost_its_data_goes_on_from_the_place_that_is_claimed(
+    named: EtcdCluster, log_id: str
+) -> None:
     etcd = sequencer(named, log_id)
     name = etcd.name
     for seq in range(3):
@@ -216,14 +224,19 @@ def test_another_etcd_or_none_gives_out_nothing_until_somebody_takes_over(
         commit(journal, epoch, 3)
 
 
-def test_where_nodes_meet_in_etcd_it_gives_out_the_places_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nodes_meet_in_etcd_it_gives_out_the_places_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv(SEQUENCER_VARIABLE, raising=False)
     assert etcd_of_environment() is None
     spec = NodesSpec(where="etcd://a:1,b:2", job="j", nodes_min=1, nodes_max=2, ca_file="/ca.pem")
     monkeypatch.setenv(NODES_VARIABLE, nodes_to_environment(spec)[NODES_VARIABLE])
     assert etcd_of_environment() == EtcdOptions(endpoints=("a:1", "b:2"), ca=Path("/ca.pem"))
     monkeypatch.setenv(
-        NODES_VARIABLE, nodes_to_environment(NodesSpec(where="/f", job="j", nodes_min=1, nodes_max=2))[NODES_VARIABLE]
+        NODES_VARIABLE,
+        nodes_to_environment(NodesSpec(where="/f", job="j", nodes_min=1, nodes_max=2))[
+            NODES_VARIABLE
+        ],
     )
     assert etcd_of_environment() is None, "nodes of one machine have that machine's file"
 
@@ -231,7 +244,9 @@ def test_where_nodes_meet_in_etcd_it_gives_out_the_places_too(monkeypatch: pytes
 def test_an_address_names_files_and_user_and_a_wrong_one_says_why(tmp_path: Path) -> None:
     secret = tmp_path / "password"
     secret.write_text("geheim\n")
-    found = parse_etcd_url(f"etcd://a,b:77?ca=/c.pem&cert=/d.pem&key=/e.pem&user=me&password_file={secret}")
+    found = parse_etcd_url(
+        f"etcd://a,b:77?ca=/c.pem&cert=/d.pem&key=/e.pem&user=me&password_file={secret}"
+    )
     assert found == EtcdOptions(
         endpoints=("a", "b:77"),
         ca=Path("/c.pem"),
@@ -241,9 +256,12 @@ def test_an_address_names_files_and_user_and_a_wrong_one_says_why(tmp_path: Path
         password="geheim",
     )
     for wrong, why in (
-        ("http://a:1", "begins with etcd://"), ("etcd://a:1?what=1", "unknown=.'what'."), ("etcd://a:1?x", "not an address"),
-        ("etcd://", "not an etcd endpoint"), (f"etcd://a?user=me&password_file={tmp_path}/none", "password can't be read"),
+        ("http://a:1", "begins with etcd://"),
+        ("etcd://a:1?what=1", "unknown=.'what'."),
+        ("etcd://a:1?x", "not an address"),
+        ("etcd://", "not an etcd endpoint"),
+        (f"etcd://a?user=me&password_file={tmp_path}/none", "password can't be read"),
         ("etcd://a?user=me", "needs a password"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UsageError, match=why):
             parse_etcd_url(wrong)

@@ -42,9 +42,10 @@ def test_a_maker_that_dies_anywhere_is_followed_by_one_that_finishes(
         commit(journal, journal.open_epoch(resume=None), 1)
         state = Journal.open(several(stores, quorum)).refresh()
         assert state.newest() == SnapshotId(1, 1) and not state.stale_reason, f"operation {at}"
-        assert {JobRecord.decode(read_alone(one, keys.JOB_KEY, bytes_max=1 << 16)).log_id for one in stores} == {
-            journal.log_id
-        }
+        assert {
+            JobRecord.decode(read_alone(one, keys.JOB_KEY, bytes_max=1 << 16)).log_id
+            for one in stores
+        } == {journal.log_id}
 
 
 @pytest.mark.parametrize("quorum", [2, 3])
@@ -67,7 +68,9 @@ def test_of_two_makers_at_once_both_have_the_same_log(one_by_one: None, quorum: 
 
 
 @pytest.mark.parametrize("away", range(3))
-def test_of_two_makers_who_meet_other_stores_one_log_comes_out_in_the_end(one_by_one: None, away: int) -> None:
+def test_of_two_makers_who_meet_other_stores_one_log_comes_out_in_the_end(
+    one_by_one: None, away: int
+) -> None:
     for at in operations(three, 2):
         stores = three()
         told: list[str] = []
@@ -87,7 +90,9 @@ def test_of_two_makers_who_meet_other_stores_one_log_comes_out_in_the_end(one_by
         calm(stores)
         journal = made(stores)
         state = journal.refresh()
-        assert not told or (journal.log_id == told[0] and state.newest() == SnapshotId(1, 1)), f"operation {at}"
+        assert not told or (journal.log_id == told[0] and state.newest() == SnapshotId(1, 1)), (
+            f"operation {at}"
+        )
         epoch = journal.open_epoch(resume=None)
         commit(journal, epoch, 2)
 

@@ -37,8 +37,15 @@ def test_stores_that_hold_nothing_are_no_log_until_one_is_made() -> None:
     again = Journal.open(several(stores))
     assert (again.job, again.log_id) == (JOB, journal.log_id)
     state = again.refresh()
-    assert state.stores is not None and state.stores.write_quorum == 2 and state.stores.sequencer == BY_STORES
-    ids = [JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=1 << 16)).store_id for store in stores]
+    assert (
+        state.stores is not None
+        and state.stores.write_quorum == 2
+        and state.stores.sequencer == BY_STORES
+    )
+    ids = [
+        JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=1 << 16)).store_id
+        for store in stores
+    ]
     assert list(state.stores.ids) == ids
     assert made(stores).refresh() == state, "opening it again writes nothing"
 
@@ -48,7 +55,9 @@ def test_what_a_user_says_of_the_stores_must_be_what_the_log_says() -> None:
     made(stores)
     with pytest.raises(UsageError, match="belong to another job"):
         Journal.open(several(stores), job="run-b", create=True)
-    with pytest.raises(UsageError, match=r"is on 3 stores with a write quorum of 2\. given=3 write_quorum=3"):
+    with pytest.raises(
+        UsageError, match=r"is on 3 stores with a write quorum of 2\. given=3 write_quorum=3"
+    ):
         made(stores, quorum=3)
     with pytest.raises(UsageError, match=r"is on 3 stores.*given=2"):
         made(stores[:2])
@@ -104,7 +113,11 @@ def test_a_log_is_made_while_a_store_is_away_and_goes_on_without_it() -> None:
     stores[1].up = False
     journal = made(stores)
     state = journal.refresh()
-    assert state.stores is not None and [is_placeholder(one) for one in state.stores.ids] == [False, True, False]
+    assert state.stores is not None and [is_placeholder(one) for one in state.stores.ids] == [
+        False,
+        True,
+        False,
+    ]
     commit(journal, journal.open_epoch(resume=None), 1)
     stores[1].up = True
     late = made(stores)
@@ -123,7 +136,9 @@ def test_the_store_that_was_away_is_taken_in_by_a_record_once_it_is_full() -> No
     for stat in stores[0].inner.list(""):
         if stat.key != keys.JOB_KEY:
             stores[1].inner.put(stat.key, [read_alone(stores[0], stat.key, bytes_max=1 << 20)])
-    stores[1].inner.put(keys.JOB_KEY, [JobRecord(job=JOB, store_id="7" * 32, log_id=journal.log_id).encode()])
+    stores[1].inner.put(
+        keys.JOB_KEY, [JobRecord(job=JOB, store_id="7" * 32, log_id=journal.log_id).encode()]
+    )
     members = journal.refresh().stores
     assert members is not None
     ids = (members.ids[0], "7" * 32, members.ids[2])
@@ -176,7 +191,9 @@ def test_a_store_that_came_back_empty_counts_for_nothing() -> None:
     assert list(stores[2].inner.list(keys.LOG)) == []
     stores[0].up = False
     state = Journal.open(several(stores)).refresh()
-    assert state.newest() == SnapshotId(1, 2) and "answered=1 stores=3 needed=2" in state.stale_reason
+    assert (
+        state.newest() == SnapshotId(1, 2) and "answered=1 stores=3 needed=2" in state.stale_reason
+    )
     with pytest.raises(CkptError):
         commit(Journal.open(several(stores)), 1, 3)
 
@@ -188,7 +205,8 @@ def test_a_store_that_is_swapped_between_reading_and_writing_has_no_vote(one_by_
     slow.refresh()
 
     def meanwhile(key: str) -> None:
-        """As the slow one puts its record: another is committed on two stores, one of which is lost and comes back empty."""
+        """As the slow one puts its record: another is committed on two stores, one of which is lost
+        and comes back empty."""
         if key.startswith(keys.LOG):
             for store in stores:
                 store.on_put = lambda _: None
@@ -201,10 +219,14 @@ def test_a_store_that_is_swapped_between_reading_and_writing_has_no_vote(one_by_
         store.on_put = meanwhile
     with pytest.raises(CommitUnknownError, match="another store is at this address now"):
         slow.open_epoch(resume=None)
-    assert Journal.open(several(stores)).refresh().newest() == SnapshotId(1, 1), "what was told counts"
+    assert Journal.open(several(stores)).refresh().newest() == SnapshotId(1, 1), (
+        "what was told counts"
+    )
 
 
-def test_nothing_is_begun_anew_where_those_who_answer_missed_the_beginning(one_by_one: None) -> None:
+def test_nothing_is_begun_anew_where_those_who_answer_missed_the_beginning(
+    one_by_one: None,
+) -> None:
     stores = three()
     stores[0].on_put = _refuse  # it is made, and then misses everything
     journal = made(stores)
@@ -213,7 +235,9 @@ def test_nothing_is_begun_anew_where_those_who_answer_missed_the_beginning(one_b
     stores[1].up = False
     wipe(stores[2])
     # As a replica that is being filled: it has a name, and nothing else yet.
-    stores[2].inner.put(keys.JOB_KEY, [JobRecord(job=JOB, store_id="3" * 32, log_id=journal.log_id).encode()])
+    stores[2].inner.put(
+        keys.JOB_KEY, [JobRecord(job=JOB, store_id="3" * 32, log_id=journal.log_id).encode()]
+    )
     with pytest.raises(UnavailableError, match="may have begun on stores that do not answer"):
         made(stores)
     state = Journal.open(several(stores)).refresh()
@@ -253,7 +277,9 @@ def test_a_log_that_began_in_one_store_is_read_on_several_and_asks_to_be_added_f
     assert Journal.open(several(stores)).refresh().newest() == SnapshotId(1, 1)
 
 
-def test_stores_that_can_not_be_asked_what_they_do_do_not_bind_the_log_to_a_machine(one_by_one: None) -> None:
+def test_stores_that_can_not_be_asked_what_they_do_do_not_bind_the_log_to_a_machine(
+    one_by_one: None,
+) -> None:
     stores = three()
     asked = iter(range(10**6))
 
@@ -263,7 +289,10 @@ def test_stores_that_can_not_be_asked_what_they_do_do_not_bind_the_log_to_a_mach
             raise UnavailableError("no route")
 
     for store in stores[:2]:
-        store.inner.put(keys.JOB_KEY, [JobRecord(job=JOB, store_id=store.url[-1] * 32, log_id="9" * 32).encode()])
+        store.inner.put(
+            keys.JOB_KEY,
+            [JobRecord(job=JOB, store_id=store.url[-1] * 32, log_id="9" * 32).encode()],
+        )
         store.probes = False
     copies = copies_room.LogReplicas(stores)
     assert copies.create_only_stores(range(3)) == {2}

@@ -1,4 +1,5 @@
-"""Real processes on one machine over real folders: one is stopped in the middle of a commit while another opens an epoch."""
+"""Real processes on one machine over real folders: one is stopped in the middle of a commit while
+another opens an epoch."""
 
 from __future__ import annotations
 
@@ -40,10 +41,14 @@ def hear(pipe: Connection) -> object:
     return pipe.recv()
 
 
-def put_to_sleep(sleepers: list[Sleeper], folder: Path, *, once: bool, prefix: str, when: str) -> Sleeper:
+def put_to_sleep(
+    sleepers: list[Sleeper], folder: Path, *, once: bool, prefix: str, when: str
+) -> Sleeper:
     """A process that committed once, and is stopped in the middle of its second commit."""
     mine, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=sleepy_writer, args=(folder, once, prefix, when, theirs), daemon=True)
+    process = CONTEXT.Process(
+        target=sleepy_writer, args=(folder, once, prefix, when, theirs), daemon=True
+    )
     process.start()
     sleepers.append((process, mine))
     assert hear(mine) == "ready"
@@ -89,7 +94,13 @@ def folds(folder: Path, *, once: bool) -> list[LogState]:
         (False, keys.MANIFESTS, "before"),
         (False, keys.MANIFESTS, "after"),
     ],
-    ids=["vote-manifest", "vote-first-vote", "vote-one-vote", "file-manifest", "file-manifest-stored"],
+    ids=[
+        "vote-manifest",
+        "vote-first-vote",
+        "vote-one-vote",
+        "file-manifest",
+        "file-manifest-stored",
+    ],
 )
 def test_who_slept_while_another_opened_an_epoch_is_fenced_and_nothing_of_it_counts(
     tmp_path: Path, sleepers: list[Sleeper], once: bool, prefix: str, when: str
@@ -113,7 +124,10 @@ def test_a_place_that_a_file_gave_out_is_filled_by_who_comes_next_and_counts(
     sleeper = put_to_sleep(sleepers, tmp_path, once=False, prefix=keys.LOG, when="before")
     journal = Journal.open(stores(tmp_path, once=False), job="sleepy", create=True)
     assert journal.open_epoch(resume=SnapshotId(1, 1)) == 2
-    assert [entry.snapshot for entry in journal.refresh().snapshots] == [SnapshotId(1, 1), SnapshotId(1, 2)]
+    assert [entry.snapshot for entry in journal.refresh().snapshots] == [
+        SnapshotId(1, 1),
+        SnapshotId(1, 2),
+    ]
     assert wake(sleeper) == ("committed", "")
     for state in folds(tmp_path, once=False):
         assert [entry.snapshot for entry in state.snapshots] == [SnapshotId(1, 1), SnapshotId(1, 2)]

@@ -1,4 +1,5 @@
-"""Every way in which few stores may hold, miss, hide or have spoilt few records, against what could be there."""
+"""Every way in which few stores may hold, miss, hide or have spoilt few records, against what could
+be there."""
 
 from __future__ import annotations
 
@@ -27,18 +28,23 @@ from ckpt.log.quorum import (
 Place = tuple[tuple[str, str], ...]
 """What each store really holds: at the first key and at the second, empty for nothing."""
 
-SIZES = [(stores, quorum) for stores in range(1, 6) for quorum in range(stores // 2 + 1, stores + 1)]
+SIZES = [
+    (stores, quorum) for stores in range(1, 6) for quorum in range(stores // 2 + 1, stores + 1)
+]
 
 
 def counts(place: Place, quorum: int) -> set[str]:
     """Which records count, by the definition."""
     found = Counter(record for record, _ in place if record)
     settled = Counter(second for _, second in place if second)
-    return {digest for one in (found, settled) for digest, number in one.items() if number >= quorum}
+    return {
+        digest for one in (found, settled) for digest, number in one.items() if number >= quorum
+    }
 
 
 def lawful(place: Place, quorum: int) -> bool:
-    """Whether writers who keep to the rules can have left this: what is settled has the place, for everybody."""
+    """Whether writers who keep to the rules can have left this: what is settled has the place, for
+    everybody."""
     settled = {second for _, second in place if second}
     if not settled:
         return True
@@ -53,7 +59,8 @@ def lawful(place: Place, quorum: int) -> bool:
 
 
 def completions(seen: Sequence[PositionReading], quorum: int) -> Iterator[Place]:
-    """All that may really be there: a silent store may hold anything, and damage was one thing or the other."""
+    """All that may really be there: a silent store may hold anything, and damage was one thing or
+    the other."""
     digests = {"a", "b", "z"} | {one.record for one in seen} | {one.settled for one in seen}
     choices = []
     for one in seen:
@@ -101,13 +108,15 @@ def test_what_is_taken_is_the_only_one_that_may_count(stores: int, quorum: int) 
                 assert digest in may, seen
                 assert not enough or may == {digest}, (seen, quorum)
                 assert copies == max(
-                    sum(digest == getattr(one, key) for one in seen) for key in ("record", "settled")
+                    sum(digest == getattr(one, key) for one in seen)
+                    for key in ("record", "settled")
                 ) or (0 < copies <= stores)
             case Vacant():
                 assert not must, seen
                 assert not enough or not may, (seen, quorum)
             case Unclear(digests):
-                # Which of its keys is damaged isn't told, so that some of what could be concluded isn't.
+                # Which of its keys is damaged isn't told, so that some of what could be concluded
+                # isn't.
                 assert not must or any(one.damaged for one in seen), (seen, quorum)
                 assert set(digests) <= {one.record for one in seen} | {one.settled for one in seen}
 
@@ -137,7 +146,9 @@ def test_votes_alone_are_counted_with_those_that_are_not_known(stores: int, quor
 
 
 @pytest.mark.parametrize(("stores", "quorum"), [size for size in SIZES if size[0] <= 4])
-def test_a_record_that_is_followed_is_taken_wherever_it_stands_and_nothing_else_is(stores: int, quorum: int) -> None:
+def test_a_record_that_is_followed_is_taken_wherever_it_stands_and_nothing_else_is(
+    stores: int, quorum: int
+) -> None:
     for seen in combinations_with_replacement(STATES, stores):
         held = {one.record for one in seen} | {one.settled for one in seen}
         decided = decide(seen, quorum, {"b"})
@@ -171,7 +182,9 @@ def test_all_writers_who_can_tell_find_the_same_outcome_of_a_vote(stores: int, q
                         known_votes = Counter(vote for vote in held if vote is not None)
                         assert max(known_votes.values(), default=0) < quorum and not all(known)
         assert len(outcomes) == 1, (votes, outcomes)
-        assert contest("a", list(votes), quorum) != Undecided(), "who knows all votes knows the outcome"
+        assert contest("a", list(votes), quorum) != Undecided(), (
+            "who knows all votes knows the outcome"
+        )
 
 
 def test_a_vote_that_is_won_for_sure_stays_so_whichever_stores_are_lost() -> None:
@@ -179,7 +192,9 @@ def test_a_vote_that_is_won_for_sure_stays_so_whichever_stores_are_lost() -> Non
         won = contest("a", ["a"] * stores, quorum)
         assert won == Won(sure=True)
         for lost in range(quorum):
-            seen = [PositionReading("a")] * (stores - lost) + [PositionReading(answered=False)] * lost
+            seen = [PositionReading("a")] * (stores - lost) + [
+                PositionReading(answered=False)
+            ] * lost
             assert decide(seen, quorum) == Taken("a", stores - lost, settled=False)
         for other in range(stores - quorum + 1):
             # Settled on W of them: any W - 1 may go, whatever the others hold.
@@ -194,7 +209,9 @@ def test_a_vote_that_is_won_for_sure_stays_so_whichever_stores_are_lost() -> Non
                 assert isinstance(found, Taken) and found.digest == "a", left
 
 
-def combinations_of(held: Sequence[PositionReading], size: int) -> Iterator[tuple[PositionReading, ...]]:
+def combinations_of(
+    held: Sequence[PositionReading], size: int
+) -> Iterator[tuple[PositionReading, ...]]:
     """Each choice of so many, once."""
     yield from {tuple(sorted(kept, key=repr)) for kept in _subsets(tuple(held), size)}
 

@@ -1,7 +1,8 @@
-"""Several writers and readers on several stores, with everything going wrong that may. One seed is one run.
+"""Several writers and readers on several stores, with everything going wrong that may. One seed is
+one run.
 
-Stores that create a key only once give out the places together (vote); where too few do, a file of one machine (file) or etcd
-does.
+Stores that create a key only once give out the places together (vote); where too few do, a file of
+one machine (file) or etcd does.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ SEEDS = 10_000 if SOAK else 60
 SHARDS = 40 if SOAK else 4
 ACTIONS = 30
 TRIES_MAX = 60
-"""In so many tries a fresh writer must open an epoch and commit, once nothing goes wrong any more; each tries what it draws."""
+"""In so many tries a fresh writer must open an epoch and commit, once nothing goes wrong any more;
+each tries what it draws."""
 
 _WORLDS: list[World] = []
 
@@ -50,10 +52,16 @@ def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No threads: the dice alone choose the order of all calls."""
     monkeypatch.setattr(copies_room, "ThreadWorkers", _lanes)
     monkeypatch.setattr(copies_room, "read_all", _one_by_one)
-    monkeypatch.setattr(secrets, "token_hex", lambda size: f"{_WORLDS[-1].dice.getrandbits(8 * size):0{2 * size}x}")
+    monkeypatch.setattr(
+        secrets, "token_hex", lambda size: f"{_WORLDS[-1].dice.getrandbits(8 * size):0{2 * size}x}"
+    )
     monkeypatch.setattr(folds, "FOLD_EVERY", 6)
     for room in (etcd_room, giver_room):
-        monkeypatch.setattr(room, "etcd_of_environment", lambda: ANY_ETCD if _WORLDS[-1].service is not None else None)
+        monkeypatch.setattr(
+            room,
+            "etcd_of_environment",
+            lambda: ANY_ETCD if _WORLDS[-1].service is not None else None,
+        )
     monkeypatch.setattr(etcd_room, "open_keyspace", lambda where, job: ServiceWay(_WORLDS[-1]))
 
 
@@ -86,16 +94,25 @@ def scene_of(seed: int, folder: Path) -> Scene:
     if kind != "vote":
         _begin_alone(scene, folder)
     machines = ["one"] * 3 if kind == "file" else ["one", "one", "two"]
-    world.actors = [Writer(scene, f"node{n}", str(folder / machine)) for n, machine in enumerate(machines)]
+    world.actors = [
+        Writer(scene, f"node{n}", str(folder / machine)) for n, machine in enumerate(machines)
+    ]
     if kind == "file":
         world.actors.append(Writer(scene, "elsewhere", str(folder / "two"), may_write=False))
-    world.actors += [Reader(scene, "reader", str(folder / "two")), Operator(scene, "operator", str(folder / "one"))]
+    world.actors += [
+        Reader(scene, "reader", str(folder / "two")),
+        Operator(scene, "operator", str(folder / "one")),
+    ]
     return scene
 
 
 def _begin_alone(scene: Scene, folder: Path) -> None:
-    """Where stores overwrite what is there, nothing keeps two from making a log at once: one makes it before others come."""
-    weather, scene.world.weather = scene.world.weather, Weather(**dict.fromkeys(Weather.__dataclass_fields__, 0.0))
+    """Where stores overwrite what is there, nothing keeps two from making a log at once: one makes
+    it before others come."""
+    weather, scene.world.weather = (
+        scene.world.weather,
+        Weather(**dict.fromkeys(Weather.__dataclass_fields__, 0.0)),
+    )
     maker = Writer(scene, "maker", str(folder / "one"))
     maker.act()
     assert scene.world.ledger.told
@@ -135,7 +152,8 @@ def finish(scene: Scene, folder: Path) -> None:
 
 
 def _why_stuck(scene: Scene) -> str:
-    """Why no writer can get on: fewer than W stores are left, or votes that decide a place are lost; empty where it can."""
+    """Why no writer can get on: fewer than W stores are left, or votes that decide a place are
+    lost; empty where it can."""
     world = scene.world
     members = world.ledger.latest.stores
     if members is None:
@@ -146,12 +164,20 @@ def _why_stuck(scene: Scene) -> str:
     if len(able) < members.write_quorum:
         return "too few left"
     told = world.ledger.state.stores
-    if told is not None and told != members and sum(store_id in here for store_id in told.ids) < told.write_quorum:
+    if (
+        told is not None
+        and told != members
+        and sum(store_id in here for store_id in told.ids) < told.write_quorum
+    ):
         return "too few left of the set before"
-    # Of a place that is not told yet, and whose votes are split, nobody can know who won it once a vote is lost.
+    # Of a place that is not told yet, and whose votes are split, nobody can know who won it once a
+    # vote is lost.
     places = range(len(world.ledger.told), world.ledger.latest.next_seq + 2)
     split = any(
-        sum(any(site.body in bodies for site in left) for bodies in world.ledger.votes(seq).values()) > 1
+        sum(
+            any(site.body in bodies for site in left) for bodies in world.ledger.votes(seq).values()
+        )
+        > 1
         for seq in places
     )
     lost = len(left) < len(members.ids) or not all(site.creates for site in left)

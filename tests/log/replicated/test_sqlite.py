@@ -45,12 +45,16 @@ def answer_of(pipe: Connection) -> object:
 
 
 @pytest.mark.slow
-def test_of_many_processes_that_claim_at_once_each_place_has_one_winner(path: Path, running: list[BaseProcess]) -> None:
+def test_of_many_processes_that_claim_at_once_each_place_has_one_winner(
+    path: Path, running: list[BaseProcess]
+) -> None:
     racers, each = 4, 30
     pipes = []
     for me in range(racers):
         mine, theirs = CONTEXT.Pipe()
-        running.append(CONTEXT.Process(target=claim_many, args=(path, me, each, theirs), daemon=True))
+        running.append(
+            CONTEXT.Process(target=claim_many, args=(path, me, each, theirs), daemon=True)
+        )
         running[-1].start()
         pipes.append(mine)
     for pipe in pipes:
@@ -64,7 +68,9 @@ def test_of_many_processes_that_claim_at_once_each_place_has_one_winner(path: Pa
         won |= mine_won
     assert sorted(won) == list(range(racers * each)), "no gaps"
     file = SqliteSequencer(path, LOG_ID)
-    assert all(file.append(seq, b"late") == KeyTaken(data) for seq, data in won.items()), "the winner's bytes are there"
+    assert all(file.append(seq, b"late") == KeyTaken(data) for seq, data in won.items()), (
+        "the winner's bytes are there"
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Stores asked by real threads: nobody waits for one that hangs, each store gets its calls in order, an exit waits for none."""
+"""Stores asked by real threads: nobody waits for one that hangs, each store gets its calls in
+order, an exit waits for none."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def test_what_a_slow_store_is_asked_waits_in_order_and_is_done_when_it_recovers(
         lanes.ask({0: lambda: 0, 1: lambda number=number: gate.call(number), 2: lambda: 2}, two)
     assert gate.calls == []
     gate.open.set()
-    found = lanes.ask({0: lambda: 0, 1: lambda: gate.call(5), 2: lambda: 2}, lambda answers: len(answers) == 3)
+    found = lanes.ask(
+        {0: lambda: 0, 1: lambda: gate.call(5), 2: lambda: 2}, lambda answers: len(answers) == 3
+    )
     assert found[1] == 5
     assert gate.calls == [0, 1, 2, 3, 4, 5]
 
@@ -95,7 +98,9 @@ def test_a_lane_that_has_not_moved_for_long_is_not_waited_for_at_all(
     monkeypatch.setattr(lanes_room, "GRACE_S_MAX", 10 * WAIT_S)
     began_s = time.monotonic()
     assert lanes.ask({0: lambda: 0, 1: lambda: gate.call(2), 2: lambda: 2}, two) == {0: 0, 2: 2}
-    assert time.monotonic() - began_s < 5 * WAIT_S, "it would have waited twenty times as long as this may take"
+    assert time.monotonic() - began_s < 5 * WAIT_S, (
+        "it would have waited twenty times as long as this may take"
+    )
     gate.open.set()
 
 
@@ -150,7 +155,9 @@ def test_a_loser_of_a_vote_waits_for_no_store_that_hangs(gate: Gate) -> None:
 
 
 @pytest.mark.slow
-def test_a_store_that_came_back_empty_is_no_reason_to_do_without_one_that_is_slow(gate: Gate) -> None:
+def test_a_store_that_came_back_empty_is_no_reason_to_do_without_one_that_is_slow(
+    gate: Gate,
+) -> None:
     class Slow(CountingBackend):
         def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
             gate.call(0)
@@ -158,12 +165,20 @@ def test_a_store_that_came_back_empty_is_no_reason_to_do_without_one_that_is_slo
 
     stores = [MemoryBackend("empty"), MemoryBackend("1"), Slow(MemoryBackend("2"))]
     for number, store in enumerate(stores[1:], 1):
-        store.put(keys.JOB_KEY, [JobRecord(job="j", store_id=f"{number:032x}", log_id="0" * 32).encode()])
+        store.put(
+            keys.JOB_KEY, [JobRecord(job="j", store_id=f"{number:032x}", log_id="0" * 32).encode()]
+        )
     opening = threading.Timer(3 * lanes_room.GRACE_S_MIN, gate.open.set)
     opening.start()
-    found = LogReplicas(stores).read_logs(-1, "0" * 32, of=[f"{number:032x}" for number in range(3)])
+    found = LogReplicas(stores).read_logs(
+        -1, "0" * 32, of=[f"{number:032x}" for number in range(3)]
+    )
     opening.join()
-    assert [one.store_id for one in found if isinstance(one, StoreRecords)] == ["", f"{1:032x}", f"{2:032x}"]
+    assert [one.store_id for one in found if isinstance(one, StoreRecords)] == [
+        "",
+        f"{1:032x}",
+        f"{2:032x}",
+    ]
 
 
 EXIT = """
@@ -177,5 +192,7 @@ print(sorted(found), flush=True)
 
 
 def test_an_exit_waits_for_no_lane() -> None:
-    done = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=WAIT_S * 4, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=WAIT_S * 4, check=True
+    )
     assert done.stdout.strip() == "[0, 2]"

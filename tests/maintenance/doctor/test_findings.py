@@ -9,11 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.maintenance.doctor.findings import Assessment, Latency, StoreContent, StoreFindings, assess, writable
+from ckpt.maintenance.doctor.findings import (
+    Assessment,
+    Latency,
+    StoreContent,
+    StoreFindings,
+    assess,
+    writable,
+)
 
 EMPTY = StoreContent(kind="empty")
 A = StoreContent(
-    kind="store", job="a", store_id="1" * 32, log_id="1" * 32, snapshots=3, newest="epoch 1 step 30", next_seq=9
+    kind="store",
+    job="a",
+    store_id="1" * 32,
+    log_id="1" * 32,
+    snapshots=3,
+    newest="epoch 1 step 30",
+    next_seq=9,
 )
 
 WELL = StoreFindings(
@@ -99,7 +112,12 @@ def test_clock_that_may_be_right_within_what_is_known_is_not_blamed() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 def test_quorum_is_judged_for_every_mixture_of_stores(count: int) -> None:
-    kinds = {"well": WELL, "away": AWAY, "denied": DENIED, "replica": replace(WELL, create_only=False)}
+    kinds = {
+        "well": WELL,
+        "away": AWAY,
+        "denied": DENIED,
+        "replica": replace(WELL, create_only=False),
+    }
     for names in product(kinds, repeat=count):
         judged = assess([kinds[name] for name in names])
         good = sum(name in ("well", "replica") for name in names)
@@ -122,7 +140,11 @@ def test_quorum_that_is_no_majority_is_refused(count: int, quorum: int) -> None:
 def test_two_names_of_one_place_count_once() -> None:
     stores = [replace(WELL, same_as=(1,)), replace(WELL, same_as=(0,)), AWAY]
     judged = assess(stores)
-    assert [one.code for one in judged.advice if one.level == "bad"] == ["no-quorum", "same-place", "unreachable"]
+    assert [one.code for one in judged.advice if one.level == "bad"] == [
+        "no-quorum",
+        "same-place",
+        "unreachable",
+    ]
     assert judged.exit_code == 2
     assert assess([*stores[:2], WELL]).exit_code == 2
     assert "no-quorum" not in codes(assess([*stores[:2], WELL]))
@@ -147,7 +169,9 @@ def test_what_the_log_says_of_its_stores_is_compared_with_those_named() -> None:
 anything = st.builds(
     StoreFindings,
     url=st.just("s"),
-    failures=st.dictionaries(st.sampled_from(("reach", "put", "read", "list", "delete", "create")), st.just("x")),
+    failures=st.dictionaries(
+        st.sampled_from(("reach", "put", "read", "list", "delete", "create")), st.just("x")
+    ),
     create_only=st.sampled_from((None, True, False)),
     read_back_right=st.sampled_from((None, True, False)),
     list_after_put=st.sampled_from((None, True, False)),
@@ -160,7 +184,9 @@ anything = st.builds(
 
 
 @given(st.lists(anything, min_size=1, max_size=5))
-def test_any_findings_get_advice_whose_gravest_word_and_exit_code_agree(findings: list[StoreFindings]) -> None:
+def test_any_findings_get_advice_whose_gravest_word_and_exit_code_agree(
+    findings: list[StoreFindings],
+) -> None:
     judged = assess(findings)
     bad = codes(judged, "bad")
     assert judged.ok == (not bad) == (judged.exit_code == 0)

@@ -29,7 +29,8 @@ LARGE = 1 << 20
 
 def examined(*stores: Backend, again: bool = False) -> list[StoreFindings]:
     return examine(
-        [ExaminedStore(store, (lambda store=store: store) if again else None) for store in stores], large_bytes=LARGE
+        [ExaminedStore(store, (lambda store=store: store) if again else None) for store in stores],
+        large_bytes=LARGE,
     )
 
 
@@ -59,8 +60,16 @@ def test_well_store_is_found_well_and_left_as_it_was(kind: str, tmp_path: Path) 
 def test_what_a_store_holds_is_told(lone: Path, members: Path, tmp_path: Path) -> None:
     alone = replicate(lone, tmp_path / "lone", None)
     [found] = examined(alone)
-    assert (found.content.kind, found.content.job, found.content.snapshots) == ("store", "sample", 3)
-    assert (found.content.newest, found.content.next_seq, found.content.members) == ("epoch 1 step 30", 5, ())
+    assert (found.content.kind, found.content.job, found.content.snapshots) == (
+        "store",
+        "sample",
+        3,
+    )
+    assert (found.content.newest, found.content.next_seq, found.content.members) == (
+        "epoch 1 step 30",
+        5,
+        (),
+    )
     several = examined(*(replicate(members / str(n), tmp_path / str(n), None) for n in range(3)))
     assert [found.content.store_id for found in several] == list(several[0].content.members)
     assert assess(several).ok
@@ -76,7 +85,11 @@ def test_what_a_store_holds_is_told(lone: Path, members: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_two_addresses_of_one_place_are_found_out(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    stores = [FileBackend(tmp_path / "real"), FileBackend(tmp_path / "link"), FileBackend(tmp_path / "other")]
+    stores = [
+        FileBackend(tmp_path / "real"),
+        FileBackend(tmp_path / "link"),
+        FileBackend(tmp_path / "other"),
+    ]
     found = examined(*stores)
     assert [one.same_as for one in found] == [(1,), (0,), ()]
     assert assess(found).exit_code == 2
@@ -96,7 +109,9 @@ def test_read_only_store_is_readable_and_can_not_be_written_to(lone: Path, tmp_p
 @pytest.mark.slow
 def test_folder_that_may_not_be_written_to_is_told_by_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with tempfile.TemporaryDirectory(dir="/tmp") as made:  # pytest's own folders can't be entered by others
+    with tempfile.TemporaryDirectory(
+        dir="/tmp"
+    ) as made:  # pytest's own folders can't be entered by others
         folder = Path(made) / "theirs"
         folder.mkdir(mode=0o555)
         Path(made).chmod(0o755)
@@ -126,7 +141,9 @@ def test_probe_objects_are_removed_or_named_whatever_fails(harm: Harm, op: str, 
 
 
 def test_bytes_that_come_back_changed_are_found_out() -> None:
-    store = FaultyBackend(MemoryBackend("m"), [Fault(harm=Harm.FLIPPED, op="read_into", key="probe/", times=None)])
+    store = FaultyBackend(
+        MemoryBackend("m"), [Fault(harm=Harm.FLIPPED, op="read_into", key="probe/", times=None)]
+    )
     [found] = examined(store)
     assert found.read_back_right is False
     assert assess([found]).exit_code == 20
@@ -166,7 +183,9 @@ def test_s3_server_is_examined(moto_server: S3Server) -> None:
     options = bucket.options
     store = open_backend(bucket.url, options)
     try:
-        [found] = examine([ExaminedStore(store, lambda: open_backend(bucket.url, options))], large_bytes=LARGE)
+        [found] = examine(
+            [ExaminedStore(store, lambda: open_backend(bucket.url, options))], large_bytes=LARGE
+        )
     finally:
         store.close()
     assert found.failures == {}

@@ -72,8 +72,11 @@ def test_dry_run_shows_why_each_stays_and_changes_nothing(ckpt, store) -> None:
     found = ckpt("gc", store.url, "--keep", "best=loss:2,last=1", "--dry-run", "--json").json
     assert found["dropped"] == [{"epoch": 1, "step": 10}]
     assert [(one["step"], one["kept_by"]) for one in found["snapshots"]] == [
-        (40, ["newest", "last=1", "best=loss:2"]), (30, ["best=loss:2"]), (20, ["tagged best"]), (10, []),
-    ]  # fmt: skip
+        (40, ["newest", "last=1", "best=loss:2"]),
+        (30, ["best=loss:2"]),
+        (20, ["tagged best"]),
+        (10, []),
+    ]
     assert found["stores"][0]["size_bytes"]["grace"] > 0
     assert found["stores"][0]["deleted"] == 0
     assert everything(store) == before
@@ -88,7 +91,9 @@ def test_drop_comes_first_and_bytes_go_when_the_grace_is_over(ckpt, store) -> No
     assert "go when the grace of 1d is over" in done.out
     assert steps(store) == [20, 40]
     assert objects(store) == before
-    promised = ckpt("gc", store.url, "--grace", "0", "--dry-run", "--json").json["stores"][0]["objects"]["garbage"]
+    promised = ckpt("gc", store.url, "--grace", "0", "--dry-run", "--json").json["stores"][0][
+        "objects"
+    ]["garbage"]
     done = ckpt("gc", store.url, "--grace", "0", "--json")
     assert done.json["stores"][0]["deleted"] == promised == len(before - objects(store)) > 0
     assert done.json["dropped"] == []
@@ -100,7 +105,11 @@ def test_dry_run_foretells_what_the_run_does(ckpt, store) -> None:
     arguments = ("gc", store.url, "--keep", "every=20", "--grace", "0", "--json")
     foretold = ckpt(*arguments, "--dry-run").json
     found = ckpt(*arguments, "--yes").json
-    assert foretold["dropped"] == found["dropped"] == [{"epoch": 1, "step": 10}, {"epoch": 1, "step": 30}]
+    assert (
+        foretold["dropped"]
+        == found["dropped"]
+        == [{"epoch": 1, "step": 10}, {"epoch": 1, "step": 30}]
+    )
     assert foretold["stores"][0]["objects"] == found["stores"][0]["objects"]
     assert found["stores"][0]["deleted"] == found["stores"][0]["objects"]["garbage"]
 
@@ -123,7 +132,9 @@ def test_nobody_is_asked_in_json_and_no_is_no(ckpt, store, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["--keep", "newest"], ["--keep", ""], ["--grace", "1y"], ["--keep", "last=0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--keep", "newest"], ["--keep", ""], ["--grace", "1y"], ["--keep", "last=0"]]
+)
 def test_what_is_no_policy_or_time_exits_2(ckpt, store, arguments: list[str]) -> None:
     assert ckpt("gc", store.url, *arguments).code == 2
 
@@ -134,7 +145,9 @@ def test_no_store_exits_10(ckpt, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_damaged_part_exits_20_and_says_so(ckpt, store) -> None:
-    part = next(key for key in sorted(objects(store)) if key.startswith(keys.PARTS) and "0030/" in key)
+    part = next(
+        key for key in sorted(objects(store)) if key.startswith(keys.PARTS) and "0030/" in key
+    )
     damage(store, part, 20)
     done = ckpt("gc", store.url, "--grace", "0", "--json")
     assert done.code == 20

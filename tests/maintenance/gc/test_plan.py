@@ -1,4 +1,5 @@
-"""Which pairs can never be committed again, tried against the real rules of the log; and verdicts on objects."""
+"""Which pairs can never be committed again, tried against the real rules of the log; and verdicts
+on objects."""
 
 from __future__ import annotations
 
@@ -13,7 +14,12 @@ from ckpt.format import keys
 from ckpt.format.records import Body, Commit, Drop, Open, make_record
 from ckpt.log.fold import empty, fold, void_if_appended
 from ckpt.log.state import LogState
-from ckpt.maintenance.gc.plan import GarbageClassifier, ObjectStatus, SnapshotReferences, snapshot_of
+from ckpt.maintenance.gc.plan import (
+    GarbageClassifier,
+    ObjectStatus,
+    SnapshotReferences,
+    snapshot_of,
+)
 from ckpt.values import SnapshotId
 
 LONG = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -29,16 +35,23 @@ def judge(
     dropped: tuple[SnapshotReferences, ...] = (),
     grace_s: float = GRACE_S,
 ) -> GarbageClassifier:
-    found = [(exist or {}).get(entry.snapshot, SnapshotReferences(entry.snapshot)) for entry in state.snapshots]
+    found = [
+        (exist or {}).get(entry.snapshot, SnapshotReferences(entry.snapshot))
+        for entry in state.snapshots
+    ]
     return GarbageClassifier(state, existing=found, dropped=dropped, grace_s=grace_s)
 
 
 def after(state: LogState, body: Body, epoch: int, *, write_id: str = "") -> LogState | None:
     """The state after one more record, or None where it would not count."""
     record = make_record(
-        body, job="job", seq=state.next_seq, epoch=epoch, write_id=write_id or f"w{state.next_seq}",
+        body,
+        job="job",
+        seq=state.next_seq,
+        epoch=epoch,
+        write_id=write_id or f"w{state.next_seq}",
         prev=state.head_digest,
-    )  # fmt: skip
+    )
     return fold(state, [record]) if void_if_appended(state, record) is None else None
 
 
@@ -48,8 +61,14 @@ def step(state: LogState, dice: random.Random) -> LogState:
     pair = SnapshotId(dice.randint(1, max(1, state.epoch)), dice.randrange(8))
     match dice.random():
         case x if x < 0.25 or not state.epoch:
-            epoch = state.epoch + dice.choice([1, 1, 1, 2])  # an epoch may be skipped: two writers may have taken it
-            resume = SnapshotId(dice.choice(state.opens).epoch, dice.randrange(8)) if state.opens else None
+            epoch = state.epoch + dice.choice(
+                [1, 1, 1, 2]
+            )  # an epoch may be skipped: two writers may have taken it
+            resume = (
+                SnapshotId(dice.choice(state.opens).epoch, dice.randrange(8))
+                if state.opens
+                else None
+            )
             body: Body = Open(epoch, dice.choice([resume, None]))
             return after(state, body, epoch) or state
         case x if x < 0.75:
@@ -59,7 +78,9 @@ def step(state: LogState, dice: random.Random) -> LogState:
         case _:
             floor = dice.choice([None, state.newest()])
             some = tuple(sorted(dice.sample(held, min(len(held), dice.randrange(3)))))
-            return (after(state, Drop(some, floor), state.epoch) if some or floor else None) or state
+            return (
+                after(state, Drop(some, floor), state.epoch) if some or floor else None
+            ) or state
 
 
 def some_state(seed: int, records: int) -> LogState:
@@ -75,14 +96,18 @@ def some_state(seed: int, records: int) -> LogState:
 @given(st.integers(0, 2**32), st.integers(0, 25), st.integers(0, 25))
 def test_pair_that_is_settled_is_never_committed_later(seed: int, before: int, later: int) -> None:
     state = some_state(seed, before)
-    pairs = [SnapshotId(epoch, number) for epoch in range(1, state.epoch + 2) for number in range(8)]
+    pairs = [
+        SnapshotId(epoch, number) for epoch in range(1, state.epoch + 2) for number in range(8)
+    ]
     settled = [pair for pair in pairs if judge(state).commit_impossible(pair)]
     existed = {entry.snapshot for entry in state.snapshots}
     dice = random.Random(seed + 1)
     for _ in range(later):
         state = step(state, dice)
         assert {entry.snapshot for entry in state.snapshots} & set(settled) <= existed
-        assert all(judge(state).commit_impossible(pair) for pair in settled), "once settled, settled for good"
+        assert all(judge(state).commit_impossible(pair) for pair in settled), (
+            "once settled, settled for good"
+        )
         for pair in settled:
             found = state.find(pair)
             if found is None:
@@ -102,7 +127,10 @@ def test_pair_that_is_not_settled_can_still_be_committed(seed: int, before: int)
             if epoch > state.epoch:
                 opened = after(state, Open(epoch, None), epoch)
             assert opened is not None
-            assert after(opened, Commit(pair, "f" * 32, None), opened.epoch) is not None, (state, pair)
+            assert after(opened, Commit(pair, "f" * 32, None), opened.epoch) is not None, (
+                state,
+                pair,
+            )
 
 
 def committed(*steps: int, floor: int | None = None, drop: tuple[int, ...] = ()) -> LogState:
@@ -133,7 +161,9 @@ def verdict_of(found: GarbageClassifier, key: str, age_s: float = 2 * GRACE_S) -
 def test_what_exists_refers_to_is_live_and_other_objects_of_its_pair_are_garbage() -> None:
     pair = SnapshotId(1, 20)
     other = keys.part_key(pair, keys.writer_name("node", "1" * 16))
-    found = judge(committed(20), exist={pair: SnapshotReferences(pair, frozenset((part(20), part(7))))})
+    found = judge(
+        committed(20), exist={pair: SnapshotReferences(pair, frozenset((part(20), part(7))))}
+    )
     assert verdict_of(found, part(20)) is ObjectStatus.LIVE
     assert verdict_of(found, part(7)) is ObjectStatus.LIVE, "whatever pair it was written for"
     assert verdict_of(found, other) is ObjectStatus.GARBAGE
@@ -145,7 +175,9 @@ def test_snapshot_that_may_still_be_committed_keeps_its_objects() -> None:
     assert verdict_of(found, part(10)) is ObjectStatus.GARBAGE, "steps grow"
     assert verdict_of(found, part(30)) is ObjectStatus.OPEN
     assert verdict_of(found, part(10, epoch=2)) is ObjectStatus.OPEN, "an epoch that may be opened"
-    assert verdict_of(found, part(10, epoch=0)) is ObjectStatus.GARBAGE, "one that can't be opened any more"
+    assert verdict_of(found, part(10, epoch=0)) is ObjectStatus.GARBAGE, (
+        "one that can't be opened any more"
+    )
 
 
 def test_floor_settles_what_older_epochs_never_committed() -> None:
@@ -154,7 +186,9 @@ def test_floor_settles_what_older_epochs_never_committed() -> None:
     assert verdict_of(judge(state), part(25)) is ObjectStatus.OPEN
     state = after(state, Commit(SnapshotId(2, 30), "b" * 32, None), 2)
     assert state is not None
-    assert verdict_of(judge(state), part(25)) is ObjectStatus.OPEN, "a keeper may commit what an older epoch captured"
+    assert verdict_of(judge(state), part(25)) is ObjectStatus.OPEN, (
+        "a keeper may commit what an older epoch captured"
+    )
     state = after(state, Drop((), SnapshotId(2, 30)), 2)
     assert state is not None
     assert verdict_of(judge(state), part(25)) is ObjectStatus.GARBAGE
@@ -166,7 +200,9 @@ def test_dropped_within_the_grace_keeps_all_that_it_refers_to() -> None:
     found = judge(state, dropped=(SnapshotReferences(gone, frozenset((part(10), part(5)))),))
     assert verdict_of(found, part(10)) is ObjectStatus.GRACE
     assert verdict_of(found, part(5)) is ObjectStatus.GRACE
-    assert verdict_of(found, keys.manifest_key(gone, "a" * 32)) is ObjectStatus.GRACE, "its pair's other objects too"
+    assert verdict_of(found, keys.manifest_key(gone, "a" * 32)) is ObjectStatus.GRACE, (
+        "its pair's other objects too"
+    )
     assert verdict_of(judge(state), part(10)) is ObjectStatus.GARBAGE
 
 
@@ -175,18 +211,24 @@ def test_young_garbage_stays_for_the_grace() -> None:
     assert verdict_of(found, part(10), age_s=GRACE_S - 1) is ObjectStatus.YOUNG
     assert verdict_of(found, part(10), age_s=GRACE_S) is ObjectStatus.GARBAGE
     assert verdict_of(found, part(10), age_s=-5.0) is ObjectStatus.YOUNG
-    assert verdict_of(judge(committed(20), grace_s=0.0), part(10), age_s=-5.0) is ObjectStatus.GARBAGE
+    assert (
+        verdict_of(judge(committed(20), grace_s=0.0), part(10), age_s=-5.0) is ObjectStatus.GARBAGE
+    )
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-def test_snapshot_whose_records_cannot_be_read_holds_all_packs_and_its_own_objects(dropped: bool) -> None:
+def test_snapshot_whose_records_cannot_be_read_holds_all_packs_and_its_own_objects(
+    dropped: bool,
+) -> None:
     pair = SnapshotId(1, 20)
     broken = SnapshotReferences(pair, frozenset((part(20),)), "damaged")
     gone = judge(committed(20, 30, drop=(20,)), dropped=(broken,))
     found = gone if dropped else judge(committed(20), exist={pair: broken})
     other = keys.part_key(pair, keys.writer_name("node", "1" * 16))
     assert verdict_of(found, other) is ObjectStatus.HELD
-    assert verdict_of(found, part(10)) is ObjectStatus.GARBAGE, "what is no pack is needed by its own pair alone"
+    assert verdict_of(found, part(10)) is ObjectStatus.GARBAGE, (
+        "what is no pack is needed by its own pair alone"
+    )
 
 
 @LONG

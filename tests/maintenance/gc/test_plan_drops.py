@@ -12,7 +12,14 @@ from ckpt.format.records import Body, Commit, Drop, Open, Tag, make_record
 from ckpt.log.fold import empty, fold, void_if_appended
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.plan import NEWEST, NEWEST_INTACT, NONE_INTACT, plan_gc, restore_order
-from ckpt.maintenance.retention import KeepPolicy, keep_best, keep_every, keep_for, keep_last, keep_tagged
+from ckpt.maintenance.retention import (
+    KeepPolicy,
+    keep_best,
+    keep_every,
+    keep_for,
+    keep_last,
+    keep_tagged,
+)
 from ckpt.values import SnapshotId, SnapshotInfo
 
 LONG = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -28,7 +35,9 @@ class Log:
     def add(self, body: Body, epoch: int) -> bool:
         """Append a record; whether it counts."""
         seq = self.state.next_seq
-        record = make_record(body, job="job", seq=seq, epoch=epoch, write_id=f"w{seq}", prev=self.state.head_digest)
+        record = make_record(
+            body, job="job", seq=seq, epoch=epoch, write_id=f"w{seq}", prev=self.state.head_digest
+        )
         counts = void_if_appended(self.state, record) is None
         self.state = fold(self.state, [record])
         return counts
@@ -48,12 +57,18 @@ def infos(state: LogState, *, problem: frozenset[SnapshotId] = frozenset()) -> l
         names[pair] = (*names.get(pair, ()), name)
     return [
         SnapshotInfo(
-            epoch=entry.snapshot.epoch, step=entry.snapshot.step, world_size=1, size_bytes=1, new_bytes=1,
-            created_unix_s=float(entry.seq), tags=names.get(entry.snapshot, ()),
-            metadata={"loss": (entry.snapshot.step * 7) % 11}, problem="gone" if entry.snapshot in problem else None,
+            epoch=entry.snapshot.epoch,
+            step=entry.snapshot.step,
+            world_size=1,
+            size_bytes=1,
+            new_bytes=1,
+            created_unix_s=float(entry.seq),
+            tags=names.get(entry.snapshot, ()),
+            metadata={"loss": (entry.snapshot.step * 7) % 11},
+            problem="gone" if entry.snapshot in problem else None,
         )
         for entry in state.snapshots
-    ]  # fmt: skip
+    ]
 
 
 def plan(state: LogState, policy: KeepPolicy | None, whole: SnapshotId | str | None = "newest"):
@@ -74,12 +89,20 @@ def test_plan_drops_what_no_rule_keeps_and_says_what_keeps_the_rest() -> None:
     assert log.add(Tag("good", SnapshotId(1, 10)), 1)
     found = plan(log.state, keep_every(20))
     assert found.drops == (SnapshotId(1, 30),)
-    assert [one.reasons for one in found.decisions] == [("tagged good",), ("every=20",), (), (NEWEST, "every=20")]
+    assert [one.reasons for one in found.decisions] == [
+        ("tagged good",),
+        ("every=20",),
+        (),
+        (NEWEST, "every=20"),
+    ]
     assert found.floor == SnapshotId(1, 40)
 
 
 def test_newest_stays_whatever_the_policy_says() -> None:
-    assert plan(straight(10, 20, 30).state, keep_tagged()).drops == (SnapshotId(1, 10), SnapshotId(1, 20))
+    assert plan(straight(10, 20, 30).state, keep_tagged()).drops == (
+        SnapshotId(1, 10),
+        SnapshotId(1, 20),
+    )
 
 
 def test_without_a_policy_nothing_is_dropped_but_the_floor_rises() -> None:
@@ -93,13 +116,19 @@ def test_newest_that_is_not_whole_stays_beside_the_one_that_is() -> None:
     found = plan(straight(10, 20, 30, 40).state, keep_tagged(), whole=SnapshotId(1, 20))
     assert found.drops == (SnapshotId(1, 10), SnapshotId(1, 30))
     assert [one.reasons for one in found.decisions if one.kept] == [(NEWEST_INTACT,), (NEWEST,)]
-    assert found.floor == SnapshotId(1, 20), "what is newer than the one that can be restored may still be wanted"
+    assert found.floor == SnapshotId(1, 20), (
+        "what is newer than the one that can be restored may still be wanted"
+    )
 
 
 def test_where_nothing_is_whole_nothing_is_dropped() -> None:
     found = plan(straight(10, 20, 30).state, keep_last(1), whole=None)
     assert found.empty
-    assert [one.reasons for one in found.decisions] == [(NONE_INTACT,), (NONE_INTACT,), (NEWEST, "last=1")]
+    assert [one.reasons for one in found.decisions] == [
+        (NONE_INTACT,),
+        (NONE_INTACT,),
+        (NEWEST, "last=1"),
+    ]
 
 
 def test_snapshots_off_the_line_are_judged_by_all_rules_but_last() -> None:
@@ -109,7 +138,10 @@ def test_snapshots_off_the_line_are_judged_by_all_rules_but_last() -> None:
     found = plan(log.state, keep_last(2))
     assert found.drops == (SnapshotId(1, 10), SnapshotId(1, 30))
     assert [one.on_line for one in found.decisions] == [True, True, False, True]
-    assert plan(log.state, keep_last(1) | keep_every(30)).drops == (SnapshotId(1, 10), SnapshotId(1, 20))
+    assert plan(log.state, keep_last(1) | keep_every(30)).drops == (
+        SnapshotId(1, 10),
+        SnapshotId(1, 20),
+    )
 
 
 def test_job_that_was_started_afresh_keeps_the_greatest_until_its_first_commit() -> None:
@@ -160,7 +192,11 @@ RULES = (keep_last(2), keep_every(5), keep_tagged(), keep_best("loss", 2), keep_
 
 
 @LONG
-@given(st.integers(0, 2**32), st.lists(st.sampled_from(RULES), min_size=1, max_size=3), st.integers(0, 3))
+@given(
+    st.integers(0, 2**32),
+    st.lists(st.sampled_from(RULES), min_size=1, max_size=3),
+    st.integers(0, 3),
+)
 def test_log_counts_what_a_plan_records_and_a_second_plan_has_nothing_left(
     seed: int, rules: list[KeepPolicy], older: int
 ) -> None:
@@ -187,15 +223,27 @@ def test_log_counts_what_a_plan_records_and_a_second_plan_has_nothing_left(
 
 
 RULE = st.one_of(
-    st.builds(keep_last, st.integers(1, 4)), st.builds(keep_every, st.integers(1, 9)), st.just(keep_tagged()),
-    st.builds(keep_best, st.sampled_from(["loss", "none"]), st.integers(1, 3), st.sampled_from(["min", "max"])),
+    st.builds(keep_last, st.integers(1, 4)),
+    st.builds(keep_every, st.integers(1, 9)),
+    st.just(keep_tagged()),
+    st.builds(
+        keep_best,
+        st.sampled_from(["loss", "none"]),
+        st.integers(1, 3),
+        st.sampled_from(["min", "max"]),
+    ),
     st.builds(keep_for, st.integers(1, 6000)),
-)  # fmt: skip
+)
 
 
 @pytest.mark.slow
 @LONG
-@given(st.integers(0, 2**32), st.none() | st.lists(RULE, min_size=1, max_size=4), st.integers(0, 4), st.floats(0, 1e9))
+@given(
+    st.integers(0, 2**32),
+    st.none() | st.lists(RULE, min_size=1, max_size=4),
+    st.integers(0, 4),
+    st.floats(0, 1e9),
+)
 def test_newest_committed_snapshot_is_never_dropped_whatever_the_policy_clock_and_damage(
     seed: int, rules: list[KeepPolicy] | None, older: int, now_unix_s: float
 ) -> None:
@@ -204,7 +252,9 @@ def test_newest_committed_snapshot_is_never_dropped_whatever_the_policy_clock_an
     whole = best[older] if older < len(best) else None
     damaged = frozenset(best[:older])
     policy = KeepPolicy(tuple(rule for one in rules for rule in one.rules)) if rules else None
-    found = plan_gc(state, infos(state, problem=damaged), policy, now_unix_s=now_unix_s, intact=whole)
+    found = plan_gc(
+        state, infos(state, problem=damaged), policy, now_unix_s=now_unix_s, intact=whole
+    )
     assert not set(best[:1]) & set(found.drops)
     assert state.newest() not in found.drops
     assert whole not in found.drops
@@ -218,7 +268,9 @@ def test_damaged_snapshots_are_dropped_unless_a_rule_names_them(seed: int) -> No
     if len(best) < 3:
         return
     damaged = frozenset(best[1:2])
-    found = plan_gc(state, infos(state, problem=damaged), keep_last(2), now_unix_s=NOW, intact=best[0])
+    found = plan_gc(
+        state, infos(state, problem=damaged), keep_last(2), now_unix_s=NOW, intact=best[0]
+    )
     by_pair = {one.info.id: one for one in found.decisions}
     assert by_pair[best[2]].kept, "a damaged one does not take the place of one that can be read"
     assert by_pair[best[1]].kept == bool(by_pair[best[1]].info.tags)

@@ -48,7 +48,9 @@ def test_commits_that_come_every_second_give_one_round_in_ten_seconds() -> None:
 def test_long_round_is_followed_by_a_rest_of_nine_times_its_length() -> None:
     past = GcHistory(commits=1, round_started_s=100.0, round_ended_s=150.0, sweep_started_s=100.0)
     assert next_round(past, 150.0, commits=2, grace_s=DAY) == GcIdle(50.0 * REST_FACTOR)
-    assert next_round(past, 150.0 + 50.0 * REST_FACTOR, commits=2, grace_s=DAY) == GcRound(sweep=False)
+    assert next_round(past, 150.0 + 50.0 * REST_FACTOR, commits=2, grace_s=DAY) == GcRound(
+        sweep=False
+    )
 
 
 def test_bytes_go_while_nothing_is_committed() -> None:
@@ -73,21 +75,42 @@ def test_at_the_end_what_is_owed_is_done_without_rest_and_nothing_else() -> None
 
 
 @given(
-    st.integers(0, 9), st.integers(0, 9), seconds, seconds, st.none() | seconds, st.floats(0, 30 * DAY), st.booleans()
+    st.integers(0, 9),
+    st.integers(0, 9),
+    seconds,
+    seconds,
+    st.none() | seconds,
+    st.floats(0, 30 * DAY),
+    st.booleans(),
 )
 def test_whoever_rests_as_told_comes_to_a_round(
-    done: int, new: int, began_s: float, took_s: float, swept_s: float | None, grace_s: float, hurry: bool
+    done: int,
+    new: int,
+    began_s: float,
+    took_s: float,
+    swept_s: float | None,
+    grace_s: float,
+    hurry: bool,
 ) -> None:
-    past = GcHistory(commits=done, round_started_s=began_s, round_ended_s=began_s + took_s, sweep_started_s=swept_s)
+    past = GcHistory(
+        commits=done,
+        round_started_s=began_s,
+        round_ended_s=began_s + took_s,
+        sweep_started_s=swept_s,
+    )
     now_s = began_s + took_s
     found = next_round(past, now_s, commits=done + new, grace_s=grace_s, hurry=hurry)
     if isinstance(found, GcIdle) and found.seconds is not None:
         assert found.seconds > 0
         longest_s = max(
-            ROUND_S, REST_FACTOR * took_s + 1, sweep_every_s(grace_s) + max(began_s + took_s, swept_s or 0.0)
+            ROUND_S,
+            REST_FACTOR * took_s + 1,
+            sweep_every_s(grace_s) + max(began_s + took_s, swept_s or 0.0),
         )
         assert found.seconds <= longest_s
-        later = next_round(past, now_s + found.seconds + 1e-3, commits=done + new, grace_s=grace_s, hurry=hurry)
+        later = next_round(
+            past, now_s + found.seconds + 1e-3, commits=done + new, grace_s=grace_s, hurry=hurry
+        )
         assert isinstance(later, GcRound)
     elif isinstance(found, GcIdle):
         assert hurry or done + new == 0

@@ -1,4 +1,5 @@
-"""Dropping and sweeping beside a job: after commits, as the newest writer alone, never raised, tried again."""
+"""Dropping and sweeping beside a job: after commits, as the newest writer alone, never raised,
+tried again."""
 
 from __future__ import annotations
 
@@ -41,9 +42,14 @@ class Rounds:
     events: list[Event] = field(default_factory=list)
 
     def over(
-        self, store: Backend, policy: KeepPolicy, *, grace_s: float = 0.0, epoch: Callable[[], int] = lambda: 1,
+        self,
+        store: Backend,
+        policy: KeepPolicy,
+        *,
+        grace_s: float = 0.0,
+        epoch: Callable[[], int] = lambda: 1,
         wall: Callable[[], float] = time.time,
-    ) -> GcRounds:  # fmt: skip
+    ) -> GcRounds:
         keep = RetentionSettings(policy=policy, grace_s=grace_s)
         return self.make(store, keep, epoch=epoch, emit=self.events.append, wall=wall)
 
@@ -176,7 +182,9 @@ def test_whoever_was_overtaken_drops_nothing(rounds: Rounds) -> None:
     assert not any(event.alarm for event in rounds.events)
 
 
-def test_epoch_opened_between_the_decision_and_its_record_makes_the_record_impossible(rounds: Rounds) -> None:
+def test_epoch_opened_between_the_decision_and_its_record_makes_the_record_impossible(
+    rounds: Rounds,
+) -> None:
     store = MemoryBackend()
     write_sample_store(store, steps=STEPS)
     opened: list[int] = []
@@ -208,13 +216,17 @@ def test_fence_gives_every_kind_of_record_a_place_until_it_is_overtaken() -> Non
     assert not isinstance(refused.value, FencedError), "the newest is kept by the log itself"
     Journal.open(store).open_epoch(resume=SnapshotId(1, 40))
     for append in (
-        lambda: journal.drop([SnapshotId(1, 30)]), lambda: journal.untag("kept"), lambda: journal.tag("x", SnapshotId(1, 40))
-    ):  # fmt: skip
+        lambda: journal.drop([SnapshotId(1, 30)]),
+        lambda: journal.untag("kept"),
+        lambda: journal.tag("x", SnapshotId(1, 40)),
+    ):
         with pytest.raises(FencedError, match="writer=1 newest=2"):
             append()
 
 
-def test_store_that_does_not_answer_is_told_once_and_tried_again(rounds: Rounds, quick: None) -> None:
+def test_store_that_does_not_answer_is_told_once_and_tried_again(
+    rounds: Rounds, quick: None
+) -> None:
     inner = MemoryBackend()
     write_sample_store(inner, steps=STEPS)
     tries, down = [0], [True]
@@ -234,7 +246,9 @@ def test_store_that_does_not_answer_is_told_once_and_tried_again(rounds: Rounds,
     until(lambda: objects(inner) == needed(inner))
 
 
-def test_what_nobody_foresaw_is_an_alarm_and_the_next_round_comes(rounds: Rounds, quick: None) -> None:
+def test_what_nobody_foresaw_is_an_alarm_and_the_next_round_comes(
+    rounds: Rounds, quick: None
+) -> None:
     store = MemoryBackend()
     write_sample_store(store, steps=STEPS)
     times = iter([0.0])
@@ -256,7 +270,9 @@ def test_what_nobody_foresaw_is_an_alarm_and_the_next_round_comes(rounds: Rounds
 def test_deletes_that_fail_are_left_for_the_next_round(rounds: Rounds, quick: None) -> None:
     inner = MemoryBackend()
     write_sample_store(inner, steps=STEPS)
-    store = FaultyBackend(inner, [Fault(op="delete", key=keys.PACKS, harm=Harm.LOST_REQUEST, times=2)])
+    store = FaultyBackend(
+        inner, [Fault(op="delete", key=keys.PACKS, harm=Harm.LOST_REQUEST, times=2)]
+    )
     made = rounds.over(store, keep_last(1))
     made.on_commit()
     until(lambda: steps(inner) == [20, 40])
@@ -350,7 +366,9 @@ def test_too_few_stores_drop_nothing(rounds: Rounds) -> None:
 
 
 @pytest.mark.slow
-def test_restore_that_began_before_the_drop_reads_all_within_the_grace(rounds: Rounds, quick: None) -> None:
+def test_restore_that_began_before_the_drop_reads_all_within_the_grace(
+    rounds: Rounds, quick: None
+) -> None:
     store = MemoryBackend()
     writer = write_sample_store(store, steps=STEPS)
     index = load_index(store, writer.journal.refresh(), SnapshotId(1, 10))

@@ -1,4 +1,5 @@
-"""Saves, takeovers, zombies, drops, sweeps and deaths at any moment: no snapshot that exists ever lacks a byte."""
+"""Saves, takeovers, zombies, drops, sweeps and deaths at any moment: no snapshot that exists ever
+lacks a byte."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.maintenance.gc.drop import drop, fenced_journal
 from ckpt.maintenance.gc.sweep import sweep
-from ckpt.maintenance.retention import KeepPolicy, keep_best, keep_every, keep_for, keep_last, keep_tagged
+from ckpt.maintenance.retention import (
+    KeepPolicy,
+    keep_best,
+    keep_every,
+    keep_for,
+    keep_last,
+    keep_tagged,
+)
 from ckpt.restore.verify import verify
 from ckpt.values import SnapshotId
 
@@ -96,8 +104,13 @@ class Run:
             raise AssertionError(f"seed={self.seed}") from error
 
     def policy(self) -> KeepPolicy:
-        every = (keep_last(self.dice.randint(1, 3)), keep_every(self.dice.randint(2, 6)), keep_tagged(),
-                 keep_best("loss", 1), keep_for(self.dice.randint(1, 60)))  # fmt: skip
+        every = (
+            keep_last(self.dice.randint(1, 3)),
+            keep_every(self.dice.randint(2, 6)),
+            keep_tagged(),
+            keep_best("loss", 1),
+            keep_for(self.dice.randint(1, 60)),
+        )
         chosen = self.dice.choice(every)
         return chosen | self.dice.choice(every) if self.dice.random() < 0.3 else chosen
 
@@ -106,14 +119,21 @@ class Run:
         before = {entry.snapshot for entry in self.world.state().snapshots}
         if before and self.dice.random() < 0.2:
             Journal.open(store).tag(self.dice.choice("ab"), self.dice.choice(sorted(before)))
-        # Whoever writes drops as the one that it is, overtaken or not; people's tools drop as nobody.
+        # Whoever writes drops as the one that it is, overtaken or not; people's tools drop as
+        # nobody.
         process = self.dice.choice([None, *self.world.processes])
-        journal = Journal.open(store) if process is None else fenced_journal(store, lambda: process.epoch)
+        journal = (
+            Journal.open(store) if process is None else fenced_journal(store, lambda: process.epoch)
+        )
         try:
             plan, state = drop(store, journal, self.policy(), now_unix_s=self.world.now)
         except FencedError:
-            assert process is not None and process.epoch < self.world.state().epoch, f"seed={self.seed}"
-            assert {entry.snapshot for entry in self.world.state().snapshots} == before, f"seed={self.seed}"
+            assert process is not None and process.epoch < self.world.state().epoch, (
+                f"seed={self.seed}"
+            )
+            assert {entry.snapshot for entry in self.world.state().snapshots} == before, (
+                f"seed={self.seed}"
+            )
             return
         assert plan.empty or process is None or process.epoch == state.epoch, f"seed={self.seed}"
         left = {entry.snapshot for entry in state.snapshots}
@@ -125,7 +145,9 @@ class Run:
         state = self.world.state()
         if state.snapshots:
             pair = self.dice.choice(state.snapshots).snapshot
-            self.readers.append(Reader(pair, load_index(self.world.store, state, pair), self.world.now))
+            self.readers.append(
+                Reader(pair, load_index(self.world.store, state, pair), self.world.now)
+            )
 
     def end_restore(self) -> None:
         """A restore finds all bytes, unless its snapshot was dropped longer ago than the grace."""
@@ -189,7 +211,12 @@ class Run:
             last.commit()
             if self.world.state().find(SnapshotId(last.captured, last.step)) is not None:
                 break
-        drop(self.world.store, Journal.open(self.world.store), keep_last(2), now_unix_s=self.world.now)
+        drop(
+            self.world.store,
+            Journal.open(self.world.store),
+            keep_last(2),
+            now_unix_s=self.world.now,
+        )
         assert sweep(self.world.store, self.world.state(), grace_s=0.0).ok
         assert self.world.objects() == self.world.needed(), f"seed={self.seed}"
         for zombie in self.world.processes[:-1]:
@@ -197,7 +224,9 @@ class Run:
                 zombie.commit()
         self.world.check()
         for entry in self.world.state().snapshots:
-            assert verify(load_index(self.world.store, self.world.state(), entry.snapshot), self.world.store).ok
+            assert verify(
+                load_index(self.world.store, self.world.state(), entry.snapshot), self.world.store
+            ).ok
 
 
 def run(seed: int) -> Run:

@@ -59,7 +59,8 @@ def test_sweep_deletes_what_was_dropped_and_nothing_else(store: Backend) -> None
     others = sorted(stat.key for stat in store.list("") if stat.key not in objects(store))
     report = swept(store)
     assert report.ok
-    # The bias and structures never change: the pack that the first snapshot put them in is needed by all others.
+    # The bias and structures never change: the pack that the first snapshot put them in is needed
+    # by all others.
     assert shared & objects(store)
     assert objects(store) == rest | (shared & objects(store))
     assert report.stores[0].deleted == len(gone) - len(shared & objects(store))
@@ -76,7 +77,10 @@ def test_dry_run_counts_what_would_go_and_deletes_nothing(store: Backend) -> Non
     assert report.stores[0].objects[ObjectStatus.GARBAGE] > 0
     assert report.stores[0].deleted == 0
     assert objects(store) == before
-    assert sweep(store, state, grace_s=0.0).stores[0].deleted == report.stores[0].objects[ObjectStatus.GARBAGE]
+    assert (
+        sweep(store, state, grace_s=0.0).stores[0].deleted
+        == report.stores[0].objects[ObjectStatus.GARBAGE]
+    )
 
 
 def test_bytes_go_when_the_grace_after_the_drop_is_over() -> None:
@@ -117,7 +121,9 @@ def test_pack_of_a_snapshot_swept_long_ago_stays_for_one_that_was_dropped_just_n
     assert objects(store) == of(store, 40, epoch)
 
 
-def test_grace_is_walked_back_over_more_records_than_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grace_is_walked_back_over_more_records_than_are_read_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sweep_refs, "WINDOW", 3)
     now = 1000.0
     store = ClockedStore(MemoryBackend(), lambda: now)
@@ -164,7 +170,9 @@ def test_drop_that_did_not_count_takes_nothing() -> None:
 def test_snapshot_never_committed_goes_when_a_newer_one_is_and_the_floor_is_above() -> None:
     store = MemoryBackend()
     first = write_sample_store(store)
-    lost = SampleWriter(FaultyBackend(store, [Fault(harm=Harm.LOST_REQUEST, op="put", key="parts/", skip=1)]))
+    lost = SampleWriter(
+        FaultyBackend(store, [Fault(harm=Harm.LOST_REQUEST, op="put", key="parts/", skip=1)])
+    )
     lost.open_epoch(resume=SnapshotId(1, 30))
     with pytest.raises(UnavailableError):
         lost.write(SnapshotId(2, 40), sample_ranks(40))
@@ -183,7 +191,13 @@ def test_snapshot_never_committed_goes_when_a_newer_one_is_and_the_floor_is_abov
 
 def test_foreign_objects_are_never_touched(store: Backend) -> None:
     writer = write_sample_store(store)
-    foreign = ["packs/notes.txt", "parts/0000000001-00000000000010/readme", "manifests/x.json", "probes/readme", "a/b"]
+    foreign = [
+        "packs/notes.txt",
+        "parts/0000000001-00000000000010/readme",
+        "manifests/x.json",
+        "probes/readme",
+        "a/b",
+    ]
     for key in foreign:
         store.put(key, [b"mine"])
     writer.journal.drop([SnapshotId(1, 10)])
@@ -237,7 +251,9 @@ def test_store_that_stops_answering_is_told_and_a_repeat_finishes() -> None:
     inner = MemoryBackend()
     writer = write_sample_store(inner)
     writer.journal.drop([SnapshotId(1, 10)])
-    faulty = FaultyBackend(inner, [Fault(harm=Harm.LOST_REQUEST, op="delete", key="parts/", times=None)])
+    faulty = FaultyBackend(
+        inner, [Fault(harm=Harm.LOST_REQUEST, op="delete", key="parts/", times=None)]
+    )
     told = []
     report = sweep(faulty, Journal.open(inner).refresh(), grace_s=0.0, emit=told.append)
     assert not report.ok
@@ -253,7 +269,11 @@ def test_store_without_a_clock_is_left_alone(harm: Harm) -> None:
     writer = write_sample_store(inner)
     writer.journal.drop([SnapshotId(1, 10)])
     before = objects(inner)
-    report = sweep(FaultyBackend(inner, [Fault(harm=harm, op="put")]), Journal.open(inner).refresh(), grace_s=0.0)
+    report = sweep(
+        FaultyBackend(inner, [Fault(harm=harm, op="put")]),
+        Journal.open(inner).refresh(),
+        grace_s=0.0,
+    )
     assert report.stores[0].problem
     assert objects(inner) == before
 
@@ -302,12 +322,16 @@ def test_death_at_each_delete_harms_nothing_and_a_repeat_finishes() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [CrashMode.BEFORE, CrashMode.AFTER])
 @pytest.mark.parametrize("at", [0, 1, 2, 4])
-def test_killed_sweep_of_a_folder_leaves_what_is_needed(tmp_path: Path, at: int, mode: CrashMode) -> None:
+def test_killed_sweep_of_a_folder_leaves_what_is_needed(
+    tmp_path: Path, at: int, mode: CrashMode
+) -> None:
     store = FileBackend(tmp_path / "store")
     writer = write_sample_store(store)
     writer.journal.drop([SnapshotId(1, 10)])
     needed = objects(store) - of(store, 10)
-    assert run_in_child(partial(sweep_and_die, str(tmp_path / "store"), at, mode)) == -signal.SIGKILL
+    assert (
+        run_in_child(partial(sweep_and_die, str(tmp_path / "store"), at, mode)) == -signal.SIGKILL
+    )
     assert needed <= objects(store)
     assert newest_intact(store, Journal.open(store).refresh()) == SnapshotId(1, 30)
     assert swept(store).ok
@@ -364,9 +388,13 @@ def test_drop_is_decided_anew_when_the_log_changed_under_it() -> None:
 # ---- several stores
 
 
-def three(now: Callable[[], float] = lambda: 1000.0) -> tuple[list[MemoryBackend], ReplicatedBackend]:
+def three(
+    now: Callable[[], float] = lambda: 1000.0,
+) -> tuple[list[MemoryBackend], ReplicatedBackend]:
     inner = [MemoryBackend(str(place)) for place in range(3)]
-    return inner, ReplicatedBackend([ClockedStore(one, now) for one in inner], emit=lambda _: None, seed=1)
+    return inner, ReplicatedBackend(
+        [ClockedStore(one, now) for one in inner], emit=lambda _: None, seed=1
+    )
 
 
 def test_encrypted_stores_are_swept_alike(tmp_path: Path) -> None:
@@ -429,7 +457,9 @@ def test_copy_of_the_log_made_late_does_not_make_its_drops_young() -> None:
     report = sweep(backend, writer.journal.refresh(), grace_s=500.0)
     backend.close()
     assert report.ok
-    assert [one.deleted > 0 for one in report.stores] == [True, True, False], "garbage of the third is young itself"
+    assert [one.deleted > 0 for one in report.stores] == [True, True, False], (
+        "garbage of the third is young itself"
+    )
     assert report.stores[2].objects[ObjectStatus.YOUNG] == report.stores[0].deleted
 
 

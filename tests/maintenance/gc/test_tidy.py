@@ -34,7 +34,9 @@ STEPS = 200
 class Training:
     """A state of which a few leaves change between snapshots; the first half of them never does."""
 
-    def __init__(self, store: MemoryBackend | FileBackend, *, budget_bytes: int, seed: int = 3) -> None:
+    def __init__(
+        self, store: MemoryBackend | FileBackend, *, budget_bytes: int, seed: int = 3
+    ) -> None:
         self.store = store
         self.budget_bytes = budget_bytes
         self.dice = random.Random(seed)
@@ -51,24 +53,39 @@ class Training:
         for place in self.dice.sample(range(LEAVES // 2, LEAVES), CHANGES):
             self.values[place] = step * LEAVES + place
         pieces = [
-            tensor(f"leaf{n:03d}", np.full(LEAF_BYTES // 8, value, np.int64)) for n, value in enumerate(self.values)
+            tensor(f"leaf{n:03d}", np.full(LEAF_BYTES // 8, value, np.int64))
+            for n, value in enumerate(self.values)
         ]
         staged, data = stage(SnapshotId(self.epoch, step), pieces, rank=0, world_size=1)
         wanted = {one for shard in staged.shards for one in shard.digests}
         packs = {place.pack for place in self.known.values()}
-        sizes = {pack: stat.size_bytes for pack in packs if (stat := self.store.stat(pack)) is not None}
+        sizes = {
+            pack: stat.size_bytes for pack in packs if (stat := self.store.stat(pack)) is not None
+        }
         thinned = plan_repacking(self.known, wanted, sizes, budget_bytes=self.budget_bytes)
         done = persist(
-            staged, data, stored_chunks=thinned.stored_chunks, backend=self.store, writer=WRITER, pack_start=self.packs, compression=NO_COMPRESSION,
-        )  # fmt: skip
+            staged,
+            data,
+            stored_chunks=thinned.stored_chunks,
+            backend=self.store,
+            writer=WRITER,
+            pack_start=self.packs,
+            compression=NO_COMPRESSION,
+        )
         ref = put_part([done.part], backend=self.store, writer=WRITER)
         self.packs += done.packs
         self.moved_bytes += thinned.rewritten_bytes
         self.new_bytes += done.new_bytes
         manifest = Manifest(
-            job="job", snapshot=staged.snapshot, world_size=1, parts=(ref,), size_bytes=STATE_BYTES,
-            new_bytes=done.new_bytes, created_unix_s=0.0, base=self.base,
-        )  # fmt: skip
+            job="job",
+            snapshot=staged.snapshot,
+            world_size=1,
+            parts=(ref,),
+            size_bytes=STATE_BYTES,
+            new_bytes=done.new_bytes,
+            created_unix_s=0.0,
+            base=self.base,
+        )
         self.journal.commit(manifest, epoch=self.epoch)
         self.known, self.base = done.locations, staged.snapshot
 
@@ -90,14 +107,18 @@ class Training:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["memory", "file"])
-def test_stored_bytes_stay_near_the_needed_ones_and_exactly_the_referenced_packs_are_left(kind: str, tmp_path) -> None:
+def test_stored_bytes_stay_near_the_needed_ones_and_exactly_the_referenced_packs_are_left(
+    kind: str, tmp_path
+) -> None:
     store = MemoryBackend() if kind == "memory" else FileBackend(tmp_path / "store")
     training = Training(store, budget_bytes=STATE_BYTES // 5)
     for step in range(1, STEPS + 1):
         training.save(step)
         if step % 10 == 0:
             training.tidy(keep_last(1))
-            assert training.stored_bytes() <= 2 * STATE_BYTES, f"step={step}: half of each pack is needed"
+            assert training.stored_bytes() <= 2 * STATE_BYTES, (
+                f"step={step}: half of each pack is needed"
+            )
     training.tidy(keep_last(2) | keep_every(50))
     state = training.journal.refresh()
     referenced: set[str] = set()

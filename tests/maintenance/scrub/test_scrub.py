@@ -71,15 +71,22 @@ def test_sound_stores_are_found_sound_and_nothing_is_written(three: list[FileBac
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_one_harmed_copy_of_every_object_is_mended(three: list[FileBackend], seed: int, tmp_path: Path) -> None:
+def test_one_harmed_copy_of_every_object_is_mended(
+    three: list[FileBackend], seed: int, tmp_path: Path
+) -> None:
     rng = random.Random(seed)
     print(f"seed {seed}")
     truth = replicate(tmp_path / "0", tmp_path / "truth", None)
-    harmed = {key: (number := rng.randrange(3), harm(three[number].url, key, rng)) for key in objects_of(three[0])}
+    harmed = {
+        key: (number := rng.randrange(3), harm(three[number].url, key, rng))
+        for key in objects_of(three[0])
+    }
     report = scrubbed(list(three), threads=rng.choice((1, 3)))
     assert report.ok, report
     assert report.lost == report.unrepaired == 0
-    assert all(trouble.repaired and trouble.store == harmed[trouble.key][0] for trouble in report.problems)
+    assert all(
+        trouble.repaired and trouble.store == harmed[trouble.key][0] for trouble in report.problems
+    )
     for store in three:
         assert faults_of(store, truth) == []
         assert store.stat(keys.JOB_KEY) is not None
@@ -116,7 +123,9 @@ def test_pack_of_which_no_copy_is_whole_is_put_together_from_all(three: list[Fil
                 flip(store.url, first.pack, offset)
     report = scrubbed(list(three))
     assert report.ok
-    assert [(trouble.key, trouble.repaired) for trouble in report.problems] == [(first.pack, True)] * 3
+    assert [(trouble.key, trouble.repaired) for trouble in report.problems] == [
+        (first.pack, True)
+    ] * 3
     assert [bytes_of(store, first.pack) for store in three] == [truth] * 3
 
 
@@ -165,7 +174,9 @@ def test_manifest_that_no_store_has_is_lost_and_its_snapshot_named(trio: list[Fi
     assert report.snapshots == 3
 
 
-def test_wiped_store_is_left_alone_unless_it_is_to_be_filled(three: list[FileBackend], tmp_path: Path) -> None:
+def test_wiped_store_is_left_alone_unless_it_is_to_be_filled(
+    three: list[FileBackend], tmp_path: Path
+) -> None:
     truth = replicate(tmp_path / "0", tmp_path / "truth", None)
     old = record_of(three[1])
     shutil.rmtree(three[1].url)
@@ -183,7 +194,9 @@ def test_wiped_store_is_left_alone_unless_it_is_to_be_filled(three: list[FileBac
     assert not scrubbed(list(three)).has_findings
 
 
-def test_two_wiped_stores_of_three_are_filled_from_the_last(three: list[FileBackend], tmp_path: Path) -> None:
+def test_two_wiped_stores_of_three_are_filled_from_the_last(
+    three: list[FileBackend], tmp_path: Path
+) -> None:
     truth = replicate(tmp_path / "0", tmp_path / "truth", None)
     last = max(objects_of(three[0], keys.LOG))
     for number in (0, 2):
@@ -192,7 +205,8 @@ def test_two_wiped_stores_of_three_are_filled_from_the_last(three: list[FileBack
     known = folded(truth).stores is not None
     for number in (0, 2):
         wrong = faults_of(three[number], truth)
-        # The last record is on fewer stores than the log's quorum: whether it counts can't be known from one of three.
+        # The last record is on fewer stores than the log's quorum: whether it counts can't be known
+        # from one of three.
         assert wrong == ([last] if known else [])
     assert report.lost == 0
 
@@ -207,7 +221,9 @@ def test_folder_whose_log_is_gone_gets_it_in_order(trio: list[FileBackend], tmp_
     assert written == sorted(objects_of(truth, keys.LOG))
 
 
-def test_store_that_lacks_an_object_that_could_not_be_written_gets_no_record(trio: list[FileBackend]) -> None:
+def test_store_that_lacks_an_object_that_could_not_be_written_gets_no_record(
+    trio: list[FileBackend],
+) -> None:
     pack = places(trio[0], 10)[0][1].pack
     shutil.rmtree(Path(trio[2].url) / "log")
     (Path(trio[2].url) / pack).unlink()
@@ -241,7 +257,9 @@ def test_hole_of_a_lone_log_is_told_and_mended_from_a_replica(lone: Path, tmp_pa
     assert folded(store).hole is None
 
 
-def test_truth_told_by_the_caller_fills_a_hole_that_no_store_can(trio: list[FileBackend], tmp_path: Path) -> None:
+def test_truth_told_by_the_caller_fills_a_hole_that_no_store_can(
+    trio: list[FileBackend], tmp_path: Path
+) -> None:
     truth = replicate(tmp_path / "0", tmp_path / "truth", None)
     for store in trio:
         flip(store.url, keys.log_key(3), 9)
@@ -252,26 +270,39 @@ def test_truth_told_by_the_caller_fills_a_hole_that_no_store_can(trio: list[File
     assert all(faults_of(store, truth) == [] for store in trio)
 
 
-def test_last_record_on_too_few_stores_is_not_copied_unless_truth_says_so(trio: list[FileBackend]) -> None:
+def test_last_record_on_too_few_stores_is_not_copied_unless_truth_says_so(
+    trio: list[FileBackend],
+) -> None:
     state = folded(trio[0])
     body = Tag("late", SnapshotId(1, 30))
-    record = make_record(body, job=state.job, seq=state.next_seq, epoch=1, write_id="w", prev=state.head_digest)
+    record = make_record(
+        body, job=state.job, seq=state.next_seq, epoch=1, write_id="w", prev=state.head_digest
+    )
     trio[1].put(keys.log_key(record.seq), [record.encode()])
     report = scrubbed(list(trio))
     assert trio[0].stat(keys.log_key(record.seq)) is None
     assert trio[2].stat(keys.log_key(record.seq)) is None
     assert report.unrepaired == report.lost == 0
-    report = scrubbed(list(trio), counted_record=lambda seq: record.encode() if seq == record.seq else None)
+    report = scrubbed(
+        list(trio), counted_record=lambda seq: record.encode() if seq == record.seq else None
+    )
     assert report.ok
     assert all(bytes_of(store, keys.log_key(record.seq)) == record.encode() for store in trio)
 
 
-def test_record_that_lost_a_race_stays_and_the_right_one_goes_to_the_second_key(trio: list[FileBackend]) -> None:
+def test_record_that_lost_a_race_stays_and_the_right_one_goes_to_the_second_key(
+    trio: list[FileBackend],
+) -> None:
     right = bytes_of(trio[0], keys.log_key(3))
     assert right is not None
     mine = decode_record(right)
     other = make_record(
-        Tag("never", SnapshotId(1, 10)), job=mine.job, seq=3, epoch=1, write_id="loser", prev=mine.prev
+        Tag("never", SnapshotId(1, 10)),
+        job=mine.job,
+        seq=3,
+        epoch=1,
+        write_id="loser",
+        prev=mine.prev,
     ).encode()
     (Path(trio[2].url) / keys.log_key(3)).write_bytes(other)
     report = scrubbed(list(trio))
@@ -295,7 +326,9 @@ def test_damage_at_one_key_of_a_place_is_mended_though_the_other_has_the_record(
     (Path(trio[1].url) / noisy).write_bytes(b"noise")
     report = scrubbed(list(trio))
     assert report.ok
-    assert [(trouble.key, trouble.store, trouble.repaired) for trouble in report.problems] == [(noisy, 1, True)]
+    assert [(trouble.key, trouble.store, trouble.repaired) for trouble in report.problems] == [
+        (noisy, 1, True)
+    ]
     assert bytes_of(trio[1], noisy) == right
 
 
@@ -334,11 +367,17 @@ def test_objects_that_nothing_refers_to_are_counted_and_left_alone(trio: list[Fi
         trio[1].put(key, [data])
     report = scrubbed(list(trio))
     assert report.ok
-    assert [(tally.orphans, tally.orphan_bytes) for tally in report.stores] == [(0, 0), (4, 100), (0, 0)]
+    assert [(tally.orphans, tally.orphan_bytes) for tally in report.stores] == [
+        (0, 0),
+        (4, 100),
+        (0, 0),
+    ]
     assert all(bytes_of(trio[1], key) == data for key, data in strays.items())
 
 
-def test_snapshot_that_is_dropped_and_swept_meanwhile_is_no_damage(lone: Path, tmp_path: Path) -> None:
+def test_snapshot_that_is_dropped_and_swept_meanwhile_is_no_damage(
+    lone: Path, tmp_path: Path
+) -> None:
     store = replicate(lone, tmp_path / "s", None)
     now = [0.0]
 
@@ -362,7 +401,9 @@ def test_snapshot_that_is_dropped_and_swept_meanwhile_is_no_damage(lone: Path, t
     assert report.lost == report.problems_total == 0
 
 
-def test_stopped_scrub_goes_on_where_it_was_and_finds_the_same(trio: list[FileBackend], tmp_path: Path) -> None:
+def test_stopped_scrub_goes_on_where_it_was_and_finds_the_same(
+    trio: list[FileBackend], tmp_path: Path
+) -> None:
     rng = random.Random(5)
     truth = replicate(tmp_path / "0", tmp_path / "truth", None)
     for key in objects_of(trio[0]):
@@ -390,11 +431,15 @@ def test_stopped_scrub_goes_on_where_it_was_and_finds_the_same(trio: list[FileBa
     assert runs > 2
     assert report.ok, report
     assert report.problems_total == sum(tally.missing + tally.damaged for tally in report.stores)
-    assert len({(trouble.key, trouble.store) for trouble in report.problems}) == report.problems_total
+    assert (
+        len({(trouble.key, trouble.store) for trouble in report.problems}) == report.problems_total
+    )
     assert all(faults_of(store, truth) == [] for store in trio)
 
 
-def test_store_that_does_not_answer_is_away_and_the_others_are_mended(trio: list[FileBackend], tmp_path: Path) -> None:
+def test_store_that_does_not_answer_is_away_and_the_others_are_mended(
+    trio: list[FileBackend], tmp_path: Path
+) -> None:
     truth = replicate(tmp_path / "0", tmp_path / "truth", None)
     rng = random.Random(1)
     for key in objects_of(trio[0]):
@@ -405,12 +450,17 @@ def test_store_that_does_not_answer_is_away_and_the_others_are_mended(trio: list
     assert not report.ok
     assert report.lost == 0
     wrong = {key for number in (0, 1) for key in faults_of(trio[number], truth)}
-    # With one store silent, the last record is on one of three only where a copy of it was harmed: it is not guessed.
+    # With one store silent, the last record is on one of three only where a copy of it was harmed:
+    # it is not guessed.
     assert wrong <= {max(objects_of(truth, keys.LOG))}
 
 
-def test_store_that_falls_silent_half_way_is_given_up_after_a_few_objects(trio: list[FileBackend]) -> None:
-    silent = FaultyBackend(trio[1], [Fault(harm=Harm.LOST_REQUEST, op="read_into", key=keys.PACKS, times=None)])
+def test_store_that_falls_silent_half_way_is_given_up_after_a_few_objects(
+    trio: list[FileBackend],
+) -> None:
+    silent = FaultyBackend(
+        trio[1], [Fault(harm=Harm.LOST_REQUEST, op="read_into", key=keys.PACKS, times=None)]
+    )
     report = scrubbed([trio[0], silent, trio[2]])
     assert report.stores[1].role == "away"
     assert report.stores[0].ok == report.stores[2].ok == report.stores[0].objects
@@ -459,7 +509,9 @@ def test_events_tell_of_damage_of_what_was_mended_and_of_the_end(trio: list[File
     ]
 
 
-def test_only_some_snapshots_are_read_where_only_they_are_asked_for(trio: list[FileBackend]) -> None:
+def test_only_some_snapshots_are_read_where_only_they_are_asked_for(
+    trio: list[FileBackend],
+) -> None:
     flip(trio[0].url, next(key for key in objects_of(trio[0], keys.PARTS) if "0010/" in key), 9)
     newest = Scrub(list(trio), 2, repair=False, only=frozenset((SnapshotId(1, 30),))).run()
     oldest = Scrub(list(trio), 2, repair=False, only=frozenset((SnapshotId(1, 10),))).run()
@@ -469,7 +521,9 @@ def test_only_some_snapshots_are_read_where_only_they_are_asked_for(trio: list[F
     assert not oldest.ok
 
 
-def test_small_budget_scrubs_in_rounds_and_finds_the_same(trio: list[FileBackend], tmp_path: Path) -> None:
+def test_small_budget_scrubs_in_rounds_and_finds_the_same(
+    trio: list[FileBackend], tmp_path: Path
+) -> None:
     truth = replicate(tmp_path / "0", tmp_path / "truth", None)
     rng = random.Random(11)
     for key in objects_of(trio[0], keys.PACKS):

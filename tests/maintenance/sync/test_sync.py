@@ -26,7 +26,14 @@ from ckpt.backends.base import Backend, Capabilities
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.open import open_stores
-from ckpt.errors import ConflictError, IntegrityError, NotFoundError, StoreFullError, UnavailableError, UsageError
+from ckpt.errors import (
+    ConflictError,
+    IntegrityError,
+    NotFoundError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.format import keys
 from ckpt.format.records import Tag, decode_record, make_record
 from ckpt.log.catalog import load_index
@@ -48,7 +55,9 @@ def source(lone: Path, tmp_path: Path) -> FileBackend:
     return replicate(lone, tmp_path / "source", None)
 
 
-def test_empty_place_becomes_a_full_replica_with_an_id_of_its_own(source: FileBackend, tmp_path: Path) -> None:
+def test_empty_place_becomes_a_full_replica_with_an_id_of_its_own(
+    source: FileBackend, tmp_path: Path
+) -> None:
     store = FileBackend(tmp_path / "new")
     report = sync(source, store)
     assert report.ok
@@ -60,7 +69,9 @@ def test_empty_place_becomes_a_full_replica_with_an_id_of_its_own(source: FileBa
     assert mine.store_id == report.store_id != theirs.store_id
 
 
-def test_repeating_copies_nothing_and_only_what_is_new_the_next_time(source: FileBackend, tmp_path: Path) -> None:
+def test_repeating_copies_nothing_and_only_what_is_new_the_next_time(
+    source: FileBackend, tmp_path: Path
+) -> None:
     store = CountingBackend(FileBackend(tmp_path / "new"))
     sync(source, store)
     store.forget()
@@ -75,7 +86,9 @@ def test_repeating_copies_nothing_and_only_what_is_new_the_next_time(source: Fil
     assert [call.key for call in store.calls("put")][-1] == keys.log_key(5)
 
 
-def test_record_is_written_only_when_all_that_it_leads_to_is_there(source: FileBackend, tmp_path: Path) -> None:
+def test_record_is_written_only_when_all_that_it_leads_to_is_there(
+    source: FileBackend, tmp_path: Path
+) -> None:
     inner = FileBackend(tmp_path / "new")
 
     class Watching(CountingBackend):
@@ -95,7 +108,9 @@ def test_record_is_written_only_when_all_that_it_leads_to_is_there(source: FileB
 
 
 @pytest.mark.parametrize("seed", range(100 if SOAK else 10))
-def test_damage_of_a_source_never_reaches_the_replica(source: FileBackend, tmp_path: Path, seed: int) -> None:
+def test_damage_of_a_source_never_reaches_the_replica(
+    source: FileBackend, tmp_path: Path, seed: int
+) -> None:
     rng = random.Random(seed)
     print(f"seed {seed}")
     truth = replicate(Path(source.url), tmp_path / "truth", None)
@@ -125,7 +140,9 @@ def scrub_of(store: Backend) -> ScrubReport:
 
 
 @pytest.mark.slow
-def test_what_one_source_has_wrong_is_read_from_another(trio: list[FileBackend], tmp_path: Path) -> None:
+def test_what_one_source_has_wrong_is_read_from_another(
+    trio: list[FileBackend], tmp_path: Path
+) -> None:
     rng = random.Random(4)
     truth = replicate(tmp_path / "0", tmp_path / "truth", None)
     for key in objects_of(trio[0], keys.PACKS, keys.PARTS, keys.MANIFESTS):
@@ -140,7 +157,9 @@ def test_what_one_source_has_wrong_is_read_from_another(trio: list[FileBackend],
     assert faults_of(store, truth) == []
 
 
-def test_hole_of_the_source_ends_the_replica_there_and_is_told(source: FileBackend, tmp_path: Path) -> None:
+def test_hole_of_the_source_ends_the_replica_there_and_is_told(
+    source: FileBackend, tmp_path: Path
+) -> None:
     flip(source.url, keys.log_key(3), 20)
     store = FileBackend(tmp_path / "new")
     report = sync(source, store)
@@ -183,7 +202,9 @@ def test_replica_with_a_history_of_its_own_is_refused_before_anything_is_copied(
     assert objects_of(store) == before
 
 
-def test_replica_that_is_further_than_its_source_is_refused(source: FileBackend, tmp_path: Path) -> None:
+def test_replica_that_is_further_than_its_source_is_refused(
+    source: FileBackend, tmp_path: Path
+) -> None:
     store = FileBackend(tmp_path / "new")
     sync(source, store)
     Journal.open(store).tag("mine", SnapshotId(1, 10))
@@ -191,7 +212,9 @@ def test_replica_that_is_further_than_its_source_is_refused(source: FileBackend,
         sync(source, store)
 
 
-def test_interrupted_by_a_full_store_it_goes_on_when_there_is_room(source: FileBackend, tmp_path: Path) -> None:
+def test_interrupted_by_a_full_store_it_goes_on_when_there_is_room(
+    source: FileBackend, tmp_path: Path
+) -> None:
     inner = FileBackend(tmp_path / "new")
     for skip in range(0, 24, 3):
         store = FaultyBackend(inner, [Fault(harm=Harm.FULL, op="put", skip=skip % 5, times=None)])
@@ -210,7 +233,9 @@ def test_lost_requests_and_replies_end_in_an_error_or_a_full_replica(
 ) -> None:
     print(f"seed {seed}")
     inner = FileBackend(tmp_path / "new")
-    faults = [Fault(harm=how, times=None, chance=0.02) for how in (Harm.LOST_REQUEST, Harm.LOST_REPLY)]
+    faults = [
+        Fault(harm=how, times=None, chance=0.02) for how in (Harm.LOST_REQUEST, Harm.LOST_REPLY)
+    ]
     for attempt in range(200):
         store = FaultyBackend(inner, faults, seed=1000 * seed + attempt)
         try:
@@ -225,7 +250,9 @@ def test_lost_requests_and_replies_end_in_an_error_or_a_full_replica(
     assert objects_of(inner) == objects_of(source)
 
 
-def test_deep_compares_what_is_there_and_writes_anew_what_is_wrong(source: FileBackend, tmp_path: Path) -> None:
+def test_deep_compares_what_is_there_and_writes_anew_what_is_wrong(
+    source: FileBackend, tmp_path: Path
+) -> None:
     store = FileBackend(tmp_path / "new")
     sync(source, store)
     rng = random.Random(2)
@@ -279,7 +306,9 @@ def test_fill_returns_when_the_named_record_is_there(source: FileBackend, tmp_pa
     assert folded(store).next_seq == 5
 
 
-def test_snapshot_that_was_dropped_before_is_not_copied_and_its_record_is(source: FileBackend, tmp_path: Path) -> None:
+def test_snapshot_that_was_dropped_before_is_not_copied_and_its_record_is(
+    source: FileBackend, tmp_path: Path
+) -> None:
     Journal.open(source).drop([SnapshotId(1, 10)])
     store = FileBackend(tmp_path / "new")
     report = sync(source, store)
@@ -292,7 +321,9 @@ def test_snapshot_that_was_dropped_before_is_not_copied_and_its_record_is(source
 def test_stopped_it_says_so_and_goes_on_later(source: FileBackend, tmp_path: Path) -> None:
     stop = threading.Event()
     store = FileBackend(tmp_path / "new")
-    report = sync(source, store, limits=SyncLimits(threads=1, stop=stop), on_progress=lambda size: stop.set())
+    report = sync(
+        source, store, limits=SyncLimits(threads=1, stop=stop), on_progress=lambda size: stop.set()
+    )
     assert not report.complete
     assert report.copied_objects >= 1
     assert names_nothing_missing(store)
@@ -336,15 +367,21 @@ def test_long_log_is_copied_with_its_folds(tmp_path: Path) -> None:
     assert len(counting.calls("read_into", prefix=keys.LOG)) < 400
 
 
-def test_source_with_a_record_that_no_other_follows_is_believed_by_its_head_only(source: FileBackend) -> None:
+def test_source_with_a_record_that_no_other_follows_is_believed_by_its_head_only(
+    source: FileBackend,
+) -> None:
     state = Journal.open(source).refresh()
-    other = make_record(Tag("x", SnapshotId(1, 10)), job=state.job, seq=2, epoch=1, write_id="z", prev="0" * 32)
+    other = make_record(
+        Tag("x", SnapshotId(1, 10)), job=state.job, seq=2, epoch=1, write_id="z", prev="0" * 32
+    )
     (Path(source.url) / keys.log_key(2)).write_bytes(other.encode())
     with pytest.raises(IntegrityError, match="nowhere right"):
         fill(source, MemoryBackend("new"), lambda: state, record=source_record(source))
 
 
-def test_missing_objects_goes_by_listing_or_reads_everything(source: FileBackend, tmp_path: Path) -> None:
+def test_missing_objects_goes_by_listing_or_reads_everything(
+    source: FileBackend, tmp_path: Path
+) -> None:
     store = FileBackend(tmp_path / "new")
     sync(source, store)
     state = folded(source)
@@ -385,11 +422,18 @@ def test_member_of_the_log_is_filled_from_all_of_its_stores_and_keeps_records_th
     right = bytes_of(trio[0], keys.log_key(3))
     assert right is not None
     mine = decode_record(right)
-    lost = make_record(Tag("x", SnapshotId(1, 10)), job=mine.job, seq=3, epoch=1, write_id="l", prev=mine.prev).encode()
+    lost = make_record(
+        Tag("x", SnapshotId(1, 10)), job=mine.job, seq=3, epoch=1, write_id="l", prev=mine.prev
+    ).encode()
     (Path(trio[0].url) / keys.log_key(3)).write_bytes(lost)
     (Path(trio[0].url) / keys.log_key(4)).unlink()
     late = make_record(
-        Tag("y", SnapshotId(1, 10)), job=mine.job, seq=6, epoch=1, write_id="m", prev=folded(truth).head_digest
+        Tag("y", SnapshotId(1, 10)),
+        job=mine.job,
+        seq=6,
+        epoch=1,
+        write_id="m",
+        prev=folded(truth).head_digest,
     )
     trio[0].put(keys.log_key(6), [late.encode()])
     stores = open_stores([store.url for store in trio], emit=lambda event: None)
@@ -419,7 +463,9 @@ def test_budget_is_never_exceeded_but_by_what_is_larger_alone() -> None:
             with lock:
                 used[0] -= size
 
-    work: list[Callable[[], None]] = [lambda size=size: take(size) for size in (10, 60, 150, 50, 30, 99, 1) * 20]
+    work: list[Callable[[], None]] = [
+        lambda size=size: take(size) for size in (10, 60, 150, 50, 30, 99, 1) * 20
+    ]
     threads = [threading.Thread(target=one) for one in work]
     for thread in threads:
         thread.start()

@@ -1,4 +1,5 @@
-"""A snapshot in memory: a real index over captured tensors, and a reader of it that copies boxes."""
+"""A snapshot in memory: a real index over captured tensors, and a reader of it that copies
+boxes."""
 
 from __future__ import annotations
 
@@ -36,7 +37,12 @@ class MemorySnapshot:
         self._data: dict[tuple[str, int | None], list[tuple[Box, bytes]]] = {}
         parts = [self._part(rank, one, len(captures)) for rank, one in enumerate(captures)]
         refs = tuple(
-            PartRef(key=keys.part_key(SNAPSHOT, part.writer), digest="0" * 32, size_bytes=1, rank=part.rank)
+            PartRef(
+                key=keys.part_key(SNAPSHOT, part.writer),
+                digest="0" * 32,
+                size_bytes=1,
+                rank=part.rank,
+            )
             for part in parts
         )
         manifest = Manifest(
@@ -57,10 +63,18 @@ class MemorySnapshot:
             for item in capture.tensors
             if item.leaf.alias_of is None and item.replicas[0] == rank
         ]
-        shards += [self._shard(one.leaf, Box.whole(one.leaf.shape), one.data, writer) for one in capture.objects]
+        shards += [
+            self._shard(one.leaf, Box.whole(one.leaf.shape), one.data, writer)
+            for one in capture.objects
+        ]
         aliases = tuple(item.leaf for item in capture.tensors if item.leaf.alias_of is not None)
         return Part(
-            snapshot=SNAPSHOT, writer=writer, rank=rank, world_size=world_size, shards=tuple(shards), aliases=aliases
+            snapshot=SNAPSHOT,
+            writer=writer,
+            rank=rank,
+            world_size=world_size,
+            shards=tuple(shards),
+            aliases=aliases,
         )
 
     def _shard(self, leaf: Leaf, box: Box, data: bytes, writer: str) -> StoredShard:
@@ -69,7 +83,11 @@ class MemorySnapshot:
         pack = keys.pack_key(SNAPSHOT, writer, 0)
         locations = tuple(ChunkLocation(pack, 0, len(one), len(one), Codec.RAW) for one in chunks)
         return StoredShard(
-            leaf=leaf, box=box, size_bytes=len(data), digests=tuple(map(digest, chunks)), locations=locations
+            leaf=leaf,
+            box=box,
+            size_bytes=len(data),
+            digests=tuple(map(digest, chunks)),
+            locations=locations,
         )
 
     def read(self, wants: Sequence[Want], outputs: Sequence[memoryview]) -> None:
@@ -80,12 +98,16 @@ class MemorySnapshot:
             assert leaf is not None, want
             whole = np.zeros((*leaf.shape, DTYPE_BYTES[leaf.dtype]), np.uint8)
             for box, data in self._data[leaf.name, leaf.rank]:
-                whole[_at(box)] = np.frombuffer(data, np.uint8).reshape(*box.sizes, DTYPE_BYTES[leaf.dtype])
+                whole[_at(box)] = np.frombuffer(data, np.uint8).reshape(
+                    *box.sizes, DTYPE_BYTES[leaf.dtype]
+                )
             output[:] = whole[_at(want.box)].tobytes()
 
 
 def _at(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))
+    return tuple(
+        slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True)
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Restoring in place: all differences at once before a byte is written, selection, ties, dtypes, strides, old worlds."""
+"""Restoring in place: all differences at once before a byte is written, selection, ties, dtypes,
+strides, old worlds."""
 
 from __future__ import annotations
 
@@ -59,7 +60,11 @@ def test_error_is_bounded(store: Store) -> None:
 def test_only_selects_by_whole_components(store: Store) -> None:
     first = {"model": nn.Linear(2, 2), "model2": nn.Linear(2, 2), "d": {"a": torch.ones(1), "b": 2}}
     snapshot = save(store, **first)
-    live = {"model": nn.Linear(2, 2), "model2": nn.Linear(3, 3), "d": {"a": torch.zeros(1), "b": 5, "c": 6}}
+    live = {
+        "model": nn.Linear(2, 2),
+        "model2": nn.Linear(3, 3),
+        "d": {"a": torch.zeros(1), "b": 5, "c": 6},
+    }
     bias = live["model"].bias.tolist()  # type: ignore[attr-defined]
     load(snapshot, only=["model/weight", "d/a"], **live)
     assert torch.equal(live["model"].weight, first["model"].weight)  # type: ignore[attr-defined]
@@ -112,9 +117,13 @@ def test_every_dtype_comes_back_bit_for_bit_into_any_layout(name: str, store: St
     dtype, size = getattr(torch, name), DTYPE_BYTES[name]
 
     def filled(value: int, *shape: int) -> torch.Tensor:
-        raw = (torch.arange(torch.Size(shape).numel() * size) * 37 + value) % (2 if name == "bool" else 256)
+        raw = (torch.arange(torch.Size(shape).numel() * size) * 37 + value) % (
+            2 if name == "bool" else 256
+        )
         stride = torch.empty(shape, device="meta").stride()
-        return torch.empty(0, dtype=dtype).set_(raw.to(torch.uint8).untyped_storage(), 0, shape, stride)
+        return torch.empty(0, dtype=dtype).set_(
+            raw.to(torch.uint8).untyped_storage(), 0, shape, stride
+        )
 
     def strided(value: int) -> torch.Tensor:
         base = filled(value, 4, 6)
@@ -134,7 +143,9 @@ def test_every_dtype_comes_back_bit_for_bit_into_any_layout(name: str, store: St
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
     size = tensor.element_size()
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[size]
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[
+        size
+    ]
     view = torch.empty(0, dtype=kind).set_(
         tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
     )
@@ -142,8 +153,16 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def test_views_empty_and_conjugate_tensors_are_filled_in_place(store: Store) -> None:
-    first = {"t": torch.arange(6.0).reshape(2, 3).t(), "e": torch.empty(0, 2), "c": torch.tensor([1 + 2j]).conj()}
-    second = {"t": torch.zeros(2, 3).t(), "e": torch.empty(0, 2), "c": torch.zeros(1, dtype=torch.complex64).conj()}
+    first = {
+        "t": torch.arange(6.0).reshape(2, 3).t(),
+        "e": torch.empty(0, 2),
+        "c": torch.tensor([1 + 2j]).conj(),
+    }
+    second = {
+        "t": torch.zeros(2, 3).t(),
+        "e": torch.empty(0, 2),
+        "c": torch.zeros(1, dtype=torch.complex64).conj(),
+    }
     kept = dict(second)
     load(save(store, d=first), d=second)
     assert all(second[key] is kept[key] for key in kept)

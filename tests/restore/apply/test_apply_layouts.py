@@ -1,4 +1,5 @@
-"""Any layout to any layout: one device, DDP, FSDP2 and tensor parallel, with worlds of another size."""
+"""Any layout to any layout: one device, DDP, FSDP2 and tensor parallel, with worlds of another
+size."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def ddp(net: nn.Module) -> nn.Module:
 
 
 def mesh_of(*shape: int, names: tuple[str, ...]) -> DeviceMesh:
-    # torch keeps meshes that it has seen, and takes equal ones for the same; here each rank needs its own.
+    # torch keeps meshes that it has seen, and takes equal ones for the same; here each rank needs
+    # its own.
     own = tuple(f"{name}{dist.get_rank()}" for name in names)
     return init_device_mesh("cpu", shape, mesh_dim_names=own)
 
@@ -82,12 +84,16 @@ def numbers(name: str, shape: tuple[int, ...], value: float) -> torch.Tensor:
 def fill(capture: Capture, value: float) -> None:
     """Put the numbers into the memory that was captured, each rank its own box."""
     for one in capture.tensors:
-        at = tuple(slice(offset, offset + size) for offset, size in zip(one.box.offsets, one.box.sizes, strict=True))
+        at = tuple(
+            slice(offset, offset + size)
+            for offset, size in zip(one.box.offsets, one.box.sizes, strict=True)
+        )
         one.tensor.copy_(numbers(one.leaf.name, one.leaf.shape, value)[at])
 
 
 def make(wrap: Callable[[nn.Module], nn.Module], value: float, world: World) -> Items:
-    """A model and its optimizer after a step; filled afterwards, because nothing is sent when it is wrapped here."""
+    """A model and its optimizer after a step; filled afterwards, because nothing is sent when it is
+    wrapped here."""
     net = wrap(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)))
     optimizer = torch.optim.AdamW(net.parameters())
     for parameter in net.parameters():
@@ -150,7 +156,11 @@ def test_any_layout_restores_into_any(source: str, target: str, store: Store) ->
 def test_norm_beside_tensor_parallel_layers_is_replicated_over_them() -> None:
     with ranks_of(1, 4) as world:
         found = {one.leaf.name: one for one in captured_once(world)}
-    weight, linear, step = found["model/1.weight"], found["model/0.weight"], found["optimizer/state/1.weight/step"]
+    weight, linear, step = (
+        found["model/1.weight"],
+        found["model/0.weight"],
+        found["optimizer/state/1.weight/step"],
+    )
     assert (weight.box.offsets, weight.replicas) == ((0,), (0, 1))
     assert linear.replicas == (1,)
     assert step.replicas == (0, 1, 2, 3)

@@ -29,7 +29,9 @@ VARIANTS: dict[str, Make] = {
     "Adam fused": lambda p: torch.optim.Adam(p, fused=True),
     "Adam tensor lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
     "AdamW": torch.optim.AdamW,
-    "AdamW groups": lambda p: torch.optim.AdamW([{"params": p[:1], "lr": 0.3}, {"params": p[1:], "betas": (0.5, 0.6)}]),
+    "AdamW groups": lambda p: torch.optim.AdamW(
+        [{"params": p[:1], "lr": 0.3}, {"params": p[1:], "betas": (0.5, 0.6)}]
+    ),
     "Adamax": torch.optim.Adamax,
     "ASGD": torch.optim.ASGD,
     "LBFGS": lambda p: torch.optim.LBFGS(p, history_size=3, max_iter=3),
@@ -66,7 +68,11 @@ def make(name: str) -> Items:
 
 def train_step(items: Items) -> None:
     model, optimizer, progress = items["model"], items["optimizer"], items["progress"]
-    assert isinstance(model, nn.Module) and isinstance(optimizer, Optimizer) and isinstance(progress, dict)
+    assert (
+        isinstance(model, nn.Module)
+        and isinstance(optimizer, Optimizer)
+        and isinstance(progress, dict)
+    )
     rows = torch.randint(0, 7, (5,))
 
     def closure() -> torch.Tensor:
@@ -82,8 +88,14 @@ def train_step(items: Items) -> None:
 def fingerprint(items: Items) -> dict[str, object]:
     """Everything that is captured, by value."""
     found = capture(items, world=WORLD)
-    tensors: dict[str, object] = {one.leaf.name: (one.leaf, one.tensor.clone().tolist()) for one in found.tensors}
-    return {**tensors, **{one.leaf.name: one.data for one in found.objects}, "rng": torch.get_rng_state().tolist()}
+    tensors: dict[str, object] = {
+        one.leaf.name: (one.leaf, one.tensor.clone().tolist()) for one in found.tensors
+    }
+    return {
+        **tensors,
+        **{one.leaf.name: one.data for one in found.objects},
+        "rng": torch.get_rng_state().tolist(),
+    }
 
 
 def test_every_optimizer_of_torch_is_tried() -> None:
@@ -111,7 +123,9 @@ def test_run_captured_each_step_is_the_run_never_captured(name: str) -> None:
 
 @pytest.mark.parametrize("done", [0, 2])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_restored_run_goes_on_bit_for_bit(name: str, done: int, store: Callable[..., object]) -> None:
+def test_restored_run_goes_on_bit_for_bit(
+    name: str, done: int, store: Callable[..., object]
+) -> None:
     first = make(name)
     for _ in range(done):
         train_step(first)
@@ -161,7 +175,9 @@ def test_state_tensors_are_filled_in_their_own_memory(store: Callable[..., objec
 def test_one_optimizer_over_two_models_with_equal_names(store: Callable[..., object]) -> None:
     def pair() -> tuple[Items, Optimizer]:
         generator, critic, loose = nn.Linear(2, 2), nn.Linear(2, 2), nn.Parameter(torch.zeros(3))
-        optimizer = torch.optim.SGD([*generator.parameters(), *critic.parameters(), loose], lr=0.1, momentum=0.5)
+        optimizer = torch.optim.SGD(
+            [*generator.parameters(), *critic.parameters(), loose], lr=0.1, momentum=0.5
+        )
         for number, one in enumerate(optimizer.param_groups[0]["params"]):
             one.grad = torch.full_like(one, float(number))
         return {"models": {"g": generator, "c": critic}, "optimizer": optimizer}, optimizer
@@ -176,18 +192,26 @@ def test_one_optimizer_over_two_models_with_equal_names(store: Callable[..., obj
     snapshot = store(found)
     others, again = pair()
     apply(others, snapshot.index, read=snapshot.read, world=WORLD)  # type: ignore[attr-defined]
-    for mine, theirs in zip(optimizer.param_groups[0]["params"], again.param_groups[0]["params"], strict=True):
+    for mine, theirs in zip(
+        optimizer.param_groups[0]["params"], again.param_groups[0]["params"], strict=True
+    ):
         expected = optimizer.state[mine]["momentum_buffer"]
         assert torch.equal(expected, again.state[theirs]["momentum_buffer"])
 
 
 def test_parameter_of_two_modules_is_named_by_the_first() -> None:
-    first, second = nn.Linear(2, 2, bias=False), nn.ModuleDict({"inner": nn.Linear(2, 2, bias=False)})
+    first, second = (
+        nn.Linear(2, 2, bias=False),
+        nn.ModuleDict({"inner": nn.Linear(2, 2, bias=False)}),
+    )
     second["inner"].weight = first.weight
     optimizer = torch.optim.SGD(second.parameters(), lr=0.1, momentum=0.5)
     first.weight.grad = torch.ones(2, 2)
     optimizer.step()
-    found = {one.leaf.name: one.leaf for one in capture({"a": first, "b": second, "o": optimizer}, world=WORLD).tensors}
+    found = {
+        one.leaf.name: one.leaf
+        for one in capture({"a": first, "b": second, "o": optimizer}, world=WORLD).tensors
+    }
     assert found["b/inner.weight"].alias_of == "a/weight"
     assert "o/state/weight/momentum_buffer" in found
 
@@ -215,6 +239,8 @@ def test_other_groups_are_refused_and_state_alone_is_not(store: Callable[..., ob
         apply(others, snapshot.index, read=snapshot.read, world=WORLD)  # type: ignore[attr-defined]
     optimizer = others["optimizer"]
     assert isinstance(optimizer, Optimizer) and not optimizer.state
-    apply(others, snapshot.index, read=snapshot.read, world=WORLD, only=["model", "optimizer/state"])  # type: ignore[attr-defined]
+    apply(
+        others, snapshot.index, read=snapshot.read, world=WORLD, only=["model", "optimizer/state"]
+    )  # type: ignore[attr-defined]
     assert optimizer.state
     assert optimizer.param_groups[0]["lr"] == 0.001

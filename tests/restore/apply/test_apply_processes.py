@@ -1,4 +1,5 @@
-"""Real process groups: a sharded and a data-parallel run, captured at each step and restored, go on bit for bit."""
+"""Real process groups: a sharded and a data-parallel run, captured at each step and restored, go on
+bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ from ckpt.restore.apply import apply
 
 SIZE = 2
 WAIT_S = 90
-WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"sharded": fully_shard, "ddp": DistributedDataParallel}
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "sharded": fully_shard,
+    "ddp": DistributedDataParallel,
+}
 
 
 def make(wrapper: str, seed: int) -> dict[str, object]:
@@ -43,7 +47,10 @@ def train(items: dict[str, object], steps: range, *, plan: CapturePlan | None = 
 
 def contents(items: dict[str, object], world: World) -> list[object]:
     found = capture(items, world=world)
-    return [[(one.leaf.name, one.tensor.tolist()) for one in found.tensors], [one.data for one in found.objects]]
+    return [
+        [(one.leaf.name, one.tensor.tolist()) for one in found.tensors],
+        [one.data for one in found.objects],
+    ]
 
 
 def rank_main(rank: int, wrapper: str, file: str, store: Callable[..., object]) -> None:
@@ -69,7 +76,9 @@ def rank_main(rank: int, wrapper: str, file: str, store: Callable[..., object]) 
     dist.destroy_process_group()
 
 
-def report(rank: int, wrapper: str, file: str, store: Callable[..., object], pipe: Connection) -> None:
+def report(
+    rank: int, wrapper: str, file: str, store: Callable[..., object], pipe: Connection
+) -> None:
     try:
         rank_main(rank, wrapper, file, store)
         pipe.send("")
@@ -80,12 +89,16 @@ def report(rank: int, wrapper: str, file: str, store: Callable[..., object], pip
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_run_of_two_processes_goes_on_bit_for_bit(wrapper: str, tmp_path: Path, store: Callable[..., object]) -> None:
+def test_run_of_two_processes_goes_on_bit_for_bit(
+    wrapper: str, tmp_path: Path, store: Callable[..., object]
+) -> None:
     context = multiprocessing.get_context("fork")
     pipes, children = [], []
     for rank in range(SIZE):
         ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=report, args=(rank, wrapper, str(tmp_path / "store"), store, theirs))
+        child = context.Process(
+            target=report, args=(rank, wrapper, str(tmp_path / "store"), store, theirs)
+        )
         child.start()
         pipes.append(ours)
         children.append(child)

@@ -1,4 +1,5 @@
-"""Schedulers, loaders, generators, containers and module extras: captured, restored in place, nothing else changed."""
+"""Schedulers, loaders, generators, containers and module extras: captured, restored in place,
+nothing else changed."""
 
 from __future__ import annotations
 
@@ -61,10 +62,14 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], lrs.LRScheduler]] = {
     "SequentialLR": lambda o: lrs.SequentialLR(o, [lrs.LinearLR(o), SWALR(o, 0.05)], [3]),
     "PolynomialLR": lrs.PolynomialLR,
     "CosineAnnealingLR": lambda o: lrs.CosineAnnealingLR(o, 7),
-    "ChainedScheduler": lambda o: lrs.ChainedScheduler([lrs.StepLR(o, 2), lrs.ExponentialLR(o, 0.9)]),
+    "ChainedScheduler": lambda o: lrs.ChainedScheduler(
+        [lrs.StepLR(o, 2), lrs.ExponentialLR(o, 0.9)]
+    ),
     "ReduceLROnPlateau": lambda o: lrs.ReduceLROnPlateau(o, patience=0),
     "CyclicLR": lambda o: lrs.CyclicLR(o, 0.01, 0.1, step_size_up=3),
-    "CyclicLR function": lambda o: lrs.CyclicLR(o, 0.01, 0.1, step_size_up=3, scale_fn=lambda x: 0.9**x),
+    "CyclicLR function": lambda o: lrs.CyclicLR(
+        o, 0.01, 0.1, step_size_up=3, scale_fn=lambda x: 0.9**x
+    ),
     "CosineAnnealingWarmRestarts": lambda o: lrs.CosineAnnealingWarmRestarts(o, 3),
     "OneCycleLR": lambda o: lrs.OneCycleLR(o, 0.1, total_steps=20),
     "SWALR": lambda o: SWALR(o, 0.05),
@@ -75,7 +80,9 @@ def test_every_scheduler_of_torch_is_tried() -> None:
     known = {
         name
         for name, value in vars(lrs).items()
-        if isinstance(value, type) and issubclass(value, lrs.LRScheduler) and not name.startswith(("_", "LRScheduler"))
+        if isinstance(value, type)
+        and issubclass(value, lrs.LRScheduler)
+        and not name.startswith(("_", "LRScheduler"))
     }
     assert known <= {name.split()[0] for name in SCHEDULERS}
 
@@ -86,7 +93,9 @@ def test_restored_scheduler_gives_the_same_rates(name: str, store: Store) -> Non
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2, momentum=0.9)
         return optimizer, SCHEDULERS[name](optimizer)
 
-    def rates(optimizer: torch.optim.Optimizer, scheduler: lrs.LRScheduler, steps: int) -> list[float]:
+    def rates(
+        optimizer: torch.optim.Optimizer, scheduler: lrs.LRScheduler, steps: int
+    ) -> list[float]:
         found = []
         for _ in range(steps):
             optimizer.step()
@@ -123,7 +132,12 @@ def test_generators_come_back(store: Store) -> None:
     generator = torch.Generator().manual_seed(4)
     torch.randn(3, generator=generator)
     snapshot = save(store, g=generator, rng=RngState(), d={"inner": generator})
-    expected = (torch.rand(2).tolist(), np.random.rand(), random.random(), torch.rand(2, generator=generator).tolist())
+    expected = (
+        torch.rand(2).tolist(),
+        np.random.rand(),
+        random.random(),
+        torch.rand(2, generator=generator).tolist(),
+    )
     other = torch.Generator()
     load(snapshot, g=other, rng=RngState(), d={"inner": torch.Generator()})
     assert (
@@ -239,9 +253,23 @@ def tree(value: float) -> dict[str, object]:
 def test_nested_values_come_back_in_the_same_containers(store: Store) -> None:
     snapshot = save(store, state=tree(3.0))
     live = tree(1.0)
-    inner = [live["ema"], live["list"], live["ordered"], live["progress"], live["tuple"][1], live["list"][1]["deep"]]  # type: ignore[index]
+    inner = [
+        live["ema"],
+        live["list"],
+        live["ordered"],
+        live["progress"],
+        live["tuple"][1],
+        live["list"][1]["deep"],
+    ]  # type: ignore[index]
     load(snapshot, state=live)
-    now = [live["ema"], live["list"], live["ordered"], live["progress"], live["tuple"][1], live["list"][1]["deep"]]  # type: ignore[index]
+    now = [
+        live["ema"],
+        live["list"],
+        live["ordered"],
+        live["progress"],
+        live["tuple"][1],
+        live["list"][1]["deep"],
+    ]  # type: ignore[index]
     assert all(a is b for a, b in zip(inner, now, strict=True))
     assert repr(live) == repr(tree(3.0))
     default = live["default"]

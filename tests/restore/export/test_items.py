@@ -23,7 +23,14 @@ from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 from ckpt.log.catalog import load_index
-from ckpt.restore.export.items import ExportOptions, ItemWriter, export, indexed_optimizer, json_tree, plain_tree
+from ckpt.restore.export.items import (
+    ExportOptions,
+    ItemWriter,
+    export,
+    indexed_optimizer,
+    json_tree,
+    plain_tree,
+)
 from ckpt.restore.export.safetensors_files import SafetensorsWriter
 from ckpt.restore.export.torch_files import TorchWriter
 from ckpt.restore.reader import SnapshotReader
@@ -39,7 +46,9 @@ def written(pieces: list[Piece]) -> tuple[MemoryBackend, SnapshotIndex]:
     return backend, load_index(backend, writer.journal.refresh(), pair)
 
 
-def exported(backend, index: SnapshotIndex, folder: Path, writer: ItemWriter, **options: object) -> list[str]:
+def exported(
+    backend, index: SnapshotIndex, folder: Path, writer: ItemWriter, **options: object
+) -> list[str]:
     with SnapshotReader(backend, index) as reader:
         files = export(reader, folder, writer, ExportOptions(**options))
     return [str(file.path.relative_to(folder)) for file in files]
@@ -49,7 +58,9 @@ def load(path: Path, **options: object) -> object:
     return torch.load(path, weights_only=True, **options)
 
 
-def test_model_loads_as_a_plain_state_dict_with_ties(sample: SampleWriter, sample_index, tmp_path: Path) -> None:
+def test_model_loads_as_a_plain_state_dict_with_ties(
+    sample: SampleWriter, sample_index, tmp_path: Path
+) -> None:
     exported(sample.backend, sample_index, tmp_path, TorchWriter())
     for options in ({}, {"mmap": True}):
         model = load(tmp_path / "model.pt", **options)
@@ -78,21 +89,41 @@ def test_optimizer_has_torchs_own_form(sample: SampleWriter, sample_index, tmp_p
     assert state["state"][1]["step"] == 30
 
 
-def test_each_ranks_own_items_go_to_their_folders(sample: SampleWriter, sample_index, tmp_path: Path) -> None:
-    names = exported(sample.backend, sample_index, tmp_path, TorchWriter(), items=("progress", "noise"), all_ranks=True)
+def test_each_ranks_own_items_go_to_their_folders(
+    sample: SampleWriter, sample_index, tmp_path: Path
+) -> None:
+    names = exported(
+        sample.backend,
+        sample_index,
+        tmp_path,
+        TorchWriter(),
+        items=("progress", "noise"),
+        all_ranks=True,
+    )
     assert names == [f"rank-{rank}/{item}.pt" for rank in (0, 1) for item in ("progress", "noise")]
-    assert load(tmp_path / "rank-1/progress.pt") == {"step": 30, "rank": 1, "loss": math.inf, "seen": (1, 2)}
+    assert load(tmp_path / "rank-1/progress.pt") == {
+        "step": 30,
+        "rank": 1,
+        "loss": math.inf,
+        "seen": (1, 2),
+    }
     assert load(tmp_path / "rank-1/noise.pt").tolist() == [1] * 5
-    exported(sample.backend, sample_index, tmp_path / "one", TorchWriter(), items=("noise",), rank=1)
+    exported(
+        sample.backend, sample_index, tmp_path / "one", TorchWriter(), items=("noise",), rank=1
+    )
     assert load(tmp_path / "one/noise.pt").tolist() == [1] * 5
 
 
-TORCH_DTYPES = sorted(name for name in DTYPE_BYTES if isinstance(getattr(torch, name, None), torch.dtype))
+TORCH_DTYPES = sorted(
+    name for name in DTYPE_BYTES if isinstance(getattr(torch, name, None), torch.dtype)
+)
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
 def test_every_dtype_survives_torch_files(tmp_path: Path) -> None:
-    kinds = [name for name in TORCH_DTYPES if "x2" not in name and name.strip("uint") not in "1234567"]
+    kinds = [
+        name for name in TORCH_DTYPES if "x2" not in name and name.strip("uint") not in "1234567"
+    ]
     pieces = []
     random = np.random.default_rng(5)
     for name in kinds:
@@ -129,7 +160,9 @@ def test_structure_becomes_what_weights_only_reads(tmp_path: Path) -> None:
     )
     w = np.arange(5, dtype=np.float64)
     empty = np.zeros((0, 3), np.float32)
-    backend, index = written([tensor("thing/w", w), tensor("thing/empty", empty), skeleton("thing", tree, rank=0)])
+    backend, index = written(
+        [tensor("thing/w", w), tensor("thing/empty", empty), skeleton("thing", tree, rank=0)]
+    )
     exported(backend, index, tmp_path, TorchWriter())
     found = load(tmp_path / "thing.pt")
     assert isinstance(found, OrderedDict)
@@ -146,7 +179,11 @@ def test_structure_becomes_what_weights_only_reads(tmp_path: Path) -> None:
     assert (found["point"], found["mode"], found["many"]) == ({"x": 1, "y": 2}, "FAST", {1, 2})
     assert found["keys"] == {1: "one", (2, 3): "pair"}
     assert found["tensors"][1].shape == (0, 3)
-    assert found["tensors"][0].data_ptr() == found["tensors"][2].data_ptr() == found["options"]["weight"].data_ptr()
+    assert (
+        found["tensors"][0].data_ptr()
+        == found["tensors"][2].data_ptr()
+        == found["options"]["weight"].data_ptr()
+    )
     assert found["scalar"] == 0.5
 
 
@@ -164,7 +201,9 @@ def test_tensors_of_one_size_are_never_swapped(tmp_path: Path) -> None:
         assert one.tolist() == [i] * 64
 
 
-def test_safetensors_library_reads_what_was_stored(sample: SampleWriter, sample_index, tmp_path: Path) -> None:
+def test_safetensors_library_reads_what_was_stored(
+    sample: SampleWriter, sample_index, tmp_path: Path
+) -> None:
     names = exported(sample.backend, sample_index, tmp_path, SafetensorsWriter())
     assert "model.safetensors" in names
     assert "model.json" not in names
@@ -201,7 +240,9 @@ def test_dtype_unknown_to_safetensors_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("writer", [TorchWriter(), SafetensorsWriter()])
-def test_damage_leaves_no_file(sample: SampleWriter, sample_index, tmp_path: Path, writer: ItemWriter) -> None:
+def test_damage_leaves_no_file(
+    sample: SampleWriter, sample_index, tmp_path: Path, writer: ItemWriter
+) -> None:
     place = sample_index.shards("optimizer/state/fc.weight/exp_avg", None)[1].locations[0]
     damage(sample.backend, place.pack, place.offset_bytes)
     with pytest.raises(IntegrityError, match="exp_avg"):
@@ -209,7 +250,9 @@ def test_damage_leaves_no_file(sample: SampleWriter, sample_index, tmp_path: Pat
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_existing_file_is_kept_unless_forced(sample: SampleWriter, sample_index, tmp_path: Path) -> None:
+def test_existing_file_is_kept_unless_forced(
+    sample: SampleWriter, sample_index, tmp_path: Path
+) -> None:
     (tmp_path / "model.pt").write_text("mine")
     with pytest.raises(UsageError, match="in the way"):
         exported(sample.backend, sample_index, tmp_path, TorchWriter())
@@ -218,7 +261,9 @@ def test_existing_file_is_kept_unless_forced(sample: SampleWriter, sample_index,
     assert "fc.bias" in load(tmp_path / "model.pt")
 
 
-def test_unknown_item_and_rank_are_not_found(sample: SampleWriter, sample_index, tmp_path: Path) -> None:
+def test_unknown_item_and_rank_are_not_found(
+    sample: SampleWriter, sample_index, tmp_path: Path
+) -> None:
     with pytest.raises(NotFoundError, match="items=model,noise,optimizer,progress"):
         exported(sample.backend, sample_index, tmp_path, TorchWriter(), items=("modle",))
     with pytest.raises(NotFoundError, match="rank=9"):
@@ -234,7 +279,14 @@ def test_optimizer_over_unknown_names_keeps_its_names() -> None:
 
 
 def test_json_spells_what_json_lacks() -> None:
-    value = {1: (1, math.nan), "a": b"\x01", "c": {3}, "n": np.float64(2), "z": 1j, "e": EnumNode("m.E", "A")}
+    value = {
+        1: (1, math.nan),
+        "a": b"\x01",
+        "c": {3},
+        "n": np.float64(2),
+        "z": 1j,
+        "e": EnumNode("m.E", "A"),
+    }
     assert json_tree(value, str) == {
         "$dict": [
             [1, {"$tuple": [1, {"$float": "nan"}]}],
@@ -249,8 +301,12 @@ def test_json_spells_what_json_lacks() -> None:
 
 
 def test_captured_training_state_loads_into_fresh_objects(tmp_path: Path) -> None:
-    def build() -> tuple[torch.nn.Sequential, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 4))
+    def build() -> tuple[
+        torch.nn.Sequential, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler
+    ]:
+        model = torch.nn.Sequential(
+            torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 4)
+        )
         model[2].weight.data.fill_(0.5)
         groups = [{"params": model[2].parameters(), "lr": 0.3}, {"params": model[0].parameters()}]
         optimizer = torch.optim.AdamW(groups, lr=0.1)
@@ -263,13 +319,17 @@ def test_captured_training_state_loads_into_fresh_objects(tmp_path: Path) -> Non
         optimizer.zero_grad()
         scheduler.step()
     taken = capture(
-        {"model": model, "optim": optimizer, "sched": scheduler, "progress": {"epoch": 3}}, world=World(0, 1)
+        {"model": model, "optim": optimizer, "sched": scheduler, "progress": {"epoch": 3}},
+        world=World(0, 1),
     )
     pieces = [
         Piece(one.leaf, one.box, None if one.leaf.alias_of else one.tensor.contiguous().numpy())
         for one in taken.tensors
     ]
-    pieces += [Piece(one.leaf, Box.whole(one.leaf.shape), np.frombuffer(one.data, np.uint8)) for one in taken.objects]
+    pieces += [
+        Piece(one.leaf, Box.whole(one.leaf.shape), np.frombuffer(one.data, np.uint8))
+        for one in taken.objects
+    ]
     exported(*written(pieces), tmp_path, TorchWriter())
 
     fresh = build()
@@ -283,7 +343,9 @@ def test_captured_training_state_loads_into_fresh_objects(tmp_path: Path) -> Non
     for number, state in mine["state"].items():
         for key, value in state.items():
             assert torch.equal(theirs["state"][number][key], value)
-    assert [group["lr"] for group in theirs["param_groups"]] == [group["lr"] for group in mine["param_groups"]]
+    assert [group["lr"] for group in theirs["param_groups"]] == [
+        group["lr"] for group in mine["param_groups"]
+    ]
     assert fresh[2].last_epoch == 3
     assert load(tmp_path / "progress.pt") == {"epoch": 3}
 
@@ -292,7 +354,9 @@ def test_captured_training_state_loads_into_fresh_objects(tmp_path: Path) -> Non
 @pytest.mark.parametrize("form", ["torch", "safetensors"])
 def test_memory_stays_small_beside_a_large_snapshot(tmp_path: Path, form: str) -> None:
     random = np.random.default_rng(0)
-    big = {f"m/w{i}": random.integers(0, 1 << 31, (25 << 20) // 4, dtype=np.int32) for i in range(12)}
+    big = {
+        f"m/w{i}": random.integers(0, 1 << 31, (25 << 20) // 4, dtype=np.int32) for i in range(12)
+    }
     for store, arrays in (("small", {"m/w0": big["m/w0"][:1000]}), ("large", big)):
         writer = SampleWriter(FileBackend(tmp_path / store))
         pair = SnapshotId(writer.open_epoch(), 1)
@@ -325,7 +389,9 @@ print(max(seen) - before, file=sys.stderr)
 sys.exit(code)
 """
     arguments = [str(tmp_path), "--format", form, "--memory", "32MiB"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
     assert 8 << 10 < int(done.stderr) < 48 << 10
     out = tmp_path / "from-large"
     found = load(out / "m.pt", mmap=True) if form == "torch" else load_file(out / "m.safetensors")

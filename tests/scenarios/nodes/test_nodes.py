@@ -19,17 +19,20 @@ import ckpt
 STEPS = 200
 KILL_AT = 30
 REDONE_MAX = 25
-"""Steps since the last pair that was on another node: at a tenth of a second each many on a busy machine, and fewer than all.
-The store, which holds nothing before the end, would leave all."""
+"""Steps since the last pair that was on another node: at a tenth of a second each many on a busy
+machine, and fewer than all. The store, which holds nothing before the end, would leave all."""
 
 ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.1)
-"""Steps are slow until somebody is in a hurry: what happens at step KILL_AT has a long time for it."""
+"""Steps are slow until somebody is in a hurry: what happens at step KILL_AT has a long time for
+it."""
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     with ExitStack() as ending:
-        yield lambda **how: ending.enter_context(cluster(tmp_path / f"cluster{len(list(tmp_path.iterdir()))}", **how))
+        yield lambda **how: ending.enter_context(
+            cluster(tmp_path / f"cluster{len(list(tmp_path.iterdir()))}", **how)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory):
 
 
 def hang(keeper: int, members: Path) -> None:
-    """Stop a keeper while it isn't writing the file of the membership: that would stop all keepers of this machine."""
+    """Stop a keeper while it isn't writing the file of the membership: that would stop all keepers
+    of this machine."""
 
     def stopped() -> bool:
         os.kill(keeper, signal.SIGSTOP)
@@ -64,7 +68,9 @@ def check_equal(one: Cluster, undisturbed) -> None:
 
 
 @pytest.mark.slow
-def test_death_of_a_trainer_costs_steps_of_no_other_node(made: Callable[..., Cluster], undisturbed) -> None:
+def test_death_of_a_trainer_costs_steps_of_no_other_node(
+    made: Callable[..., Cluster], undisturbed
+) -> None:
     one = made(nodes="2")
     for _ in range(2):
         one.start(*ARGUMENTS)
@@ -125,7 +131,9 @@ def test_prepared_trainer_of_a_standby_goes_on_in_the_place_of_the_lost_one(
 
 
 @pytest.mark.slow
-def test_world_shrinks_without_a_standby_and_grows_when_a_node_comes(made: Callable[..., Cluster]) -> None:
+def test_world_shrinks_without_a_standby_and_grows_when_a_node_comes(
+    made: Callable[..., Cluster],
+) -> None:
     one = made(nodes="1:2")
     arguments = (STEPS * 4, "--every", 40, "--step-s", 0.1)
     for _ in range(2):
@@ -135,7 +143,9 @@ def test_world_shrinks_without_a_standby_and_grows_when_a_node_comes(made: Calla
     one.of_rank(1).kill()
     one.wait_steps(one.job.completed + 10)
     one.start(*arguments)
-    wait_for(lambda: "the world grows" in one.output() or one.ended(), "a larger world", say=one.output)
+    wait_for(
+        lambda: "the world grows" in one.output() or one.ended(), "a larger world", say=one.output
+    )
     ends = one.wait_end(240.0, hurry=True)
     assert sorted(ends.values()) == [-signal.SIGKILL, 0, 0], one.output()
     assert "no standby: 1 nodes go on without" in one.output()
@@ -147,7 +157,9 @@ def test_world_shrinks_without_a_standby_and_grows_when_a_node_comes(made: Calla
 
 
 @pytest.mark.slow
-def test_standby_has_the_state_of_the_only_node_and_goes_on_from_its_own_memory(made: Callable[..., Cluster]) -> None:
+def test_standby_has_the_state_of_the_only_node_and_goes_on_from_its_own_memory(
+    made: Callable[..., Cluster],
+) -> None:
     one = made(nodes="1")
     one.start(STEPS * 10, *ARGUMENTS[1:])
     one.wait_steps(5)
@@ -171,7 +183,9 @@ def test_standby_has_the_state_of_the_only_node_and_goes_on_from_its_own_memory(
 
 
 @pytest.mark.slow
-def test_two_nodes_lost_at_once_cost_steps_of_no_other_node_with_two_mirrors(made: Callable[..., Cluster]) -> None:
+def test_two_nodes_lost_at_once_cost_steps_of_no_other_node_with_two_mirrors(
+    made: Callable[..., Cluster],
+) -> None:
     one = made(nodes="2:4", mirrors=2)
     arguments = (STEPS * 2, "--every", 1000, "--step-s", 0.1)
     for _ in range(4):
@@ -185,7 +199,9 @@ def test_two_nodes_lost_at_once_cost_steps_of_no_other_node_with_two_mirrors(mad
     for machine in lost:
         machine.kill()
     ends = one.wait_end(240.0, hurry=True)
-    assert {status for name, status in ends.items() if name not in {machine.name for machine in lost}} == {0}
+    assert {
+        status for name, status in ends.items() if name not in {machine.name for machine in lost}
+    } == {0}
     assert sorted(one.job.losses[0].poll().of_step) == list(range(STEPS * 2)), one.output()
     assert one.job.losses[0].poll().redone <= 2 * REDONE_MAX, one.output()
     assert before > REDONE_MAX and "went on from step" in one.output()
@@ -201,18 +217,26 @@ def test_more_nodes_lost_than_mirrors_goes_back_to_the_store_and_says_what_was_l
         one.start(STEPS * 3, "--every", 20, "--step-s", 0.1, more={"ttl_s": 3 * TTL_S})
     one.wait_steps(KILL_AT)
     # One that came late makes the world grow first.
-    wait_for(lambda: one.job.trainer(2) > 0 and one.job.losses[0].poll().completed > 0, "three ranks", say=one.output)
+    wait_for(
+        lambda: one.job.trainer(2) > 0 and one.job.losses[0].poll().completed > 0,
+        "three ranks",
+        say=one.output,
+    )
     one.wait_steps(one.job.completed + 20)
     store = ckpt.Checkpointer(str(one.results / "store"))
     wait_for(lambda: store.latest() is not None, "a durable snapshot", say=one.output)
     lost = [one.of_rank(rank) for rank in (1, 2)]
-    wait_for(lambda: 8 <= one.job.completed % 20 <= 14, "steps that only memory holds", say=one.output)
+    wait_for(
+        lambda: 8 <= one.job.completed % 20 <= 14, "steps that only memory holds", say=one.output
+    )
     for machine in lost:  # both at one moment: the loss of one has the other's trainer end
         machine.stop()
     for machine in lost:
         machine.kill()
     said = re.compile(r"is incomplete in memory: no node has the share of")
-    wait_for(lambda: said.search(one.output()), "what was lost", say=one.output)  # the log goes with its keeper
+    wait_for(
+        lambda: said.search(one.output()), "what was lost", say=one.output
+    )  # the log goes with its keeper
     ends = one.wait_end(hurry=True)
     assert sorted(ends.values()) == [-signal.SIGKILL, -signal.SIGKILL, 0], one.output()
     assert sorted(one.job.losses[0].poll().of_step) == list(range(STEPS * 3))
@@ -232,7 +256,9 @@ def test_same_exception_at_the_same_step_twice_ends_all_nodes(made: Callable[...
 
 
 @pytest.mark.slow
-def test_node_whose_keeper_hangs_stops_by_itself_and_another_takes_its_ranks(made: Callable[..., Cluster]) -> None:
+def test_node_whose_keeper_hangs_stops_by_itself_and_another_takes_its_ranks(
+    made: Callable[..., Cluster],
+) -> None:
     one = made(nodes="2")
     for _ in range(3):
         one.start(STEPS * 3, "--every", 40, "--step-s", 0.1)
@@ -242,7 +268,12 @@ def test_node_whose_keeper_hangs_stops_by_itself_and_another_takes_its_ranks(mad
     assert keeper
     hang(keeper, one.folder / "members.db")
     try:
-        wait_for(lambda: trainer not in hung.members(), "the end of its trainer", wait_s=TTL_S * 10, say=one.output)
+        wait_for(
+            lambda: trainer not in hung.members(),
+            "the end of its trainer",
+            wait_s=TTL_S * 10,
+            say=one.output,
+        )
         wait_for(lambda: one.job.trainer(1) != trainer, "another trainer of rank 1", say=one.output)
         assert one.of_rank(1) is not hung
     finally:

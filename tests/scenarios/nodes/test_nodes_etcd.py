@@ -38,7 +38,9 @@ def made(tmp_path: Path, etcd: EtcdCluster) -> Iterator[Callable[..., Cluster]]:
     secret.write_text(os.urandom(32).hex())
     with ExitStack() as ending:
         where = f"etcd://{','.join(etcd.endpoints)}"
-        yield lambda **how: ending.enter_context(cluster(tmp_path / "cluster", where=where, secret=secret, **how))
+        yield lambda **how: ending.enter_context(
+            cluster(tmp_path / "cluster", where=where, secret=secret, **how)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,9 @@ def check_end(one: Cluster, undisturbed) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("harm", [*(["none"] if SOAK else []), "a member is dead", "the leader dies"])
+@pytest.mark.parametrize(
+    "harm", [*(["none"] if SOAK else []), "a member is dead", "the leader dies"]
+)
 def test_standby_takes_over_whatever_happens_to_one_member_of_etcd(
     made: Callable[..., Cluster], etcd: EtcdCluster, undisturbed, harm: str
 ) -> None:
@@ -99,7 +103,11 @@ def test_training_goes_on_while_etcd_hangs_for_long_and_all_nodes_answer(
     for member in etcd.members:
         member.process.freeze()
     try:
-        wait_for(lambda: time.monotonic() > frozen_s + 2 * TTL_S, "more than their leases last", wait_s=60.0)
+        wait_for(
+            lambda: time.monotonic() > frozen_s + 2 * TTL_S,
+            "more than their leases last",
+            wait_s=60.0,
+        )
         one.wait_steps(one.job.completed + 10)
         assert [one.job.trainer(rank) for rank in range(2)] == trainers, "nobody was restarted"
         assert one.job.completed < STEPS, "it was over before; make it longer"
@@ -125,7 +133,12 @@ def test_nodes_stop_once_one_of_them_does_not_answer_while_etcd_hangs(
     for pid in silent:  # nothing of it is closed, nothing of it answers
         os.kill(pid, signal.SIGSTOP)
     try:
-        wait_for(lambda: trainer not in holder.members(), "the end of the trainer", wait_s=TTL_S * 15, say=one.output)
+        wait_for(
+            lambda: trainer not in holder.members(),
+            "the end of the trainer",
+            wait_s=TTL_S * 15,
+            say=one.output,
+        )
         assert one.job.completed < STEPS, "it was over before; make it longer"
     finally:
         wake(silent)
@@ -135,7 +148,9 @@ def test_nodes_stop_once_one_of_them_does_not_answer_while_etcd_hangs(
 
 
 @pytest.mark.slow
-def test_paused_node_wakes_up_to_find_its_ranks_given_away(made: Callable[..., Cluster], undisturbed) -> None:
+def test_paused_node_wakes_up_to_find_its_ranks_given_away(
+    made: Callable[..., Cluster], undisturbed
+) -> None:
     one = made(nodes="2")
     for _ in range(3):
         one.start(*ARGUMENTS)
@@ -149,5 +164,10 @@ def test_paused_node_wakes_up_to_find_its_ranks_given_away(made: Callable[..., C
         one.wait_steps(KILL_AT + 20)
     finally:
         wake(members)
-    wait_for(lambda: trainer not in paused.members(), "the end of the old trainer", wait_s=30.0, say=one.output)
+    wait_for(
+        lambda: trainer not in paused.members(),
+        "the end of the old trainer",
+        wait_s=30.0,
+        say=one.output,
+    )
     check_end(one, undisturbed)

@@ -1,10 +1,13 @@
-"""Nodes are killed, stopped, cut off and told wrong times, and etcd is too, while a job of three trains: one seed is one run.
+"""Nodes are killed, stopped, cut off and told wrong times, and etcd is too, while a job of three
+trains: one seed is one run.
 
-``CKPT_SEED=7 pytest -s tests/scenarios/nodes/test_nodes_nemesis.py`` does one run again, ``CKPT_SEED=7-20`` some; ``CKPT_SOAK=1`` does 60,
-ten to a job (``CKPT_CHAIN`` says how many). What becomes durable is in one folder, or where the chain's number is odd in three,
-of whose log etcd gives out the places (``CKPT_STORES`` says how many); nothing happens to folders. Each prints what was done
-to whom, and when. In what state a process is hit depends on how busy the machine is, so a rare failure may take some
-repetitions. Root makes the network; wall clocks that jump are libfaketime's.
+``CKPT_SEED=7 pytest -s tests/scenarios/nodes/test_nodes_nemesis.py`` does one run again,
+``CKPT_SEED=7-20`` some; ``CKPT_SOAK=1`` does 60, ten to a job (``CKPT_CHAIN`` says how many). What
+becomes durable is in one folder, or where the chain's number is odd in three, of whose log etcd
+gives out the places (``CKPT_STORES`` says how many); nothing happens to folders. Each prints what
+was done to whom, and when. In what state a process is hit depends on how busy the machine is, so a
+rare failure may take some repetitions. Root makes the network; wall clocks that jump are
+libfaketime's.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ CHAIN = int(os.environ.get("CKPT_CHAIN", "10" if SOAK and not NAMED else "1"))
 """How many schedules one job lives through."""
 
 LEASE_S = float(os.environ.get("CKPT_TTL_S", TTL_S))
-"""On a machine with far more to do than it can, leases of two seconds run out for no other reason; then take longer ones."""
+"""On a machine with far more to do than it can, leases of two seconds run out for no other reason;
+then take longer ones."""
 
 STORES = int(os.environ.get("CKPT_STORES", "0"))
 
@@ -42,7 +46,9 @@ CHAINS = [SEEDS[first : first + CHAIN] for first in range(0, len(SEEDS), CHAIN)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", CHAINS, ids=lambda seeds: f"{seeds[0]}-{seeds[-1]}")
-def test_no_split_brain_whatever_happens_to_nodes_network_clocks_and_etcd(seeds: Sequence[int], tmp_path: Path) -> None:
+def test_no_split_brain_whatever_happens_to_nodes_network_clocks_and_etcd(
+    seeds: Sequence[int], tmp_path: Path
+) -> None:
     networks.require()
     nemesis_clock.require()
     require("etcd")
@@ -52,7 +58,8 @@ def test_no_split_brain_whatever_happens_to_nodes_network_clocks_and_etcd(seeds:
         history = run.play()
         wrong = check(history)
         print(
-            f"{len(history.entered)} trainers, {len(history.steps)} steps, {len(history.snapshots)} snapshots, "
+            f"{len(history.entered)} trainers, {len(history.steps)} steps, "
+            f"{len(history.snapshots)} snapshots, "
             f"latest beat {lateness_s(history):+.3f} s from its node's time"
         )
         assert wrong == [], "\n".join([*wrong, run.describe()])
@@ -64,7 +71,8 @@ def test_wall_clock_of_a_running_program_jumps_and_no_other_does(tmp_path: Path)
     clock = Clock(tmp_path / "clock")
     told = tmp_path / "told"
     program = (
-        f"import time\nwhile True:\n  open({str(told)!r}, 'a').write(f'{{time.time()}} {{time.monotonic()}} "
+        f"import time\nwhile True:\n  open({str(told)!r}, 'a').write(f'{{time.time()}} "
+        f"{{time.monotonic()}} "
         "{time.clock_gettime(time.CLOCK_BOOTTIME)}\\n')\n  time.sleep(0.05)"
     )
     process = subprocess.Popen([*clock.command(), sys.executable, "-c", program])
@@ -72,7 +80,11 @@ def test_wall_clock_of_a_running_program_jumps_and_no_other_does(tmp_path: Path)
 
         def newest() -> list[float]:
             lines = told.read_text().splitlines() if told.exists() else []
-            return [float(one) for one in lines[-1].split()] if lines and len(lines[-1].split()) == 3 else []
+            return (
+                [float(one) for one in lines[-1].split()]
+                if lines and len(lines[-1].split()) == 3
+                else []
+            )
 
         wait_for(lambda: bool(newest()), "a first time")
         before = newest()
@@ -103,7 +115,10 @@ def test_what_is_sent_one_way_can_be_lost_while_the_other_way_is_well(tmp_path: 
         heard = {host: tmp_path / f"heard-{host}" for host in (1, 2)}
 
         def say(host: int, word: str) -> None:
-            subprocess.run([*lan.command(host), sys.executable, "-c", SAY, lan.address(3 - host), word], check=True)
+            subprocess.run(
+                [*lan.command(host), sys.executable, "-c", SAY, lan.address(3 - host), word],
+                check=True,
+            )
 
         def reaches(host: int, word: str) -> None:
             """What a host says now arrives; what was said before has then arrived, or is lost."""

@@ -1,4 +1,5 @@
-"""Nodes with addresses of their own, one of which is cut off: it falls silent, stops by itself, and comes back as a standby."""
+"""Nodes with addresses of their own, one of which is cut off: it falls silent, stops by itself, and
+comes back as a standby."""
 
 from __future__ import annotations
 
@@ -42,13 +43,28 @@ def where(lan: Network, tmp_path: Path) -> Iterator[str]:
     with (tmp_path / "etcd.log").open("wb") as log:
         process = subprocess.Popen(
             [
-                *lan.command(ETCD), binary, "--data-dir", str(tmp_path / "etcd"), "--listen-client-urls", url,
-                "--advertise-client-urls", url, "--listen-peer-urls", f"http://{lan.address(ETCD)}:2380",
-                "--initial-advertise-peer-urls", f"http://{lan.address(ETCD)}:2380",
-                "--initial-cluster", f"default=http://{lan.address(ETCD)}:2380", "--unsafe-no-fsync", "--log-level", "error",
+                *lan.command(ETCD),
+                binary,
+                "--data-dir",
+                str(tmp_path / "etcd"),
+                "--listen-client-urls",
+                url,
+                "--advertise-client-urls",
+                url,
+                "--listen-peer-urls",
+                f"http://{lan.address(ETCD)}:2380",
+                "--initial-advertise-peer-urls",
+                f"http://{lan.address(ETCD)}:2380",
+                "--initial-cluster",
+                f"default=http://{lan.address(ETCD)}:2380",
+                "--unsafe-no-fsync",
+                "--log-level",
+                "error",
             ],
-            stdout=log, stderr=log, env={"PATH": os.environ["PATH"]},
-        )  # fmt: skip
+            stdout=log,
+            stderr=log,
+            env={"PATH": os.environ["PATH"]},
+        )
     try:
         yield f"etcd://{lan.address(ETCD)}:2379"
     finally:
@@ -77,13 +93,21 @@ def test_node_that_is_cut_off_stops_and_its_ranks_go_on_elsewhere_until_it_is_ba
         lan.pull(hosts[cut.name])
         began_s = time.monotonic()
         wait_for(
-            lambda: trainer not in cut.members(), "the end of the trainer there", wait_s=TTL_S * 15, say=one.output
+            lambda: trainer not in cut.members(),
+            "the end of the trainer there",
+            wait_s=TTL_S * 15,
+            say=one.output,
         )
         stopped_s = time.monotonic() - began_s
-        wait_for(lambda: one.job.trainer(rank) != trainer, "another trainer of its rank", say=one.output)
+        wait_for(
+            lambda: one.job.trainer(rank) != trainer, "another trainer of its rank", say=one.output
+        )
         reached = other.poll().completed
         wait_for(lambda: other.poll().completed > reached + 5, "new steps", say=one.output)
-        print(f"stopped after {stopped_s:.2f} s, new steps after {time.monotonic() - began_s:.2f} s, ttl {TTL_S:g} s")
+        print(
+            f"stopped after {stopped_s:.2f} s, new steps after {time.monotonic() - began_s:.2f} s, "
+            f"ttl {TTL_S:g} s"
+        )
         assert one.of_rank(rank) is not cut
         lan.plug(hosts[cut.name])
         assert set(one.wait_end(240.0, hurry=True).values()) == {0}, one.output()

@@ -17,7 +17,9 @@ BEGUN = 20
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_all_nodes_stop_durable_at_one_step_when_one_of_them_is_asked_to_go(tmp_path: Path, rank: int) -> None:
+def test_all_nodes_stop_durable_at_one_step_when_one_of_them_is_asked_to_go(
+    tmp_path: Path, rank: int
+) -> None:
     with cluster(tmp_path / "cluster", nodes="2") as made:
         for _ in range(2):
             made.start(10_000, "--every", 100_000, "--step-s", 0.03)

@@ -1,5 +1,5 @@
-"""A real job of two nodes, and somebody at every port and socket of one of its keepers: all is refused and counted, and the job
-neither fails nor changes by a bit."""
+"""A real job of two nodes, and somebody at every port and socket of one of its keepers: all is
+refused and counted, and the job neither fails nor changes by a bit."""
 
 from __future__ import annotations
 
@@ -26,18 +26,22 @@ from ckpt.ipc.runtime_dir import JobFolder
 
 STEPS = 5_000 if SOAK else 500
 FUZZ_AT, UNDISTURBED = 20, 30
-"""From which step on it is disturbed, and how many steps its nodes have afterwards to bring their mirrors up to date."""
+"""From which step on it is disturbed, and how many steps its nodes have afterwards to bring their
+mirrors up to date."""
 REDONE_MAX = 25
 ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.1)
 TURNS = 3000 if SOAK else 60
 GROWTH_BYTES_MAX = 128 << 20
-"""What the keeper may have grown by: its connections' bounds (``peer.server``, ``keeper.peers``), and its allocator's."""
+"""What the keeper may have grown by: its connections' bounds (``peer.server``, ``keeper.peers``),
+and its allocator's."""
 
 HTTP = (
-    b"GET /hello HTTP/1.1\r\n\r\n", b"PUT /o/mirrors/1-1/0 HTTP/1.1\r\ncontent-length: 5\r\n\r\nhello", b"\r\n\r\n",
+    b"GET /hello HTTP/1.1\r\n\r\n",
+    b"PUT /o/mirrors/1-1/0 HTTP/1.1\r\ncontent-length: 5\r\n\r\nhello",
+    b"\r\n\r\n",
     b"DELETE /o/mirrors/1-1/0 HTTP/1.1\r\nckpt-epoch: 99\r\nckpt-mac: " + b"0" * 64 + b"\r\n\r\n",
     b"GET /l?prefix=&after= HTTP/1.1\r\nckpt-mac: " + b"f" * 64 + b"\r\n\r\n",
-)  # fmt: skip
+)
 
 
 @pytest.mark.slow
@@ -49,7 +53,9 @@ def test_whoever_is_not_of_the_job_is_refused_counted_and_changes_nothing(
     undisturbed = calm(tmp_path_factory, 2, ARGUMENTS)
     with cluster(tmp_path / "cluster", nodes="2") as one:
         for _ in range(3):
-            one.start(*ARGUMENTS, more={"ttl_s": 8.0})  # a keeper under attack may be slow: no reason to take its ranks
+            one.start(
+                *ARGUMENTS, more={"ttl_s": 8.0}
+            )  # a keeper under attack may be slow: no reason to take its ranks
         one.wait_steps(FUZZ_AT)
         target = one.of_rank(0)
         keeper = target.keeper()
@@ -66,9 +72,11 @@ def test_whoever_is_not_of_the_job_is_refused_counted_and_changes_nothing(
         with closing(PeerStore(Endpoint("127.0.0.1", web), secret, epoch=lambda: 0)) as zombie:
             for _ in range(3):
                 for want in (
-                    lambda: zombie.put("mirrors/9-9/0", [b"old"]), lambda: zombie.delete("mirrors/1-1/0"),
-                    lambda: zombie.stat("mirrors/1-1/0"), lambda: list(zombie.list("")),
-                ):  # fmt: skip
+                    lambda: zombie.put("mirrors/9-9/0", [b"old"]),
+                    lambda: zombie.delete("mirrors/1-1/0"),
+                    lambda: zombie.stat("mirrors/1-1/0"),
+                    lambda: list(zombie.list("")),
+                ):
                     with pytest.raises(FencedError):
                         want()
         another = PeerSecret.of(bytes(range(32)))
@@ -107,15 +115,20 @@ def test_whoever_is_not_of_the_job_is_refused_counted_and_changes_nothing(
 
 
 def refused(machine: Machine) -> dict[str, int]:
-    """What a machine's keeper says that it turned away; it may be busy with turning away for a while."""
+    """What a machine's keeper says that it turned away; it may be busy with turning away for a
+    while."""
     environment = {**os.environ, "CKPT_RUNTIME_DIR": str(machine.folder / "runtime")}
     found: list[dict[str, int]] = []
 
     def answered() -> bool:
         done = run(
-            [sys.executable, "-m", "ckpt", "ps", "--json"], env=environment, capture_output=True, text=True,
-            timeout=WAIT_S, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "ckpt", "ps", "--json"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
         assert done.returncode in (0, 11), done.stderr
         if done.returncode == 0:
             found.append(json.loads(done.stdout)["jobs"][0]["refused"])

@@ -1,4 +1,5 @@
-"""Nodes that speak TLS to each other: a lost node's state comes from a mirror all the same, and nobody on the way reads it."""
+"""Nodes that speak TLS to each other: a lost node's state comes from a mirror all the same, and
+nobody on the way reads it."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ import ckpt
 STEPS = 200
 KILL_AT = 30
 REDONE_MAX = 25
-"""Steps since the last pair that was on another node: far fewer than all, which the store would leave."""
+"""Steps since the last pair that was on another node: far fewer than all, which the store would
+leave."""
 
 ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.1)
 BALLAST_MIB = 1
@@ -53,7 +55,9 @@ def test_state_of_a_killed_node_comes_from_a_mirror_over_tls(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["TLS", "plaintext"])
-def test_on_the_way_state_is_read_in_the_clear_and_not_over_tls(lan: Network, tmp_path: Path, how: str) -> None:
+def test_on_the_way_state_is_read_in_the_clear_and_not_over_tls(
+    lan: Network, tmp_path: Path, how: str
+) -> None:
     """The second half shows that the first one looks at the right bytes."""
     authority = Authority(tmp_path / "ca")
     secret = tmp_path / "secret"
@@ -67,7 +71,10 @@ def test_on_the_way_state_is_read_in_the_clear_and_not_over_tls(lan: Network, tm
         for host in (1, 2, 3):
             more = {"plaintext": True}
             if how == "TLS":
-                more = {"plaintext": False, **authority.sign(f"node{host}", lan.address(host)).spec()}
+                more = {
+                    "plaintext": False,
+                    **authority.sign(f"node{host}", lan.address(host)).spec(),
+                }
             one.start(*arguments, before=lan.command(host), host=lan.address(host), more=more)
         one.wait_steps(KILL_AT)
         lost = one.of_rank(1)
@@ -82,7 +89,9 @@ def test_on_the_way_state_is_read_in_the_clear_and_not_over_tls(lan: Network, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong", ["nothing is said", "another host's certificate", "a key that isn't there"])
+@pytest.mark.parametrize(
+    "wrong", ["nothing is said", "another host's certificate", "a key that isn't there"]
+)
 def test_node_that_may_not_lend_is_refused_before_it_trains(tmp_path: Path, wrong: str) -> None:
     files = Authority(tmp_path / "ca").sign("node")
     more = {

@@ -1,4 +1,5 @@
-"""Two ranks, struck by whatever ends processes, at random moments: no bit of a loss differs, and nothing is left behind."""
+"""Two ranks, struck by whatever ends processes, at random moments: no bit of a loss differs, and
+nothing is left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ HANG = ("--hang", "3s")
 SMALL_SHM = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
 
 
-def struck(fleet: Fleet, command: Sequence[str], calm: Job, strikes: Sequence[str], *, steps_max: int) -> Job:
+def struck(
+    fleet: Fleet, command: Sequence[str], calm: Job, strikes: Sequence[str], *, steps_max: int
+) -> Job:
     """Run ``command`` under strikes to its end, and compare it with the calm run."""
     chance = random.Random(f"{SEED}/{' '.join(strikes)}")
     job = fleet.start(command, "struck")
@@ -67,7 +70,9 @@ def test_job_struck_at_random_moments_ends_bit_for_bit_as_if_never_struck(fleet:
 
 
 @pytest.mark.slow
-def test_trainers_that_die_cost_a_step_each_where_shared_memory_is_as_small_as_in_a_container(fleet: Fleet) -> None:
+def test_trainers_that_die_cost_a_step_each_where_shared_memory_is_as_small_as_in_a_container(
+    fleet: Fleet,
+) -> None:
     """Slots of 40 MB, three a rank: several times what ``/dev/shm`` holds here."""
     enter = ["unshare", "-m", "sh", "-c", SMALL_SHM, "sh"]
     if shutil.which("unshare") is None:

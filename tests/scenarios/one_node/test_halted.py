@@ -1,4 +1,5 @@
-"""A process that is stopped before its first step is found and replaced: that no compiler takes so long is certain there."""
+"""A process that is stopped before its first step is found and replaced: that no compiler takes so
+long is certain there."""
 
 from __future__ import annotations
 

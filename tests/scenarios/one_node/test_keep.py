@@ -1,4 +1,5 @@
-"""Real trainings under a policy: what is left is what it keeps, whatever is killed, and no restore is harmed."""
+"""Real trainings under a policy: what is left is what it keeps, whatever is killed, and no restore
+is harmed."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def assert_exactly_what_is_needed(job: Job) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2] if SOAK else [2])
-def test_finished_training_leaves_two_snapshots_and_exactly_their_bytes(fleet: Fleet, world_size: int) -> None:
+def test_finished_training_leaves_two_snapshots_and_exactly_their_bytes(
+    fleet: Fleet, world_size: int
+) -> None:
     start = plain if world_size == 1 else ranks
     job = fleet.start(start("kept.py", "{folder}", 60, "--keep", "last=2", "--grace", "0s"))
     assert job.wait_end() == 0, job.output()
@@ -76,8 +79,13 @@ def test_keeper_killed_while_it_drops_and_sweeps_loses_nothing(fleet: Fleet) -> 
     job = fleet.start(plain("kept.py", "{folder}", 600, "--keep", "last=2", "--grace", "0s"))
     for number in range(KILLS):
         seen = floor(job)
-        # A new keeper drops after its first commit: at that very moment it is killed, in the middle of the sweep mostly.
-        wait_for(lambda seen=seen: floor(job) != seen or job.process.poll() is not None, "a drop", say=job.output)
+        # A new keeper drops after its first commit: at that very moment it is killed, in the middle
+        # of the sweep mostly.
+        wait_for(
+            lambda seen=seen: floor(job) != seen or job.process.poll() is not None,
+            "a drop",
+            say=job.output,
+        )
         assert job.process.poll() is None, f"over after {number} kills\n{job.output()}"
         assert fleet.send(fleet.keeper(job.folder / "store"), signal.SIGKILL)
     assert job.wait_end() == 0, f"{job.output()}\n{fleet.describe()}"
@@ -91,7 +99,9 @@ def test_keeper_killed_while_it_drops_and_sweeps_loses_nothing(fleet: Fleet) -> 
 
 
 @pytest.mark.slow
-def test_job_that_is_killed_with_its_keeper_goes_on_from_the_only_snapshot_that_is_kept(fleet: Fleet) -> None:
+def test_job_that_is_killed_with_its_keeper_goes_on_from_the_only_snapshot_that_is_kept(
+    fleet: Fleet,
+) -> None:
     command = plain("kept.py", "{folder}", 200, "--keep", "last=1", "--grace", "0s")
     calm = fleet.start(plain("kept.py", "{folder}", 200), "calm")
     assert calm.wait_end() == 0, calm.output()
@@ -119,7 +129,9 @@ def test_restores_beside_a_job_that_drops_and_sweeps_are_not_harmed(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     # A round comes each ten seconds at most, so that this takes a few of them.
-    job = fleet.start(plain("kept.py", "{folder}", 1200, "--keep", "last=1", "--grace", "60s", "--step-s", 0.02))
+    job = fleet.start(
+        plain("kept.py", "{folder}", 1200, "--keep", "last=1", "--grace", "60s", "--step-s", 0.02)
+    )
     store = FileBackend(job.folder / "store")
     wait_for(lambda: len(steps(job)) > 0, "a snapshot", say=job.output)
     state = Journal.open(store).refresh()
@@ -129,7 +141,9 @@ def test_restores_beside_a_job_that_drops_and_sweeps_are_not_harmed(
         assert job.process.poll() is None, f"over after {len(restored)} restores\n{job.output()}"
         found: dict[str, object] = {"seen": 0}
         with ckpt.Checkpointer(store) as reader:
-            restored.append(reader.restore({"progress": found}, only=["progress"], missing="keep").step)
+            restored.append(
+                reader.restore({"progress": found}, only=["progress"], missing="keep").step
+            )
         assert found["seen"] == 5 * restored[-1]
     sweep = [sys.executable, "-m", "ckpt", "gc", str(job.folder / "store"), "--grace", "60s"]
     swept = run(sweep, capture_output=True, text=True, timeout=WAIT_S, check=False)

@@ -1,4 +1,5 @@
-"""What the keeper promises for whole programs: nothing staged is lost, preemption in time, one run a job, bugs end."""
+"""What the keeper promises for whole programs: nothing staged is lost, preemption in time, one run
+a job, bugs end."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ STEPS = 150
 
 
 def newest_step(store: Path) -> int:
-    """The step of the newest snapshot, as a reader sees it that had no part in the job; -1 for none."""
+    """The step of the newest snapshot, as a reader sees it that had no part in the job; -1 for
+    none."""
     newest = ckpt.Checkpointer(str(store)).latest()
     return -1 if newest is None else newest.step
 
@@ -45,7 +47,11 @@ def test_what_save_async_took_becomes_durable_though_the_process_is_killed_right
     for first in range(0, DEATHS, BATCH):
         jobs = []
         for number in range(first, first + BATCH):
-            jobs.append(fleet.start(plain("save_and_die.py", "{folder}", f"{SEED}/{number}"), f"job-{number}"))
+            jobs.append(
+                fleet.start(
+                    plain("save_and_die.py", "{folder}", f"{SEED}/{number}"), f"job-{number}"
+                )
+            )
         for job in jobs:
             assert job.wait_end() == -signal.SIGKILL, job.output()
         for job in jobs:
@@ -55,7 +61,9 @@ def test_what_save_async_took_becomes_durable_though_the_process_is_killed_right
         readers = [fleet.start(plain("read_back.py", "{folder}"), job.folder.name) for job in jobs]
         for job, reader in zip(jobs, readers, strict=True):
             assert reader.wait_end() == 0, f"seed={SEED} {reader.output()}"
-            assert (job.folder / "found.json").read_text() == (job.folder / "saved.json").read_text(), job.folder
+            assert (job.folder / "found.json").read_text() == (
+                job.folder / "saved.json"
+            ).read_text(), job.folder
     if SOAK:
         fleet.wait_gone()
 
@@ -70,7 +78,9 @@ def test_preempted_program_is_durable_at_the_step_it_stopped_at_and_goes_on_from
     command = (plain if world_size == 1 else ranks)("steady.py", "{folder}", steps, "--every", 1000)
     calm = calm_run(fleet, command)
     for number in range(PREEMPTIONS):
-        job = fleet.start([*command, "--step-s", "0.2"], "preempted")  # so that it is not over before the signal comes
+        job = fleet.start(
+            [*command, "--step-s", "0.2"], "preempted"
+        )  # so that it is not over before the signal comes
         job.wait_steps(job.completed + chance.randint(1, 25))
         job.process.send_signal(signal.SIGTERM)
         status = job.wait_end(GRACE_S + 10.0)
@@ -87,8 +97,12 @@ def test_preempted_program_is_durable_at_the_step_it_stopped_at_and_goes_on_from
 
 
 @pytest.mark.slow
-def test_second_sigterm_ends_at_once_and_the_newest_complete_pair_becomes_durable(fleet: Fleet) -> None:
-    job = fleet.start(plain("steady.py", "{folder}", STEPS, "--every", 1000, "--stall-at", 12, "--linger", "1s"))
+def test_second_sigterm_ends_at_once_and_the_newest_complete_pair_becomes_durable(
+    fleet: Fleet,
+) -> None:
+    job = fleet.start(
+        plain("steady.py", "{folder}", STEPS, "--every", 1000, "--stall-at", 12, "--linger", "1s")
+    )
     job.wait_steps(12)
 
     # Two signals that arrive together are one; so they are sent until it has noticed the second.
@@ -98,14 +112,19 @@ def test_second_sigterm_ends_at_once_and_the_newest_complete_pair_becomes_durabl
 
     wait_for(ended, "the end after a second SIGTERM", wait_s=AT_ONCE_S, say=job.output)
     assert job.process.returncode in (PREEMPTED, -signal.SIGTERM), job.output()
-    wait_for(lambda: newest_step(job.folder / "store") == 12, "step 12 in the store", say=fleet.describe)
+    wait_for(
+        lambda: newest_step(job.folder / "store") == 12, "step 12 in the store", say=fleet.describe
+    )
     fleet.wait_gone()
     assert ckpt.Checkpointer(str(job.folder / "store")).verify().ok
 
 
 @pytest.mark.slow
-def test_second_run_of_a_job_that_lives_is_refused_and_the_first_goes_on_unharmed(fleet: Fleet) -> None:
-    # It takes far longer than the ten seconds that the second waits for a launch which may just be ending.
+def test_second_run_of_a_job_that_lives_is_refused_and_the_first_goes_on_unharmed(
+    fleet: Fleet,
+) -> None:
+    # It takes far longer than the ten seconds that the second waits for a launch which may just be
+    # ending.
     command = plain("steady.py", fleet.folder / "first", STEPS, "--step-s", 0.8)
     calm = calm_run(fleet, plain("steady.py", "{folder}", STEPS))
     first = fleet.start(command, "first")
@@ -145,7 +164,9 @@ def test_two_jobs_on_one_machine_do_not_disturb_each_other(fleet: Fleet) -> None
 def test_same_exception_at_the_same_step_twice_in_a_row_ends_the_job_with_its_traceback(
     fleet: Fleet, world_size: int
 ) -> None:
-    job = fleet.start((plain if world_size == 1 else ranks)("steady.py", "{folder}", STEPS, "--raise-at", 7))
+    job = fleet.start(
+        (plain if world_size == 1 else ranks)("steady.py", "{folder}", STEPS, "--raise-at", 7)
+    )
     assert job.wait_end() == 1, job.output()
     assert [job.attempts(rank) for rank in range(world_size)] == [2] * world_size, job.output()
     output = (job.folder / "output.txt").read_text()

@@ -1,4 +1,5 @@
-"""How programs end: by Ctrl-C, by an exception inside or behind the call; and what an end leaves to the next attempt."""
+"""How programs end: by Ctrl-C, by an exception inside or behind the call; and what an end leaves to
+the next attempt."""
 
 from __future__ import annotations
 
@@ -14,9 +15,7 @@ from kit.jobs import Fleet, Job, plain
 
 import ckpt
 
-AT_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-)
+AT_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 WRAPPER = '#!/bin/sh\n"$@"\nstatus=$?\nexit $status\n'
 
 
@@ -46,7 +45,9 @@ def terminal() -> Iterator[tuple[int, int]]:
 @pytest.mark.slow
 def test_ctrl_c_at_a_terminal_ends_the_program(fleet: Fleet, terminal: tuple[int, int]) -> None:
     keys, screen = terminal
-    job = fleet.start([sys.executable, "-c", AT_TERMINAL, *plain("ends.py", "{folder}", "endless")], stdin=screen)
+    job = fleet.start(
+        [sys.executable, "-c", AT_TERMINAL, *plain("ends.py", "{folder}", "endless")], stdin=screen
+    )
     job.wait_steps(3)
     os.write(keys, b"\x03")
     check_interrupted(fleet, job)
@@ -81,7 +82,9 @@ def test_exception_unwinds_nothing_that_the_next_attempt_stands_in(fleet: Fleet)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["last", "early"])
-def test_end_that_only_memory_had_is_durable_though_nothing_was_left_to_do(fleet: Fleet, how: str) -> None:
+def test_end_that_only_memory_had_is_durable_though_nothing_was_left_to_do(
+    fleet: Fleet, how: str
+) -> None:
     job = fleet.start(plain("ends.py", "{folder}", how))
     assert job.wait_end() == 0, job.output()
     assert (job.attempts(), rest(job)) == (2, 1)
@@ -100,7 +103,9 @@ def test_end_that_only_memory_had_is_durable_though_nothing_was_left_to_do(fleet
 def test_exit_with_a_status_in_the_function_is_a_failure_like_an_exception(fleet: Fleet) -> None:
     job = fleet.start(plain("ends.py", "{folder}", "exits"))
     assert job.wait_end() == 4, f"{job.output()}\n{fleet.describe()}"
-    assert (job.attempts(), rest(job)) == (2, 0), "the same end at the same step twice in a row is a bug"
+    assert (job.attempts(), rest(job)) == (2, 0), (
+        "the same end at the same step twice in a row is a bug"
+    )
     fleet.wait_gone()
 
 
@@ -126,7 +131,14 @@ def test_script_between_launcher_and_ranks_does_not_matter(fleet: Fleet, tmp_pat
     wrapper = tmp_path / "wrap.sh"
     wrapper.write_text(WRAPPER)
     wrapper.chmod(0o755)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--no-python",
+    ]
     job = fleet.start([*launcher, str(wrapper), *plain("ends.py", "{folder}", "dies")])
     assert job.wait_end() == 0, f"{job.output()}\n{fleet.describe()}"
     assert [job.attempts(rank) for rank in range(2)] == [2, 2], job.output()

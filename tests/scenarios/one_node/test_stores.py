@@ -1,4 +1,5 @@
-"""Real programs on three stores, whatever becomes of one store or of the machine: no bit of training differs."""
+"""Real programs on three stores, whatever becomes of one store or of the machine: no bit of
+training differs."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from ckpt.format.keys import JOB_KEY
 
 STEPS, EVERY = 400 if not SOAK else 2400, 10
 PAUSE_S = 0.1
-"""Between two steps of a run that is disturbed, until it is told to hurry: it lasts longer than any store's recovery."""
+"""Between two steps of a run that is disturbed, until it is told to hurry: it lasts longer than any
+store's recovery."""
 
 NUMBERS = 32 << 10
 """How many the payload has, of four bytes each."""
@@ -37,7 +39,8 @@ LOOK_S = 0.3
 """How often stores are asked from outside."""
 
 HELD_S_MAX = 20.0
-"""Beside twenty times its usual length, a step may take so long: the machine has other things to do."""
+"""Beside twenty times its usual length, a step may take so long: the machine has other things to
+do."""
 
 ROUNDS = 1 if not SOAK else 8
 
@@ -79,9 +82,13 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 
 @pytest.fixture
 def make(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _s3_servers: Servers, fault_proxy: Callable[..., FaultProxy]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    _s3_servers: Servers,
+    fault_proxy: Callable[..., FaultProxy],
 ) -> Make:
-    """Makes a job's stores, each in a new place. What of them is ``watched`` is reached through a proxy."""
+    """Makes a job's stores, each in a new place. What of them is ``watched`` is reached through a
+    proxy."""
     monkeypatch.setenv("CKPT_STATE_DIR", str(tmp_path / "state"))
     folders = 0
 
@@ -114,7 +121,9 @@ def begin(
     pause_s: float = PAUSE_S,
 ) -> Job:
     """Start the program, or start it again, on these stores."""
-    return fleet.start(how(*program(regions, steps=steps, pause_s=pause_s)), env=regions.environment)
+    return fleet.start(
+        how(*program(regions, steps=steps, pause_s=pause_s)), env=regions.environment
+    )
 
 
 def hurry(job: Job) -> None:
@@ -139,17 +148,26 @@ def seldom(until: Callable[[], bool]) -> Callable[[], bool]:
 
 def wait_durable(regions: Regions, step: int, fleet: Fleet) -> None:
     """Wait until that step, or a later one, is the newest for a reader of these stores."""
-    wait_for(seldom(lambda: regions.newest_step() >= step), f"step {step} in the stores", say=fleet.describe)
+    wait_for(
+        seldom(lambda: regions.newest_step() >= step),
+        f"step {step} in the stores",
+        say=fleet.describe,
+    )
 
 
 def wait_counting(regions: Regions, fleet: Fleet) -> None:
     """Wait until all stores count."""
     everybody = set(regions.urls)
-    wait_for(seldom(lambda: regions.counting().keys() == everybody), "all stores to count", say=fleet.describe)
+    wait_for(
+        seldom(lambda: regions.counting().keys() == everybody),
+        "all stores to count",
+        say=fleet.describe,
+    )
 
 
 def wait_whole(regions: Regions, step: int, fleet: Fleet) -> None:
-    """Wait until all copies are there and right, and each store by itself gives that step or a later one."""
+    """Wait until all copies are there and right, and each store by itself gives that step or a
+    later one."""
     last: list[object] = []
 
     def whole() -> bool:
@@ -182,11 +200,15 @@ def killed_in_a_save(victim: S3, fleet: Fleet) -> None:
 
 def walls(job: Job, rank: int = 0) -> list[float]:
     """How long each step took."""
-    return [float(line.split()[1]) for line in (job.folder / f"walls-{rank}.txt").read_text().splitlines()]
+    return [
+        float(line.split()[1])
+        for line in (job.folder / f"walls-{rank}.txt").read_text().splitlines()
+    ]
 
 
 def check_unaffected(calm: Job, job: Job) -> None:
-    """It ends as the calm run, without a restart, an exception or a step that waited for a store."""
+    """It ends as the calm run, without a restart, an exception or a step that waited for a
+    store."""
     assert job.wait_end() == 0, job.output()
     assert differences(calm, job, world_size=1) == [], job.output()
     assert job.attempts() == 1, job.output()
@@ -202,7 +224,9 @@ def check_restores(regions: Regions, calm: Job) -> None:
     }
     with regions.reader() as reader:
         assert reader.restore(state).step == STEPS
-    assert {name: digest(one) for name, one in state.items()} == {name: calm.finals()[name] for name in state}
+    assert {name: digest(one) for name, one in state.items()} == {
+        name: calm.finals()[name] for name in state
+    }
 
 
 @pytest.mark.slow
@@ -272,7 +296,8 @@ def test_one_damaged_copy_of_every_object_harms_no_run_and_is_mended(
     status, said = regions.ask_all("scrub")
     assert status == 0, said
     assert unequal(regions.stores) == []
-    # A store that does not say which one it is counts for nothing: that alone is as much as one may lose.
+    # A store that does not say which one it is counts for nothing: that alone is as much as one may
+    # lose.
     ids = regions.counting()
     nameless = chance.choice(regions.stores)
     nameless.harm(JOB_KEY, chance)
@@ -283,8 +308,11 @@ def test_one_damaged_copy_of_every_object_harms_no_run_and_is_mended(
 
 
 @pytest.mark.slow
-# A file of the machine gave out the log's places; in the long form also where stores that create a key once did.
-@pytest.mark.parametrize("kinds", [REGIONS, (MOTO, FOLDER, FOLDER)] if SOAK else [REGIONS], ids="-".join)
+# A file of the machine gave out the log's places; in the long form also where stores that create a
+# key once did.
+@pytest.mark.parametrize(
+    "kinds", [REGIONS, (MOTO, FOLDER, FOLDER)] if SOAK else [REGIONS], ids="-".join
+)
 def test_lost_machine_and_one_lost_store_cost_nothing_that_was_committed(
     fleet: Fleet, calm: Job, make: Make, kinds: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -320,7 +348,9 @@ def test_lost_machine_and_one_lost_store_cost_nothing_that_was_committed(
 
 
 @pytest.mark.slow
-def test_trainer_killed_while_a_store_is_down_costs_a_step(fleet: Fleet, calm_ranks: Job, make: Make) -> None:
+def test_trainer_killed_while_a_store_is_down_costs_a_step(
+    fleet: Fleet, calm_ranks: Job, make: Make
+) -> None:
     regions = make(MOTO, GATEWAY, FOLDER)
     victim = regions.stores[0]
     assert isinstance(victim, S3)
@@ -383,25 +413,35 @@ def test_encrypted_job_goes_on_after_a_kill_and_shows_nothing_to_its_stores(
     for store in regions.stores:
         assert not [key for key, data in store.objects().items() if MARK in data]
     plain_store = Folder(calm.folder.parent / "store")
-    assert [key for key, data in plain_store.objects().items() if MARK in data], "it is to be seen where it is plain"
+    assert [key for key, data in plain_store.objects().items() if MARK in data], (
+        "it is to be seen where it is plain"
+    )
 
 
 @pytest.mark.slow
-def test_dead_stores_are_replaced_by_hand_while_the_job_trains(fleet: Fleet, calm: Job, make: Make) -> None:
+def test_dead_stores_are_replaced_by_hand_while_the_job_trains(
+    fleet: Fleet, calm: Job, make: Make
+) -> None:
     regions = make(GATEWAY, FOLDER, FOLDER)
     bucket, folder, kept = regions.stores
     job = begin(fleet, regions)
     job.wait_steps(2 * EVERY)
     ids = regions.counting()
-    # A folder that is suddenly empty may be a disk that isn't mounted: it counts no more, and is left alone.
+    # A folder that is suddenly empty may be a disk that isn't mounted: it counts no more, and is
+    # left alone.
     folder.lose()
-    wait_for(lambda: "does not hold this log any more" in fleet.describe(), "an alarm", say=fleet.describe)
+    wait_for(
+        lambda: "does not hold this log any more" in fleet.describe(),
+        "an alarm",
+        say=fleet.describe,
+    )
     assert folder.url not in regions.counting()
     status, said = regions.ask("stores", "replace", "--id", ids[folder.url], new=folder)
     assert status == 0, said
     back = job.completed
     wait_whole(regions, back, fleet)
-    # A bucket that is lost for good is replaced by another store; the job learns of that when it is started anew.
+    # A bucket that is lost for good is replaced by another store; the job learns of that when it is
+    # started anew.
     bucket.lose()
     rest, new = regions.but(bucket), make(FOLDER).stores[0]
     status, said = rest.ask("stores", "replace", "--id", ids[bucket.url], new=new)

@@ -18,7 +18,8 @@ TIMEOUT_S = 300.0 if not SOAK else 3600.0
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: SIGKILL spares the page cache, and the power cut is modelled."""
+    """A folder in memory where there is one: SIGKILL spares the page cache, and the power cut is
+    modelled."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path
@@ -31,13 +32,24 @@ def check(folder: Path, scenario: str, kind: str, *, share: int) -> None:
     """Try every ``share``-th point (each one in a soak), and expect nothing wrong."""
     done = run(
         [sys.executable, str(PROGRAM), str(folder), scenario, kind, "1" if SOAK else str(share)],
-        capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     print(f"{scenario} {kind}: {report['calls']} calls, {report['tried']} points tried")
     assert report["wrong"] == []
-    assert set(report["names"]) >= {"open", "write", "fsync", "link", "rename", "unlink", "fsync_directory"}
+    assert set(report["names"]) >= {
+        "open",
+        "write",
+        "fsync",
+        "link",
+        "rename",
+        "unlink",
+        "fsync_directory",
+    }
     assert report["tried"] > report["calls"] // share
 
 
@@ -48,13 +60,18 @@ def test_save_killed_at_some_calls_leaves_old_or_new_snapshot_whole(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scenario", "share"), [("first", 11), ("over", 7), ("continued", 13), ("tagged", 17), ("second", 19)]
+    ("scenario", "share"),
+    [("first", 11), ("over", 7), ("continued", 13), ("tagged", 17), ("second", 19)],
 )
-def test_save_killed_at_any_call_leaves_old_or_new_snapshot_whole(folder: Path, scenario: str, share: int) -> None:
+def test_save_killed_at_any_call_leaves_old_or_new_snapshot_whole(
+    folder: Path, scenario: str, share: int
+) -> None:
     check(folder, scenario, "kill", share=share)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scenario", "share"), [("over", 13), ("first", 23), ("second", 37)])
-def test_power_cut_at_any_call_leaves_old_or_new_snapshot_whole(folder: Path, scenario: str, share: int) -> None:
+def test_power_cut_at_any_call_leaves_old_or_new_snapshot_whole(
+    folder: Path, scenario: str, share: int
+) -> None:
     check(folder, scenario, "power", share=share)

@@ -32,5 +32,7 @@ for turn in range(30):
 
 @pytest.mark.slow
 def test_first_records_read_by_many_threads_at_once_do_not_crash() -> None:
-    done = subprocess.run([sys.executable, "-c", RACE], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", RACE], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""Stores written by an enemy: every reading call answers with an error of ours, in bounded memory."""
+"""Stores written by an enemy: every reading call answers with an error of ours, in bounded
+memory."""
 
 from __future__ import annotations
 
@@ -90,10 +91,15 @@ def replace_part(backend: Backend, data: bytes) -> None:
 
 
 def rewrite_part(backend: Backend, change: Change) -> None:
-    wire = msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(body(backend, only(backend, "parts/"))))
+    wire = msgspec.msgpack.decode(
+        zstandard.ZstdDecompressor().decompress(body(backend, only(backend, "parts/")))
+    )
     change(wire)
     raw = msgspec.msgpack.encode(wire)
-    replace_part(backend, zstandard.ZstdCompressor(write_checksum=True, write_content_size=True).compress(raw))
+    replace_part(
+        backend,
+        zstandard.ZstdCompressor(write_checksum=True, write_content_size=True).compress(raw),
+    )
 
 
 def set_to(field: str, value: object) -> Change:
@@ -124,7 +130,13 @@ def in_part_ref(field: str, value: object) -> Change:
 
 def huge_frame() -> bytes:
     """A zstd frame that declares 1 TiB and holds nothing of it."""
-    return b"\x28\xb5\x2f\xfd" + bytes([0b11100100]) + struct.pack("<Q", 1 << 40) + b"\x01\x00\x00" + bytes(4)
+    return (
+        b"\x28\xb5\x2f\xfd"
+        + bytes([0b11100100])
+        + struct.pack("<Q", 1 << 40)
+        + b"\x01\x00\x00"
+        + bytes(4)
+    )
 
 
 def bomb() -> bytes:
@@ -142,16 +154,26 @@ EVIL: dict[str, Callable[[Backend], object]] = {
     "commit of a newer version": lambda b: rewrite_commit(b, set_to("v", 99)),
     "manifest of a newer version": lambda b: rewrite_manifest(b, set_to("format_version", 99)),
     "manifest whose parts are a dict": lambda b: rewrite_manifest(b, set_to("parts", {})),
-    "manifest whose part climbs out": lambda b: rewrite_manifest(b, in_part_ref("key", "parts/../../../etc/passwd")),
-    "manifest whose part is absolute": lambda b: rewrite_manifest(b, in_part_ref("key", "/etc/passwd")),
-    "manifest whose part is huge": lambda b: rewrite_manifest(b, in_part_ref("size_bytes", 1 << 60)),
+    "manifest whose part climbs out": lambda b: rewrite_manifest(
+        b, in_part_ref("key", "parts/../../../etc/passwd")
+    ),
+    "manifest whose part is absolute": lambda b: rewrite_manifest(
+        b, in_part_ref("key", "/etc/passwd")
+    ),
+    "manifest whose part is huge": lambda b: rewrite_manifest(
+        b, in_part_ref("size_bytes", 1 << 60)
+    ),
     "manifest whose part is negative": lambda b: rewrite_manifest(b, in_part_ref("size_bytes", -1)),
-    "manifest whose part has another digest": lambda b: rewrite_manifest(b, in_part_ref("digest", "0" * 32)),
+    "manifest whose part has another digest": lambda b: rewrite_manifest(
+        b, in_part_ref("digest", "0" * 32)
+    ),
     "manifest of a huge world": lambda b: rewrite_manifest(b, set_to("world_size", 1 << 62)),
     "manifest of another job": lambda b: rewrite_manifest(b, set_to("job", "other")),
     "manifest whose metadata is a list": lambda b: rewrite_manifest(b, set_to("metadata", [1])),
     "part of a newer version": lambda b: rewrite_part(b, set_to("v", 99)),
-    "part of packs that climb out": lambda b: rewrite_part(b, set_to("packs", ["packs/../../../etc/passwd"])),
+    "part of packs that climb out": lambda b: rewrite_part(
+        b, set_to("packs", ["packs/../../../etc/passwd"])
+    ),
     "part of absolute packs": lambda b: rewrite_part(b, set_to("packs", ["/etc/passwd"])),
     "part whose leaves are a dict": lambda b: rewrite_part(b, set_to("leaves", {})),
     "part whose digests are text": lambda b: rewrite_part(b, set_to("digests", "x")),
@@ -162,7 +184,7 @@ EVIL: dict[str, Callable[[Backend], object]] = {
     "part that swells to a gigabyte": lambda b: replace_part(b, bomb()),
     "part that is no frame": lambda b: replace_part(b, b"hello"),
     "part that is empty": lambda b: replace_part(b, b""),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -210,7 +232,9 @@ def test_newer_versions_say_upgrade(backend: FileBackend) -> None:
 
 
 @pytest.mark.parametrize("what", ["ckpt.json", "log", "packs", "parts", "manifests"])
-def test_symbolic_link_in_a_store_is_not_followed(backend: FileBackend, tmp_path: Path, what: str) -> None:
+def test_symbolic_link_in_a_store_is_not_followed(
+    backend: FileBackend, tmp_path: Path, what: str
+) -> None:
     root = Path(backend.url)
     target = next(path for path in [root / what, *(root / what).rglob("*")] if path.is_file())
     secret = tmp_path / "secret"
@@ -250,4 +274,9 @@ except ckpt.CkptError:
     pass
 assert "antigravity" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env={**os.environ, "BROWSER": "true"})
+    subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        timeout=60,
+        env={**os.environ, "BROWSER": "true"},
+    )

@@ -1,4 +1,5 @@
-"""What other checkpointing libraries get wrong, tried here: each test is named after the failure."""
+"""What other checkpointing libraries get wrong, tried here: each test is named after the
+failure."""
 
 from __future__ import annotations
 
@@ -36,13 +37,19 @@ ROOT = Path(__file__).parents[3]
 
 def filled(step: int, size: int = 3000) -> dict[str, object]:
     """A state that says its step everywhere."""
-    return {"state": {"a": torch.full((size,), float(step)), "b": torch.full((7,), step), "step": step}}
+    return {
+        "state": {"a": torch.full((size,), float(step)), "b": torch.full((7,), step), "step": step}
+    }
 
 
 def steps_seen(state: dict[str, object]) -> set[float]:
     inner = state["state"]
     assert isinstance(inner, dict)
-    return {float(inner["step"]), *inner["a"].unique().tolist(), *map(float, inner["b"].unique().tolist())}
+    return {
+        float(inner["step"]),
+        *inner["a"].unique().tolist(),
+        *map(float, inner["b"].unique().tolist()),
+    }
 
 
 def two_snapshots(store: str | Backend) -> None:
@@ -52,13 +59,17 @@ def two_snapshots(store: str | Backend) -> None:
 
 
 def covered(backend: Backend, key: str, offset: int) -> bool:
-    """Whether a byte of an object means anything: packs have gaps between chunks that nobody reads."""
+    """Whether a byte of an object means anything: packs have gaps between chunks that nobody
+    reads."""
     if not key.startswith("packs/"):
         return True
     state = Journal.open(backend).refresh()
     for entry in state.snapshots:
         for place in load_index(backend, state, entry.snapshot).locations().values():
-            if place.pack == key and place.offset_bytes <= offset < place.offset_bytes + place.stored_bytes:
+            if (
+                place.pack == key
+                and place.offset_bytes <= offset < place.offset_bytes + place.stored_bytes
+            ):
                 return True
     return False
 
@@ -73,7 +84,9 @@ def clean() -> MemoryBackend:
 @pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(choice=st.randoms(use_true_random=False))
-def test_one_flipped_bit_in_any_object_is_found_and_never_restored(clean: MemoryBackend, choice: object) -> None:
+def test_one_flipped_bit_in_any_object_is_found_and_never_restored(
+    clean: MemoryBackend, choice: object
+) -> None:
     assert hasattr(choice, "choice")
     backend = MemoryBackend("flipped")
     for entry in clean.list(""):
@@ -100,7 +113,11 @@ def found_by_verify(backend: Backend) -> bool:
     try:
         checkpointer = ckpt.Checkpointer(backend)
         infos = checkpointer.snapshots()
-        reports = [checkpointer.verify(step=info.step, epoch=info.epoch) for info in infos if info.problem is None]
+        reports = [
+            checkpointer.verify(step=info.step, epoch=info.epoch)
+            for info in infos
+            if info.problem is None
+        ]
     except ckpt.IntegrityError:
         return True
     doubtful = len(infos) < 2 or any(info.problem or info.maybe_stale for info in infos)
@@ -108,7 +125,9 @@ def found_by_verify(backend: Backend) -> bool:
 
 
 @pytest.mark.parametrize("prefix", ["packs/", "parts/", "manifests/", "log/", "ckpt.json"])
-def test_command_line_finds_a_flipped_bit(tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_finds_a_flipped_bit(
+    tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = FileBackend(tmp_path / "store")
     two_snapshots(store)
     assert cli(["verify", str(tmp_path / "store"), "--all"]) == 0
@@ -132,7 +151,9 @@ def test_flipped_bit_in_a_fold_is_passed_over(caplog: pytest.LogCaptureFixture) 
     assert steps_seen(live) == {2.0}
 
 
-def test_damaged_newest_falls_back_to_an_exact_older_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_newest_falls_back_to_an_exact_older_snapshot(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = FileBackend(tmp_path / "store")
     two_snapshots(store)
     damage(store, list(store.list("packs/"))[-1].key, 20)
@@ -193,7 +214,9 @@ def test_overlapping_saves_with_reused_staging_never_mix_steps(in_flight: int) -
                 inner["step"] = -1
             assert not any(pending.done() for pending in pendings)
             store.gate.set()
-            assert [pending.durable(WAIT_S).step for pending in pendings] == [pending.step for pending in pendings]
+            assert [pending.durable(WAIT_S).step for pending in pendings] == [
+                pending.step for pending in pendings
+            ]
         for step in range(1, 3 * in_flight + 1):
             live = filled(0)
             checkpointer.restore(live, step=step)
@@ -209,7 +232,10 @@ def by_state_dict(model: nn.Linear, value: float) -> None:
 
 
 def by_assigned_state_dict(model: nn.Linear, value: float) -> None:
-    fresh = {"weight": nn.Parameter(torch.full((3, 4), value)), "bias": nn.Parameter(torch.zeros(3))}
+    fresh = {
+        "weight": nn.Parameter(torch.full((3, 4), value)),
+        "bias": nn.Parameter(torch.zeros(3)),
+    }
     model.load_state_dict(fresh, assign=True)
 
 
@@ -232,9 +258,12 @@ def by_new_parameter(model: nn.Linear, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [in_place, by_data, by_state_dict, by_assigned_state_dict, by_numpy, by_set, by_new_parameter]
+    "change",
+    [in_place, by_data, by_state_dict, by_assigned_state_dict, by_numpy, by_set, by_new_parameter],
 )
-def test_snapshots_after_the_first_are_no_stale_copies(change: Callable[[nn.Linear, float], None]) -> None:
+def test_snapshots_after_the_first_are_no_stale_copies(
+    change: Callable[[nn.Linear, float], None],
+) -> None:
     model = nn.Linear(4, 3)
     with ckpt.Checkpointer(MemoryBackend("stale")) as checkpointer:
         for step in range(1, 5):
@@ -272,9 +301,16 @@ def test_no_source_unpickles() -> None:
     hostile = re.compile(
         r"pickle\.loads?\b|Unpickler|weights_only\s*=\s*False|allow_pickle\s*=\s*True|marshal|\beval\(|\bexec\("
     )
-    found = [f"{path}: {line}" for path in sources() for line in path.read_text().splitlines() if hostile.search(line)]
+    found = [
+        f"{path}: {line}"
+        for path in sources()
+        for line in path.read_text().splitlines()
+        if hostile.search(line)
+    ]
     assert [one for one in found if "``" not in one] == []
-    loads = [call for path in sources() for call in re.findall(r"torch\.load\([^)]*\)", path.read_text())]
+    loads = [
+        call for path in sources() for call in re.findall(r"torch\.load\([^)]*\)", path.read_text())
+    ]
     assert loads
     assert all("weights_only=True" in call for call in loads)
 
@@ -330,11 +366,14 @@ OPTIMIZERS = make_optimizers()
 
 
 def train(kind: str, checkpointer: ckpt.Checkpointer | None) -> list[bytes]:
-    """Six steps of one optimizer, with a snapshot of each where there is a checkpointer; the end state's bytes."""
+    """Six steps of one optimizer, with a snapshot of each where there is a checkpointer; the end
+    state's bytes."""
     torch.manual_seed(3)
     sparse = kind == "SparseAdam"
     model: nn.Module = (
-        nn.Embedding(9, 4, sparse=True) if sparse else nn.Sequential(nn.Linear(4, 5, bias=kind != "Muon"))
+        nn.Embedding(9, 4, sparse=True)
+        if sparse
+        else nn.Sequential(nn.Linear(4, 5, bias=kind != "Muon"))
     )
     optimizer = OPTIMIZERS[kind](model.parameters(), lr=0.01)  # type: ignore[call-arg]
 
@@ -352,7 +391,9 @@ def train(kind: str, checkpointer: ckpt.Checkpointer | None) -> list[bytes]:
             loss()
             optimizer.step()
         if checkpointer is not None:
-            pendings.append(checkpointer.save_async({"model": model, "optimizer": optimizer}, step=step))
+            pendings.append(
+                checkpointer.save_async({"model": model, "optimizer": optimizer}, step=step)
+            )
     for pending in pendings:
         pending.durable(WAIT_S)
     state = optimizer.state_dict()["state"]
@@ -380,4 +421,6 @@ def test_snapshots_change_nothing_that_an_optimizer_does(kind: str) -> None:
     with ckpt.Checkpointer(MemoryBackend("observed"), slots=3) as checkpointer:
         observed = train(kind, checkpointer)
     assert observed == calm
-    assert not any(math.isnan(x) for x in torch.frombuffer(bytearray(calm[0]), dtype=torch.float32).tolist())
+    assert not any(
+        math.isnan(x) for x in torch.frombuffer(bytearray(calm[0]), dtype=torch.float32).tolist()
+    )

@@ -22,7 +22,9 @@ METADATA_BYTES_MAX = 64 << 10
 def values(number: int) -> torch.Tensor:
     """16 MiB that no other tensor shares a chunk with."""
     out = torch.empty(ROWS, COLUMNS, dtype=torch.int32)
-    torch.arange(number * ROWS * COLUMNS, (number + 1) * ROWS * COLUMNS, dtype=torch.int32, out=out.view(-1))
+    torch.arange(
+        number * ROWS * COLUMNS, (number + 1) * ROWS * COLUMNS, dtype=torch.int32, out=out.view(-1)
+    )
     return out
 
 
@@ -55,13 +57,21 @@ def test_one_tensor_of_a_large_snapshot_reads_only_its_own_chunks(gibibyte: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [slice(0, 1), slice(5000, 5010), slice(4095, 4097), slice(-3, None), slice(7, 7)])
-def test_rows_of_a_large_tensor_read_only_the_chunks_that_hold_them(gibibyte: Path, rows: slice) -> None:
+@pytest.mark.parametrize(
+    "rows", [slice(0, 1), slice(5000, 5010), slice(4095, 4097), slice(-3, None), slice(7, 7)]
+)
+def test_rows_of_a_large_tensor_read_only_the_chunks_that_hold_them(
+    gibibyte: Path, rows: slice
+) -> None:
     store = CountingBackend(FileBackend(gibibyte))
     found = ckpt.Checkpointer(store).read("state/9", rows=rows)
     assert torch.equal(found, values(9)[rows])
     start, stop, _ = rows.indices(ROWS)
-    chunks = 0 if start == stop else (stop * ROW_BYTES - 1) // CHUNK_BYTES - start * ROW_BYTES // CHUNK_BYTES + 1
+    chunks = (
+        0
+        if start == stop
+        else (stop * ROW_BYTES - 1) // CHUNK_BYTES - start * ROW_BYTES // CHUNK_BYTES + 1
+    )
     assert store.size_bytes("read_into", prefix="packs/") == chunks * CHUNK_BYTES
     assert other_reads(store) < METADATA_BYTES_MAX
 
@@ -74,4 +84,6 @@ def test_restore_of_one_leaf_reads_only_its_own_chunks(gibibyte: Path) -> None:
     assert torch.equal(live["state"]["3"], values(3))
     assert not live["state"]["4"].any()
     packs = store.size_bytes("read_into", prefix="packs/")
-    assert TENSOR_BYTES <= packs < TENSOR_BYTES + METADATA_BYTES_MAX  # the item's structure is stored in a pack too
+    assert (
+        TENSOR_BYTES <= packs < TENSOR_BYTES + METADATA_BYTES_MAX
+    )  # the item's structure is stored in a pack too

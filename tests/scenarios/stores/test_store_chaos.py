@@ -1,7 +1,9 @@
-"""Servers die, hang, lie, forget and come back while a job saves, restores, scrubs and sweeps: one seed is one run.
+"""Servers die, hang, lie, forget and come back while a job saves, restores, scrubs and sweeps: one
+seed is one run.
 
-``CKPT_SEED=7 pytest tests/scenarios/stores/test_store_chaos.py`` does one run again, ``CKPT_SEED=7-20`` some. Which request
-meets a fault depends a little on the order of threads, so a rare failure may take some repetitions.
+``CKPT_SEED=7 pytest tests/scenarios/stores/test_store_chaos.py`` does one run again,
+``CKPT_SEED=7-20`` some. Which request meets a fault depends a little on the order of threads, so a
+rare failure may take some repetitions.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ def ending() -> Iterator[ExitStack]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_committed_snapshot_is_lost_or_wrong_whatever_the_stores_do(
-    seed: int, _s3_servers: Servers, ending: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int,
+    _s3_servers: Servers,
+    ending: ExitStack,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     schedule = draw(seed)
     print(schedule)

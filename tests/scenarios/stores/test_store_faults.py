@@ -1,4 +1,5 @@
-"""The store fails, training doesn't: full, read-only, gone, denied and hanging stores, and what is said about them."""
+"""The store fails, training doesn't: full, read-only, gone, denied and hanging stores, and what is
+said about them."""
 
 from __future__ import annotations
 
@@ -75,8 +76,11 @@ class Switch:
         return getattr(self._broken if self.broken else self._whole, name)
 
 
-def train(store: str | Backend, steps: int, body: Callable[[ckpt.Run, int], None], *, size: int = 1000) -> list[int]:
-    """A decorated training that saves at each step and calls ``body`` in each; the steps it made."""
+def train(
+    store: str | Backend, steps: int, body: Callable[[ckpt.Run, int], None], *, size: int = 1000
+) -> list[int]:
+    """A decorated training that saves at each step and calls ``body`` in each; the steps it
+    made."""
     made: list[int] = []
 
     @ckpt.resilient(store=store, every=1, compression="off")
@@ -105,7 +109,9 @@ def alarms(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
 
 
-def test_full_disk_raises_alarms_only_and_training_goes_on(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk_raises_alarms_only_and_training_goes_on(
+    disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     filler = disk / "filler"
 
     def body(run: ckpt.Run, step: int) -> None:
@@ -118,7 +124,10 @@ def test_full_disk_raises_alarms_only_and_training_goes_on(disk: Path, caplog: p
     assert train(str(disk / "store"), 12, body, size=12_000) == list(range(12))
     told = [one for one in alarms(caplog) if "not durable" in one]
     assert 3 <= len(told) <= 5
-    assert all(str(disk / "store") in one and "the store is full" in one and "free space" in one for one in told)
+    assert all(
+        str(disk / "store") in one and "the store is full" in one and "free space" in one
+        for one in told
+    )
     with ckpt.Checkpointer(str(disk / "store")) as checkpointer:
         steps = [info.step for info in checkpointer.snapshots()]
         assert steps[-1] == 12
@@ -142,7 +151,9 @@ def test_full_disk_fails_save_with_its_error_and_the_next_save_succeeds(disk: Pa
         assert checkpointer.verify().ok
 
 
-def test_writer_that_meets_a_full_disk_in_one_of_many_packs_never_reports_success(disk: Path) -> None:
+def test_writer_that_meets_a_full_disk_in_one_of_many_packs_never_reports_success(
+    disk: Path,
+) -> None:
     state = {"state": {str(n): noise(n, 40_000) for n in range(20)}}
     with ckpt.Checkpointer(str(disk / "store"), compression="off") as checkpointer:
         pending = checkpointer.save_async(state, step=1)
@@ -152,7 +163,9 @@ def test_writer_that_meets_a_full_disk_in_one_of_many_packs_never_reports_succes
         checkpointer.save({"state": {}}, step=2)
 
 
-def test_last_snapshot_that_a_full_disk_keeps_from_being_durable_is_raised_at_the_end(disk: Path) -> None:
+def test_last_snapshot_that_a_full_disk_keeps_from_being_durable_is_raised_at_the_end(
+    disk: Path,
+) -> None:
     made: list[int] = []
 
     def body(run: ckpt.Run, step: int) -> None:
@@ -196,7 +209,9 @@ def test_read_only_store_fails_save_with_its_error_and_can_be_read(disk: Path) -
 
 
 @pytest.mark.slow
-def test_denied_store_raises_alarms_only_and_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_denied_store_raises_alarms_only_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Switch(tmp_path / "store")
 
     def body(run: ckpt.Run, step: int) -> None:
@@ -226,7 +241,9 @@ def test_denied_store_fails_save_with_its_error_and_the_next_save_succeeds(tmp_p
 
 
 @pytest.mark.slow
-def test_vanished_folder_is_an_error_until_it_is_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_vanished_folder_is_an_error_until_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store, away = tmp_path / "store", tmp_path / "away"
 
     def body(run: ckpt.Run, step: int) -> None:
@@ -246,7 +263,9 @@ def test_vanished_folder_is_an_error_until_it_is_back(tmp_path: Path, caplog: py
         assert checkpointer.verify().ok
 
 
-def test_vanished_folder_fails_save_and_the_next_save_succeeds_when_it_is_back(tmp_path: Path) -> None:
+def test_vanished_folder_fails_save_and_the_next_save_succeeds_when_it_is_back(
+    tmp_path: Path,
+) -> None:
     store, away = tmp_path / "store", tmp_path / "away"
     with ckpt.Checkpointer(str(store)) as checkpointer:
         checkpointer.save({"state": {"x": noise(1)}}, step=1)
@@ -285,7 +304,9 @@ def test_hanging_store_blocks_no_step_and_due_snapshots_are_skipped_and_told(
     assert steps[-1] == 20
     assert not set(steps) & set(range(6, 16))
     assert len(told) >= 10
-    assert {*steps, *(int(one.rpartition("step=")[2].rstrip(")")) for one in told)} == set(range(1, 21))
+    assert {*steps, *(int(one.rpartition("step=")[2].rstrip(")")) for one in told)} == set(
+        range(1, 21)
+    )
 
 
 def test_store_that_is_slow_for_one_call_delays_durability_only(tmp_path: Path) -> None:
@@ -304,17 +325,23 @@ def test_store_that_is_slow_for_one_call_delays_durability_only(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("number", "kind"),
     [
-        (errno.ENOSPC, ckpt.StoreFullError), (errno.EDQUOT, ckpt.StoreFullError), (errno.EACCES, ckpt.StoreDeniedError),
-        (errno.EROFS, ckpt.StoreDeniedError), (errno.EIO, ckpt.UnavailableError), (errno.ESTALE, ckpt.UnavailableError),
+        (errno.ENOSPC, ckpt.StoreFullError),
+        (errno.EDQUOT, ckpt.StoreFullError),
+        (errno.EACCES, ckpt.StoreDeniedError),
+        (errno.EROFS, ckpt.StoreDeniedError),
+        (errno.EIO, ckpt.UnavailableError),
+        (errno.ESTALE, ckpt.UnavailableError),
     ],
-)  # fmt: skip
+)
 def test_error_of_the_operating_system_becomes_the_right_class(
     tmp_path: Path, number: int, kind: type[ckpt.CkptError]
 ) -> None:
     FileBackend(tmp_path / "store").put("ckpt-test", [b"x"])
     with (
         pytest.raises(kind) as caught,
-        ckpt.Checkpointer(FileBackend(tmp_path / "store", ops=FailingOps(number, op="write"))) as checkpointer,
+        ckpt.Checkpointer(
+            FileBackend(tmp_path / "store", ops=FailingOps(number, op="write"))
+        ) as checkpointer,
     ):
         checkpointer.save({"state": {"x": noise(1)}}, step=1)
     assert str(tmp_path / "store") in str(caught.value)

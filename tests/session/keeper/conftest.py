@@ -28,7 +28,9 @@ from ckpt.values import SnapshotId, StagedIndex
 
 WAIT_S = 60.0
 SPEC = KeeperSpec(job="job", store="/store")
-HELLO = words.Hello(version=words.WIRE_VERSION, role="trainer", pid=1, launch="l", rank=0, ranks=2, attempt=3)
+HELLO = words.Hello(
+    version=words.WIRE_VERSION, role="trainer", pid=1, launch="l", rank=0, ranks=2, attempt=3
+)
 SNAPSHOT = SnapshotId(1, 10)
 
 
@@ -39,9 +41,12 @@ def _needs_memfd() -> None:
 
 
 class FakeKeeper:
-    """Answers each connection in a thread of its own. ``heard`` is all that trainers said, in order."""
+    """Answers each connection in a thread of its own. ``heard`` is all that trainers said, in
+    order."""
 
-    def __init__(self, folder: JobFolder, *, new: bool = False, against: CkptError | None = None) -> None:
+    def __init__(
+        self, folder: JobFolder, *, new: bool = False, against: CkptError | None = None
+    ) -> None:
         self.board = Board.create(2)
         self.heard: list[Message] = []
         self.slots: dict[int, tuple[int, int]] = {}
@@ -72,7 +77,10 @@ class FakeKeeper:
     def wait(self, kind: type[Message], count: int = 1) -> list[Message]:
         """The words of that kind, once there are so many."""
         with self.changed:
-            assert self.changed.wait_for(lambda: len(self._of(kind)) >= count, WAIT_S), (kind, self.heard)
+            assert self.changed.wait_for(lambda: len(self._of(kind)) >= count, WAIT_S), (
+                kind,
+                self.heard,
+            )
             return self._of(kind)
 
     def die(self) -> None:
@@ -141,7 +149,9 @@ class FakeKeeper:
                 return answers.Welcome(boot="b", pid=2, attempt=3, new=self.new, error=error), []
             case words.Peek():
                 with self.changed:
-                    self.changed.wait_for(lambda: self._value(message.key) is not None, message.wait_s)
+                    self.changed.wait_for(
+                        lambda: self._value(message.key) is not None, message.wait_s
+                    )
                     return answers.Value(value=self._value(message.key)), []
             case words.Count():
                 return answers.Number(number=message.amount + 1), []
@@ -151,13 +161,17 @@ class FakeKeeper:
                 self.slots[message.index] = fds[0], message.size_bytes
                 return answers.Done(), []
             case words.GetSlots():
-                entries = tuple(answers.SlotEntry(index, size) for index, (_, size) in self.slots.items())
+                entries = tuple(
+                    answers.SlotEntry(index, size) for index, (_, size) in self.slots.items()
+                )
                 held = [fd for fd, _ in self.slots.values()]
                 return answers.Slots(slots=entries), held[: len(held) - self.spare_fds]
             case words.GetChoices():
                 return answers.Choices(choices=(answers.Choice(SNAPSHOT, "staged"),)), []
             case words.GetStatus():
-                return answers.Status(report=self.reports.pop(0) if len(self.reports) > 1 else self.reports[0]), []
+                return answers.Status(
+                    report=self.reports.pop(0) if len(self.reports) > 1 else self.reports[0]
+                ), []
             case words.OpenEpoch():
                 return answers.Number(number=7), []
             case _:
@@ -177,7 +191,9 @@ class Rank:
         self.own = self.board.rank(0)
         self.shared = SharedSlots(link, self.board, 0)
         self.shared.epoch = 1
-        self.pool = SlotPool(count=3, data_bytes=4096, header_bytes=8192, prefault=False, regions=self.shared)
+        self.pool = SlotPool(
+            count=3, data_bytes=4096, header_bytes=8192, prefault=False, regions=self.shared
+        )
         self.persister = KeeperPersister(link, self.shared, emit=self.events.append)
 
     def stage(self, step: int = 10) -> StagedSlot:

@@ -64,7 +64,10 @@ def test_keeper_that_stays_busy_is_given_up_with_an_alarm(keeper: FakeKeeper, mo
     keeper.busy = 10**6
     told: list[Event] = []
     assert connect_in_place(SPEC, SoloMailbox(), emit=told.append) is None
-    assert [(event.kind, event.alarm) for event in told] == [("keeper-busy", False), ("no-keeper", True)]
+    assert [(event.kind, event.alarm) for event in told] == [
+        ("keeper-busy", False),
+        ("no-keeper", True),
+    ]
 
 
 @pytest.fixture
@@ -75,7 +78,9 @@ def seated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     store = tmp_path / "run"
     spec = KeeperSpec(job="run", store=str(store))
     ensure_keeper(spec).close()
-    monkeypatch.setattr(keeping, "_seat", SupervisedTrainer(launch="l", attempt=0, rank=0, ranks=1, spec=spec))
+    monkeypatch.setattr(
+        keeping, "_seat", SupervisedTrainer(launch="l", attempt=0, rank=0, ranks=1, spec=spec)
+    )
     yield store
 
 
@@ -124,7 +129,9 @@ def test_exception_does_not_wait_for_what_the_keeper_has(link: KeeperLink) -> No
 
 
 @pytest.mark.parametrize("error", [UnavailableError("gone"), RuntimeError("broken pipe")])
-def test_rank_0_that_is_gone_hides_no_exception_of_the_user(make_channels, monkeypatch, error: Exception) -> None:
+def test_rank_0_that_is_gone_hides_no_exception_of_the_user(
+    make_channels, monkeypatch, error: Exception
+) -> None:
     _, channel = make_channels(2)
     monkeypatch.setattr(keeping, "connect_ranks", lambda *, name: channel)
 

@@ -14,7 +14,12 @@ from ckpt.format.keys import pack_key, writer_name
 from ckpt.ipc import messages as words
 from ckpt.ipc.mailbox import wait_for_message
 from ckpt.ipc.messages import Retention
-from ckpt.session.keeper.connection import KNOWN_CHUNKS_MAX, KeeperLink, LinkMailbox, verified_chunks
+from ckpt.session.keeper.connection import (
+    KNOWN_CHUNKS_MAX,
+    KeeperLink,
+    LinkMailbox,
+    verified_chunks,
+)
 from ckpt.staging.slot import read_slot
 from ckpt.values import ChunkLocation, Codec, SnapshotId
 
@@ -49,7 +54,9 @@ def test_mailbox_of_a_rank_is_in_the_keeper(keeper, link: KeeperLink) -> None:
     assert (mailbox.rank, mailbox.size) == (0, 2)
     assert mailbox.peek("a") is None
     assert mailbox.wait("a", 0.01) is None
-    threading.Thread(target=lambda: (keeper.wait(words.Peek, 3), mailbox.post("a", b"\xff\x00"))).start()
+    threading.Thread(
+        target=lambda: (keeper.wait(words.Peek, 3), mailbox.post("a", b"\xff\x00"))
+    ).start()
     assert wait_for_message(mailbox, "a", timeout_s=WAIT_S, awaited="a word") == b"\xff\x00"
     assert mailbox.count("n", 4) == 5
     mailbox.forget("a")
@@ -74,7 +81,9 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_descriptors_that_do_not_fit_the_answer_are_refused_and_closed(keeper, link: KeeperLink, rank) -> None:
+def test_descriptors_that_do_not_fit_the_answer_are_refused_and_closed(
+    keeper, link: KeeperLink, rank
+) -> None:
     rank.stage()
     keeper.spare_fds = 1
     before = descriptors()
@@ -86,7 +95,9 @@ def test_descriptors_that_do_not_fit_the_answer_are_refused_and_closed(keeper, l
 
 
 def test_calls_about_snapshots_reach_the_keeper(keeper, link: KeeperLink) -> None:
-    assert link.ask(words.GetChoices(), words.Choices).choices == (words.Choice(SNAPSHOT, "staged"),)
+    assert link.ask(words.GetChoices(), words.Choices).choices == (
+        words.Choice(SNAPSHOT, "staged"),
+    )
     retention = Retention(keep="last=2", grace_s=60.0)
     reply = link.ask(words.OpenEpoch(resume=SNAPSHOT, retention=retention), words.Number)
     assert (reply.number, reply.origin) == (7, "")
@@ -105,13 +116,21 @@ def test_words_about_the_trainer_reach_the_keeper(keeper, link: KeeperLink) -> N
     phase, failing, _ = keeper.heard[-3:]
     assert isinstance(phase, words.Phase)
     assert (phase.name, dict(phase.facts)) == ("tracked", {"leaves": 3})
-    assert failing == words.Failing(kind="ValueError", text="bad", fingerprint="f", step=4, final=True)
+    assert failing == words.Failing(
+        kind="ValueError", text="bad", fingerprint="f", step=4, final=True
+    )
 
 
 @pytest.mark.slow
 def test_more_known_chunks_than_a_message_holds_are_cut_off(keeper, link: KeeperLink) -> None:
-    place = ChunkLocation(pack_key(SNAPSHOT, writer_name("n" * 64, "f" * 16), 0), 2**40, 4 << 20, 4 << 20, Codec.RAW)
-    link.send(verified_chunks(SNAPSHOT, {n.to_bytes(16, "big"): place for n in range(KNOWN_CHUNKS_MAX + 5)}))
+    place = ChunkLocation(
+        pack_key(SNAPSHOT, writer_name("n" * 64, "f" * 16), 0), 2**40, 4 << 20, 4 << 20, Codec.RAW
+    )
+    link.send(
+        verified_chunks(
+            SNAPSHOT, {n.to_bytes(16, "big"): place for n in range(KNOWN_CHUNKS_MAX + 5)}
+        )
+    )
     (word,) = keeper.wait(words.VerifiedChunks)
     assert isinstance(word, words.VerifiedChunks)
     assert len(word.digests) == len(word.locations) == KNOWN_CHUNKS_MAX
@@ -145,7 +164,10 @@ def test_next_keeper_is_given_board_and_slots(make_keeper, keeper, link: KeeperL
     link.reconnect(rank.board)
     rank.shared.hand_over_all(rank.pool.slots)
     assert link.lost is None
-    assert [type(one) for one in heir.heard if not isinstance(one, words.Hello)] == [words.BoardKept, words.SlotCreated]
+    assert [type(one) for one in heir.heard if not isinstance(one, words.Hello)] == [
+        words.BoardKept,
+        words.SlotCreated,
+    ]
     ((_, region),) = link.slots(0)
     region.close()
     link.close()

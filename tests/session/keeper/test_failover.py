@@ -1,4 +1,5 @@
-"""In place, with real keepers: one that is killed between two snapshots costs those around its death, and no more."""
+"""In place, with real keepers: one that is killed between two snapshots costs those around its
+death, and no more."""
 
 from __future__ import annotations
 
@@ -97,7 +98,9 @@ def test_line_goes_on_from_the_last_pair_that_only_memory_held(store: Path) -> N
     assert session.stage(2, metadata={})
     kill_keeper(session)
     assert session.stage(3, metadata={}), "memory needs no keeper"
-    assert session.snapshot(4, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S).id == SnapshotId(2, 4)
+    assert session.snapshot(4, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S).id == SnapshotId(
+        2, 4
+    )
     assert session.stage(5, metadata={})
     assert opens(store) == [(1, None), (2, SnapshotId(1, 3))]
     link = session.join().attachment.link
@@ -113,7 +116,9 @@ def test_line_goes_on_from_the_last_pair_that_only_memory_held(store: Path) -> N
 def test_second_death_is_mended_too(store: Path) -> None:
     session, _ = run_of(store)
     for step in (1, 2, 3):
-        assert session.snapshot(step, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S).id == SnapshotId(step, step)
+        assert session.snapshot(step, metadata={}, tags=(), wait_s=1.0).durable(
+            WAIT_S
+        ).id == SnapshotId(step, step)
         kill_keeper(session)
     session.saving.drain()
     assert opens(store) == [(1, None), (2, SnapshotId(1, 1)), (3, SnapshotId(2, 2))]
@@ -131,7 +136,9 @@ def test_without_another_keeper_this_process_goes_on_alone(store: Path, monkeypa
 
     monkeypatch.setattr(keeper_link, "open_connections", none)
     for step in range(2, 8):
-        assert session.snapshot(step, metadata={}, tags=(), wait_s=WAIT_S).durable(WAIT_S).id == SnapshotId(2, step)
+        assert session.snapshot(step, metadata={}, tags=(), wait_s=WAIT_S).durable(
+            WAIT_S
+        ).id == SnapshotId(2, step)
     assert session.stage(9, metadata={})
     assert [event.kind for event in told if event.alarm] == ["no-keeper", "keeper-replaced"]
     session.finish()
@@ -155,7 +162,9 @@ def test_store_that_is_away_at_that_moment_is_asked_again_at_the_next_snapshot(s
     log.newest_epoch = newest  # type: ignore[method-assign]
     with pytest.raises(UnavailableError, match="is away"):
         session.snapshot(2, metadata={}, tags=(), wait_s=1.0)
-    assert session.snapshot(3, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S).id == SnapshotId(2, 3)
+    assert session.snapshot(3, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S).id == SnapshotId(
+        2, 3
+    )
     session.finish()
 
 
@@ -172,7 +181,9 @@ def test_writer_that_took_over_meanwhile_is_not_fenced(store: Path) -> None:
 
 
 @pytest.mark.slow
-def test_restoring_after_the_death_reads_the_store_and_the_next_save_finds_a_keeper(store: Path) -> None:
+def test_restoring_after_the_death_reads_the_store_and_the_next_save_finds_a_keeper(
+    store: Path,
+) -> None:
     with ckpt.Checkpointer(store) as c:
         c.save(state(1), step=1)
         c.save(state(2), step=2)
@@ -185,7 +196,9 @@ def test_restoring_after_the_death_reads_the_store_and_the_next_save_finds_a_kee
 class Ranks:
     """Two sessions in two threads, each a rank."""
 
-    def __init__(self, store: Path, make_channels: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, store: Path, make_channels: Callable, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         made, mine = make_channels(2), threading.local()
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         monkeypatch.setattr(keeping, "connect_ranks", lambda *, name: made[mine.rank])

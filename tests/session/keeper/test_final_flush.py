@@ -28,16 +28,37 @@ WAIT_S = 60.0
 
 
 def report(
-    *, state: str = "lingering", complete: int | None = None, durable: int | None = None, uploads: int = 0
+    *,
+    state: str = "lingering",
+    complete: int | None = None,
+    durable: int | None = None,
+    uploads: int = 0,
 ) -> KeeperReport:
-    info = None if durable is None else SnapshotInfo(
-        epoch=1, step=durable, world_size=1, size_bytes=1, new_bytes=1, created_unix_s=0.0
-    )  # fmt: skip
+    info = (
+        None
+        if durable is None
+        else SnapshotInfo(
+            epoch=1, step=durable, world_size=1, size_bytes=1, new_bytes=1, created_unix_s=0.0
+        )
+    )
     return KeeperReport(
-        job="job", store="/store", pid=2, boot="b", launch="l", attempt=0, epoch=1, state=state, since_s=1.0,
-        complete=None if complete is None else SnapshotId(1, complete), durable=info, uploads=uploads, slot_bytes=0,
-        rss_bytes=0, ranks=(), recoveries=(),
-    )  # fmt: skip
+        job="job",
+        store="/store",
+        pid=2,
+        boot="b",
+        launch="l",
+        attempt=0,
+        epoch=1,
+        state=state,
+        since_s=1.0,
+        complete=None if complete is None else SnapshotId(1, complete),
+        durable=info,
+        uploads=uploads,
+        slot_bytes=0,
+        rss_bytes=0,
+        ranks=(),
+        recoveries=(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,14 +88,18 @@ def nothing(snapshot: SnapshotId) -> bool:
 
 def test_what_the_store_has_is_not_waited_for(keeper: FakeKeeper) -> None:
     keeper.reports = [report(complete=5)]
-    await_final_flush(SPEC, lambda event: pytest.fail(event.text), has=lambda pair: pair == SnapshotId(1, 5))
+    await_final_flush(
+        SPEC, lambda event: pytest.fail(event.text), has=lambda pair: pair == SnapshotId(1, 5)
+    )
 
 
 def test_no_keeper_is_no_wait(folder: JobFolder) -> None:
     await_final_flush(SPEC, lambda event: pytest.fail(event.text), has=nothing)
 
 
-def test_it_waits_until_the_newest_pair_is_durable_and_tells_once(keeper: FakeKeeper, monkeypatch) -> None:
+def test_it_waits_until_the_newest_pair_is_durable_and_tells_once(
+    keeper: FakeKeeper, monkeypatch
+) -> None:
     monkeypatch.setattr(settled, "FLUSH_POLL_S", 0.001)
     keeper.reports = [report(complete=5, durable=4)] * 3 + [report(complete=5, durable=5)]
     told: list[Event] = []
@@ -90,12 +115,17 @@ def test_waiting_is_bounded_and_the_bound_is_told(keeper: FakeKeeper, monkeypatc
     keeper.reports = [report(complete=5)]
     told: list[Event] = []
     await_final_flush(SPEC, told.append, has=nothing, timeout_s=1.0)
-    assert [(event.kind, event.alarm) for event in told] == [("settling", False), ("unsettled", True)]
+    assert [(event.kind, event.alarm) for event in told] == [
+        ("settling", False),
+        ("unsettled", True),
+    ]
 
 
 def test_keeper_that_ends_meanwhile_is_waited_for_no_longer(keeper: FakeKeeper) -> None:
     keeper.reports = [report(complete=5)]
-    waiting = threading.Thread(target=await_final_flush, args=(SPEC, lambda event: None), kwargs={"has": nothing})
+    waiting = threading.Thread(
+        target=await_final_flush, args=(SPEC, lambda event: None), kwargs={"has": nothing}
+    )
     waiting.start()
     keeper.wait(words.GetStatus)
     keeper.die()
@@ -103,7 +133,9 @@ def test_keeper_that_ends_meanwhile_is_waited_for_no_longer(keeper: FakeKeeper) 
     assert not waiting.is_alive()
 
 
-def test_restoring_says_no_hello_as_a_trainer_and_reads_the_store(tmp_path: Path, monkeypatch) -> None:
+def test_restoring_says_no_hello_as_a_trainer_and_reads_the_store(
+    tmp_path: Path, monkeypatch
+) -> None:
     store = tmp_path / "run"
     w = torch.arange(3.0)
     with ckpt.Checkpointer(store) as c:

@@ -23,14 +23,20 @@ def test_submitted_slot_is_handed_over_and_settled_by_the_keepers_word(keeper, r
     staged = rank.stage()
     future = rank.persister.submit(staged, tags=("best",))
     (word,) = keeper.wait(words.Persist)
-    assert word == words.Persist(snapshot=SNAPSHOT, index=0, generation=1, tags=("best",), shared={"g": (2, "d")})
+    assert word == words.Persist(
+        snapshot=SNAPSHOT, index=0, generation=1, tags=("best",), shared={"g": (2, "d")}
+    )
     assert not staged.slot.pinned
     assert rank.own.slot(0).held
     assert rank.persister.in_flight == 1
     keeper.say(words.Outcome(snapshot=SNAPSHOT, info=INFO))
     assert future.result(WAIT_S) == INFO
     rank.persister.close()
-    assert (rank.persister.in_flight, rank.persister.passed_step, rank.persister.last_info) == (0, 10, INFO)
+    assert (rank.persister.in_flight, rank.persister.passed_step, rank.persister.last_info) == (
+        0,
+        10,
+        INFO,
+    )
     assert rank.persister.durable_at_s is not None
     assert [event.kind for event in rank.events] == ["durable"]
 
@@ -73,7 +79,9 @@ def test_base_is_named_before_the_first_snapshot_only(keeper, rank) -> None:
     places = {digest(b"%d" % n): ChunkLocation("packs/p", n, 1, 1, Codec.RAW) for n in range(3)}
     rank.persister.refer_to(SnapshotId(0, 9), places)
     (word,) = keeper.wait(words.VerifiedChunks)
-    assert word == words.VerifiedChunks(base=SnapshotId(0, 9), digests=tuple(places), locations=tuple(places.values()))
+    assert word == words.VerifiedChunks(
+        base=SnapshotId(0, 9), digests=tuple(places), locations=tuple(places.values())
+    )
     rank.persister.submit(rank.stage(), tags=())
     rank.persister.refer_to(SnapshotId(0, 9), places)
     keeper.wait(words.Persist)

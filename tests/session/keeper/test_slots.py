@@ -1,4 +1,5 @@
-"""Slots that a keeper holds too: they outlive their trainer, the board mirrors them, and the rule decides what may go."""
+"""Slots that a keeper holds too: they outlive their trainer, the board mirrors them, and the rule
+decides what may go."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ HEADER = 64 << 10
 DATA = 64 << 10
 RANKS = 2
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memory that can be handed on")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "memfd_create"), reason="needs memory that can be handed on"
+)
 
 
 class FakeKeeper:
@@ -81,13 +84,19 @@ def board() -> Iterator[Board]:
 class Trainer:
     """One rank of one attempt."""
 
-    def __init__(self, keeper: FakeKeeper, board: Board, rank: int, *, count: int = 3, data_bytes: int = DATA) -> None:
+    def __init__(
+        self, keeper: FakeKeeper, board: Board, rank: int, *, count: int = 3, data_bytes: int = DATA
+    ) -> None:
         self.rank = rank
         self.own = board.rank(rank)
         self.shared = SharedSlots(keeper.of(rank), board, rank)
         self.shared.epoch = 1
         self.pool = SlotPool(
-            count=count, data_bytes=data_bytes, header_bytes=HEADER, prefault=False, regions=self.shared
+            count=count,
+            data_bytes=data_bytes,
+            header_bytes=HEADER,
+            prefault=False,
+            regions=self.shared,
         )
 
     def acquire(self, wait_s: float = 0.0) -> Slot:
@@ -110,7 +119,11 @@ class Trainer:
 def index(rank: int, snapshot: SnapshotId, data: bytes) -> StagedIndex:
     leaf = Leaf(name="w", kind=LeafKind.TENSOR, dtype="uint8", shape=(len(data),), rank=rank)
     shard = StagedShard(
-        leaf=leaf, box=Box.whole(leaf.shape), offset_bytes=0, size_bytes=len(data), digests=(digest(data),)
+        leaf=leaf,
+        box=Box.whole(leaf.shape),
+        offset_bytes=0,
+        size_bytes=len(data),
+        digests=(digest(data),),
     )
     return StagedIndex(snapshot=snapshot, rank=rank, world_size=RANKS, shards=(shard,))
 
@@ -127,7 +140,9 @@ def pairs(trainer: Trainer) -> list[SnapshotId]:
     return sorted(word.snapshot for word in trainer.own.slots() if word.snapshot is not None)
 
 
-def test_new_slots_are_handed_to_the_keeper_and_mirrored(keeper: FakeKeeper, ranks: list[Trainer]) -> None:
+def test_new_slots_are_handed_to_the_keeper_and_mirrored(
+    keeper: FakeKeeper, ranks: list[Trainer]
+) -> None:
     slot = ranks[0].stage(7)
     assert keeper.held[0].keys() == {slot.number}
     word = ranks[0].own.slot(slot.number)
@@ -138,7 +153,9 @@ def test_new_slots_are_handed_to_the_keeper_and_mirrored(keeper: FakeKeeper, ran
     slot.invalidate()
 
 
-def test_pinned_slot_is_marked_before_it_is_published_and_until_the_pin_goes(ranks: list[Trainer]) -> None:
+def test_pinned_slot_is_marked_before_it_is_published_and_until_the_pin_goes(
+    ranks: list[Trainer],
+) -> None:
     slot = ranks[0].acquire()
     pin = slot.pin()
     slot.begin()
@@ -267,7 +284,9 @@ def test_trainer_dead_between_header_and_board_is_corrected(
     heir.die()
 
 
-def test_mark_of_an_upload_outlives_the_trainer(keeper: FakeKeeper, board: Board, ranks: list[Trainer]) -> None:
+def test_mark_of_an_upload_outlives_the_trainer(
+    keeper: FakeKeeper, board: Board, ranks: list[Trainer]
+) -> None:
     slot = ranks[0].stage(1)
     ranks[0].own.hold(slot.number)
     ranks[0].die()
@@ -276,7 +295,9 @@ def test_mark_of_an_upload_outlives_the_trainer(keeper: FakeKeeper, board: Board
     heir.die()
 
 
-def test_damaged_header_counts_as_nothing(keeper: FakeKeeper, board: Board, ranks: list[Trainer]) -> None:
+def test_damaged_header_counts_as_nothing(
+    keeper: FakeKeeper, board: Board, ranks: list[Trainer]
+) -> None:
     slot = ranks[0].stage(1)
     slot.memory[100] ^= 1
     ranks[0].die()
@@ -312,7 +333,9 @@ def test_larger_and_more_slots_than_asked_for_are_used_or_given_up(
         ranks[0].stage(step)
     ranks[0].die()
     heir = Trainer(keeper, board, 0, count=2, data_bytes=DATA // 2)
-    assert {slot.snapshot for slot in heir.pool.slots} == {SnapshotId(1, step) for step in (1, 2, 3)}
+    assert {slot.snapshot for slot in heir.pool.slots} == {
+        SnapshotId(1, step) for step in (1, 2, 3)
+    }
     heir.shared.epoch = 2
     slot = heir.acquire()
     assert slot.snapshot == SnapshotId(1, 2)
@@ -336,7 +359,9 @@ def test_keeper_that_is_gone_makes_no_slot(keeper: FakeKeeper, ranks: list[Train
     pool.close()
 
 
-def test_next_keeper_is_given_every_slot_without_old_marks(board: Board, ranks: list[Trainer]) -> None:
+def test_next_keeper_is_given_every_slot_without_old_marks(
+    board: Board, ranks: list[Trainer]
+) -> None:
     uploading, mine = ranks[0].stage(1), ranks[0].acquire()
     ranks[0].own.hold(uploading.number)
     pin = mine.pin()
@@ -352,7 +377,9 @@ def test_next_keeper_is_given_every_slot_without_old_marks(board: Board, ranks: 
     heir.close()
 
 
-def test_what_no_pool_took_over_is_unmapped(keeper: FakeKeeper, board: Board, ranks: list[Trainer]) -> None:
+def test_what_no_pool_took_over_is_unmapped(
+    keeper: FakeKeeper, board: Board, ranks: list[Trainer]
+) -> None:
     ranks[0].stage(1)
     shared = SharedSlots(keeper.of(0), board, 0)
     ((_, region),) = shared._kept.items()
@@ -362,7 +389,9 @@ def test_what_no_pool_took_over_is_unmapped(keeper: FakeKeeper, board: Board, ra
     assert shared.kept() == []
 
 
-def test_staged_snapshot_is_opened_over_the_slots_of_all_ranks(keeper: FakeKeeper, ranks: list[Trainer]) -> None:
+def test_staged_snapshot_is_opened_over_the_slots_of_all_ranks(
+    keeper: FakeKeeper, ranks: list[Trainer]
+) -> None:
     for one in ranks:
         one.stage(1)
         one.stage(2)
@@ -378,7 +407,9 @@ def test_staged_snapshot_is_opened_over_the_slots_of_all_ranks(keeper: FakeKeepe
         pass
 
 
-def test_slot_overwritten_while_it_is_read_is_told(keeper: FakeKeeper, ranks: list[Trainer]) -> None:
+def test_slot_overwritten_while_it_is_read_is_told(
+    keeper: FakeKeeper, ranks: list[Trainer]
+) -> None:
     slots = [one.stage(1) for one in ranks]
     with (
         pytest.raises(IntegrityError, match="overwritten while it was read"),
