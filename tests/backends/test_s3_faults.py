@@ -46,7 +46,7 @@ BODY = bytes(range(256)) * 8
 LARGE = os.urandom(1 << 20) * 40
 
 
-class World:
+class FaultyServer:
     """A store behind a proxy, and the same store reached directly."""
 
     def __init__(self, proxy: FaultProxy, store: Backend, direct: Backend) -> None:
@@ -67,12 +67,12 @@ def make(
     client: str,
     fault_proxy: Callable[..., FaultProxy],
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Callable[..., World]]:
+) -> Iterator[Callable[..., FaultyServer]]:
     bucket = server.bucket()
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)  # beside botocore's, which options name
     with contextlib.ExitStack() as ending:
 
-        def make(**options: object) -> World:
+        def make(**options: object) -> FaultyServer:
             proxy = fault_proxy(server.endpoint)
             store = open_with(
                 client, monkeypatch, bucket.url, through(bucket, proxy.endpoint, **options)
@@ -80,13 +80,13 @@ def make(
             direct = open_with(client, monkeypatch, bucket.url, bucket.options)
             for one in (store, direct):
                 ending.callback(one.close)
-            return World(proxy, store, direct)
+            return FaultyServer(proxy, store, direct)
 
         yield make
 
 
 @pytest.fixture
-def world(make: Callable[..., World]) -> World:
+def world(make: Callable[..., FaultyServer]) -> FaultyServer:
     """With a client that gives up at once, as far as it lets itself be told so."""
     return make(config_kwargs=HASTY)
 
@@ -102,7 +102,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("fault", BROKEN, ids=repr)
 def test_store_that_never_answers_is_unavailable_in_every_operation(
-    world: World, fault: Fault
+    world: FaultyServer, fault: Fault
 ) -> None:
     world.store.put("a", [BODY])
     world.proxy.rule = always(fault)
@@ -127,7 +127,9 @@ def test_store_that_never_answers_is_unavailable_in_every_operation(
     [ResetBefore(), ResetAfter(), Answer(503, "SlowDown"), Truncate(0), Truncate(300)],
     ids=repr,
 )
-def test_one_failure_is_healed_by_repeating(make: Callable[..., World], fault: Fault) -> None:
+def test_one_failure_is_healed_by_repeating(
+    make: Callable[..., FaultyServer], fault: Fault
+) -> None:
     world = make()
     for number, method in enumerate(("PUT", "GET", "HEAD", "DELETE")):
         world.proxy.rule = first(
@@ -157,7 +159,7 @@ def test_one_failure_is_healed_by_repeating(make: Callable[..., World], fault: F
     ],
 )
 def test_refusal_is_the_error_that_its_handler_needs(
-    make: Callable[..., World], status: int, code: str, expected: type[CkptError]
+    make: Callable[..., FaultyServer], status: int, code: str, expected: type[CkptError]
 ) -> None:
     world = make(config_kwargs=ONCE)
     world.proxy.rule = always(Answer(status, code))
@@ -167,7 +169,9 @@ def test_refusal_is_the_error_that_its_handler_needs(
     assert "ckpt-tests-secret" not in str(caught.value)
 
 
-def test_reply_that_always_breaks_off_is_unavailable_and_never_short_data(world: World) -> None:
+def test_reply_that_always_breaks_off_is_unavailable_and_never_short_data(
+    world: FaultyServer,
+) -> None:
     world.store.put("a", [BODY])
     world.proxy.rule = always(Truncate(0), when=lambda request: request.method == "GET")
     with pytest.raises(UnavailableError):
@@ -175,7 +179,7 @@ def test_reply_that_always_breaks_off_is_unavailable_and_never_short_data(world:
 
 
 def test_reply_that_breaks_off_again_and_again_arrives_whole_in_pieces(
-    make: Callable[..., World],
+    make: Callable[..., FaultyServer],
 ) -> None:
     world = make()
     world.store.put("a", [LARGE])
@@ -188,7 +192,7 @@ def test_reply_that_breaks_off_again_and_again_arrives_whole_in_pieces(
 
 
 def test_byte_that_changes_on_its_way_in_is_refused_by_a_server_that_checks(
-    make: Callable[..., World], server: S3Server
+    make: Callable[..., FaultyServer], server: S3Server
 ) -> None:
     if server.kind == "moto":
         pytest.skip("moto compares no digest")
@@ -204,7 +208,7 @@ def test_byte_that_changes_on_its_way_in_is_refused_by_a_server_that_checks(
 
 
 def test_upload_in_parts_that_fails_leaves_no_object_and_no_parts(
-    world: World, server: S3Server
+    world: FaultyServer, server: S3Server
 ) -> None:
     world.proxy.rule = always(
         Answer(503), when=lambda request: request.query.get("partNumber") == "2"
@@ -216,7 +220,7 @@ def test_upload_in_parts_that_fails_leaves_no_object_and_no_parts(
     assert not server.client().list_multipart_uploads(Bucket=bucket).get("Uploads")
 
 
-def test_lost_reply_to_a_creation_is_settled_by_reading(world: World) -> None:
+def test_lost_reply_to_a_creation_is_settled_by_reading(world: FaultyServer) -> None:
     if not world.store.capabilities().create_only:
         pytest.skip("this store does not create once")
     world.proxy.rule = first(1, ResetAfter(), when=lambda request: request.method == "PUT")
@@ -227,7 +231,7 @@ def test_lost_reply_to_a_creation_is_settled_by_reading(world: World) -> None:
 
 
 def test_frozen_server_is_unavailable_and_serves_again_afterwards(
-    world: World, server: S3Server
+    world: FaultyServer, server: S3Server
 ) -> None:
     world.store.put("a", [BODY])
     server.freeze()
@@ -240,7 +244,7 @@ def test_frozen_server_is_unavailable_and_serves_again_afterwards(
 
 
 def test_killed_server_is_unavailable_and_has_all_that_was_put_once_it_is_back(
-    make: Callable[..., World], server: S3Server
+    make: Callable[..., FaultyServer], server: S3Server
 ) -> None:
     if not server.keeps_data:
         pytest.skip("this server forgets")
@@ -256,7 +260,7 @@ def test_killed_server_is_unavailable_and_has_all_that_was_put_once_it_is_back(
 
 
 def test_random_faults_lose_nothing_that_was_acknowledged_and_give_no_wrong_byte(
-    make: Callable[..., World],
+    make: Callable[..., FaultyServer],
 ) -> None:
     print(f"CKPT_SEED={SEED}")
     world = make(config_kwargs={"retries": {"max_attempts": 1}})

@@ -129,7 +129,7 @@ class Process:
     """One start of a job's writer: its epoch, its last state, what it may refer to, and what it has
     yet to commit."""
 
-    world: World
+    world: CollectedStore
     journal: Journal
     epoch: int
     values: list[int]
@@ -224,7 +224,7 @@ class Process:
 
 
 @dataclass
-class World:
+class CollectedStore:
     """All of it. One seed is one run."""
 
     seed: int

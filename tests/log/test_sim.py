@@ -48,7 +48,7 @@ class Death(BaseException):
 
 
 @dataclass
-class World:
+class JournalSimulation:
     dice: random.Random
     store: MemoryBackend = field(default_factory=MemoryBackend)
     first_bytes: dict[str, bytes] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class World:
 class SimBackend:
     """One writer's way to the store."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: JournalSimulation) -> None:
         self.world = world
 
     @property
@@ -136,7 +136,7 @@ class Writer:
     """A process: opens epochs, commits what it or a dead one captured, drops and tags; starts anew
     when killed."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: JournalSimulation, name: str) -> None:
         self.world = world
         self.name = name
         self.lives = 0
@@ -216,7 +216,7 @@ class Writer:
         self.world.refused.discard(found.digest)
 
 
-def check(world: World) -> None:
+def check(world: JournalSimulation) -> None:
     found = {stat.key: read(world.store, stat.key) for stat in world.store.list("")}
     for key, data in found.items():
         assert world.first_bytes.setdefault(key, data) == data, "the bytes of a key never change"
@@ -269,8 +269,8 @@ def read(store: MemoryBackend, key: str) -> bytes:
     return bytes(out)
 
 
-def run(seed: int, actions: int) -> World:
-    world = World(random.Random(seed))
+def run(seed: int, actions: int) -> JournalSimulation:
+    world = JournalSimulation(random.Random(seed))
     world.writers = [Writer(world, f"node{n}") for n in range(WRITERS)]
     for _ in range(actions):
         world.dice.choice(world.writers).act()

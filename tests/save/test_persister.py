@@ -47,7 +47,7 @@ def _sealed(
     return SealedSlot(index=index, data=memoryview(data), release=release, shared={})
 
 
-class World:
+class PersisterBench:
     """A rank over a store in memory."""
 
     def __init__(self) -> None:
@@ -71,12 +71,12 @@ class World:
 
 
 @pytest.fixture
-def world() -> World:
+def world() -> PersisterBench:
     """One rank."""
-    return World()
+    return PersisterBench()
 
 
-def test_epoch_is_asked_when_the_record_is_written(world: World) -> None:
+def test_epoch_is_asked_when_the_record_is_written(world: PersisterBench) -> None:
     persister = world.persister
     assert persister.submit(_sealed(1), tags=()).result(WAIT_S).step == 1
     persister.call(
@@ -89,7 +89,7 @@ def test_epoch_is_asked_when_the_record_is_written(world: World) -> None:
     assert state.snapshots[1].snapshot == SnapshotId(1, 2), "captured in an older epoch"
 
 
-def test_calls_are_done_in_the_order_they_came(world: World) -> None:
+def test_calls_are_done_in_the_order_they_came(world: PersisterBench) -> None:
     done: list[int] = []
     futures = [world.persister.call(lambda n=n: done.append(n)) for n in range(3)]  # type: ignore[misc]
     saved = world.persister.submit(_sealed(1), tags=())
@@ -101,7 +101,7 @@ def test_calls_are_done_in_the_order_they_came(world: World) -> None:
     world.persister.close()
 
 
-def test_base_may_be_named_while_none_is_known(world: World) -> None:
+def test_base_may_be_named_while_none_is_known(world: PersisterBench) -> None:
     first = world.persister.submit(_sealed(1), tags=()).result(WAIT_S)
     world.persister.close()
     place = SaveTarget(
@@ -128,7 +128,7 @@ def test_base_may_be_named_while_none_is_known(world: World) -> None:
     persister.close()
 
 
-def test_snapshot_handed_in_again_is_written_under_another_name(world: World) -> None:
+def test_snapshot_handed_in_again_is_written_under_another_name(world: PersisterBench) -> None:
     persister = world.persister
     failed = persister.submit(_sealed(1, spoil=True), tags=())
     with pytest.raises(IntegrityError):
@@ -141,7 +141,7 @@ def test_snapshot_handed_in_again_is_written_under_another_name(world: World) ->
     assert all("2" * 16 in stat.key for stat in world.store.list("packs/"))
 
 
-def test_error_that_is_kept_does_not_keep_the_slot(world: World) -> None:
+def test_error_that_is_kept_does_not_keep_the_slot(world: PersisterBench) -> None:
     let_go = threading.Event()
     sealed = _sealed(1, spoil=True, release=let_go.set)
     memory = weakref.ref(sealed.data.obj)
@@ -155,7 +155,7 @@ def test_error_that_is_kept_does_not_keep_the_slot(world: World) -> None:
     assert memory() is None, "the slot's memory is free although the error lives"
 
 
-def test_abandoned_queue_says_whether_its_thread_ended(world: World) -> None:
+def test_abandoned_queue_says_whether_its_thread_ended(world: PersisterBench) -> None:
     go_on, began = threading.Event(), threading.Event()
 
     def hang() -> None:

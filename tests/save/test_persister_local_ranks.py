@@ -70,7 +70,7 @@ def sealed(
     )
 
 
-class World:
+class LocalRanksBench:
     """A persister a rank, over a store in memory that may fail."""
 
     def __init__(self) -> None:
@@ -132,9 +132,9 @@ def errors(futures: list[Future[SnapshotInfo]]) -> set[str]:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def world() -> Iterator[LocalRanksBench]:
     """Three nodes."""
-    made = World()
+    made = LocalRanksBench()
     yield made
     for persister in made.persisters:
         persister.stop_waiting()
@@ -142,7 +142,7 @@ def world() -> Iterator[World]:
         assert persister.abandon(WAIT_S)
 
 
-def test_each_node_writes_one_part_and_posts_one_receipt(world: World) -> None:
+def test_each_node_writes_one_part_and_posts_one_receipt(world: LocalRanksBench) -> None:
     for step in (1, 2, 3):
         world.saved(step)
     state = world.journal.refresh()
@@ -162,7 +162,7 @@ def test_each_node_writes_one_part_and_posts_one_receipt(world: World) -> None:
 
 @pytest.mark.parametrize("rank", range(WORLD))
 def test_share_that_can_not_be_written_fails_all_and_frees_all_slots(
-    world: World, rank: int
+    world: LocalRanksBench, rank: int
 ) -> None:
     gone = [threading.Event() for _ in range(WORLD)]
     but = {one: sealed(one, 1, spoil=one == rank, let_go=gone[one]) for one in range(WORLD)}
@@ -172,7 +172,7 @@ def test_share_that_can_not_be_written_fails_all_and_frees_all_slots(
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-def test_rank_that_refuses_fails_all(world: World, rank: int) -> None:
+def test_rank_that_refuses_fails_all(world: LocalRanksBench, rank: int) -> None:
     world.saved(1)
     refused = world.persisters[rank].submit_failure(SnapshotId(1, 2), UsageError("not this one"))
     others = [
@@ -186,7 +186,9 @@ def test_rank_that_refuses_fails_all(world: World, rank: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_refusal_of_rank_0s_node_is_settled_only_when_all_let_go(world: World, rank: int) -> None:
+def test_refusal_of_rank_0s_node_is_settled_only_when_all_let_go(
+    world: LocalRanksBench, rank: int
+) -> None:
     go_on, let_go = threading.Event(), threading.Event()
 
     def slowly() -> None:
@@ -213,7 +215,7 @@ def test_refusal_of_rank_0s_node_is_settled_only_when_all_let_go(world: World, r
     world.saved(2)
 
 
-def test_step_that_all_passed_is_the_least_that_one_captured(world: World) -> None:
+def test_step_that_all_passed_is_the_least_that_one_captured(world: LocalRanksBench) -> None:
     world.saved(1)
     errors(world.save(7, but={4: sealed(4, 2)}))
     assert world.persisters[0].passed_step == 2
@@ -222,7 +224,7 @@ def test_step_that_all_passed_is_the_least_that_one_captured(world: World) -> No
 
 @pytest.mark.slow
 def test_share_that_never_comes_is_named_and_moves_nothing(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: LocalRanksBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.saved(1)
     monkeypatch.setattr("ckpt.save.persister.LOCAL_RANKS_WAIT_S", 2.0)
@@ -243,7 +245,7 @@ def test_share_that_never_comes_is_named_and_moves_nothing(
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-def test_bug_of_one_rank_leaves_nobody_waiting(world: World, rank: int) -> None:
+def test_bug_of_one_rank_leaves_nobody_waiting(world: LocalRanksBench, rank: int) -> None:
     def broken() -> None:
         raise RuntimeError("no such slot")
 
@@ -252,7 +254,7 @@ def test_bug_of_one_rank_leaves_nobody_waiting(world: World, rank: int) -> None:
     world.saved(2)
 
 
-def test_receipt_of_more_ranks_than_there_are_commits_nothing(world: World) -> None:
+def test_receipt_of_more_ranks_than_there_are_commits_nothing(world: LocalRanksBench) -> None:
     lie = Receipt(snapshot=SnapshotId(1, 1), rank=4, ranks=100)
     futures = [world.persisters[rank].submit(sealed(rank, 1), tags=()) for rank in range(4)]
     world.room.values["receipt/1/4"] = msgspec.msgpack.encode(lie)
@@ -260,7 +262,7 @@ def test_receipt_of_more_ranks_than_there_are_commits_nothing(world: World) -> N
     assert world.journal.refresh().newest() is None
 
 
-def test_all_refuse(world: World) -> None:
+def test_all_refuse(world: LocalRanksBench) -> None:
     futures = [
         one.submit_failure(SnapshotId(1, 1), UsageError("none has it")) for one in world.persisters
     ]
@@ -269,7 +271,7 @@ def test_all_refuse(world: World) -> None:
     world.saved(2)
 
 
-def test_part_that_can_not_be_put_fails_all(world: World) -> None:
+def test_part_that_can_not_be_put_fails_all(world: LocalRanksBench) -> None:
     world.saved(1)
     assert errors(world.save(FULL_STEP)) == {StoreFullError.code}
     assert sorted(key for _, key, _ in world.store.struck) == [
@@ -280,7 +282,7 @@ def test_part_that_can_not_be_put_fails_all(world: World) -> None:
     world.saved(FULL_STEP)
 
 
-def test_ranks_that_captured_different_steps_make_no_snapshot(world: World) -> None:
+def test_ranks_that_captured_different_steps_make_no_snapshot(world: LocalRanksBench) -> None:
     futures = world.save(1, but={5: sealed(5, 2)})
     assert errors(futures) == {ConflictError.code}
     assert "4 to 5" not in str(futures[0].exception()) and "5: epoch 1 step 2" in str(
@@ -290,7 +292,7 @@ def test_ranks_that_captured_different_steps_make_no_snapshot(world: World) -> N
 
 
 @pytest.mark.slow
-def test_persisters_that_are_abandoned_wait_for_no_mate(world: World) -> None:
+def test_persisters_that_are_abandoned_wait_for_no_mate(world: LocalRanksBench) -> None:
     futures = [world.persisters[rank].submit(sealed(rank, 1), tags=()) for rank in (0, 1, 4)]
     for persister in world.persisters:
         persister.stop_waiting()

@@ -96,7 +96,7 @@ class Node(MemoryBackend):
         super().read_into(key, out, offset_bytes=offset_bytes)
 
 
-class World:
+class NodesWithMemory:
     """Rank 0 is here, rank 1 in a slot of ``b``, with a mirror at ``c``, rank 2 in a mirror at
     ``b`` and another at ``c``."""
 
@@ -141,16 +141,16 @@ class World:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    return World()
+def world() -> Iterator[NodesWithMemory]:
+    return NodesWithMemory()
 
 
-def test_pair_is_whole_from_slots_here_slots_there_and_mirrors(world: World) -> None:
+def test_pair_is_whole_from_slots_here_slots_there_and_mirrors(world: NodesWithMemory) -> None:
     assert world.restore() == WHOLE
     assert world.nodes["c"].reads == [], "who has it in a slot, or comes first, is enough"
 
 
-def test_each_begins_behind_its_own_ranks(world: World) -> None:
+def test_each_begins_behind_its_own_ranks(world: NodesWithMemory) -> None:
     """All restore at the same moment: they must not all be at the same node."""
     asked: list[str] = []
 
@@ -171,7 +171,7 @@ def test_each_begins_behind_its_own_ranks(world: World) -> None:
         assert asked == [key[2], key[0]]
 
 
-def test_only_the_header_and_what_is_wanted_are_read(world: World) -> None:
+def test_only_the_header_and_what_is_wanted_are_read(world: NodesWithMemory) -> None:
     assert world.restore(box=Box((0, 0), (1, ROW_BYTES))) == row(0)
     assert sum(world.nodes["b"].reads) < ROW_BYTES
 
@@ -182,7 +182,7 @@ def test_only_the_header_and_what_is_wanted_are_read(world: World) -> None:
 )
 @pytest.mark.parametrize("late", [False, True])
 def test_node_that_fails_is_replaced_by_the_next(
-    world: World, error: Exception, late: bool
+    world: NodesWithMemory, error: Exception, late: bool
 ) -> None:
     def fail() -> None:
         world.nodes["b"].fails = error
@@ -192,7 +192,7 @@ def test_node_that_fails_is_replaced_by_the_next(
     assert world.restore(fail) == WHOLE
 
 
-def test_share_that_no_node_lends_any_more_is_damage(world: World) -> None:
+def test_share_that_no_node_lends_any_more_is_damage(world: NodesWithMemory) -> None:
     def fail() -> None:
         for node in world.nodes.values():
             node.fails = UnavailableError("gone")
@@ -207,7 +207,9 @@ def test_share_that_no_node_lends_any_more_is_damage(world: World) -> None:
         world.restore()
 
 
-def test_slot_overwritten_there_before_it_is_read_is_found_in_a_mirror(world: World) -> None:
+def test_slot_overwritten_there_before_it_is_read_is_found_in_a_mirror(
+    world: NodesWithMemory,
+) -> None:
     def overwrite() -> None:
         world.nodes["b"].delete(slot_key(SNAPSHOT, 1))
 
@@ -216,13 +218,13 @@ def test_slot_overwritten_there_before_it_is_read_is_found_in_a_mirror(world: Wo
     assert world.restore() == WHOLE
 
 
-def test_bytes_that_changed_are_not_believed(world: World) -> None:
+def test_bytes_that_changed_are_not_believed(world: NodesWithMemory) -> None:
     changed = slot(1, data=b"x" * ROW_BYTES)
     with pytest.raises(IntegrityError, match="differ from their digest"):
         world.restore(lambda: world.nodes["b"].put(slot_key(SNAPSHOT, 1), [changed]))
 
 
-def test_next_place_must_hold_the_very_same_share(world: World) -> None:
+def test_next_place_must_hold_the_very_same_share(world: NodesWithMemory) -> None:
     world.nodes["c"].put(mirror_key(SNAPSHOT, 1), [slot(1, origin="another")])
 
     def fail() -> None:
@@ -233,13 +235,13 @@ def test_next_place_must_hold_the_very_same_share(world: World) -> None:
     assert "holds another share" in why(found.value)
 
 
-def test_slots_of_two_openings_make_no_pair(world: World) -> None:
+def test_slots_of_two_openings_make_no_pair(world: NodesWithMemory) -> None:
     world.nodes["b"].put(slot_key(SNAPSHOT, 1), [slot(1, origin="another")])
     with pytest.raises(IntegrityError, match="not one snapshot"):
         world.restore()
 
 
-def test_own_slot_that_was_overwritten_is_read_elsewhere(world: World) -> None:
+def test_own_slot_that_was_overwritten_is_read_elsewhere(world: NodesWithMemory) -> None:
     world.here = slot(0, snapshot=SnapshotId(2, 9))
     assert world.restore() == WHOLE
     world.sources[0] = Source(local=0)
@@ -247,7 +249,7 @@ def test_own_slot_that_was_overwritten_is_read_elsewhere(world: World) -> None:
         world.restore()
 
 
-def test_own_slot_overwritten_while_it_is_read_is_told_at_the_end(world: World) -> None:
+def test_own_slot_overwritten_while_it_is_read_is_told_at_the_end(world: NodesWithMemory) -> None:
     def begin() -> None:
         Header(memoryview(world.here), header_bytes=3 * PAGE_BYTES).begin()
 
@@ -284,7 +286,7 @@ def head(*words: int) -> bytes:
     ],
 )
 def test_what_is_no_slot_is_refused_in_words_and_without_its_memory(
-    world: World, data: bytes, lies_bytes: int | None
+    world: NodesWithMemory, data: bytes, lies_bytes: int | None
 ) -> None:
     world.nodes["d"] = hostile = Node({slot_key(SNAPSHOT, 1): data})
     hostile.lies_bytes = lies_bytes
@@ -296,14 +298,14 @@ def test_what_is_no_slot_is_refused_in_words_and_without_its_memory(
     assert world.restore() == WHOLE
 
 
-def test_index_of_another_digest_is_refused(world: World) -> None:
+def test_index_of_another_digest_is_refused(world: NodesWithMemory) -> None:
     torn = slot(1)
     torn[INDEX_OFFSET_BYTES + 5] ^= 1
     world.nodes["b"].put(slot_key(SNAPSHOT, 1), [torn])
     assert world.restore() == WHOLE
 
 
-def test_memory_is_only_read(world: World) -> None:
+def test_memory_is_only_read(world: NodesWithMemory) -> None:
     with open_memory(SNAPSHOT, world.sources, world.own(), open_peer=world.reach, job="job") as (
         _,
         store,
@@ -323,7 +325,7 @@ def test_memory_is_only_read(world: World) -> None:
         assert store.stat("slot/9") is None
 
 
-def test_header_of_a_share_takes_no_more_than_its_index(world: World) -> None:
+def test_header_of_a_share_takes_no_more_than_its_index(world: NodesWithMemory) -> None:
     assert world.restore(box=Box((0, 0), (1, 10))) == row(0)[:10]
     assert all(size < PAGE_BYTES for size in world.nodes["b"].reads)
     assert far_slots.SLOT_BYTES_MAX > 1 << 40

@@ -1,7 +1,4 @@
-"""How a trainer is started: forked from the supervisor, spawned as a fresh process, or not at
-all.
-
-Pure.
+"""How a trainer is started: forked, spawned as a fresh process, or not at all. Pure.
 
 ``enter.gather_process_facts`` collects the facts.
 """

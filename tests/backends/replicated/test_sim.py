@@ -7,7 +7,7 @@ import os
 import random
 
 import pytest
-from kit.replicated.simulation import BODY_BYTES, MOODS, World
+from kit.replicated.simulation import BODY_BYTES, MOODS, ReplicationSimulation
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 SEEDS = 300 if not SOAK else 20_000
@@ -22,7 +22,7 @@ HEALING_S = 3000.0
 KEYS = 30
 
 
-def trouble(world: World) -> None:
+def trouble(world: ReplicationSimulation) -> None:
     """Plan what happens: puts and reads all the time, moods that change, and (unless clean) copies
     that rot or vanish."""
     dice = world.dice
@@ -48,12 +48,12 @@ def trouble(world: World) -> None:
     world.care()
 
 
-def read_any(world: World, low: int, high: int) -> None:
+def read_any(world: ReplicationSimulation, low: int, high: int) -> None:
     if world.acked:
         world.start(world.read(world.dice.choice(sorted(world.acked)), low, high))
 
 
-def harm(world: World) -> None:
+def harm(world: ReplicationSimulation) -> None:
     """One copy rots, is cut short, or vanishes."""
     store = world.dice.choice(world.stores)
     if not store.objects:
@@ -71,8 +71,8 @@ def harm(world: World) -> None:
             del store.objects[key]
 
 
-def play(seed: int, *, clean: bool) -> World:
-    world = World(seed, clean=clean)
+def play(seed: int, *, clean: bool) -> ReplicationSimulation:
+    world = ReplicationSimulation(seed, clean=clean)
     trouble(world)
     world.run(TROUBLE_S * 1.3)
     while not world.healed() and world.now_s < TROUBLE_S + HEALING_S:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from kit.membership.simulation import World
+from kit.membership.simulation import MembershipSimulation
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 SEEDS = 10_000 if SOAK else 200
@@ -18,7 +18,7 @@ GROUPS = 20 if SOAK else 4
 def test_whatever_fails_there_is_one_line_of_epochs_and_it_goes_on(group: int) -> None:
     epochs = 0
     for seed in range(group, SEEDS, GROUPS):
-        world = World(seed)
+        world = MembershipSimulation(seed)
         try:
             world.run()
         except Exception as error:
@@ -28,7 +28,7 @@ def test_whatever_fails_there_is_one_line_of_epochs_and_it_goes_on(group: int) -
 
 
 def test_a_run_is_the_same_for_the_same_seed() -> None:
-    one, other = World(3), World(3)
+    one, other = MembershipSimulation(3), MembershipSimulation(3)
     one.run()
     other.run()
     assert one.service.epochs == other.service.epochs

@@ -86,7 +86,7 @@ def blinded(view: Callable[[], View], *, times: int) -> Callable[[], View]:
     return view_or_not
 
 
-class World:
+class NodesOfOneJob:
     """One service and the nodes of one job."""
 
     def __init__(self) -> None:
@@ -193,8 +193,8 @@ class World:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
+def world() -> Iterator[NodesOfOneJob]:
+    made = NodesOfOneJob()
     yield made
     for closing in [
         start_thread(one.node.close, name="test-close") for one in made.made
@@ -203,7 +203,7 @@ def world() -> Iterator[World]:
 
 
 @pytest.mark.slow
-def test_nodes_that_come_have_one_epoch_and_know_where_to_meet(world: World) -> None:
+def test_nodes_that_come_have_one_epoch_and_know_where_to_meet(world: NodesOfOneJob) -> None:
     nodes = [world.node("a"), world.node("b")]
     first = world.epoch(*nodes)
     assert first.number == 1
@@ -217,7 +217,7 @@ def test_nodes_that_come_have_one_epoch_and_know_where_to_meet(world: World) -> 
 
 @pytest.mark.slow
 def test_standby_that_comes_later_is_told_to_all_and_hears_of_the_epoch_that_is(
-    world: World,
+    world: NodesOfOneJob,
 ) -> None:
     nodes = [world.node("a"), world.node("b")]
     first = world.epoch(*nodes)
@@ -239,7 +239,7 @@ def test_standby_that_comes_later_is_told_to_all_and_hears_of_the_epoch_that_is(
 
 
 @pytest.mark.slow
-def test_standby_says_what_it_holds_and_is_chosen_for_it(world: World) -> None:
+def test_standby_says_what_it_holds_and_is_chosen_for_it(world: NodesOfOneJob) -> None:
     nodes = [world.node("a"), world.node("b")]
     first = world.epoch(*nodes)
     spares = [world.node("c"), world.node("d")]
@@ -258,7 +258,7 @@ def test_standby_says_what_it_holds_and_is_chosen_for_it(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_words_reach_another_nodes_keeper(world: World) -> None:
+def test_words_reach_another_nodes_keeper(world: NodesOfOneJob) -> None:
     one, other = world.node("a"), world.node("b")
     world.epoch(one, other)
     assert one.node.is_connected(other.id)
@@ -268,7 +268,9 @@ def test_words_reach_another_nodes_keeper(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_failure_is_followed_by_an_epoch_of_the_same_places_that_says_why(world: World) -> None:
+def test_failure_is_followed_by_an_epoch_of_the_same_places_that_says_why(
+    world: NodesOfOneJob,
+) -> None:
     nodes = [world.node("a"), world.node("b")]
     first = world.epoch(*nodes)
     nodes[1].fail(1, completed=7)
@@ -280,7 +282,7 @@ def test_failure_is_followed_by_an_epoch_of_the_same_places_that_says_why(world:
 
 
 @pytest.mark.slow
-def test_exception_waits_for_what_explains_it(world: World) -> None:
+def test_exception_waits_for_what_explains_it(world: NodesOfOneJob) -> None:
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
     began_s = time.monotonic()
@@ -300,7 +302,7 @@ def test_exception_waits_for_what_explains_it(world: World) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_lost_node_is_replaced_by_a_standby_before_its_lease_runs_out(
-    world: World, name: str
+    world: NodesOfOneJob, name: str
 ) -> None:
     nodes = [
         world.node(name, least=2, most=3, ttl_s=30.0, last_call_s=0.0) for name in ("a", "b", "c")
@@ -323,7 +325,7 @@ def test_lost_node_is_replaced_by_a_standby_before_its_lease_runs_out(
     assert second.note.stuck == 0, "nobody could tell how far they were"
 
 
-def test_leader_that_is_lost_is_followed_by_another(world: World) -> None:
+def test_leader_that_is_lost_is_followed_by_another(world: NodesOfOneJob) -> None:
     nodes = [world.node("a", least=1), world.node("b", least=1)]
     world.until(
         lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both"
@@ -341,7 +343,7 @@ def test_leader_that_is_lost_is_followed_by_another(world: World) -> None:
 
 @pytest.mark.slow
 def test_job_ends_everywhere_once_all_have_ended_and_a_new_launch_begins_after_it(
-    world: World,
+    world: NodesOfOneJob,
 ) -> None:
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
@@ -359,7 +361,7 @@ def test_job_ends_everywhere_once_all_have_ended_and_a_new_launch_begins_after_i
 
 @pytest.mark.slow
 def test_final_failure_ends_the_job_and_its_record_does_not_burden_the_next_launch(
-    world: World,
+    world: NodesOfOneJob,
 ) -> None:
     world.policy = Policy(stuck_max=2)
     nodes = [world.node("a"), world.node("b")]
@@ -376,7 +378,9 @@ def test_final_failure_ends_the_job_and_its_record_does_not_burden_the_next_laun
     assert world.epoch(*anew, beyond=4).note.end is None
 
 
-def test_failure_that_is_final_counts_though_the_next_epoch_came_first(world: World) -> None:
+def test_failure_that_is_final_counts_though_the_next_epoch_came_first(
+    world: NodesOfOneJob,
+) -> None:
     early = world.node("a")
     early.fail(0, "preempted", final=True, status=0)  # before it has joined, and before any epoch
     other = world.node("b")
@@ -384,7 +388,7 @@ def test_failure_that_is_final_counts_though_the_next_epoch_came_first(world: Wo
     assert (end.number, end.note.end, end.note.why) == (2, 1, "a preempted")
 
 
-def test_second_word_of_an_attempt_that_is_final_counts(world: World) -> None:
+def test_second_word_of_an_attempt_that_is_final_counts(world: NodesOfOneJob) -> None:
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
     nodes[1].fail(1, "error", status=1)
@@ -393,14 +397,16 @@ def test_second_word_of_an_attempt_that_is_final_counts(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_node_that_joined_and_could_not_look_then_is_a_node_all_the_same(world: World) -> None:
+def test_node_that_joined_and_could_not_look_then_is_a_node_all_the_same(
+    world: NodesOfOneJob,
+) -> None:
     nodes = [world.node("a"), world.node("b", blind=5)]
     assert world.epoch(*nodes).number == 1
     assert [len(one.lines) for one in nodes] == [1, 1], "others reach it where it said that it is"
 
 
 @pytest.mark.slow
-def test_node_that_could_not_look_until_its_lease_was_over_joins_anew(world: World) -> None:
+def test_node_that_could_not_look_until_its_lease_was_over_joins_anew(world: NodesOfOneJob) -> None:
     one = world.node("a", blind=10**9)
     world.until(lambda: one.member.lease_status().state is LeaseState.VALID, "a first membership")
     one.member.keepalive.mark_lost("nobody prolonged it")
@@ -419,7 +425,7 @@ def test_node_that_could_not_look_until_its_lease_was_over_joins_anew(world: Wor
 
 
 @pytest.mark.slow
-def test_node_that_came_back_and_could_not_look_then_is_a_node_again(world: World) -> None:
+def test_node_that_came_back_and_could_not_look_then_is_a_node_again(world: NodesOfOneJob) -> None:
     one = world.node("a", least=1, last_call_s=0.0)
     world.epoch(one)
     first, join, view = one.id, one.member.join, one.member.view
@@ -439,7 +445,7 @@ def test_node_that_came_back_and_could_not_look_then_is_a_node_again(world: Worl
 
 
 @pytest.mark.slow
-def test_world_grows_when_the_epoch_has_lasted_long_enough(world: World) -> None:
+def test_world_grows_when_the_epoch_has_lasted_long_enough(world: NodesOfOneJob) -> None:
     began_s = time.monotonic()
     first = world.node("a", least=1, grow_wait_s=1.0, last_call_s=0.0)
     world.epoch(first)
@@ -450,7 +456,9 @@ def test_world_grows_when_the_epoch_has_lasted_long_enough(world: World) -> None
 
 
 @pytest.mark.slow
-def test_node_that_has_ended_may_leave_and_the_others_go_on_to_their_end(world: World) -> None:
+def test_node_that_has_ended_may_leave_and_the_others_go_on_to_their_end(
+    world: NodesOfOneJob,
+) -> None:
     nodes = [world.node("a", least=1), world.node("b", least=1)]
     world.until(
         lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both"
@@ -474,7 +482,9 @@ def test_node_that_has_ended_may_leave_and_the_others_go_on_to_their_end(world: 
 
 
 @pytest.mark.slow
-def test_failure_after_another_nodes_end_ends_the_job_though_it_is_gone(world: World) -> None:
+def test_failure_after_another_nodes_end_ends_the_job_though_it_is_gone(
+    world: NodesOfOneJob,
+) -> None:
     nodes = [world.node("a", least=1), world.node("b", least=1)]
     world.until(
         lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both"
@@ -490,7 +500,7 @@ def test_failure_after_another_nodes_end_ends_the_job_though_it_is_gone(world: W
 
 
 @pytest.mark.slow
-def test_node_that_was_taken_out_is_told_and_joins_anew(world: World) -> None:
+def test_node_that_was_taken_out_is_told_and_joins_anew(world: NodesOfOneJob) -> None:
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
     before = nodes[1].id
@@ -507,7 +517,7 @@ def test_node_that_was_taken_out_is_told_and_joins_anew(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_node_that_was_out_when_the_job_ended_learns_of_the_end(world: World) -> None:
+def test_node_that_was_out_when_the_job_ended_learns_of_the_end(world: NodesOfOneJob) -> None:
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
     server = world.server
@@ -521,7 +531,7 @@ def test_node_that_was_out_when_the_job_ended_learns_of_the_end(world: World) ->
 
 
 @pytest.mark.slow
-def test_epochs_exceed_what_any_keeper_knows_of(world: World) -> None:
+def test_epochs_exceed_what_any_keeper_knows_of(world: NodesOfOneJob) -> None:
     nodes = [world.node("a"), world.node("b", attempt=12)]
     assert world.epoch(*nodes).number == 13
     nodes[0].fail(13)
@@ -529,7 +539,7 @@ def test_epochs_exceed_what_any_keeper_knows_of(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_meeting_place_that_comes_before_its_epoch_is_kept(world: World) -> None:
+def test_meeting_place_that_comes_before_its_epoch_is_kept(world: NodesOfOneJob) -> None:
     one = world.node("b")
     world.until(lambda: any(event.kind == "joined" for event in one.events), "that it joined")
     one.node._on_message("x", MeetingAddress(attempt=1, host="h", port=7))
@@ -542,7 +552,7 @@ def test_meeting_place_that_comes_before_its_epoch_is_kept(world: World) -> None
 
 @pytest.mark.slow
 def test_node_says_under_each_lease_that_it_has_which_agent_may_live_there_and_leaves_that_to_run_out(
-    world: World,
+    world: NodesOfOneJob,
 ) -> None:
     nodes = [world.node("a"), world.node("b", agent="agent-b")]
     world.epoch(*nodes)
@@ -571,7 +581,7 @@ def test_node_says_under_each_lease_that_it_has_which_agent_may_live_there_and_l
     assert own not in world.server.leases
 
 
-def test_node_that_closes_while_it_joins_leaves_nothing_behind(world: World) -> None:
+def test_node_that_closes_while_it_joins_leaves_nothing_behind(world: NodesOfOneJob) -> None:
     one = world.node("a")
     one.node.close()
     assert not any(key.startswith("nodes/") for key in world.server.keys)
@@ -579,7 +589,7 @@ def test_node_that_closes_while_it_joins_leaves_nothing_behind(world: World) -> 
 
 
 @pytest.mark.slow
-def test_suspicion_is_taken_back_when_the_node_is_reached_again(world: World) -> None:
+def test_suspicion_is_taken_back_when_the_node_is_reached_again(world: NodesOfOneJob) -> None:
     nodes = [world.node(name, least=2, most=3, last_call_s=0.0) for name in ("a", "b", "c")]
     world.until(
         lambda: all(one.epochs and len(one.epochs[-1].record.places) == 3 for one in nodes),

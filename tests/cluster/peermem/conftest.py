@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 from kit.peers.certificates import Certificates, make_certificates
-from kit.peers.servers import World
+from kit.peers.servers import PeerServers
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def world() -> Iterator[PeerServers]:
     """Makes servers and stores, and ends them. No server may have told of a defect."""
-    made = World()
+    made = PeerServers()
     yield made
     made.close()
     assert made.told == []

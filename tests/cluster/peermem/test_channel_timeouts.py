@@ -7,7 +7,7 @@ import time
 
 import pytest
 from kit.peers.raw import RawPeer
-from kit.peers.servers import WAIT_S, World, until
+from kit.peers.servers import WAIT_S, PeerServers, until
 
 from ckpt.cluster.peermem.channel import PeerTimeouts
 from ckpt.cluster.peermem.server import PeerServerLimits
@@ -28,7 +28,7 @@ def test_lateness_is_made_up_for_by_speed_which_earns_nothing() -> None:
 
 @pytest.mark.slow
 def test_a_peer_that_was_quick_and_then_stands_still_is_given_up_like_any_other(
-    world: World,
+    world: PeerServers,
 ) -> None:
     server = world.serve(limits=PeerServerLimits(timeouts=PeerTimeouts(grace_s=1.5)))
     with RawPeer(server) as peer:
@@ -45,7 +45,7 @@ def test_a_peer_that_was_quick_and_then_stands_still_is_given_up_like_any_other(
 
 
 @pytest.mark.slow
-def test_a_cap_lets_through_what_it_says(world: World) -> None:
+def test_a_cap_lets_through_what_it_says(world: PeerServers) -> None:
     cap = RateLimit(8 * MIB)
     cap.take(8 * MIB)  # owed from here on
     began_s = time.monotonic()
@@ -82,7 +82,7 @@ def test_a_cap_that_is_no_rate_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_puts_of_several_stores_share_a_cap_that_reads_do_not_know(world: World) -> None:
+def test_puts_of_several_stores_share_a_cap_that_reads_do_not_know(world: PeerServers) -> None:
     cap = RateLimit(16 * MIB)
     server = world.serve()
     stores = [world.store(server, cap=cap) for _ in range(2)]
@@ -103,7 +103,7 @@ def test_puts_of_several_stores_share_a_cap_that_reads_do_not_know(world: World)
     assert out == bytes(4 * MIB)
 
 
-def test_a_cap_changed_in_the_middle_of_a_put_holds_for_the_rest_of_it(world: World) -> None:
+def test_a_cap_changed_in_the_middle_of_a_put_holds_for_the_rest_of_it(world: PeerServers) -> None:
     cap = RateLimit(RATE_BYTES_MIN)
     server = world.serve()
     store = world.store(server, cap=cap)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from kit.peers.proxy import Proxy
-from kit.peers.servers import SECRET, WAIT_S, Epoch, World, read, until
+from kit.peers.servers import SECRET, WAIT_S, Epoch, PeerServers, read, until
 
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem.channel import PeerTimeouts
@@ -21,7 +21,7 @@ from ckpt.errors import (
 MIB = 1 << 20
 
 
-def test_nobody_there_is_unavailable(world: World) -> None:
+def test_nobody_there_is_unavailable(world: PeerServers) -> None:
     server = world.serve()
     endpoint = Endpoint(*server.address)
     server.stop()
@@ -38,7 +38,7 @@ def test_nobody_there_is_unavailable(world: World) -> None:
         store.stat("a")
 
 
-def test_connections_that_the_server_ended_are_replaced_unseen(world: World) -> None:
+def test_connections_that_the_server_ended_are_replaced_unseen(world: PeerServers) -> None:
     server = world.serve(
         limits=PeerServerLimits(idle_s=0.05, timeouts=PeerTimeouts(grace_s=WAIT_S))
     )
@@ -51,7 +51,9 @@ def test_connections_that_the_server_ended_are_replaced_unseen(world: World) -> 
     assert read(store, "log/1") == b"x"
 
 
-def test_a_connection_that_breaks_unheard_is_tried_once_more_and_only_once(world: World) -> None:
+def test_a_connection_that_breaks_unheard_is_tried_once_more_and_only_once(
+    world: PeerServers,
+) -> None:
     server = world.serve()
     proxy = Proxy(server)
     store = PeerStore(
@@ -75,7 +77,7 @@ def test_a_connection_that_breaks_unheard_is_tried_once_more_and_only_once(world
     proxy.close()
 
 
-def test_a_silent_peer_is_given_up_in_time(world: World) -> None:
+def test_a_silent_peer_is_given_up_in_time(world: PeerServers) -> None:
     server = world.serve()
     proxy = Proxy(server)
     proxy.down = lambda offset, data: b""
@@ -92,7 +94,7 @@ def test_a_silent_peer_is_given_up_in_time(world: World) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_fork_shares_no_connection_with_its_parent(world: World) -> None:
+def test_a_fork_shares_no_connection_with_its_parent(world: PeerServers) -> None:
     server = world.serve()
     store = world.store(server)
     store.put("a", [b"parent"])
@@ -111,7 +113,7 @@ def test_a_fork_shares_no_connection_with_its_parent(world: World) -> None:
     assert "replay" not in server.stats().refused
 
 
-def test_connections_are_bounded_and_waited_for(world: World) -> None:
+def test_connections_are_bounded_and_waited_for(world: PeerServers) -> None:
     server = world.serve()
     store = world.store(server, limits=PeerClientLimits(connections_max=1, pool_wait_s=0.1))
     gate, inside = threading.Event(), threading.Event()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from kit.peers.certificates import Certificates
-from kit.peers.servers import World
+from kit.peers.servers import PeerServers
 
 from ckpt.backends.base import Backend
 from ckpt.backends.replicated.buffers import borrower_of
@@ -20,7 +20,7 @@ from ckpt.testing.contract import BackendContract, Opener
 
 class TestPeer(BackendContract):
     @pytest.fixture(autouse=True)
-    def _world(self, world: World) -> None:
+    def _world(self, world: PeerServers) -> None:
         self.world = world
 
     def opener(self, folder: Path) -> Opener:
@@ -56,7 +56,7 @@ class TestPeerOverTls(TestPeer):
         return lambda: self.world.store(server, tls=tls)
 
 
-def test_it_is_a_backend_that_can_be_lent_memory(world: World) -> None:
+def test_it_is_a_backend_that_can_be_lent_memory(world: PeerServers) -> None:
     store = world.store(world.serve())
     typed: Backend = store
     assert borrower_of(typed) is store

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit.peers.raw import RawPeer
-from kit.peers.servers import SECRET, World, read, until
+from kit.peers.servers import SECRET, PeerServers, read, until
 
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem.channel import PeerChannel, PeerTimeouts
@@ -40,7 +40,7 @@ SEEDS = range(6)
 TURNS = 60
 
 
-def prepared(world: World) -> PeerServer:
+def prepared(world: PeerServers) -> PeerServer:
     server = world.serve(vault=PeerMemory(BUDGET_BYTES), limits=QUICK)
     with server.memory.incoming("kept", len(KEPT)) as incoming:
         incoming.view[:] = KEPT
@@ -48,7 +48,7 @@ def prepared(world: World) -> PeerServer:
     return server
 
 
-def serves_on(world: World, server: PeerServer) -> None:
+def serves_on(world: PeerServers, server: PeerServer) -> None:
     """Nothing changed, nothing is held, and a client is served."""
     until(lambda: server.stats().connections == 0)
     store = world.store(server)
@@ -97,7 +97,7 @@ def exchange(server: PeerServer, *pieces: bytes) -> bytes:
     ],
     ids=range(14),
 )
-def test_what_strangers_say_is_refused_and_changes_nothing(world: World, raw: bytes) -> None:
+def test_what_strangers_say_is_refused_and_changes_nothing(world: PeerServers, raw: bytes) -> None:
     server = prepared(world)
     answer = exchange(server, raw)
     assert not answer or answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 401 "))
@@ -108,13 +108,13 @@ def test_what_strangers_say_is_refused_and_changes_nothing(world: World, raw: by
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(st.binary(max_size=2000), max_size=4))
-def test_any_bytes_of_strangers_are_refused(world: World, pieces: list[bytes]) -> None:
+def test_any_bytes_of_strangers_are_refused(world: PeerServers, pieces: list[bytes]) -> None:
     server = _one_server(world)
     answer = exchange(server, *pieces)
     assert not answer or answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 401 "))
 
 
-def _one_server(world: World) -> PeerServer:
+def _one_server(world: PeerServers) -> PeerServer:
     """One for all examples of a test."""
     return world._servers[0] if world._servers else prepared(world)
 
@@ -158,7 +158,9 @@ HEADS = st.builds(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(HEADS)
-def test_any_head_that_a_holder_of_the_secret_signs_is_answered(world: World, head: bytes) -> None:
+def test_any_head_that_a_holder_of_the_secret_signs_is_answered(
+    world: PeerServers, head: bytes
+) -> None:
     server = _one_server(world)
     with RawPeer(server) as peer:
         peer.send(peer.sign(head))
@@ -173,7 +175,9 @@ def test_any_head_that_a_holder_of_the_secret_signs_is_answered(world: World, he
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.binary(max_size=300))
-def test_any_hello_that_a_holder_of_the_secret_signs_is_answered(world: World, head: bytes) -> None:
+def test_any_hello_that_a_holder_of_the_secret_signs_is_answered(
+    world: PeerServers, head: bytes
+) -> None:
     server = _one_server(world)
     with RawPeer(server, meet=False) as peer:
         said = peer.ask(with_mac(head, SECRET.hello_mac(head)))
@@ -246,7 +250,7 @@ def valid(rng: random.Random, peer: RawPeer) -> tuple[bytes, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_mutated_requests_change_nothing(world: World, seed: int) -> None:
+def test_mutated_requests_change_nothing(world: PeerServers, seed: int) -> None:
     """Spoiled before signing and after it, with bodies that are no bodies, many in a row, cut off
     anywhere."""
     rng = random.Random(seed)
@@ -312,7 +316,7 @@ def meant(ranges: list[tuple[int, int]], sent: bytes) -> bytes | None:
 )
 @given(tables(), st.integers(-1, 1), st.booleans())
 def test_any_table_that_a_holder_of_the_secret_signs_is_followed_or_refused(
-    world: World, ranges: list[tuple[int, int]], off: int, waits: bool
+    world: PeerServers, ranges: list[tuple[int, int]], off: int, waits: bool
 ) -> None:
     server = _one_server(world)
     size = min(len(KEPT), max(0, sum(length for _, length in ranges if length <= len(KEPT)) + off))
@@ -339,7 +343,7 @@ def test_any_table_that_a_holder_of_the_secret_signs_is_followed_or_refused(
     until(lambda: server.memory.stats().incoming_bytes == 0)
 
 
-def test_requests_in_one_packet_are_answered_in_order(world: World) -> None:
+def test_requests_in_one_packet_are_answered_in_order(world: PeerServers) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         raw = b""
@@ -361,7 +365,7 @@ def test_requests_in_one_packet_are_answered_in_order(world: World) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 700, 8191])
-def test_requests_cut_anywhere_into_packets_are_read_alike(world: World, step: int) -> None:
+def test_requests_cut_anywhere_into_packets_are_read_alike(world: PeerServers, step: int) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         heads = [
@@ -377,7 +381,9 @@ def test_requests_cut_anywhere_into_packets_are_read_alike(world: World, step: i
             assert said.status == 200
 
 
-def test_a_lying_length_takes_no_more_than_the_budget_and_stores_nothing(world: World) -> None:
+def test_a_lying_length_takes_no_more_than_the_budget_and_stores_nothing(
+    world: PeerServers,
+) -> None:
     server = prepared(world)
     for announced, sent in ((1000, 999), (1000, 5), (60_000, 0), (1 << 20, 100)):
         with RawPeer(server) as peer:
@@ -404,7 +410,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_crowds_of_liars_take_no_more_memory_than_is_stated(world: World) -> None:
+def test_crowds_of_liars_take_no_more_memory_than_is_stated(world: PeerServers) -> None:
     """Each holds its connection open: half a head, an endless head, a body announced and not sent,
     a listing not read."""
     server = prepared(world)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from kit.peers.raw import RawPeer, Said
-from kit.peers.servers import OTHER_SECRET, SECRET, World, until
+from kit.peers.servers import OTHER_SECRET, SECRET, PeerServers, until
 
 from ckpt.cluster.peermem.auth import mac
 from ckpt.cluster.peermem.http import DeltaBase, PeerRequest, authorize, encode_ranges, with_mac
@@ -29,7 +29,7 @@ def state(server: PeerServer) -> tuple[object, ...]:
     return server.epoch, bodies, stats.total_bytes - stats.spare_bytes
 
 
-def prepared(world: World) -> PeerServer:
+def prepared(world: PeerServers) -> PeerServer:
     server = world.serve(epoch=1)
     for key in ("a", "b/c"):
         with server.memory.incoming(key, 3) as incoming:
@@ -92,7 +92,9 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_field_changed_alone_is_refused_and_changes_nothing(world: World, field: str) -> None:
+def test_a_field_changed_alone_is_refused_and_changes_nothing(
+    world: PeerServers, field: str
+) -> None:
     server = prepared(world)
     before, tried = state(server), 0
     old, new = FIELDS[field]
@@ -117,7 +119,7 @@ def test_a_field_changed_alone_is_refused_and_changes_nothing(world: World, fiel
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["delete", "get"])
-def test_a_bit_of_a_head_changed_anywhere_is_refused(world: World, name: str) -> None:
+def test_a_bit_of_a_head_changed_anywhere_is_refused(world: PeerServers, name: str) -> None:
     server = prepared(world)
     before = state(server)
     with RawPeer(server) as peer:
@@ -135,7 +137,7 @@ def test_a_bit_of_a_head_changed_anywhere_is_refused(world: World, name: str) ->
 @pytest.mark.parametrize("at", [0, len(BODY) // 2, len(BODY) - 1, len(BODY), len(BODY) + 15])
 @pytest.mark.parametrize("name", ["put", "create", "announced"])
 def test_a_body_or_tag_changed_is_refused_and_stores_nothing(
-    world: World, name: str, at: int
+    world: PeerServers, name: str, at: int
 ) -> None:
     server = prepared(world)
     before = state(server)
@@ -153,7 +155,7 @@ def test_a_body_or_tag_changed_is_refused_and_stores_nothing(
     assert state(server) == before
 
 
-def test_other_keys_are_refused(world: World) -> None:
+def test_other_keys_are_refused(world: PeerServers) -> None:
     server = prepared(world)
     before = state(server)
     with RawPeer(server) as other, RawPeer(server) as again:
@@ -172,7 +174,7 @@ def test_other_keys_are_refused(world: World) -> None:
     assert state(server) == before
 
 
-def test_nothing_is_served_before_the_hello_and_to_another_secret(world: World) -> None:
+def test_nothing_is_served_before_the_hello_and_to_another_secret(world: PeerServers) -> None:
     server = prepared(world)
     before = state(server)
     with RawPeer(server) as known, RawPeer(server, meet=False) as peer:
@@ -189,7 +191,7 @@ def test_nothing_is_served_before_the_hello_and_to_another_secret(world: World) 
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_request_that_is_played_again_is_refused(world: World, name: str) -> None:
+def test_a_request_that_is_played_again_is_refused(world: PeerServers, name: str) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         raw = whole(peer, REQUESTS[name](peer))
@@ -228,7 +230,7 @@ def test_a_request_that_is_played_again_is_refused(world: World, name: str) -> N
     assert state(server) == before
 
 
-def test_a_hello_that_is_played_again_opens_nothing(world: World) -> None:
+def test_a_hello_that_is_played_again_opens_nothing(world: PeerServers) -> None:
     server = prepared(world)
     before = state(server)
     with RawPeer(server, meet=False) as peer:
@@ -242,7 +244,7 @@ def test_a_hello_that_is_played_again_opens_nothing(world: World) -> None:
     assert state(server) == before
 
 
-def test_numbers_may_leave_gaps_and_never_go_back(world: World) -> None:
+def test_numbers_may_leave_gaps_and_never_go_back(world: PeerServers) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         for counter, wanted in ((5, 200), (6, 200), (100, 200), (100, 401)):
@@ -256,7 +258,9 @@ def test_numbers_may_leave_gaps_and_never_go_back(world: World) -> None:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_an_older_epoch_is_told_the_newer_one_and_changes_nothing(world: World, name: str) -> None:
+def test_an_older_epoch_is_told_the_newer_one_and_changes_nothing(
+    world: PeerServers, name: str
+) -> None:
     server = prepared(world)
     server.see_epoch(7)
     before = state(server)
@@ -272,7 +276,9 @@ def test_an_older_epoch_is_told_the_newer_one_and_changes_nothing(world: World, 
         assert said.status == 200, "a refused epoch does not spoil the connection"
 
 
-def test_a_newer_epoch_is_learned_from_any_genuine_request_and_from_no_other(world: World) -> None:
+def test_a_newer_epoch_is_learned_from_any_genuine_request_and_from_no_other(
+    world: PeerServers,
+) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         raw = peer.sign(peer.request(key="a", epoch=9).encode("t"))
@@ -285,7 +291,7 @@ def test_a_newer_epoch_is_learned_from_any_genuine_request_and_from_no_other(wor
     assert server.epoch == 9
 
 
-def test_an_epoch_that_opens_while_a_body_comes_fences_the_put(world: World) -> None:
+def test_an_epoch_that_opens_while_a_body_comes_fences_the_put(world: PeerServers) -> None:
     server = prepared(world)
     before = state(server)
     with RawPeer(server) as peer:
@@ -300,7 +306,7 @@ def test_an_epoch_that_opens_while_a_body_comes_fences_the_put(world: World) -> 
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_request_for_an_earlier_start_is_told_the_new_one(world: World, name: str) -> None:
+def test_a_request_for_an_earlier_start_is_told_the_new_one(world: PeerServers, name: str) -> None:
     server = prepared(world)
     before = state(server)
     with RawPeer(server) as peer:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kit.peers.certificates import Certificates
 from kit.peers.proxy import Proxy
 from kit.peers.raw import RawPeer
-from kit.peers.servers import SECRET, Epoch, World, read, until
+from kit.peers.servers import SECRET, Epoch, PeerServers, read, until
 
 from ckpt.backends.replicated.buffers import Loan, TakenBackError
 from ckpt.cluster.endpoint import Endpoint
@@ -149,7 +149,7 @@ def test_wrong_table_is_malformed(what: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1000, 3 * MIB])
-def test_only_what_changed_is_sent_and_the_object_is_whole(world: World, size: int) -> None:
+def test_only_what_changed_is_sent_and_the_object_is_whole(world: PeerServers, size: int) -> None:
     server = world.serve()
     store = world.store(server)
     old = OLD * (size // 1000)
@@ -172,7 +172,7 @@ def test_only_what_changed_is_sent_and_the_object_is_whole(world: World, size: i
     assert store.stat("d") is None
 
 
-def test_most_ranges_go_and_one_more_is_the_callers_mistake(world: World) -> None:
+def test_most_ranges_go_and_one_more_is_the_callers_mistake(world: PeerServers) -> None:
     server = world.serve()
     store = world.store(server)
     size = 2 * RANGES_MAX + 3
@@ -194,7 +194,7 @@ def test_most_ranges_go_and_one_more_is_the_callers_mistake(world: World) -> Non
 
 @pytest.mark.parametrize("size", [1000, 3 * MIB])
 def test_base_that_is_gone_or_another_is_refused_and_the_connection_stays(
-    world: World, size: int
+    world: PeerServers, size: int
 ) -> None:
     server = world.serve()
     store = world.store(server)
@@ -222,7 +222,7 @@ def test_base_that_is_gone_or_another_is_refused_and_the_connection_stays(
 
 
 def test_base_of_another_start_is_no_base_though_key_version_and_length_are_the_same(
-    world: World,
+    world: PeerServers,
 ) -> None:
     server = world.serve()
     store = world.store(server)
@@ -242,7 +242,7 @@ def test_base_of_another_start_is_no_base_though_key_version_and_length_are_the_
     assert again.stats().connections == 1
 
 
-def test_nobody_refers_to_a_source_or_creates_what_is_there(world: World) -> None:
+def test_nobody_refers_to_a_source_or_creates_what_is_there(world: PeerServers) -> None:
     server = world.serve()
     store = world.store(server)
     base = store.put_whole("a", [OLD])
@@ -261,7 +261,7 @@ def test_nobody_refers_to_a_source_or_creates_what_is_there(world: World) -> Non
     assert (held(server, "a"), held(server, "new")) == (OLD, NEW)
 
 
-def test_an_older_epoch_is_fenced(world: World) -> None:
+def test_an_older_epoch_is_fenced(world: PeerServers) -> None:
     server = world.serve()
     epoch = Epoch(3)
     store = world.store(server, epoch=epoch)
@@ -276,7 +276,7 @@ def test_an_older_epoch_is_fenced(world: World) -> None:
 
 
 def test_budget_counts_the_whole_object_and_the_base_that_was_deleted_meanwhile(
-    world: World,
+    world: PeerServers,
 ) -> None:
     server = world.serve(vault=PeerMemory(MIB, spare_bytes_max=0))
     store = world.store(server)
@@ -291,7 +291,7 @@ def test_budget_counts_the_whole_object_and_the_base_that_was_deleted_meanwhile(
     assert server.stats().refused == {"full": 1}
 
 
-def test_memory_that_is_used_again_shows_nothing_of_what_it_held(world: World) -> None:
+def test_memory_that_is_used_again_shows_nothing_of_what_it_held(world: PeerServers) -> None:
     server = world.serve()
     store = world.store(server)
     store.put("secret", [b"s" * 300_000])
@@ -303,7 +303,7 @@ def test_memory_that_is_used_again_shows_nothing_of_what_it_held(world: World) -
     assert read(store, "b") == bytes(300_000)
 
 
-def test_lent_memory_that_is_taken_back_is_never_stored(world: World) -> None:
+def test_lent_memory_that_is_taken_back_is_never_stored(world: PeerServers) -> None:
     server = world.serve()
     store = world.store(server)
     base = store.put_whole("a", [OLD])
@@ -316,7 +316,7 @@ def test_lent_memory_that_is_taken_back_is_never_stored(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_a_cap_is_taken_for_what_is_sent_alone(world: World) -> None:
+def test_a_cap_is_taken_for_what_is_sent_alone(world: PeerServers) -> None:
     cap = RateLimit(8 * MIB)
     store = world.store(world.serve(), cap=cap)
     base = store.put_whole("a", [bytes(4 * MIB)])
@@ -332,7 +332,7 @@ def test_a_cap_is_taken_for_what_is_sent_alone(world: World) -> None:
     assert sum(taken) == 200_000 + RANGE_BYTES
 
 
-def test_it_goes_over_tls(world: World, certificates: Certificates) -> None:
+def test_it_goes_over_tls(world: PeerServers, certificates: Certificates) -> None:
     def files(one: object, make: object) -> object:
         return make(certificate=one.certificate, key=one.key, ca=one.ca)  # type: ignore[operator,attr-defined]
 
@@ -348,7 +348,7 @@ def test_it_goes_over_tls(world: World, certificates: Certificates) -> None:
 
 
 @pytest.mark.slow
-def test_bytes_changed_on_the_way_are_never_stored(world: World) -> None:
+def test_bytes_changed_on_the_way_are_never_stored(world: PeerServers) -> None:
     """In the table, in what is sent, in the tag."""
     server = world.serve()
     for place in (1, 8, 15, 40, 70, 100, 170, 175, 190):
@@ -383,7 +383,7 @@ def test_bytes_changed_on_the_way_are_never_stored(world: World) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("patient", [True, False])
 def test_a_peer_is_waited_for_as_long_as_it_copies_and_waits_itself_no_less(
-    world: World, monkeypatch: pytest.MonkeyPatch, patient: bool
+    world: PeerServers, monkeypatch: pytest.MonkeyPatch, patient: bool
 ) -> None:
     """It takes nothing in meanwhile. Copying here takes longer than either side's patience."""
     grace_s = 1.0
@@ -419,7 +419,7 @@ def test_a_peer_is_waited_for_as_long_as_it_copies_and_waits_itself_no_less(
 # ---- a client that says what it likes
 
 
-def prepared(world: World) -> PeerServer:
+def prepared(world: PeerServers) -> PeerServer:
     server = world.serve(epoch=1)
     for key in ("a", "b"):
         with server.memory.incoming(key, len(OLD)) as incoming:
@@ -436,7 +436,7 @@ def put(peer: RawPeer, table: bytes, sent: bytes, **facts: object) -> tuple[Peer
     ), table + sent
 
 
-def test_the_sample_is_right_before_it_is_spoiled(world: World) -> None:
+def test_the_sample_is_right_before_it_is_spoiled(world: PeerServers) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         said = peer.ask(peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT)))
@@ -449,7 +449,7 @@ def test_the_sample_is_right_before_it_is_spoiled(world: World) -> None:
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_table_is_refused_before_anything_is_copied(
-    world: World, monkeypatch: pytest.MonkeyPatch, what: str, waits: bool
+    world: PeerServers, monkeypatch: pytest.MonkeyPatch, what: str, waits: bool
 ) -> None:
     copied: list[int] = []
     monkeypatch.setattr(serving, "copy_bytes", lambda out, data: copied.append(len(data)))
@@ -481,7 +481,9 @@ def test_wrong_table_is_refused_before_anything_is_copied(
         {"key": ""},
     ],
 )
-def test_head_that_contradicts_itself_is_malformed(world: World, facts: dict[str, object]) -> None:
+def test_head_that_contradicts_itself_is_malformed(
+    world: PeerServers, facts: dict[str, object]
+) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         request, _ = put(peer, encode_ranges([(0, 10), (20, 10)]), bytes(20))
@@ -498,7 +500,7 @@ def test_head_that_contradicts_itself_is_malformed(world: World, facts: dict[str
     ("ranges", "status"), [(RANGES_MAX, 100), (RANGES_MAX + 1, 400), (1 << 40, 400)]
 )
 def test_a_table_longer_than_any_may_be_is_refused_before_it_comes(
-    world: World, ranges: int, status: int
+    world: PeerServers, ranges: int, status: int
 ) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
@@ -513,7 +515,7 @@ def test_a_table_longer_than_any_may_be_is_refused_before_it_comes(
 
 
 @pytest.mark.parametrize("size", [1 << 50, 10**17])
-def test_a_length_that_no_base_has_takes_no_memory(world: World, size: int) -> None:
+def test_a_length_that_no_base_has_takes_no_memory(world: PeerServers, size: int) -> None:
     server = prepared(world)
     before = server.memory.stats()
     with RawPeer(server) as peer:
@@ -537,7 +539,7 @@ def test_a_length_that_no_base_has_takes_no_memory(world: World, size: int) -> N
 @pytest.mark.parametrize(
     "at", [0, 7, 15, 40, 64, 64 + len(SENT) - 1, 64 + len(SENT), 64 + len(SENT) + 15]
 )
-def test_a_table_a_byte_or_a_tag_changed_stores_nothing(world: World, at: int) -> None:
+def test_a_table_a_byte_or_a_tag_changed_stores_nothing(world: PeerServers, at: int) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         raw = bytearray(peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT)))
@@ -550,7 +552,7 @@ def test_a_table_a_byte_or_a_tag_changed_stores_nothing(world: World, at: int) -
     assert idle(server)
 
 
-def test_a_range_moved_within_the_object_is_not_proven(world: World) -> None:
+def test_a_range_moved_within_the_object_is_not_proven(world: PeerServers) -> None:
     """A table that is in order, but not the one that was meant."""
     server = prepared(world)
     with RawPeer(server) as peer:
@@ -563,7 +565,7 @@ def test_a_range_moved_within_the_object_is_not_proven(world: World) -> None:
     assert held(server, "b") == OLD
 
 
-def test_cut_off_at_any_byte_it_leaves_the_old_object(world: World) -> None:
+def test_cut_off_at_any_byte_it_leaves_the_old_object(world: PeerServers) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         length = len(peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT)))
@@ -577,7 +579,7 @@ def test_cut_off_at_any_byte_it_leaves_the_old_object(world: World) -> None:
 
 @pytest.mark.parametrize("what", ["deleted", "replaced"])
 def test_base_that_goes_while_the_bytes_come_is_the_one_that_was_meant(
-    world: World, what: str
+    world: PeerServers, what: str
 ) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
@@ -598,7 +600,7 @@ def test_base_that_goes_while_the_bytes_come_is_the_one_that_was_meant(
     until(lambda: idle(server))
 
 
-def test_an_epoch_that_opens_while_the_bytes_come_fences_it(world: World) -> None:
+def test_an_epoch_that_opens_while_the_bytes_come_fences_it(world: PeerServers) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         raw = peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT))
@@ -612,7 +614,7 @@ def test_an_epoch_that_opens_while_the_bytes_come_fences_it(world: World) -> Non
     assert idle(server)
 
 
-def test_key_exists_is_said_where_it_came_meanwhile(world: World) -> None:
+def test_key_exists_is_said_where_it_came_meanwhile(world: PeerServers) -> None:
     server = prepared(world)
     store = world.store(server)
     with RawPeer(server) as peer:

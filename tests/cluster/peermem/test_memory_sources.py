@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from kit.peers.servers import WAIT_S, World, read, until
+from kit.peers.servers import WAIT_S, PeerServers, read, until
 
 from ckpt.backends.base import Stat
 from ckpt.cluster.peermem.memory import ServedObject, ServedSource
@@ -78,7 +78,9 @@ def slots() -> Iterator[Slots]:
     made.close()
 
 
-def test_a_sources_objects_are_read_and_listed_among_the_vaults(world: World, slots: Slots) -> None:
+def test_a_sources_objects_are_read_and_listed_among_the_vaults(
+    world: PeerServers, slots: Slots
+) -> None:
     typed: ServedSource = slots
     server = world.serve(sources=[typed])
     store = world.store(server)
@@ -98,7 +100,7 @@ def test_a_sources_objects_are_read_and_listed_among_the_vaults(world: World, sl
     until(lambda: slots.pins == 0)
 
 
-def test_nobody_writes_to_a_source(world: World, slots: Slots) -> None:
+def test_nobody_writes_to_a_source(world: PeerServers, slots: Slots) -> None:
     server = world.serve(sources=[slots])
     store = world.store(server)
     for act in (
@@ -115,7 +117,7 @@ def test_nobody_writes_to_a_source(world: World, slots: Slots) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [10, SLOT_BYTES])
 def test_memory_overwritten_while_it_is_sent_is_an_error_not_bytes(
-    world: World, slots: Slots, size: int
+    world: PeerServers, slots: Slots, size: int
 ) -> None:
     server = world.serve(sources=[slots])
     store = world.store(server)
@@ -127,7 +129,7 @@ def test_memory_overwritten_while_it_is_sent_is_an_error_not_bytes(
     until(lambda: slots.pins == 0)
 
 
-def test_a_source_has_a_prefix(world: World, slots: Slots) -> None:
+def test_a_source_has_a_prefix(world: PeerServers, slots: Slots) -> None:
     slots.prefix = ""
     with pytest.raises(UsageError):
         world.serve(sources=[slots])
@@ -155,7 +157,7 @@ class Stuck:
         return []
 
 
-def test_store_that_is_closed_breaks_the_calls_that_wait_for_its_peer(world: World) -> None:
+def test_store_that_is_closed_breaks_the_calls_that_wait_for_its_peer(world: PeerServers) -> None:
     source = Stuck()
     store = world.store(world.serve(sources=[source]))
     with ThreadPoolExecutor(1) as pool:

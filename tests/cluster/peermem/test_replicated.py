@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from kit.peers.servers import World, until
+from kit.peers.servers import PeerServers, until
 
 from ckpt.backends.checked import read_checked
 from ckpt.backends.replicated.store import ReplicatedBackend
@@ -14,7 +14,7 @@ from ckpt.cluster.peermem.store import PeerClientLimits
 BYTES = 700_000
 
 
-def test_objects_survive_a_peer_that_dies_between_and_during_puts(world: World) -> None:
+def test_objects_survive_a_peer_that_dies_between_and_during_puts(world: PeerServers) -> None:
     servers = [world.serve() for _ in range(3)]
     limits = PeerClientLimits(connect_s=1.0, timeouts=PeerTimeouts(grace_s=1.0))
     events: list[object] = []
@@ -41,7 +41,7 @@ def test_objects_survive_a_peer_that_dies_between_and_during_puts(world: World) 
     store.close()
 
 
-def test_a_bad_copy_in_one_peer_is_mended_from_another(world: World) -> None:
+def test_a_bad_copy_in_one_peer_is_mended_from_another(world: PeerServers) -> None:
     servers = [world.serve() for _ in range(3)]
     store = ReplicatedBackend(
         [world.store(one) for one in servers], write_quorum=2, emit=lambda event: None

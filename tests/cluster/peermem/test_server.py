@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from kit.peers.raw import RawPeer
-from kit.peers.servers import BRIEF, BUDGET_BYTES, PATIENT, SECRET, WAIT_S, World, read, until
+from kit.peers.servers import BRIEF, BUDGET_BYTES, PATIENT, SECRET, WAIT_S, PeerServers, read, until
 
 from ckpt.backends.base import Stat
 from ckpt.cluster.endpoint import Endpoint
@@ -44,7 +44,7 @@ def deserted(server: PeerServer) -> bool:
 
 
 @pytest.mark.slow
-def test_a_put_cut_off_at_any_byte_leaves_the_old_object_or_none(world: World) -> None:
+def test_a_put_cut_off_at_any_byte_leaves_the_old_object_or_none(world: PeerServers) -> None:
     server = world.serve()
     put(server, "old", OLD)
     with RawPeer(server) as peer:
@@ -64,7 +64,9 @@ def test_a_put_cut_off_at_any_byte_leaves_the_old_object_or_none(world: World) -
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999999])
-def test_a_large_announced_put_cut_off_gives_its_memory_back(world: World, share: float) -> None:
+def test_a_large_announced_put_cut_off_gives_its_memory_back(
+    world: PeerServers, share: float
+) -> None:
     server = world.serve()
     put(server, "old", OLD)
     body = bytes(LARGE_BYTES)
@@ -80,7 +82,7 @@ def test_a_large_announced_put_cut_off_gives_its_memory_back(world: World, share
     assert server.memory.stats().incoming_bytes == 0
 
 
-def test_a_put_beyond_the_budget_is_refused_before_a_byte_comes(world: World) -> None:
+def test_a_put_beyond_the_budget_is_refused_before_a_byte_comes(world: PeerServers) -> None:
     server = world.serve(vault=PeerMemory(1 << 20))
     put(server, "full", bytes(600_000))
     before = server.memory.stats()
@@ -100,7 +102,7 @@ def test_a_put_beyond_the_budget_is_refused_before_a_byte_comes(world: World) ->
     assert (server.stats().refused["too-large"], server.stats().refused["full"]) == (2, 1)
 
 
-def test_a_small_body_that_came_unasked_is_dropped_with_its_refusal(world: World) -> None:
+def test_a_small_body_that_came_unasked_is_dropped_with_its_refusal(world: PeerServers) -> None:
     server = world.serve(vault=PeerMemory(8192))
     with RawPeer(server) as peer:
         for _ in range(3):
@@ -122,7 +124,7 @@ def test_a_small_body_that_came_unasked_is_dropped_with_its_refusal(world: World
     "what", ["nothing", "a hello's start", "a head's start", "a body's start", "idle"]
 )
 def test_a_guest_that_stands_still_is_ended_and_its_memory_comes_back(
-    world: World, what: str
+    world: PeerServers, what: str
 ) -> None:
     server = world.serve(limits=BRIEF)
     with RawPeer(server, meet=what not in ("nothing", "a hello's start")) as peer:
@@ -143,7 +145,7 @@ def test_a_guest_that_stands_still_is_ended_and_its_memory_comes_back(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["head", "body", "hello"])
-def test_a_trickle_holds_no_connection(world: World, what: str) -> None:
+def test_a_trickle_holds_no_connection(world: PeerServers, what: str) -> None:
     server = world.serve(limits=BRIEF)
     with RawPeer(server, meet=what != "hello") as peer:
         raw = b"GET /hello HTTP/1.1\r\n" * 1000
@@ -169,7 +171,7 @@ def test_a_trickle_holds_no_connection(world: World, what: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_reader_that_takes_nothing_is_ended_and_lets_go_of_the_object(world: World) -> None:
+def test_a_reader_that_takes_nothing_is_ended_and_lets_go_of_the_object(world: PeerServers) -> None:
     server = world.serve(limits=BRIEF)
     put(server, "a", bytes(LARGE_BYTES))
     with RawPeer(server) as peer:
@@ -179,7 +181,7 @@ def test_a_reader_that_takes_nothing_is_ended_and_lets_go_of_the_object(world: W
         until(lambda: server.memory.stats().removed_bytes == 0)
 
 
-def test_strangers_never_keep_a_holder_of_the_secret_out(world: World) -> None:
+def test_strangers_never_keep_a_holder_of_the_secret_out(world: PeerServers) -> None:
     limits = PeerServerLimits(
         connections_max=3,
         strangers_max=2,
@@ -209,7 +211,9 @@ TWO = PeerServerLimits(
 
 
 @pytest.mark.slow
-def test_more_holders_than_connections_take_the_places_of_those_that_rest(world: World) -> None:
+def test_more_holders_than_connections_take_the_places_of_those_that_rest(
+    world: PeerServers,
+) -> None:
     server = world.serve(limits=TWO)
     stores = [world.store(server, limits=PeerClientLimits(crowded_s=WAIT_S)) for _ in range(5)]
     for turn in range(20):
@@ -246,7 +250,7 @@ class Slow:
 
 
 def test_where_all_places_have_a_request_under_way_others_come_again_until_one_is_over(
-    world: World,
+    world: PeerServers,
 ) -> None:
     slow = Slow()
     server = world.serve(limits=TWO, sources=[slow])
@@ -270,7 +274,7 @@ def test_where_all_places_have_a_request_under_way_others_come_again_until_one_i
 
 
 def test_many_times_more_holders_than_places_at_the_same_moment_are_all_served(
-    world: World,
+    world: PeerServers,
 ) -> None:
     limits = PeerServerLimits(connections_max=4, strangers_max=4, stranger_s=WAIT_S, idle_s=WAIT_S)
     server = world.serve(limits=limits)
@@ -288,7 +292,7 @@ def test_many_times_more_holders_than_places_at_the_same_moment_are_all_served(
 
 
 @pytest.mark.slow
-def test_strangers_are_ended_after_their_time_however_busy_they_look(world: World) -> None:
+def test_strangers_are_ended_after_their_time_however_busy_they_look(world: PeerServers) -> None:
     limits = PeerServerLimits(stranger_s=2.0, timeouts=PeerTimeouts(grace_s=WAIT_S))
     server = world.serve(limits=limits)
     with RawPeer(server) as peer:  # a hello alone proves little: it may be a recorded one
@@ -296,7 +300,7 @@ def test_strangers_are_ended_after_their_time_however_busy_they_look(world: Worl
     until(lambda: deserted(server))
 
 
-def test_many_clients_at_once_get_what_they_put(world: World) -> None:
+def test_many_clients_at_once_get_what_they_put(world: PeerServers) -> None:
     server = world.serve()
     store = world.store(server, limits=PeerClientLimits(connections_max=4))
 
@@ -324,7 +328,7 @@ def test_many_clients_at_once_get_what_they_put(world: World) -> None:
     assert stats.sent_bytes > stats.received_bytes
 
 
-def test_stop_ends_whatever_is_under_way_and_repeats_harmlessly(world: World) -> None:
+def test_stop_ends_whatever_is_under_way_and_repeats_harmlessly(world: PeerServers) -> None:
     server = world.serve()
     put(server, "a", bytes(LARGE_BYTES))
     threads, address = threading.active_count(), server.address
@@ -354,12 +358,12 @@ def test_stop_ends_whatever_is_under_way_and_repeats_harmlessly(world: World) ->
         socket.create_connection(address)
 
 
-def test_a_server_that_never_started_stops(world: World) -> None:
+def test_a_server_that_never_started_stops(world: PeerServers) -> None:
     server = PeerServer(PeerMemory(BUDGET_BYTES), SECRET, emit=world.told.append)
     server.stop()
 
 
-def test_a_restart_in_the_middle_of_a_put_loses_that_put_alone(world: World) -> None:
+def test_a_restart_in_the_middle_of_a_put_loses_that_put_alone(world: PeerServers) -> None:
     vault = PeerMemory(BUDGET_BYTES)
     server = world.serve(vault=vault, limits=PATIENT)
     store = world.store(server)
@@ -387,7 +391,7 @@ def test_a_restart_in_the_middle_of_a_put_loses_that_put_alone(world: World) -> 
     assert read(store, "b") == b"after"
 
 
-def test_an_address_that_is_taken_is_said(world: World) -> None:
+def test_an_address_that_is_taken_is_said(world: PeerServers) -> None:
     server = world.serve()
     with pytest.raises(UsageError, match="can't be listened on"):
         world.serve(port=server.address[1])
@@ -413,7 +417,7 @@ def test_addresses_are_read_as_they_are_shown() -> None:
         assert str(Endpoint.parse(text)) == text
 
 
-def test_a_full_vault_is_told_apart_from_one_that_is_gone(world: World) -> None:
+def test_a_full_vault_is_told_apart_from_one_that_is_gone(world: PeerServers) -> None:
     server = world.serve(vault=PeerMemory(1 << 20))
     store = world.store(server)
     with pytest.raises(StoreFullError):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from kit.peers.proxy import Proxy
 from kit.peers.raw import RawPeer
-from kit.peers.servers import OTHER_SECRET, SECRET, WAIT_S, Epoch, World, read, until
+from kit.peers.servers import OTHER_SECRET, SECRET, WAIT_S, Epoch, PeerServers, read, until
 
 from ckpt.backends.replicated.buffers import Loan, TakenBackError
 from ckpt.cluster.endpoint import Endpoint
@@ -36,7 +36,7 @@ def body(size: int, seed: int = 1) -> bytes:
     return bytes((seed + i * 7) & 255 for i in range(251)) * (size // 251) + bytes(size % 251)
 
 
-def test_an_older_epoch_is_fenced_in_every_operation(world: World) -> None:
+def test_an_older_epoch_is_fenced_in_every_operation(world: PeerServers) -> None:
     server = world.serve()
     old, new = Epoch(3), Epoch(4)
     zombie, store = world.store(server, epoch=old), world.store(server, epoch=new)
@@ -59,7 +59,7 @@ def test_an_older_epoch_is_fenced_in_every_operation(world: World) -> None:
         store.stat("a")
 
 
-def test_a_refusal_is_the_error_that_its_handler_needs(world: World) -> None:
+def test_a_refusal_is_the_error_that_its_handler_needs(world: PeerServers) -> None:
     server = world.serve(vault=PeerMemory(MIB))
     store = world.store(server)
     store.put("full", [bytes(600_000)])
@@ -80,7 +80,7 @@ def test_a_refusal_is_the_error_that_its_handler_needs(world: World) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("large", [False, True])
-def test_bytes_changed_on_the_way_are_never_believed(world: World, large: bool) -> None:
+def test_bytes_changed_on_the_way_are_never_believed(world: PeerServers, large: bool) -> None:
     server = world.serve()
     whole = body(3 * MIB if large else 500)
     world.store(server).put("a", [whole])
@@ -123,7 +123,7 @@ def test_bytes_changed_on_the_way_are_never_believed(world: World, large: bool) 
 
 
 @pytest.mark.parametrize("size", [10, 300_000])
-def test_bytes_put_and_changed_on_the_way_are_never_stored(world: World, size: int) -> None:
+def test_bytes_put_and_changed_on_the_way_are_never_stored(world: PeerServers, size: int) -> None:
     server = world.serve()
     proxy = Proxy(server)
 
@@ -144,7 +144,7 @@ def test_bytes_put_and_changed_on_the_way_are_never_stored(world: World, size: i
     proxy.close()
 
 
-def test_a_stranger_in_the_peers_place_is_found_out(world: World) -> None:
+def test_a_stranger_in_the_peers_place_is_found_out(world: PeerServers) -> None:
     theirs = PeerServer(PeerMemory(MIB), OTHER_SECRET, emit=world.told.append)
     theirs.start()
     store = PeerStore(Endpoint(*theirs.address), SECRET, epoch=Epoch())
@@ -155,7 +155,7 @@ def test_a_stranger_in_the_peers_place_is_found_out(world: World) -> None:
 
 
 def test_a_peer_that_does_not_take_the_epoch_in_is_not_believed(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: PeerServers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = world.serve()
     store = world.store(server)
@@ -166,7 +166,7 @@ def test_a_peer_that_does_not_take_the_epoch_in_is_not_believed(
     assert store.stat("a") is not None
 
 
-def test_an_answer_is_taken_for_its_own_request_only(world: World) -> None:
+def test_an_answer_is_taken_for_its_own_request_only(world: PeerServers) -> None:
     """Kept back and played later, to the same client on the same connection, a genuine answer is
     none."""
     server = world.serve()
@@ -188,7 +188,7 @@ def test_an_answer_is_taken_for_its_own_request_only(world: World) -> None:
     proxy.close()
 
 
-def test_lent_memory_that_is_taken_back_is_never_stored(world: World) -> None:
+def test_lent_memory_that_is_taken_back_is_never_stored(world: PeerServers) -> None:
     server = world.serve()
     store = world.store(server)
     for size in (10, 3 * MIB):
@@ -201,7 +201,7 @@ def test_lent_memory_that_is_taken_back_is_never_stored(world: World) -> None:
         until(lambda: server.memory.stats().incoming_bytes == 0)
 
 
-def test_still_lent_is_asked_when_all_is_sent_and_before_it_can_be_seen(world: World) -> None:
+def test_still_lent_is_asked_when_all_is_sent_and_before_it_can_be_seen(world: PeerServers) -> None:
     server = world.serve()
     store, other = world.store(server), world.store(server)
     for size in (0, 10, MIB):
@@ -214,7 +214,7 @@ def test_still_lent_is_asked_when_all_is_sent_and_before_it_can_be_seen(world: W
         assert read(store, f"a/{size}") == bytes(size)
 
 
-def test_memory_that_changes_while_it_is_sent_is_refused_by_its_tag(world: World) -> None:
+def test_memory_that_changes_while_it_is_sent_is_refused_by_its_tag(world: PeerServers) -> None:
     server = world.serve()
     store = world.store(server)
     memory = bytearray(8 * MIB)
@@ -241,7 +241,7 @@ def test_memory_that_changes_while_it_is_sent_is_refused_by_its_tag(world: World
         pytest.skip("no scribble met a block between digest and sending")
 
 
-def test_a_large_read_goes_in_streams_and_is_of_one_content(world: World) -> None:
+def test_a_large_read_goes_in_streams_and_is_of_one_content(world: PeerServers) -> None:
     server = world.serve()
     store = world.store(server, limits=PeerClientLimits(stream_bytes_min=MIB))
     contents = [body(5 * MIB + 3, seed) for seed in (1, 2)]
@@ -268,7 +268,7 @@ def test_a_large_read_goes_in_streams_and_is_of_one_content(world: World) -> Non
         replacing.result(WAIT_S)
 
 
-def test_a_failed_stream_fails_the_read(world: World) -> None:
+def test_a_failed_stream_fails_the_read(world: PeerServers) -> None:
     store = world.store(world.serve(), limits=PeerClientLimits(stream_bytes_min=1000))
     store.put("a", [bytes(3500)])
     with pytest.raises(IntegrityError):
@@ -277,7 +277,7 @@ def test_a_failed_stream_fails_the_read(world: World) -> None:
         store.read_into("b", memoryview(bytearray(4000)))
 
 
-def test_a_listing_comes_in_pages(world: World) -> None:
+def test_a_listing_comes_in_pages(world: PeerServers) -> None:
     server = world.serve()
     store = world.store(server)
     for number in range(2500):
@@ -289,7 +289,7 @@ def test_a_listing_comes_in_pages(world: World) -> None:
     until(lambda: server.stats().served["LIST"] == 3)
 
 
-def test_an_empty_mapping_and_odd_buffers_are_put_without_being_joined(world: World) -> None:
+def test_an_empty_mapping_and_odd_buffers_are_put_without_being_joined(world: PeerServers) -> None:
     store = world.store(world.serve())
     pieces = [bytes([i & 255]) * (i % 5) for i in range(3000)]
     store.put("many", pieces)
@@ -299,7 +299,7 @@ def test_an_empty_mapping_and_odd_buffers_are_put_without_being_joined(world: Wo
     assert read(store, "mapped") == bytes(100_000)
 
 
-def test_a_peer_of_another_version_is_said_to_be_one(world: World) -> None:
+def test_a_peer_of_another_version_is_said_to_be_one(world: PeerServers) -> None:
     server = world.serve()
     with RawPeer(server) as peer:
         said = peer.ask(peer.sign(b"GET /o/a HTTP/1.1\r\nhost: t\r\nfuture: yes\r\n"))

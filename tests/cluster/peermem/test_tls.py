@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from kit.peers.certificates import Certificates, Files
-from kit.peers.servers import WAIT_S, World, read, until
+from kit.peers.servers import WAIT_S, PeerServers, read, until
 
 from ckpt.cluster.peermem.channel import PeerTimeouts
 from ckpt.cluster.peermem.store import PeerClientLimits
@@ -25,7 +25,7 @@ def asking(files: Files, *, ca: Path | None = None) -> ssl.SSLContext:
     return client_context(certificate=files.certificate, key=files.key, ca=ca or files.ca)
 
 
-def test_bytes_go_both_ways(world: World, certificates: Certificates) -> None:
+def test_bytes_go_both_ways(world: PeerServers, certificates: Certificates) -> None:
     server = world.serve(tls=serving(certificates.one))
     store = world.store(server, tls=asking(certificates.two))
     body = bytes(range(256)) * 20_000
@@ -61,7 +61,9 @@ def test_a_rehearsal_says_what_others_would_find(certificates: Certificates) -> 
         "client trusts another CA",
     ],
 )
-def test_another_certificate_is_refused(world: World, certificates: Certificates, who: str) -> None:
+def test_another_certificate_is_refused(
+    world: PeerServers, certificates: Certificates, who: str
+) -> None:
     ours = certificates
     server_files = {
         "server of another CA": ours.stranger,
@@ -84,7 +86,7 @@ def test_another_certificate_is_refused(world: World, certificates: Certificates
 
 
 @pytest.mark.slow
-def test_clear_text_and_tls_do_not_meet(world: World, certificates: Certificates) -> None:
+def test_clear_text_and_tls_do_not_meet(world: PeerServers, certificates: Certificates) -> None:
     clear, covered = world.serve(), world.serve(tls=serving(certificates.one))
     with pytest.raises((StoreDeniedError, UnavailableError)):
         world.store(
@@ -100,7 +102,7 @@ def test_clear_text_and_tls_do_not_meet(world: World, certificates: Certificates
 
 
 def test_a_client_without_a_certificate_is_refused(
-    world: World, certificates: Certificates
+    world: PeerServers, certificates: Certificates
 ) -> None:
     server = world.serve(tls=serving(certificates.one))
     context = ssl.create_default_context(cafile=str(certificates.one.ca))
@@ -110,7 +112,9 @@ def test_a_client_without_a_certificate_is_refused(
     assert server.stats().served == {}
 
 
-def test_stop_ends_a_handshake_that_never_comes(world: World, certificates: Certificates) -> None:
+def test_stop_ends_a_handshake_that_never_comes(
+    world: PeerServers, certificates: Certificates
+) -> None:
     server = world.serve(tls=serving(certificates.one))
     with socket.create_connection(server.address, WAIT_S) as sock:
         until(lambda: server.stats().connections)
@@ -121,7 +125,7 @@ def test_stop_ends_a_handshake_that_never_comes(world: World, certificates: Cert
 
 
 def test_stop_ends_a_connection_at_whatever_moment_of_its_first(
-    world: World, certificates: Certificates
+    world: PeerServers, certificates: Certificates
 ) -> None:
     for turn in range(40):
         server = world.serve(tls=serving(certificates.one))

@@ -8,7 +8,7 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit.keepers.roster import World, check_rest, moves, world
+from kit.keepers.roster import RosterSimulation, check_rest, moves, world
 
 from ckpt.ipc.messages import Policy
 from ckpt.keeper.attempts.roster import RosterState
@@ -18,7 +18,7 @@ SOAK = os.environ.get("CKPT_SOAK") == "1"
 STATES_MAX = 2_000_000
 
 
-def explore(start: World) -> tuple[int, set[RosterState]]:
+def explore(start: RosterSimulation) -> tuple[int, set[RosterState]]:
     """Go everywhere; how many states there are, and in what the roster can come to rest."""
     seen = {start.key()}
     todo = [start]
@@ -107,7 +107,7 @@ def test_long_walks_never_hang(ranks: int, gap_s: float, random) -> None:
         if not found:
             break
         now = random.choice(quiet or [after for _, after in found])
-    drained = World(
+    drained = RosterSimulation(
         now.roster, now.sides, 0, now.gap_s, now.now_s, now.completed, now.asked_to_stop, now.stops
     )
     while not drained.at_rest():

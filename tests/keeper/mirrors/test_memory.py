@@ -52,7 +52,7 @@ class Alone(EpochView):
         return False
 
 
-class World:
+class MirrorNodes:
     """This node, of one rank, and a peer that keeps its pairs."""
 
     def __init__(self, folder: Path) -> None:
@@ -111,8 +111,8 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
+def world(tmp_path: Path) -> Iterator[MirrorNodes]:
+    made = MirrorNodes(tmp_path)
     yield made
     made.close()
 
@@ -121,7 +121,7 @@ def kept(lending: NodeMemoryServer) -> list[tuple[SnapshotId, int]]:
     return [(one.snapshot, one.rank) for one in lending.mirrored()]
 
 
-def test_pair_that_is_named_is_kept_here_and_on_the_peer(world: World) -> None:
+def test_pair_that_is_named_is_kept_here_and_on_the_peer(world: MirrorNodes) -> None:
     world.come(1, "me", "peer")
     world.slot.seal(OLD, rank=0, ranks=2)
     world.named(OLD)
@@ -132,7 +132,7 @@ def test_pair_that_is_named_is_kept_here_and_on_the_peer(world: World) -> None:
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 3), (1, 2)])
 def test_pair_of_a_world_that_has_shrunk_is_not_kept_instead_of_what_a_lost_node_left(
-    world: World, rank: int, ranks: int
+    world: MirrorNodes, rank: int, ranks: int
 ) -> None:
     world.come(1, "me", "lost", "peer")
     share = MadeSlot()
@@ -147,7 +147,7 @@ def test_pair_of_a_world_that_has_shrunk_is_not_kept_instead_of_what_a_lost_node
     assert kept(world.memory._server) == [(OLD, 1)]
 
 
-def test_standby_keeps_it_too_and_nobody_waits_for_one_that_has_no_room(world: World) -> None:
+def test_standby_keeps_it_too_and_nobody_waits_for_one_that_has_no_room(world: MirrorNodes) -> None:
     standby = NodeMemoryServer(
         PeerSecret.of(SECRET), Endpoint(), emit=lambda event: None, budget_bytes=1 << 20
     )
@@ -170,7 +170,7 @@ def test_standby_keeps_it_too_and_nobody_waits_for_one_that_has_no_room(world: W
         full.close()
 
 
-def test_only_node_with_ranks_keeps_its_state_at_a_standby(world: World) -> None:
+def test_only_node_with_ranks_keeps_its_state_at_a_standby(world: MirrorNodes) -> None:
     standby = NodeMemoryServer(
         PeerSecret.of(SECRET), Endpoint(), emit=lambda event: None, budget_bytes=1 << 20
     )
@@ -183,7 +183,9 @@ def test_only_node_with_ranks_keeps_its_state_at_a_standby(world: World) -> None
         standby.close()
 
 
-def test_standby_knows_the_newest_pair_of_which_it_has_all_that_it_is_to_keep(world: World) -> None:
+def test_standby_knows_the_newest_pair_of_which_it_has_all_that_it_is_to_keep(
+    world: MirrorNodes,
+) -> None:
     world.come(1, "a", "b")
     world.among.epoch = replace(
         world.among.epoch, peers={"me": "127.0.0.1:1", "a": "h:1", "b": "h:2"}, me="me"
@@ -198,7 +200,7 @@ def test_standby_knows_the_newest_pair_of_which_it_has_all_that_it_is_to_keep(wo
     assert pair == OLD and sizes.keys() == {0, 1} and min(sizes.values()) > 0
 
 
-def test_what_did_not_change_since_the_pair_before_is_not_sent_again(world: World) -> None:
+def test_what_did_not_change_since_the_pair_before_is_not_sent_again(world: MirrorNodes) -> None:
     """Each pair's base is still there when it is put, though what is over goes as soon as all have
     a newer one."""
     world.come(1, "me", "peer")
@@ -219,7 +221,7 @@ def test_what_did_not_change_since_the_pair_before_is_not_sent_again(world: Worl
     assert world.peer.refused == {}
 
 
-def test_how_long_nothing_newer_was_on_others_is_told_once(world: World) -> None:
+def test_how_long_nothing_newer_was_on_others_is_told_once(world: MirrorNodes) -> None:
     world.come(1, "me", "peer")
     world.memory.set_round(MirrorRound(OLD, None))
     world.memory.set_round(MirrorRound(NEW, OLD))
@@ -234,7 +236,7 @@ def test_how_long_nothing_newer_was_on_others_is_told_once(world: World) -> None
     assert [event.kind for event in world.told].count("protected") == 2
 
 
-def test_where_each_share_is_follows_from_the_spans_of_the_plan(world: World) -> None:
+def test_where_each_share_is_follows_from_the_spans_of_the_plan(world: MirrorNodes) -> None:
     world.come(1, "me", "peer", "third")
     epoch = world.among.epoch
     assert epoch is not None
@@ -260,7 +262,7 @@ def test_where_each_share_is_follows_from_the_spans_of_the_plan(world: World) ->
     assert world.memory.sources(NEW) == ()
 
 
-def test_ranks_of_a_node_are_told_of_as_one(world: World) -> None:
+def test_ranks_of_a_node_are_told_of_as_one(world: MirrorNodes) -> None:
     said: list[tuple[str, MeshMessage]] = []
     world.come(1, "me", "peer")
     world.among.send = lambda node, word: said.append((node, word)) is None  # type: ignore[method-assign]
@@ -275,7 +277,7 @@ def test_ranks_of_a_node_are_told_of_as_one(world: World) -> None:
     }
 
 
-def test_plan_is_told_to_all_once_all_have_said_what_they_hold(world: World) -> None:
+def test_plan_is_told_to_all_once_all_have_said_what_they_hold(world: MirrorNodes) -> None:
     told: list[MeshMessage] = []
     asked: list[MeshMessage] = []
     answers: list[dict[SnapshotId, str]] = []

@@ -32,7 +32,7 @@ WAIT_S = 60.0
 ROOMY = 1 << 20
 
 
-class World:
+class SenderBench:
     """A node of two ranks, and others that keep its pairs."""
 
     def __init__(self) -> None:
@@ -92,8 +92,8 @@ class World:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
+def world() -> Iterator[SenderBench]:
+    made = SenderBench()
     yield made
     made.close()
 
@@ -102,7 +102,7 @@ def held(lending: NodeMemoryServer) -> list[tuple[SnapshotId, int]]:
     return [(one.snapshot, one.rank) for one in lending.mirrored()]
 
 
-def test_pair_comes_to_each_node_whole_and_under_a_short_header(world: World) -> None:
+def test_pair_comes_to_each_node_whole_and_under_a_short_header(world: SenderBench) -> None:
     nodes = [world.node(name) for name in ("b", "c")]
     pair = SnapshotId(1, 7)
     assert world.send(pair) == {"b", "c"}
@@ -124,7 +124,9 @@ def test_pair_comes_to_each_node_whole_and_under_a_short_header(world: World) ->
     assert world.told == []
 
 
-def test_full_node_is_told_once_with_what_to_do_and_again_after_it_had_room(world: World) -> None:
+def test_full_node_is_told_once_with_what_to_do_and_again_after_it_had_room(
+    world: SenderBench,
+) -> None:
     small = world.node("b", budget_bytes=32 * PAGE_BYTES)
     world.node("c")
     first = SnapshotId(1, 1)
@@ -141,7 +143,7 @@ def test_full_node_is_told_once_with_what_to_do_and_again_after_it_had_room(worl
     assert len(world.told) == 2
 
 
-def test_some_ranks_shares_are_no_pair(world: World) -> None:
+def test_some_ranks_shares_are_no_pair(world: SenderBench) -> None:
     node = world.node("b", budget_bytes=20 * PAGE_BYTES)
     pair = SnapshotId(1, 1)
     assert world.send(pair) == frozenset()
@@ -151,7 +153,7 @@ def test_some_ranks_shares_are_no_pair(world: World) -> None:
     assert len(complete_snapshots({"b": node.mirrored(), "a": [slot]})) == 1
 
 
-def test_node_that_is_gone_keeps_no_others_from_their_mirrors(world: World) -> None:
+def test_node_that_is_gone_keeps_no_others_from_their_mirrors(world: SenderBench) -> None:
     world.node("b").close()
     world.node("c")
     for step in (1, 2):
@@ -159,7 +161,7 @@ def test_node_that_is_gone_keeps_no_others_from_their_mirrors(world: World) -> N
     assert [event.facts["code"] for event in world.told] == ["unavailable"]
 
 
-def test_older_epoch_puts_nothing_and_alarms_nobody(world: World) -> None:
+def test_older_epoch_puts_nothing_and_alarms_nobody(world: SenderBench) -> None:
     node = world.node("b")
     node.see_epoch(2)
     assert world.send(SnapshotId(1, 1)) == frozenset()
@@ -171,7 +173,7 @@ def test_older_epoch_puts_nothing_and_alarms_nobody(world: World) -> None:
 
 
 def test_node_that_was_started_anew_between_two_ranks_has_not_the_pair(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: SenderBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.node("b")
     store = world.stores["b"]
@@ -186,7 +188,7 @@ def test_node_that_was_started_anew_between_two_ranks_has_not_the_pair(
     assert "restarted" in world.told[0].text
 
 
-def test_end_waits_for_nobody_for_long(world: World) -> None:
+def test_end_waits_for_nobody_for_long(world: SenderBench) -> None:
     world.node("b")
     entered, go_on = threading.Event(), threading.Event()
 
@@ -208,7 +210,9 @@ def test_end_waits_for_nobody_for_long(world: World) -> None:
     world.stores = {}
 
 
-def test_header_is_as_short_as_its_index_and_fits_memory_that_is_not_there(world: World) -> None:
+def test_header_is_as_short_as_its_index_and_fits_memory_that_is_not_there(
+    world: SenderBench,
+) -> None:
     world.made[0].seal(SnapshotId(1, 1))
     found = read_slot(world.made[0].memory)
     assert found is not None
@@ -217,7 +221,7 @@ def test_header_is_as_short_as_its_index_and_fits_memory_that_is_not_there(world
 
 
 @pytest.mark.slow
-def test_all_nodes_together_get_no_more_than_the_cap_lets_through(world: World) -> None:
+def test_all_nodes_together_get_no_more_than_the_cap_lets_through(world: SenderBench) -> None:
     for name in ("a", "b", "c"):
         world.node(name)
     assert world.send(SnapshotId(1, 1)) == {"a", "b", "c"}

@@ -36,7 +36,7 @@ def pair(step: int) -> SnapshotId:
     return SnapshotId(1, step)
 
 
-class World:
+class DeltaSender:
     """A node of one rank, whose slot holds a leaf of three chunks and a small one, and a node that
     keeps its pairs."""
 
@@ -105,8 +105,8 @@ class World:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
+def world() -> Iterator[DeltaSender]:
+    made = DeltaSender()
     yield made
     made.close()
 
@@ -127,7 +127,7 @@ SMALL_SENT = PAGE_BYTES + 1000 + 2 * RANGE_BYTES
 
 
 @pytest.mark.slow
-def test_only_chunks_that_changed_travel(world: World) -> None:
+def test_only_chunks_that_changed_travel(world: DeltaSender) -> None:
     assert world.send(1, FROZEN, small(1)) == WHOLE_BYTES
     assert world.send(2, FROZEN, small(2)) == SMALL_SENT
     assert world.has(2)
@@ -139,7 +139,7 @@ def test_only_chunks_that_changed_travel(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_base_is_there_in_every_round_whichever_are_missed(world: World) -> None:
+def test_base_is_there_in_every_round_whichever_are_missed(world: DeltaSender) -> None:
     """As node of rank 0: pairs alternate, some are missed by another node, and what is over goes
     each time."""
     now, received = MirrorRound(), []
@@ -167,7 +167,7 @@ def test_base_is_there_in_every_round_whichever_are_missed(world: World) -> None
 
 
 @pytest.mark.slow
-def test_refused_base_is_followed_by_the_whole_share_in_the_same_round(world: World) -> None:
+def test_refused_base_is_followed_by_the_whole_share_in_the_same_round(world: DeltaSender) -> None:
     for step in (1, 2):
         world.send(step, FROZEN, small(step))
     world.lending.retain(frozenset())
@@ -178,7 +178,7 @@ def test_refused_base_is_followed_by_the_whole_share_in_the_same_round(world: Wo
     assert world.told == []
 
 
-def test_base_that_was_put_anew_by_somebody_else_is_no_base(world: World) -> None:
+def test_base_that_was_put_anew_by_somebody_else_is_no_base(world: DeltaSender) -> None:
     world.send(1, FROZEN, small(1))
     with world.lending.vault.reading(mirror_key(pair(1), 0)) as held:
         world.lending.keep(mirror_key(pair(1), 0), [bytes([9]) * len(held.view)])
@@ -187,7 +187,7 @@ def test_base_that_was_put_anew_by_somebody_else_is_no_base(world: World) -> Non
 
 
 @pytest.mark.slow
-def test_node_that_was_started_anew_gets_all_and_then_what_changed(world: World) -> None:
+def test_node_that_was_started_anew_gets_all_and_then_what_changed(world: DeltaSender) -> None:
     world.send(1, FROZEN, small(1))
     world.restart()
     with world.lending.vault.incoming(
@@ -202,14 +202,14 @@ def test_node_that_was_started_anew_gets_all_and_then_what_changed(world: World)
     assert world.told == []
 
 
-def test_another_epoch_begins_with_all(world: World) -> None:
+def test_another_epoch_begins_with_all(world: DeltaSender) -> None:
     world.send(1, FROZEN, small(1))
     world.epoch = 2
     assert world.send(2, FROZEN, small(2)) == WHOLE_BYTES
     assert world.send(3, FROZEN, small(3)) == SMALL_SENT
 
 
-def test_failed_put_leaves_no_base(world: World) -> None:
+def test_failed_put_leaves_no_base(world: DeltaSender) -> None:
     world.send(1, FROZEN, small(1))
     world.lending.see_epoch(2)
     assert world.send(2, FROZEN, small(2)) == 0
@@ -218,13 +218,13 @@ def test_failed_put_leaves_no_base(world: World) -> None:
     assert world.send(3, FROZEN, small(3)) == WHOLE_BYTES
 
 
-def test_share_of_which_most_changed_goes_whole(world: World) -> None:
+def test_share_of_which_most_changed_goes_whole(world: DeltaSender) -> None:
     world.send(1, FROZEN, small(1))
     assert world.send(2, b"\x02" * len(FROZEN), small(2)) == WHOLE_BYTES
     assert world.has(2)
 
 
-def test_leaf_of_another_length_costs_what_lies_elsewhere_now(world: World) -> None:
+def test_leaf_of_another_length_costs_what_lies_elsewhere_now(world: DeltaSender) -> None:
     world.send(1, FROZEN, small(1))
     assert world.send(2, FROZEN, small(2) + b"longer") == SMALL_SENT + 6
     assert world.has(2)
@@ -233,7 +233,7 @@ def test_leaf_of_another_length_costs_what_lies_elsewhere_now(world: World) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2])
 def test_slot_that_is_overwritten_while_it_is_sent_is_kept_nowhere_and_no_base(
-    world: World, monkeypatch: pytest.MonkeyPatch, step: int
+    world: DeltaSender, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """Whole, or what changed."""
     for before in range(1, step):
@@ -266,7 +266,9 @@ def test_slot_that_is_overwritten_while_it_is_sent_is_kept_nowhere_and_no_base(
 
 
 @pytest.mark.slow
-def test_now_and_then_a_share_goes_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_now_and_then_a_share_goes_whole(
+    world: DeltaSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mirror_bases, "BEHIND_MAX", 2)
     received = [world.send(step, FROZEN, small(step)) for step in range(1, 8)]
     assert received == [WHOLE_BYTES, SMALL_SENT, SMALL_SENT] * 2 + [WHOLE_BYTES]

@@ -101,7 +101,7 @@ class Store:
 
 
 @dataclass
-class World:
+class JobInKeeper:
     """One keeper's uploads, the slots of its ranks, and what it told."""
 
     root: Path
@@ -255,16 +255,16 @@ class World:
 
 
 @pytest.fixture
-def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
+def make_world(tmp_path: Path) -> Iterator[Callable[..., JobInKeeper]]:
     """Makes a world; its slots are freed at the end."""
-    worlds: list[World] = []
+    worlds: list[JobInKeeper] = []
 
-    def make(ranks: int = 2) -> World:
+    def make(ranks: int = 2) -> JobInKeeper:
         pools = [
             SlotPool(count=3, data_bytes=8 * ROW_BYTES, header_bytes=1 << 16, prefault=False)
             for _ in range(ranks)
         ]
-        worlds.append(World(tmp_path / "store", ranks, Store(tmp_path / "store"), pools))
+        worlds.append(JobInKeeper(tmp_path / "store", ranks, Store(tmp_path / "store"), pools))
         return worlds[-1]
 
     yield make

@@ -64,7 +64,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class World:
+class RosterSimulation:
     """All of it. ``faults`` are those that may still happen; ``gap_s`` passes between two of them.
 
     With several nodes: ``epoch`` is the newest, ``asked`` what this node asked for and has not got
@@ -124,13 +124,15 @@ def world(
     policy: Policy | None = None,
     attempt: int = 0,
     shared: bool = False,
-) -> World:
+) -> RosterSimulation:
     """A launch that nobody has joined yet; ``shared``: on one node of several."""
     roster = Roster("l", ranks, policy or Policy(), attempt, shared=shared)
-    return World(roster, tuple(Side() for _ in range(ranks)), faults, gap_s, epoch=attempt)
+    return RosterSimulation(
+        roster, tuple(Side() for _ in range(ranks)), faults, gap_s, epoch=attempt
+    )
 
 
-def moves(now: World) -> Iterator[tuple[str, World]]:
+def moves(now: RosterSimulation) -> Iterator[tuple[str, RosterSimulation]]:
     """All that may happen next, with a name."""
     for rank, side in enumerate(now.sides):
         if side.there == "absent":
@@ -166,7 +168,7 @@ def moves(now: World) -> Iterator[tuple[str, World]]:
         yield from faults(replace(now, faults=now.faults - 1, now_s=now.now_s + now.gap_s))
 
 
-def answers(now: World, asked: RequestEpoch) -> Iterator[tuple[str, World]]:
+def answers(now: RosterSimulation, asked: RequestEpoch) -> Iterator[tuple[str, RosterSimulation]]:
     """What the nodes' leader may do about what this node asked for."""
     if asked.failure is None or not asked.failure.final:
         yield "an epoch comes", come(now, placed=True)
@@ -182,14 +184,14 @@ def answers(now: World, asked: RequestEpoch) -> Iterator[tuple[str, World]]:
         )
 
 
-def come(now: World, *, placed: bool) -> World:
+def come(now: RosterSimulation, *, placed: bool) -> RosterSimulation:
     """A new epoch of the job's nodes."""
     last = now.asked is not None and now.asked.failure is not None and now.asked.failure.final
     now = replace(now, epoch=now.epoch + 1, asked=now.asked if last else None)
     return hear(now, EpochChanged(now.epoch, placed, "another node failed", now.now_s))
 
 
-def faults(now: World) -> Iterator[tuple[str, World]]:
+def faults(now: RosterSimulation) -> Iterator[tuple[str, RosterSimulation]]:
     """What goes wrong."""
     for rank, side in enumerate(now.sides):
         if side.trainer:
@@ -224,14 +226,14 @@ def faults(now: World) -> Iterator[tuple[str, World]]:
         yield "grace over", hear(now, GraceExpired(now.now_s))
 
 
-def put(now: World, rank: int, **changes: object) -> World:
+def put(now: RosterSimulation, rank: int, **changes: object) -> RosterSimulation:
     """One rank changes."""
     sides = list(now.sides)
     sides[rank] = replace(sides[rank], **changes)
     return replace(now, sides=tuple(sides))
 
 
-def end(now: World, rank: int, how: str) -> World:
+def end(now: RosterSimulation, rank: int, how: str) -> RosterSimulation:
     """A trainer ends by itself."""
     side = now.sides[rank]
     told: list[RosterEvent] = []
@@ -242,7 +244,7 @@ def end(now: World, rank: int, how: str) -> World:
     return put(now, rank, trainer=0, done=done, up=(*side.up, *told))
 
 
-def obey(now: World, rank: int) -> World:
+def obey(now: RosterSimulation, rank: int) -> RosterSimulation:
     """A supervisor does the next thing that it was told."""
     side = now.sides[rank]
     word, left = side.down[0], side.down[1:]
@@ -258,7 +260,7 @@ def obey(now: World, rank: int) -> World:
             return put(now, rank, there="gone", trainer=0, up=(*side.up, gone), down=())
 
 
-def hear(now: World, event: RosterEvent) -> World:
+def hear(now: RosterSimulation, event: RosterEvent) -> RosterSimulation:
     """The keeper takes one event; whatever it decides is checked, and told."""
     before = now.roster
     roster, actions = rules.step(before, event)
@@ -280,7 +282,7 @@ def hear(now: World, event: RosterEvent) -> World:
     return now
 
 
-def _tell(now: World, before: Roster, action: RosterAction) -> World:
+def _tell(now: RosterSimulation, before: Roster, action: RosterAction) -> RosterSimulation:
     match action:
         case StartAll(attempt):
             assert attempt == (now.epoch if before.shared else before.attempt + 1)
@@ -321,7 +323,7 @@ def _tell(now: World, before: Roster, action: RosterAction) -> World:
     return now
 
 
-def _send(now: World, rank: int, word: RosterAction) -> World:
+def _send(now: RosterSimulation, rank: int, word: RosterAction) -> RosterSimulation:
     side = now.sides[rank]
     # To who has joined: its connection is known by its hello.
     known = side.there == "up" and not any(isinstance(event, SupervisorJoined) for event in side.up)
@@ -346,7 +348,7 @@ def _check(roster: Roster) -> None:
             )
 
 
-def check_rest(now: World) -> None:
+def check_rest(now: RosterSimulation) -> None:
     """At rest nothing may be left to wait for: all train, or all have gone."""
     roster = now.roster
     if roster.state is RosterState.RUNNING:

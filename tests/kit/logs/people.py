@@ -25,7 +25,7 @@ from ckpt.log.journal import Journal
 from ckpt.log.state import LogState, StoreSet
 from ckpt.values import SnapshotId
 from kit.logs.ledger import JOB
-from kit.logs.simulation import Death, Process, Way, World
+from kit.logs.simulation import Death, LogSimulation, Process, Way
 from kit.logs.stores import SmallReplicated
 
 
@@ -40,7 +40,7 @@ class Plan:
 class Scene:
     """A world, and what its people know and did."""
 
-    def __init__(self, world: World, plan: Plan) -> None:
+    def __init__(self, world: LogSimulation, plan: Plan) -> None:
         self.world = world
         self.plan = plan
         self.opened: list[int] = []

@@ -11,7 +11,7 @@ from ckpt.keyspace.base import Transaction, TransactionResult
 from kit.membership.memory_keyspace import MemoryServer
 
 if TYPE_CHECKING:
-    from kit.logs.simulation import World
+    from kit.logs.simulation import LogSimulation
 
 ANY_ETCD = EtcdOptions(endpoints=("simulated:1",))
 
@@ -34,7 +34,7 @@ class Service:
 class ServiceWay:
     """One call's way to it. See Keyspace; of its calls only this one is used."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: LogSimulation) -> None:
         self._world = world
 
     def transact(self, transaction: Transaction) -> TransactionResult:

@@ -96,7 +96,7 @@ CALM = Weather(
 )
 
 
-class World:
+class LogSimulation:
     """All stores, all processes, and what becomes of them."""
 
     def __init__(self, seed: int, sites: Sequence[Site], weather: Weather) -> None:
@@ -270,7 +270,7 @@ class World:
 class Process:
     """One process's life: its machine, and the lanes that die with it."""
 
-    def __init__(self, world: World, folder: str) -> None:
+    def __init__(self, world: LogSimulation, folder: str) -> None:
         self.world = world
         self.folder = folder
         self.lanes: list[InlineLanes] = []

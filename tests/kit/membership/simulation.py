@@ -50,7 +50,7 @@ class Death(BaseException):
 class Service(MemoryServer):
     """The service, which checks at each change what must hold."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: MembershipSimulation) -> None:
         super().__init__(lambda: world.now_s)
         self._world = world
         self.epochs: list[EpochRecord] = []
@@ -88,7 +88,7 @@ class Landlord:
     offered: bool = False
     lives: bool = False
 
-    def tick(self, world: World) -> None:
+    def tick(self, world: MembershipSimulation) -> None:
         """Come, go in good order, or hang; else renew."""
         fate = world.lodging_dice.random()
         if not self.lives:
@@ -113,7 +113,7 @@ class Landlord:
 class Process:
     """One start of one node."""
 
-    world: World
+    world: MembershipSimulation
     node: str
     slots: int
     offset_s: float
@@ -219,7 +219,7 @@ class Process:
 class SimKeyspace:
     """A process's way to the service."""
 
-    def __init__(self, world: World, process: Process) -> None:
+    def __init__(self, world: MembershipSimulation, process: Process) -> None:
         self._world = world
         self._process = process
 
@@ -261,7 +261,7 @@ class SimKeyspace:
         return done
 
 
-class World:
+class MembershipSimulation:
     """One run."""
 
     def __init__(self, seed: int) -> None:

@@ -38,7 +38,7 @@ class Epoch:
         return self.now
 
 
-class World:
+class PeerServers:
     """Servers and stores of one test."""
 
     def __init__(self) -> None:

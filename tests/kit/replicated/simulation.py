@@ -72,7 +72,7 @@ class Store:
     mending: bool = False
 
 
-class World(Clock):
+class ReplicationSimulation(Clock):
     def __init__(self, seed: int, *, clean: bool) -> None:
         super().__init__()
         self.dice = random.Random(seed)

@@ -17,7 +17,7 @@ Pair = SnapshotId
 
 
 @dataclass(frozen=True)
-class World:
+class LogTruth:
     """One history: epochs with the pair that each went on from, what each pair holds, and what was
     dropped."""
 
@@ -54,7 +54,7 @@ class Truth:
     in doubt is decided."""
 
     def __init__(self) -> None:
-        self.worlds: frozenset[World] = frozenset({World()})
+        self.worlds: frozenset[LogTruth] = frozenset({LogTruth()})
         self.settled = True
         self.ever: set[tuple[Pair, Content]] = set()
         """All that may ever have been committed."""
@@ -132,7 +132,7 @@ class Truth:
             self.worlds = fitting
         return ""
 
-    def known(self) -> World:
+    def known(self) -> LogTruth:
         """What is true, once nothing is in doubt: one of the worlds, which then differ in nothing
         that can be seen."""
         known = {
@@ -141,20 +141,20 @@ class Truth:
         assert len(known) == 1, f"still in doubt. worlds={known}"
         return next(iter(self.worlds))
 
-    def _turn(self, turn: Callable[[World], World | None]) -> None:
+    def _turn(self, turn: Callable[[LogTruth], LogTruth | None]) -> None:
         self.worlds = frozenset(new for world in self.worlds if (new := turn(world)) is not None)
         assert self.worlds, "what the writer was told contradicts what it was told before"
 
-    def _doubt(self, turn: Callable[[World], World | None]) -> None:
+    def _doubt(self, turn: Callable[[LogTruth], LogTruth | None]) -> None:
         self.worlds |= {new for world in self.worlds if (new := turn(world)) is not None}
         self.settled = False
 
 
-def _open(world: World, origin: Pair | None) -> World:
+def _open(world: LogTruth, origin: Pair | None) -> LogTruth:
     return replace(world, opens=(*world.opens, (world.epoch + 1, origin)))
 
 
-def _commit(world: World, pair: Pair, content: Content) -> World | None:
+def _commit(world: LogTruth, pair: Pair, content: Content) -> LogTruth | None:
     return (
         replace(world, commits=(*world.commits, (pair, content)))
         if world.epoch == pair.epoch

@@ -18,7 +18,7 @@ import pytest
 from kit.logs.oracle import check
 from kit.logs.people import Operator, Plan, Reader, Scene, Writer
 from kit.logs.service import ANY_ETCD, Service, ServiceWay
-from kit.logs.simulation import InlineLanes, Site, Weather, World
+from kit.logs.simulation import InlineLanes, LogSimulation, Site, Weather
 
 from ckpt.format.records import BY_STORES
 from ckpt.log import replicas as copies_room
@@ -34,7 +34,7 @@ TRIES_MAX = 60
 """In so many tries a fresh writer must open an epoch and commit, once nothing goes wrong any more;
 each tries what it draws."""
 
-_WORLDS: list[World] = []
+_WORLDS: list[LogSimulation] = []
 
 
 def _lanes() -> InlineLanes:
@@ -85,7 +85,7 @@ def scene_of(seed: int, folder: Path) -> Scene:
     dice.shuffle(order)
     spare = dice.random() < 0.8
     sites = [Site(number, creates) for number, creates in enumerate([*order, spare])]
-    world = World(seed, sites, weather)
+    world = LogSimulation(seed, sites, weather)
     _WORLDS[:] = [world]
     world.quorum_min = quorum
     scene = Scene(world, Plan(tuple(range(stores)), quorum))

@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass, field
 
 import pytest
-from kit.collected_store import Death, Process, Watched, World
+from kit.collected_store import CollectedStore, Death, Process, Watched
 
 from ckpt.errors import CkptError, ConflictError, FencedError, UnavailableError
 from ckpt.format.index import SnapshotIndex
@@ -49,14 +49,14 @@ class Run:
     """One seed's run."""
 
     seed: int
-    world: World = field(init=False)
+    world: CollectedStore = field(init=False)
     dice: random.Random = field(init=False)
     readers: list[Reader] = field(default_factory=list)
     dropped_at: dict[SnapshotId, float] = field(default_factory=dict)
     depth: int = 0
 
     def __post_init__(self) -> None:
-        self.world = World(self.seed)
+        self.world = CollectedStore(self.seed)
         self.dice = self.world.dice
 
     def act(self) -> None:

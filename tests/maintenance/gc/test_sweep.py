@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from kit.collected_store import ClockedStore, Death, Watched, World, sweep_and_die
+from kit.collected_store import ClockedStore, CollectedStore, Death, Watched, sweep_and_die
 
 from ckpt.backends.base import Backend
 from ckpt.backends.encrypted.keys import load_keys, write_new_key
@@ -293,7 +293,7 @@ def test_probes_of_dead_sweeps_are_removed() -> None:
 @pytest.mark.slow
 def test_death_at_each_delete_harms_nothing_and_a_repeat_finishes() -> None:
     for at in range(1000):
-        world = World(7)
+        world = CollectedStore(7)
         process = world.start()
         for _ in range(4):
             process.capture(world.store)
