@@ -111,7 +111,7 @@ ROWS = (
     Row("etcd: keepalives of keepers", "TTL/3", lambda n, _: n * 3 / TTL_S, rate_text),
     Row(
         "etcd: looks of agents at two keys",
-        "rendezvous_lease.py, LOOK_S or TTL/3; leases.py, TTL",
+        "elastic/rendezvous, LOOK_S or TTL/3; cluster, TTL",
         lambda n, _: n * (1 / min(AGENT_LOOK_S, TTL_S / 3) + 1 / TTL_S),
         rate_text,
     ),
