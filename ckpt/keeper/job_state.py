@@ -104,9 +104,15 @@ class JobUploads:
         return self.current is None or self.current.idle
 
     def new_launch(self) -> None:
-        """Another launch begins: what an earlier one was refused says nothing about it."""
+        """Another launch begins: what an earlier one was refused says nothing about it.
+
+        Its first epoch may continue from one that another writer opened in the meantime, so the
+        uploads also forget what they knew of the log.
+        """
         self.fenced = ""
         self._flushing = None
+        if self.current is not None:
+            self.current.new_launch()
 
     def new_generation(self, *, rank0_here: bool) -> None:
         """Other nodes hold the ranks from now on: the log may have another writer, and this keeper

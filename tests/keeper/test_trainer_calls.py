@@ -176,6 +176,30 @@ def test_all_are_told_that_another_writer_took_over(pair) -> None:
         open_epoch(one)
 
 
+def test_next_launch_on_the_same_keeper_is_not_fenced_by_what_fenced_the_last(
+    serve: Serve,
+) -> None:
+    served = serve()
+    supervisors = served.supervisors(1, launch="first")
+    trainer = served.trainer(launch="first")
+    open_epoch(trainer)
+    Journal.open(FileBackend(served.store)).open_epoch(resume=None)
+    with pytest.raises(FencedError):
+        trainer.calls.ask(GetChoices(), Choices)
+    trainer.leave()
+    for supervisor in supervisors:
+        supervisor.leave()
+    # The keeper lingers, and the program is started again with as many ranks.
+    supervisors = served.supervisors(1, launch="second")
+    trainer = served.trainer(launch="second")
+    assert open_epoch(trainer) == 3
+    trainer.hand_in(SnapshotId(3, 1))
+    assert trainer.outcome().error is None
+    trainer.leave()
+    for supervisor in supervisors:
+        supervisor.leave()
+
+
 def test_what_lies_beyond_is_forgotten_only_once_the_epoch_is_open(pair) -> None:
     _, one, two = pair
     beyond = SnapshotId(1, 7)

@@ -318,7 +318,7 @@ class LogEpochs:
         self._on_store_changed()
         state = "another one now" if log_id else "gone"
         text = (
-            f"the store is {state}: what was staged for it is issued up, and the job starts anew. "
+            f"the store is {state}: what was staged for it is given up, and the job starts anew. "
             f"store={self._store}"
         )
         self._emit(Event("store-changed", text, {"log_id": log_id}, alarm=True))
