@@ -295,7 +295,7 @@ if not child:
     store.put("child", [bytes(out)])
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
-print(store.client, sorted(found.key for found in store.list("")))
+print(store.client_name, sorted(found.key for found in store.list("")))
 """
 
 

@@ -180,7 +180,7 @@ def test_many_processes_at_once_start_one_keeper(program) -> None:
     script = (
         "import sys; from ckpt.ipc.client import *; from ckpt.ipc.messages import *\n"
         "spec = KeeperSpec(job='gpt', store='/data/runs')\n"
-        "calls = Calls(ensure_keeper(spec, program=sys.argv[1:]))\n"
+        "calls = KeeperClient(ensure_keeper(spec, program=sys.argv[1:]))\n"
         "print(calls.call(GetStatus()).number)\n"
         "calls.forget_after_fork()"
     )

@@ -168,7 +168,7 @@ def test_keepers_that_die_one_after_the_other_end_the_program(program, keeper) -
     keeper.accept().close()
     for _ in range(5):
         keeper.accept(attempt=0).close()
-    assert run.line().startswith("ckpt: keepers die one after the other")
+    assert run.line().startswith("ckpt: keepers die one after another")
     assert run.end() == 11
 
 

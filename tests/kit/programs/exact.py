@@ -100,10 +100,10 @@ def train(run: ckpt.Run) -> None:
     trail = torch.full((TRAIL_MAX,), -1, dtype=torch.int64)
     run.track(model=model, optimizer=exact.optimizer, progress={"trail": trail})
     done, resumed = run.completed_steps, run.restored
-    assert run._seat is not None
+    assert run._trainer is not None
     events.say(
         "enter",
-        attempt=run._seat.attempt,
+        attempt=run._trainer.attempt,
         epoch=run.membership_epoch,
         rank=run.rank,
         world=run.world_size,

@@ -100,7 +100,7 @@ def test_node_that_may_not_lend_is_refused_before_it_trains(tmp_path: Path, wron
         "a key that isn't there": {**files.spec(), "tls_key": str(tmp_path / "none.key")},
     }[wrong]
     says = {
-        "nothing is said": "or say --plaintext where the network is yours alone",
+        "nothing is said": "or say --plaintext if the network is yours alone",
         "another host's certificate": "certificate is not valid for '192.0.2.7'",
         "a key that isn't there": "none.key",
     }[wrong]

@@ -431,7 +431,7 @@ def test_dead_stores_are_replaced_by_hand_while_the_job_trains(
     # left alone.
     folder.lose()
     wait_for(
-        lambda: "does not hold this log any more" in fleet.describe(),
+        lambda: "no longer holds this log" in fleet.describe(),
         "an alarm",
         say=fleet.describe,
     )

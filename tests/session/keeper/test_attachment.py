@@ -79,7 +79,7 @@ def seated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     spec = KeeperSpec(job="run", store=str(store))
     ensure_keeper(spec).close()
     monkeypatch.setattr(
-        keeping, "_seat", SupervisedTrainer(launch="l", attempt=0, rank=0, ranks=1, spec=spec)
+        keeping, "_trainer", SupervisedTrainer(launch="l", attempt=0, rank=0, ranks=1, spec=spec)
     )
     yield store
 
