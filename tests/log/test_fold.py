@@ -67,6 +67,8 @@ def test_an_older_capture_becomes_durable_under_the_epoch_that_is_open() -> None
     assert state.newest() == pair(1, 10) and len(state.snapshots) == 2
     entry = state.find(pair(1, 10))
     assert entry is not None and entry.writer_epoch == 2
+    later = state.find(pair(1, 12))
+    assert later is not None and (later.seq, later.writer_epoch) == (3, 2)
 
 
 def test_a_resumed_pair_that_was_never_committed_leaves_the_line_below_it() -> None:

@@ -8,6 +8,7 @@ Either way the child tells whether the mutant was in place; nothing is written.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -73,12 +74,22 @@ class Target:
         return self.path.removesuffix(".py").replace("/", ".")
 
     def mutants(self, source: str) -> list[Mutant]:
-        """The mutants of the module's source that count."""
+        """The mutants of the module's source that count.
+
+        Raises ValueError if ``only`` names what the module does not define.
+        """
+        found = mutants_of(source)
+        if missing := [name for name in self.only if name not in _defined(source)]:
+            raise ValueError(f"no such function or class. path={self.path} names={missing}")
         return [
-            one
-            for one in mutants_of(source)
-            if not self.only or one.function.partition(".")[0] in self.only
+            one for one in found if not self.only or one.function.partition(".")[0] in self.only
         ]
+
+
+def _defined(source: str) -> frozenset[str]:
+    """The functions and classes at the top of a module."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return frozenset(node.name for node in ast.parse(source).body if isinstance(node, kinds))
 
 
 @dataclass(frozen=True, slots=True)

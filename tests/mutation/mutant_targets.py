@@ -29,7 +29,7 @@ TARGETS = (
     Target(
         "ckpt/log/replicated.py",
         _STORES,
-        only=("StoresSequencer", "FiledSequencer", "silent", "_digest"),
+        only=("QuorumSequencer", "CopyingSequencer", "silent_stores", "_digest"),
     ),
     Target(
         "ckpt/restore/plan.py",
@@ -43,6 +43,6 @@ TARGETS = (
     Target(
         "ckpt/backends/replicated/policy.py",
         ("tests/backends/replicated/test_rules.py", "tests/backends/replicated/test_quorums.py"),
-        only=("Quorum", "quorum_of", "counting_only", "commonest"),
+        only=("Quorum", "quorum_of", "with_counting", "most_common_error"),
     ),
 )

@@ -91,7 +91,7 @@ def test_second_writer_in_one_seat_is_refused_before_it_touches_anything(seated:
     for write in (lambda: second.save(STATE, step=2), lambda: second.prepare(STATE)):
         with pytest.raises(UsageError, match=r"writes to this store already.*run\.save\(\)"):
             write()
-    assert second._session._joined is None
+    assert second._session._connected is None
     with pytest.raises(UsageError, match="writes to this store already"):
         ckpt.Checkpointer(seated, job="another-name").save(STATE, step=2)
     found = {"w": {"w": torch.zeros(3)}}
