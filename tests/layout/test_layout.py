@@ -22,6 +22,9 @@ PACKAGE = ROOT / "ckpt"
 SINGLE_IMPORTER_MAX = 44
 """Modules with one importer that are neither pure nor imported lazily."""
 
+WITHOUT_TESTS_MAX = 111
+"""Modules that no test file is named after; what they do is tested elsewhere."""
+
 FOLDER_MODULES_MAX = 15
 CROWDED = {"ckpt/cli/commands"}
 """Folders that may hold more: one file a command, named as the command."""
@@ -234,6 +237,19 @@ def test_folder_holds_at_most_so_many_modules() -> None:
         if not _file(module).endswith("__init__.py")
     )
     assert {folder for folder, count in counts.items() if count > FOLDER_MODULES_MAX} <= CROWDED
+
+
+def test_modules_without_a_test_file_of_their_name_are_few() -> None:
+    alone: list[str] = []
+    for module in modules():
+        path = Path(_file(module))
+        folder = ROOT / "tests" / path.parent.relative_to("ckpt")
+        if not path.stem.startswith("__") and not [
+            *folder.glob(f"test_{path.stem}.py"),
+            *folder.glob(f"test_{path.stem}_*.py"),
+        ]:
+            alone.append(str(path))
+    assert len(alone) <= WITHOUT_TESTS_MAX, alone
 
 
 def test_files_with_one_prefix_are_a_subpackage() -> None:

@@ -11,7 +11,7 @@ _LOG = (
     "tests/log/test_fold.py",
     "tests/log/test_fold_refusals.py",
     "tests/log/test_fold_lineage.py",
-    "tests/log/test_stored_folds.py",
+    "tests/log/test_stored_fold.py",
     "tests/log/test_catalog.py",
 )
 _STORES = (
@@ -42,7 +42,10 @@ TARGETS = (
     ),
     Target(
         "ckpt/backends/replicated/policy.py",
-        ("tests/backends/replicated/test_rules.py", "tests/backends/replicated/test_quorums.py"),
+        (
+            "tests/backends/replicated/test_policy.py",
+            "tests/backends/replicated/test_policy_quorums.py",
+        ),
         only=("Quorum", "quorum_of", "with_counting", "most_common_error"),
     ),
 )
