@@ -100,6 +100,7 @@ def manifest(epoch: int, step: int, note: str) -> Manifest:
 def sleepy_writer(folder: Path, once: bool, prefix: str, when: str, pipe: Connection) -> None:
     """Open an epoch and commit; then commit once more, stopping in the middle; say what came of
     it."""
+    os.setsid()  # see kit.servers.process: it stops itself
     sleep = Sleep(prefix, when, pipe)
     journal = Journal.open(stores(folder, once=once, sleep=sleep), job=JOB, create=True)
     epoch = journal.open_epoch(resume=None)

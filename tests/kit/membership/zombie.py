@@ -49,6 +49,7 @@ def zombie_is_refused(where: str, other: KeyspaceMembership, job: str, *, ttl_s:
         stdout=subprocess.PIPE,
         text=True,
         bufsize=1,
+        start_new_session=True,  # see kit.servers.process: it is stopped
     )
     assert zombie.stdin is not None and zombie.stdout is not None
     try:

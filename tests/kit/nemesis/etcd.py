@@ -102,6 +102,7 @@ class Etcd:
                     "error",
                 ],
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # see kit.servers.process: it is stopped
                 stdout=log,
                 stderr=log,
                 env={"PATH": os.environ["PATH"]},

@@ -63,6 +63,9 @@ class ServerProcess:
                 stdout=out,
                 stderr=out,
                 env={**os.environ, **env},
+                # A stopped process in the tests' own process group would have the kernel hang up the
+                # whole group, pytest too, once another one there is orphaned.
+                start_new_session=True,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509  one system call, no lock, no allocation
             )
 
