@@ -77,11 +77,15 @@ class Machine:
     def output(self) -> str:
         """What its program and its keeper said."""
         texts = [self.folder / "output.txt", *self.folder.glob("runtime/*/keeper.log")]
-        return "\n".join(
-            f"--- {path}\n{path.read_text(errors='replace')[-5000:]}"
-            for path in texts
-            if path.exists()
-        )
+        return "\n".join(f"--- {path}\n{_last_lines(path)}" for path in texts if path.exists())
+
+
+def _last_lines(path: Path) -> str:
+    """The end of a log, which its keeper may remove at this moment."""
+    try:
+        return path.read_text(errors="replace")[-5000:]
+    except FileNotFoundError:
+        return "removed by its keeper"
 
 
 class Cluster:
