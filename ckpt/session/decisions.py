@@ -134,6 +134,9 @@ class RankDecisions:
     ``decision/<n>`` from rank 0; ``ack/<n>/<rank>``; ``due/<boundary>`` from rank 0;
     ``ended/<rank>``; ``closed`` from rank 0, which is a decision too. Steady state: one round trip
     each ``POLL_LAST_S`` seconds beside the training thread, and none in it.
+
+    Over the limit of attributes: what the polling thread and the training thread share lies under
+    one lock, which two classes would have to pass around.
     """
 
     def __init__(

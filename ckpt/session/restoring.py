@@ -78,6 +78,8 @@ class Restoring:
 
     ``state`` gives the log's fold, fresh from the store. ``open_staged`` opens snapshots that are
     in slots.
+
+    Over the limit of attributes: a restore needs every source of state that the session has.
     """
 
     def __init__(

@@ -57,6 +57,9 @@ class Stager:
 
     Used by one thread. ``compare_replicas`` is called the first time that a set of replicas
     appears. ``on_short`` is called once if memory becomes short during training.
+
+    Over the limit of attributes: plan, layout, slots and buffers are kept from one snapshot to the
+    next, and all of them change if one does.
     """
 
     def __init__(

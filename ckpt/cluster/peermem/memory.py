@@ -282,6 +282,8 @@ class PeerMemory:
     that disappeared silently would be worse than a put that is refused. A replaced or deleted
     object stays for its current readers. ``spare_bytes_max`` (default: half of the budget) of freed
     memory is kept for reuse. ``available`` returns how much memory the machine has left.
+
+    Over the limit of attributes: budget, objects and spare memory change together under one lock.
     """
 
     def __init__(

@@ -52,6 +52,8 @@ class StoreFindings:
     ``other_client``: whether another connection's list did. ``skew_s``: how far the store's clock
     is ahead of ours, give or take ``skew_unsure_s``. ``same_as``: other examined stores, by number,
     that are the same place. ``leftovers``: probe objects that could not be deleted.
+
+    Over the limit of attributes: one attribute a fact of the report.
     """
 
     url: str

@@ -98,6 +98,8 @@ class ScrubReport:
     of objects that some store has. ``hole``: the position from which the log cannot be read.
     ``untraced``: snapshots with a lost manifest or part, so that their references are not all
     known.
+
+    Over the limit of attributes: the document that ``--json`` prints, one attribute a figure.
     """
 
     complete: bool
