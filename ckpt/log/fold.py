@@ -24,15 +24,13 @@ from ckpt.log.state import (
     RECENT_MAX,
     Committed,
     Hole,
-    LineageSegment,
+    LogIndex,
     LogState,
     OpenedEpoch,
     StoreSet,
     TagEntry,
     Void,
     VoidCode,
-    lineage_segments,
-    whole_epoch,
 )
 from ckpt.values import SnapshotId
 
@@ -52,11 +50,14 @@ __all__ = [
 class FoldBuilder:
     """A fold in progress: the state with its lists indexed, changed record by record.
 
-    O(state) to make and to freeze, O(1) for most records. Used in this module only. It has one
-    attribute for each field of ``LogState``, hence so many.
+    It shares the state's index until a record changes it, and copies it then: O(1) to make and for
+    a record that is void, one copy of a dict for the first one that counts. Used in this module
+    only. It has one attribute for each field of ``LogState``, hence so many.
     """
 
     __slots__ = (
+        "_own_steps",
+        "_owned",
         "_recent",
         "_write_ids",
         "epoch",
@@ -75,13 +76,13 @@ class FoldBuilder:
     def __init__(self, state: LogState) -> None:
         self.next_seq = state.next_seq
         self.head_digest = state.head_digest
-        self.opens: dict[int, OpenedEpoch] = {opened.epoch: opened for opened in state.opens}
+        index = state.index
+        self.opens: dict[int, OpenedEpoch] = index.opens
         self.epoch = state.epoch
-        self.snapshots: dict[SnapshotId, Committed] = {}
-        self.steps: dict[int, dict[int, None]] = {}
-        """The existing steps of each captured epoch. They ascend, because commits do."""
-        for entry in state.snapshots:
-            self._put(entry)
+        self.snapshots: dict[SnapshotId, Committed] = index.snapshots
+        self.steps: dict[int, dict[int, None]] = index.steps
+        self._owned = False
+        self._own_steps: set[int] = set()
         self.tags: dict[str, SnapshotId] = state.tags
         self.floor = state.floor
         self.stores: StoreSet | None = state.stores
@@ -92,18 +93,27 @@ class FoldBuilder:
 
     def freeze(self, before: LogState) -> LogState:
         """The state as it is now."""
+        if self._owned:
+            opens, snapshots = tuple(self.opens.values()), tuple(self.snapshots.values())
+            index = LogIndex(opens, snapshots, self.opens, self.snapshots, self.steps)
+            # What was handed on is frozen: the next change copies again.
+            self._owned = False
+            self._own_steps = set()
+        else:
+            opens, snapshots, index = before.opens, before.snapshots, before.index
         return replace(
             before,
             next_seq=self.next_seq,
             head_digest=self.head_digest,
-            opens=tuple(self.opens.values()),
-            snapshots=tuple(self.snapshots.values()),
+            opens=opens,
+            snapshots=snapshots,
             tagged=tuple(TagEntry(name, self.tags[name]) for name in sorted(self.tags)),
             floor=self.floor,
             stores=self.stores,
             voids=tuple(self.voids),
             voids_total=self.voids_total,
             recent=tuple(self._recent),
+            _index=index,
         )
 
     def advance(self, record: Record) -> None:
@@ -130,17 +140,21 @@ class FoldBuilder:
 
     def open(self, opened: OpenedEpoch) -> None:
         """Apply an ``open`` that counts."""
+        self._own()
         self.opens[opened.epoch] = opened
         self.epoch = opened.epoch
 
     def commit(self, entry: Committed) -> None:
         """Apply a ``commit`` that counts."""
         pair = entry.snapshot
-        self._put(entry)
+        self._own(pair.epoch)
+        self.snapshots[pair] = entry
+        self.steps[pair.epoch][pair.step] = None
         self.opens[pair.epoch] = replace(self.opens[pair.epoch], last_step=pair.step)
 
     def drop(self, pair: SnapshotId) -> None:
         """Remove a snapshot."""
+        self._own(pair.epoch)
         del self.snapshots[pair]
         del self.steps[pair.epoch][pair.step]
 
@@ -150,20 +164,21 @@ class FoldBuilder:
         The second case is an empty lineage. Without it, a job that was started afresh could drop
         everything it has before its first commit.
         """
-        for segment in lineage_segments(self.opens, whole_epoch(self.epoch)):
-            if (step := self._last_up_to(segment)) is not None:
-                return SnapshotId(segment.epoch, step)
-        return max(self.snapshots, default=None)
+        index = LogIndex((), (), self.opens, self.snapshots, self.steps)
+        return index.newest(self.epoch) or max(self.snapshots, default=None)
 
-    def _last_up_to(self, segment: LineageSegment) -> int | None:
-        for step in reversed(self.steps.get(segment.epoch, {})):
-            if segment.last_step is None or step <= segment.last_step:
-                return step
-        return None
-
-    def _put(self, entry: Committed) -> None:
-        self.snapshots[entry.snapshot] = entry
-        self.steps.setdefault(entry.snapshot.epoch, {})[entry.snapshot.step] = None
+    def _own(self, epoch: int | None = None) -> None:
+        """Make the dicts, and the steps of one captured epoch, this fold's own to change."""
+        if not self._owned:
+            self.opens, self.snapshots, self.steps = (
+                self.opens.copy(),
+                self.snapshots.copy(),
+                self.steps.copy(),
+            )
+            self._owned = True
+        if epoch is not None and epoch not in self._own_steps:
+            self.steps[epoch] = dict(self.steps.get(epoch, {}))
+            self._own_steps.add(epoch)
 
 
 # ---- rules: whether a record counts, and what it changes

@@ -6,7 +6,7 @@ All values are frozen, and small enough that the state is stored itself (``store
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ckpt.format.records import BY_STORES
@@ -114,6 +114,50 @@ class LineageSegment:
     last_step: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class LogIndex:
+    """Lookups over one state's ``opens`` and ``snapshots``. Never changed once a state has it.
+
+    A fold copies it and changes the copy, so that one record costs no pass over all snapshots in
+    Python. ``steps`` holds the existing steps of each captured epoch; they ascend, because commits
+    do.
+    """
+
+    of_opens: tuple[OpenedEpoch, ...]
+    of_snapshots: tuple[Committed, ...]
+    opens: dict[int, OpenedEpoch]
+    snapshots: dict[SnapshotId, Committed]
+    steps: dict[int, dict[int, None]]
+
+    @classmethod
+    def build(cls, opens: tuple[OpenedEpoch, ...], snapshots: tuple[Committed, ...]) -> LogIndex:
+        """O(opens + snapshots)."""
+        steps: dict[int, dict[int, None]] = {}
+        for entry in snapshots:
+            steps.setdefault(entry.snapshot.epoch, {})[entry.snapshot.step] = None
+        return cls(
+            opens,
+            snapshots,
+            {opened.epoch: opened for opened in opens},
+            {entry.snapshot: entry for entry in snapshots},
+            steps,
+        )
+
+    def last_up_to(self, segment: LineageSegment) -> SnapshotId | None:
+        """The newest snapshot of one lineage segment, or None."""
+        for step in reversed(self.steps.get(segment.epoch, {})):
+            if segment.last_step is None or step <= segment.last_step:
+                return SnapshotId(segment.epoch, step)
+        return None
+
+    def newest(self, epoch: int) -> SnapshotId | None:
+        """The newest snapshot on the lineage that ends with ``epoch``, or None."""
+        for segment in lineage_segments(self.opens, whole_epoch(epoch)):
+            if (snapshot := self.last_up_to(segment)) is not None:
+                return snapshot
+        return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogState:
     """The fold of the records ``0 .. next_seq - 1``.
@@ -137,6 +181,21 @@ class LogState:
     recent: tuple[str, ...] = ()
     hole: Hole | None = None
     short: str = ""
+    _index: LogIndex | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def index(self) -> LogIndex:
+        """Lookups by pair and epoch. Made at the first use, O(snapshots); a fold hands it on."""
+        index = self._index
+        # ``replace`` copies the field also if it changes what the index was made of.
+        if (
+            index is None
+            or index.of_opens is not self.opens
+            or index.of_snapshots is not self.snapshots
+        ):
+            index = LogIndex.build(self.opens, self.snapshots)
+            object.__setattr__(self, "_index", index)
+        return index
 
     @property
     def stale_reason(self) -> str:
@@ -164,25 +223,21 @@ class LogState:
 
         ``start`` None means the end of the newest open epoch.
         """
-        by_epoch: dict[int, list[int]] = {}
-        for entry in self.snapshots:
-            by_epoch.setdefault(entry.snapshot.epoch, []).append(entry.snapshot.step)
-        opens = {opened.epoch: opened for opened in self.opens}
+        index = self.index
         return tuple(
             SnapshotId(segment.epoch, step)
-            for segment in lineage_segments(opens, start or whole_epoch(self.epoch))
-            for step in reversed(by_epoch.get(segment.epoch, ()))
+            for segment in lineage_segments(index.opens, start or whole_epoch(self.epoch))
+            for step in reversed(index.steps.get(segment.epoch, {}))
             if segment.last_step is None or step <= segment.last_step
         )
 
     def newest(self) -> SnapshotId | None:
-        """The greatest pair on the lineage of the newest open epoch, or None."""
-        line = self.lineage
-        return line[0] if line else None
+        """The greatest pair on the lineage of the newest open epoch, or None. O(epochs)."""
+        return self.index.newest(self.epoch)
 
     def find(self, snapshot: SnapshotId) -> Committed | None:
         """The snapshot's commit, or None if it was never committed or is dropped."""
-        return next((entry for entry in self.snapshots if entry.snapshot == snapshot), None)
+        return self.index.snapshots.get(snapshot)
 
     @property
     def _first_recent_seq(self) -> int:
