@@ -25,6 +25,13 @@ STEP_MAX = 10**14 - 1
 """Largest step: fourteen digits of a key."""
 SEQ_MAX = 2**63 - 1
 """Largest position in the log; keys have twenty digits."""
+LOG_FOLDER_RECORDS = 1000
+"""How many positions of the log one folder holds, from this position on.
+
+Listing a folder costs a pass over all of its files, and every commit lists the log's end. The first
+1,000 records have no folder of their own. A position's keys follow from the position alone, and key
+order is still order of positions.
+"""
 PACKS_MAX = 10**8 - 1
 """Largest number of a pack within one process start."""
 
@@ -39,8 +46,8 @@ _BOOT_RE = re.compile(r"[0-9a-f]{16}", re.ASCII)
 _PACK_RE = re.compile(rf"packs/{_ID}/({_WRITER})-(\d{{8}})\.pack", re.ASCII)
 _PART_RE = re.compile(rf"parts/{_ID}/({_WRITER})\.mpk\.zst", re.ASCII)
 _MANIFEST_RE = re.compile(rf"manifests/{_ID}-([0-9a-f]{{32}})\.json", re.ASCII)
-_LOG_RE = re.compile(r"log/(\d{20})\.json", re.ASCII)
-_SETTLED_RE = re.compile(r"log/(\d{20})\.settled\.json", re.ASCII)
+_LOG_RE = re.compile(r"log/(?:(\d{17})/(?=\1))?(\d{20})\.json", re.ASCII)
+_SETTLED_RE = re.compile(r"log/(?:(\d{17})/(?=\1))?(\d{20})\.settled\.json", re.ASCII)
 _FOLD_RE = re.compile(r"folds/(\d{20})\.json", re.ASCII)
 _HEX_RE = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
@@ -104,13 +111,18 @@ def manifest_key(snapshot: SnapshotId, digest: str) -> str:
 
 def log_key(seq: int) -> str:
     """The key of the log record ``seq``, from 0."""
-    return f"{LOG}{_bounded('seq', seq, SEQ_MAX):020d}.json"
+    return f"{_log_stem(seq)}.json"
 
 
 def settled_key(seq: int) -> str:
     """The second key of record ``seq``: for the winner, if writers split the stores over its
     position."""
-    return f"{LOG}{_bounded('seq', seq, SEQ_MAX):020d}.settled.json"
+    return f"{_log_stem(seq)}.settled.json"
+
+
+def flat_log_key(seq: int, *, settled: bool) -> str:
+    """The key of a position in the log of a store from before logs had folders."""
+    return f"{LOG}{_bounded('seq', seq, SEQ_MAX):020d}{'.settled' if settled else ''}.json"
 
 
 def fold_key(seq: int) -> str:
@@ -137,18 +149,33 @@ def parse_manifest_key(key: str) -> tuple[SnapshotId, str] | None:
 
 
 def parse_log_key(key: str) -> int | None:
-    """The seq, or None if ``key`` is not exactly what ``log_key`` gives."""
-    return _parse_seq(_LOG_RE, key)
+    """The seq, or None if ``key`` is not exactly what ``log_key`` or ``flat_log_key`` gives."""
+    return _parse_log(_LOG_RE, key)
 
 
 def parse_settled_key(key: str) -> int | None:
-    """The seq, or None if ``key`` is not exactly what ``settled_key`` gives."""
-    return _parse_seq(_SETTLED_RE, key)
+    """The seq, or None if ``key`` is not exactly what ``settled_key`` or ``flat_log_key`` gives."""
+    return _parse_log(_SETTLED_RE, key)
 
 
 def parse_fold_key(key: str) -> int | None:
     """The seq, or None if ``key`` is not exactly what ``fold_key`` gives."""
     return _parse_seq(_FOLD_RE, key)
+
+
+def _log_stem(seq: int) -> str:
+    name = f"{_bounded('seq', seq, SEQ_MAX):020d}"
+    return f"{LOG}{name}" if seq < LOG_FOLDER_RECORDS else f"{LOG}{name[:17]}/{name}"
+
+
+def _parse_log(pattern: re.Pattern[str], key: str) -> int | None:
+    match = pattern.fullmatch(key)
+    if not match:
+        return None
+    seq = int(match[2])
+    if seq > SEQ_MAX or (match[1] is not None and seq < LOG_FOLDER_RECORDS):
+        return None
+    return seq
 
 
 def _parse_seq(pattern: re.Pattern[str], key: str) -> int | None:

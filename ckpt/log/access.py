@@ -16,7 +16,7 @@ from ckpt.format import keys
 from ckpt.format.manifest import MANIFEST_BYTES_MAX
 from ckpt.format.records import Record
 from ckpt.format.store import JOB_BYTES_MAX, SEQUENCER_STORE, JobRecord
-from ckpt.log.reader import LogNote, read_new, read_start, record_bytes
+from ckpt.log.reader import LogNote, prune_folds, read_new, read_start, record_bytes
 from ckpt.log.sequencers import (
     Appended,
     KeyTaken,
@@ -161,6 +161,10 @@ class LogAccess(Protocol):
         """Store a fold unless it is there."""
         ...
 
+    def prune_folds(self) -> None:
+        """Delete all folds but the newest three. Raises as a backend's ``delete``."""
+        ...
+
     def put_manifest(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """Store a manifest durably unless it is there."""
         ...
@@ -238,6 +242,9 @@ class SingleStoreLog:
 
     def put_fold(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         return create_once(self._backend, key, data, bytes_max=len(data) + 1)
+
+    def prune_folds(self) -> None:
+        prune_folds(self._backend)
 
     def put_manifest(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         return create_once(self._backend, key, data, bytes_max=MANIFEST_BYTES_MAX)

@@ -408,6 +408,15 @@ class Journal:
             self._notes.append(LogNote("fold not written", key, result.reason))
         elif isinstance(result, KeyTaken) and result.data != data:
             self._notes.append(LogNote("fold not written", key, "other bytes are there"))
+        else:
+            self._prune_folds()
+
+    def _prune_folds(self) -> None:
+        try:
+            self._access.prune_folds()
+        except CkptError as error:
+            # They cost space alone; whoever stores the next fold tries again.
+            self._notes.append(LogNote("old folds not deleted", keys.FOLDS, str(error)))
 
 
 def new_write_id() -> str:

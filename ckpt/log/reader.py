@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import TypeVar
 
-from ckpt.backends.base import Backend
+from ckpt.backends.base import Backend, Stat
 from ckpt.backends.checked import read_alone
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError
 from ckpt.format import keys
 from ckpt.format.records import RECORD_BYTES_MAX, Record, decode_record
 from ckpt.log.fold import Unreadable, empty, fold
 from ckpt.log.state import LogState
-from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold
+from ckpt.log.stored_fold import FOLD_BYTES_MAX, FOLDS_KEPT, decode_fold
 
 READ_THREADS = 8
 """How many small objects are read at once; more gains nothing on one connection pool."""
@@ -62,13 +62,8 @@ def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[LogNote, ...
     That is the newest fold that verifies, by its own digest and by the record that it ends with;
     without one the empty state. Cost: one list, and two reads per fold that is tried.
     """
-    seqs = [
-        seq
-        for stat in backend.list(keys.FOLDS)
-        if (seq := keys.parse_fold_key(stat.key)) is not None
-    ]
     notes: list[LogNote] = []
-    for seq in reversed(seqs):
+    for seq in reversed(fold_seqs(backend)):
         key = keys.fold_key(seq)
         try:
             state = decode_fold(read_alone(backend, key, bytes_max=FOLD_BYTES_MAX))
@@ -87,6 +82,23 @@ def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[LogNote, ...
     return empty(job), tuple(notes)
 
 
+def fold_seqs(store: Backend) -> list[int]:
+    """The positions of the stored folds, ascending. Cost: one list."""
+    return [
+        seq for stat in store.list(keys.FOLDS) if (seq := keys.parse_fold_key(stat.key)) is not None
+    ]
+
+
+def prune_folds(store: Backend) -> None:
+    """Delete all folds but the newest three.
+
+    Each holds what the ones before it hold, and readers start at the newest. Three, because a
+    reader that finds one damaged takes the one before. Raises as ``list`` and ``delete``.
+    """
+    for seq in fold_seqs(store)[:-FOLDS_KEPT]:
+        store.delete(keys.fold_key(seq))
+
+
 def read_new(backend: Backend, state: LogState) -> LogState:
     """``state`` and all records after it, up to the first hole. Cost: one list, one read per
     record.
@@ -101,9 +113,7 @@ def read_new(backend: Backend, state: LogState) -> LogState:
 
 
 def _read_new_once(backend: Backend, state: LogState) -> LogState:
-    after = keys.log_key(state.next_seq - 1) if state.next_seq else ""
-    positions = _places((stat.key for stat in backend.list(keys.LOG, after=after)), state.next_seq)
-    for batch in _batches(positions, RECORDS_AT_ONCE):
+    for batch in _batches(positions(backend, state.next_seq), RECORDS_AT_ONCE):
         # Records after a gap are not read: the fold stops at the gap anyway. One is passed to it
         # unread, so that it reports the hole.
         unbroken = [entry for n, entry in enumerate(batch) if entry[0] == state.next_seq + n]
@@ -121,36 +131,96 @@ def record_bytes(backend: Backend, seq: int) -> bytes:
     Raises NotFoundError, IntegrityError, UnavailableError.
     """
     try:
-        return read_alone(backend, keys.settled_key(seq), bytes_max=RECORD_BYTES_MAX)
+        return read_at(backend, seq, settled=True)
     except NotFoundError:
-        return read_alone(backend, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX)
+        return read_at(backend, seq, settled=False)
 
 
-def _places(listed: Iterable[str], first: int) -> Iterator[tuple[int, str]]:
-    """The positions from ``first`` on and the key to read at each.
+def read_at(store: Backend, seq: int, *, settled: bool) -> bytes:
+    """What ``store`` holds at the first or the settled key of a position.
 
-    ``listed`` is in key order, so a position's settled key follows its first key.
+    Raises NotFoundError, IntegrityError, UnavailableError. Cost: two small requests; two more if a
+    store from before logs had folders may hold it.
     """
-    last: tuple[int, str] | None = None
-    for key in listed:
-        seq = keys.parse_log_key(key)
-        seq = keys.parse_settled_key(key) if seq is None else seq
-        if seq is None or seq < first:
-            continue
+    try:
+        return read_alone(
+            store,
+            keys.settled_key(seq) if settled else keys.log_key(seq),
+            bytes_max=RECORD_BYTES_MAX,
+        )
+    except NotFoundError:
+        if seq < keys.LOG_FOLDER_RECORDS:
+            raise
+        return read_alone(
+            store, keys.flat_log_key(seq, settled=settled), bytes_max=RECORD_BYTES_MAX
+        )
+
+
+def positions(store: Backend, first: int) -> Iterator[tuple[int, Stat]]:
+    """The positions that ``store`` lists from ``first`` on, ascending, and the object to read at
+    each.
+
+    That is the one at the settled key where there is one. Cost: one list that begins near
+    ``first``.
+    """
+    last: tuple[int, Stat] | None = None
+    for seq, _, stat in log_objects(store, first):
         if last is not None and last[0] != seq:
             yield last
-        last = seq, key  # a settled key replaces the first key of its position
+        last = seq, stat  # a settled key follows the first key of its position, and replaces it
     if last is not None:
         yield last
 
 
-def _read_record(backend: Backend, seq: int, key: str) -> Record | Unreadable:
+def log_objects(store: Backend, first: int) -> Iterator[tuple[int, bool, Stat]]:
+    """Every listed object of positions from ``first`` on, as (seq, settled, object), in that order.
+
+    Key order is order of positions, but for a store from before logs had folders: its keys of one
+    folder's positions come after that folder. So each folder's worth is sorted.
+    """
+
+    def parsed() -> Iterator[tuple[int, bool, Stat]]:
+        for stat in store.list(keys.LOG, after=keys.log_key(first - 1) if first else ""):
+            seq = keys.parse_log_key(stat.key)
+            settled = False
+            if seq is None:
+                seq, settled = keys.parse_settled_key(stat.key), True
+            if seq is not None and seq >= first:
+                yield seq, settled, stat
+
+    for _, entries in groupby(parsed(), key=lambda entry: entry[0] // keys.LOG_FOLDER_RECORDS):
+        yield from sorted(entries, key=lambda entry: (entry[0], entry[1], entry[2].key))
+
+
+def read_listed(store: Backend, stat: Stat, *, bytes_max: int) -> bytes:
+    """The whole of an object that was just listed, unchecked: one request less than ``read_alone``.
+
+    The length is the listed one. Raises as ``read_alone``.
+    """
+    if stat.size_bytes > bytes_max:
+        return read_alone(store, stat.key, bytes_max=bytes_max)  # which says so
+    out = bytearray(stat.size_bytes)
+    if out:
+        store.read_into(stat.key, memoryview(out))
+    return bytes(out)
+
+
+def listed_record(store: Backend, stat: Stat) -> Record:
+    """The record at a listed key. Raises as ``read_alone`` and ``decode_record``."""
     try:
-        record = decode_record(read_alone(backend, key, bytes_max=RECORD_BYTES_MAX))
+        return decode_record(read_listed(store, stat, bytes_max=RECORD_BYTES_MAX))
+    except IntegrityError:
+        # A damaged record may have been replaced by the right one, of another length, meanwhile.
+        return decode_record(read_alone(store, stat.key, bytes_max=RECORD_BYTES_MAX))
+
+
+def _read_record(backend: Backend, seq: int, stat: Stat) -> Record | Unreadable:
+    try:
+        record = listed_record(backend, stat)
     except (IntegrityError, NotFoundError) as error:
-        return Unreadable(seq, f"record cannot be read. key={key} reason={error}")
+        return Unreadable(seq, f"record cannot be read. key={stat.key} reason={error}")
     if record.seq != seq:
-        return Unreadable(seq, f"record of another position. key={key} seq={record.seq}")
+        return Unreadable(seq, f"record of another position. key={stat.key} seq={record.seq}")
     return record
 
 

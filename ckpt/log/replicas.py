@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice
 from typing import Protocol, TypeVar
 
-from ckpt.backends.base import Backend
+from ckpt.backends.base import Backend, Stat
 from ckpt.backends.checked import read_alone
 from ckpt.errors import (
     CkptError,
@@ -30,10 +30,10 @@ from ckpt.errors import (
     UsageError,
 )
 from ckpt.format import keys
-from ckpt.format.records import RECORD_BYTES_MAX, Record, decode_record
+from ckpt.format.records import RECORD_BYTES_MAX, Record
 from ckpt.format.store import JOB_BYTES_MAX, JobRecord
 from ckpt.log.quorum import NoAnswer, StoreRecords
-from ckpt.log.reader import RECORDS_AT_ONCE, read_all
+from ckpt.log.reader import RECORDS_AT_ONCE, listed_record, log_objects, read_all, read_at
 from ckpt.log.sequencers import KeyTaken, WriteUnknown, create_once
 from ckpt.threads import run_into_future, start_thread
 
@@ -266,7 +266,16 @@ class LogReplicas:
 
     def read(self, key: str, *, bytes_max: int) -> list[bytes | NoAnswer]:
         """What each store holds at ``key``; NoAnswer also if there is nothing."""
-        calls = {n: partial(_read, store, key, bytes_max) for n, store in enumerate(self.stores)}
+        return self._read_each(lambda store: partial(read_alone, store, key, bytes_max=bytes_max))
+
+    def read_position(self, seq: int, *, settled: bool) -> list[bytes | NoAnswer]:
+        """What each store holds at the first or the settled key of a position, as ``read``."""
+        return self._read_each(lambda store: partial(read_at, store, seq, settled=settled))
+
+    def _read_each(
+        self, reading: Callable[[Backend], Callable[[], bytes]]
+    ) -> list[bytes | NoAnswer]:
+        calls = {n: partial(_read, reading(store)) for n, store in enumerate(self.stores)}
         answers = self._workers.ask(calls, self._majority)
         return [answers.get(n, NO_ANSWER_YET) for n in range(len(self.stores))]
 
@@ -342,21 +351,14 @@ def _read_log(store: Backend, after: int, log_id: str) -> StoreRecords | NoAnswe
 def _records(
     store: Backend, after: int
 ) -> tuple[dict[int, Record], dict[int, Record], frozenset[int], frozenset[int]]:
-    start = keys.log_key(after) if after >= 0 else ""
     # Each position has at most two keys.
-    listed = [stat.key for stat in islice(store.list(keys.LOG, after=start), 2 * RECORDS_AT_ONCE)]
-    entries = [(key, seq, False) for key in listed if (seq := keys.parse_log_key(key)) is not None]
-    entries += [
-        (key, seq, True)
-        for key in listed
-        if (seq := keys.parse_settled_key(key)) is not None and seq > after
-    ]
-    results = read_all(entries, lambda entry: _record(store, entry[0], entry[1]))
+    entries = list(islice(log_objects(store, after + 1), 2 * RECORDS_AT_ONCE))
+    results = read_all(entries, lambda entry: _record(store, entry[2], entry[0]))
     records: dict[int, Record] = {}
     settled: dict[int, Record] = {}
     damaged = set()
     newer = set()
-    for (_, seq, is_settled), record in zip(entries, results, strict=True):
+    for (seq, is_settled, _), record in zip(entries, results, strict=True):
         if isinstance(record, Record):
             (settled if is_settled else records)[seq] = record
         else:
@@ -366,9 +368,9 @@ def _records(
     return records, settled, frozenset(damaged), frozenset(newer)
 
 
-def _record(store: Backend, key: str, seq: int) -> Record | FormatVersionError | None:
+def _record(store: Backend, stat: Stat, seq: int) -> Record | FormatVersionError | None:
     try:
-        record = decode_record(read_alone(store, key, bytes_max=RECORD_BYTES_MAX))
+        record = listed_record(store, stat)
     except (IntegrityError, NotFoundError):
         return None
     except FormatVersionError as error:
@@ -383,9 +385,9 @@ def _listed(store: Backend, prefix: str) -> list[str] | NoAnswer:
         return NoAnswer(str(error))
 
 
-def _read(store: Backend, key: str, bytes_max: int) -> bytes | NoAnswer:
+def _read(read: Callable[[], bytes]) -> bytes | NoAnswer:
     try:
-        return read_alone(store, key, bytes_max=bytes_max)
+        return read()
     except (UnavailableError, StoreDeniedError, NotFoundError, IntegrityError) as error:
         return NoAnswer(str(error))
 

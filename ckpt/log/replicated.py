@@ -21,7 +21,6 @@ from ckpt.format.records import (
     BY_ETCD,
     BY_SQLITE,
     BY_STORES,
-    RECORD_BYTES_MAX,
     Record,
     Stores,
     decode_record,
@@ -41,7 +40,7 @@ from ckpt.log.quorum import (
     is_placeholder,
     merge_stores,
 )
-from ckpt.log.reader import HOLE_READS_MAX, RECORDS_AT_ONCE, LogNote
+from ckpt.log.reader import HOLE_READS_MAX, RECORDS_AT_ONCE, LogNote, prune_folds
 from ckpt.log.replicas import NO_ANSWER_YET, LogReplicas, count_copies
 from ckpt.log.sequencers import (
     Appended,
@@ -264,8 +263,8 @@ class ReplicatedLog:
     def _record_digests(self, seq: int) -> set[str]:
         """The digests of the records that stores hold at a position."""
         digests = set()
-        for key in (keys.settled_key(seq), keys.log_key(seq)):
-            for answer in self._replicas.read(key, bytes_max=RECORD_BYTES_MAX):
+        for settled in (True, False):
+            for answer in self._replicas.read_position(seq, settled=settled):
                 if isinstance(answer, bytes):
                     with suppress(IntegrityError, FormatVersionError):  # a damaged copy
                         digests.add(decode_record(answer).digest)
@@ -304,11 +303,11 @@ class ReplicatedLog:
             state = merged.state
 
     def record_at(self, seq: int) -> bytes:
-        for key in (keys.settled_key(seq), keys.log_key(seq)):
+        for settled in (True, False):
             # Only the record that counts is at the settled key. At the first key it is the one that
             # most stores hold.
             counts: dict[bytes, int] = {}
-            for answer in self._replicas.read(key, bytes_max=RECORD_BYTES_MAX):
+            for answer in self._replicas.read_position(seq, settled=settled):
                 if isinstance(answer, bytes):
                     counts[answer] = counts.get(answer, 0) + 1
             if counts:
@@ -351,6 +350,9 @@ class ReplicatedLog:
 
     def put_fold(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         return self._put(key, data)
+
+    def prune_folds(self) -> None:
+        prune_folds(self._backend)
 
     def put_manifest(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """The key holds the digest of the bytes, so putting them again changes nothing."""

@@ -13,8 +13,13 @@ from ckpt.log.state import RECENT_MAX, Committed, LogState, OpenedEpoch, StoreSe
 from ckpt.values import SnapshotId
 
 FOLD_VERSION = 1
-FOLD_EVERY = 1024
-"""The writer of a record whose seq + 1 is a multiple of this also stores the fold."""
+FOLD_EVERY = 64
+"""The writer of a record whose seq + 1 is a multiple of this also stores the fold.
+
+So whoever opens a log reads at most so many records, one request each.
+"""
+FOLDS_KEPT = 3
+"""How many folds stay; whoever stores one deletes the older ones."""
 FOLD_BYTES_MAX = 256 << 20
 """Larger folds are refused. A snapshot takes about 180 bytes, so this is room for a million."""
 

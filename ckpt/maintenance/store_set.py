@@ -22,6 +22,7 @@ from ckpt.format.records import BY_STORES, Stores
 from ckpt.format.store import JobRecord
 from ckpt.log.access import SingleStoreLog
 from ckpt.log.journal import Journal
+from ckpt.log.reader import positions
 from ckpt.log.replicated import ReplicatedLog
 from ckpt.log.sequencers import external_sequencer
 from ckpt.log.state import LogState, StoreSet
@@ -341,12 +342,7 @@ class LogCoverage:
         complete = self._complete.get(store_id, 0)
         if complete >= upto_seq:
             return None
-        seqs: set[int] = set()
-        for stat in store.list(keys.LOG, after=keys.log_key(complete - 1) if complete else ""):
-            seq = keys.parse_log_key(stat.key)
-            seq = keys.parse_settled_key(stat.key) if seq is None else seq
-            if seq is not None:
-                seqs.add(seq)
+        seqs = {seq for seq, _ in positions(store, complete)}
         while complete in seqs:
             complete += 1
         self._complete[store_id] = complete

@@ -60,6 +60,9 @@ def test_every_key_is_one_that_backends_take_and_parses_back(
         f"packs/1-2/a-{BOOT}-00000001.pack",
         "log/1.json",
         "log/99999999999999999999.json",
+        "log/00000000000000000/00000000000000000999.json",
+        "log/00000000000000002/00000000000000001000.json",
+        "log/00000000000000001/00000000000000001000.json.tmp",
         "log/0000000000000000000a.json",
         "folds/00000000000000000001.json.tmp",
         f"parts/0000000001-00000000000001/../a-{BOOT}.mpk.zst",
@@ -93,5 +96,11 @@ def test_numbers_and_names_that_no_key_holds_are_refused() -> None:
 
 def test_keys_sort_as_what_they_name() -> None:
     assert sorted(map(keys.log_key, [10, 9, 100])) == [keys.log_key(n) for n in (9, 10, 100)]
+    seqs = [0, 1, 9, 999, 1000, 1001, 1999, 2000, 9_999, 10_000, 999_999, 1_000_000, 2**63 - 1]
+    made = [key for seq in seqs for key in (keys.log_key(seq), keys.settled_key(seq))]
+    assert sorted(made) == made
+    assert [keys.parse_log_key(keys.log_key(seq)) for seq in seqs] == seqs
+    assert [keys.parse_settled_key(keys.settled_key(seq)) for seq in seqs] == seqs
+    assert keys.log_key(123_456) == "log/00000000000000123/00000000000000123456.json"
     pairs = [SnapshotId(2, 1), SnapshotId(10, 0), SnapshotId(1, 99)]
     assert sorted(pair.key for pair in pairs) == [pair.key for pair in sorted(pairs)]

@@ -432,4 +432,4 @@ def test_a_fold_that_contradicts_itself_is_refused_whatever_its_digest_says() ->
 
 
 def test_a_fold_is_due_every_1024_records() -> None:
-    assert [seq for seq in range(3000) if fold_due(seq)] == [1023, 2047]
+    assert [seq for seq in range(200) if fold_due(seq)] == [63, 127, 191]

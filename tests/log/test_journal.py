@@ -22,7 +22,7 @@ from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.part import Part, StoredShard, encode_part
-from ckpt.format.records import Commit, Open, Tag
+from ckpt.format.records import Commit, Open, Tag, make_record
 from ckpt.format.store import JobRecord
 from ckpt.log import journal
 from ckpt.log import stored_fold as folds
@@ -387,6 +387,54 @@ def folded(monkeypatch: pytest.MonkeyPatch, store: MemoryBackend) -> Journal:
     for step in range(1, 10):
         log.append(Commit(SnapshotId(1, step), "0" * 32, None), epoch=1)
     return log
+
+
+def test_folds_but_the_newest_three_are_deleted(
+    monkeypatch: pytest.MonkeyPatch, store: MemoryBackend
+) -> None:
+    monkeypatch.setattr(folds, "FOLD_EVERY", 4)
+    log = Journal.open(store, job="run-a", create=True)
+    log.open_epoch(resume=None)
+    for step in range(1, 24):
+        log.append(Commit(SnapshotId(1, step), "0" * 32, None), epoch=1)
+    assert [stat.key for stat in store.list(keys.FOLDS)] == [
+        keys.fold_key(seq) for seq in (15, 19, 23)
+    ]
+    assert Journal.open(store).refresh() == log.refresh() and log.notes == ()
+
+
+def long_log(store: MemoryBackend, records: int, *, flat: bool) -> None:
+    """An epoch and ``records - 1`` commits, as a writer, or one from before folders, leaves them."""
+    Journal.open(store, job="run-a", create=True)
+    prev = ""
+    for seq in range(records):
+        body = Commit(SnapshotId(1, seq), "0" * 32, None) if seq else Open(1, None)
+        record = make_record(body, job="run-a", seq=seq, epoch=1, write_id=f"{seq:032x}", prev=prev)
+        prev = record.digest
+        key = keys.flat_log_key(seq, settled=False) if flat else keys.log_key(seq)
+        store.put(key, [record.encode()])
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_log_beyond_its_first_folder_is_read_and_continued(
+    store: MemoryBackend, flat: bool
+) -> None:
+    long_log(store, 2_100, flat=flat)
+    log = Journal.open(store)
+    assert log.refresh().next_seq == 2_100 and log.refresh().hole is None
+    log.append(Commit(SnapshotId(1, 2_100), "0" * 32, None), epoch=1)
+    assert store.stat("log/00000000000000002/00000000000000002100.json") is not None
+    late = Journal.open(store)
+    assert late.refresh() == log.refresh() and late.refresh().next_seq == 2_101
+    assert late.write_id_of(3) == f"{3:032x}" and late.write_id_of(1_050) == f"{1_050:032x}"
+
+
+@pytest.mark.parametrize("lost", [500, 999, 1_000, 1_500])
+def test_hole_is_seen_in_and_between_folders(store: MemoryBackend, lost: int) -> None:
+    long_log(store, 2_001, flat=False)
+    store.delete(keys.log_key(lost))
+    state = Journal.open(store).refresh()
+    assert state.next_seq == lost and state.hole is not None
 
 
 def test_readers_start_at_the_newest_fold(store: MemoryBackend, folded: Journal) -> None:

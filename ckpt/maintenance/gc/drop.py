@@ -174,6 +174,9 @@ class FencedLogAccess:
     def put_fold(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         return self._inner.put_fold(key, data)
 
+    def prune_folds(self) -> None:
+        self._inner.prune_folds()
+
     def put_manifest(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         return self._inner.put_manifest(key, data)
 

@@ -27,9 +27,9 @@ from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest, PartRef
 from ckpt.format.part import decode_part
-from ckpt.format.records import RECORD_BYTES_MAX, Commit, Drop, Record, decode_record
+from ckpt.format.records import Commit, Drop, Record, decode_record
 from ckpt.format.store import JOB_BYTES_MAX, JobRecord
-from ckpt.log.reader import read_all
+from ckpt.log.reader import log_objects, read_all, read_at
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.plan import PREFIXES, GarbageClassifier, ObjectStatus, SnapshotReferences
 from ckpt.values import SnapshotId
@@ -201,14 +201,11 @@ def _ages(answering: Sequence[ReachableStore], low: int, top: int) -> Mapping[in
     first: dict[int, list[float]] = {}
     settled: dict[int, list[float]] = {}
     for reachable in answering:
-        for stat in reachable.store.list(keys.LOG, after=keys.log_key(low - 1) if low else ""):
+        for seq, is_settled, stat in log_objects(reachable.store, low):
+            if seq > top:
+                break
             age_s = max(0.0, reachable.now_unix_s - stat.modified_unix_s)
-            if (seq := keys.parse_log_key(stat.key)) is not None:
-                if seq > top:
-                    break
-                first.setdefault(seq, []).append(age_s)
-            elif (seq := keys.parse_settled_key(stat.key)) is not None:
-                settled.setdefault(seq, []).append(age_s)
+            (settled if is_settled else first).setdefault(seq, []).append(age_s)
     return first | settled
 
 
@@ -236,10 +233,9 @@ def _chain(answering: Sequence[ReachableStore], seqs: Sequence[int], expected: s
 
 def _copies(answering: Sequence[ReachableStore], seq: int) -> Iterator[Record]:
     for reachable in answering:
-        for key in (keys.log_key(seq), keys.settled_key(seq)):
+        for settled in (False, True):
             try:
-                data = read_alone(reachable.store, key, bytes_max=RECORD_BYTES_MAX)
-                record = decode_record(data)
+                record = decode_record(read_at(reachable.store, seq, settled=settled))
             except (IntegrityError, NotFoundError):
                 continue
             if record.seq == seq:

@@ -21,10 +21,10 @@ from ckpt.errors import (
     UnavailableError,
 )
 from ckpt.format import keys
-from ckpt.format.records import RECORD_BYTES_MAX, Record, Stores, decode_record
+from ckpt.format.records import Record, Stores, decode_record
 from ckpt.log.fold import empty, fold
 from ckpt.log.quorum import LastRecord, MergedLog, NoAnswer, StoreRecords, merge_stores
-from ckpt.log.reader import read_all
+from ckpt.log.reader import fold_seqs, log_objects, read_all, read_at
 from ckpt.log.state import Hole, LogState
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold, encode_fold, fold_due
 from ckpt.maintenance.copies import CopyStatus
@@ -178,9 +178,9 @@ def compare_logs(
 
 def right_record(store: Backend, seq: int, digest: str) -> bytes | None:
     """The bytes of the record with this digest, from either of its keys; None if it has neither."""
-    for key in (keys.log_key(seq), keys.settled_key(seq)):
+    for settled in (False, True):
         try:
-            data = read_alone(store, key, bytes_max=RECORD_BYTES_MAX)
+            data = read_at(store, seq, settled=settled)
         except (NotFoundError, IntegrityError):
             continue
         if is_record(data, digest):
@@ -390,15 +390,9 @@ def _check_fold(
 def _listing(store: Backend) -> _Listing:
     first: set[int] = set()
     second: set[int] = set()
-    for stat in store.list(keys.LOG):
-        if (seq := keys.parse_log_key(stat.key)) is not None:
-            first.add(seq)
-        elif (seq := keys.parse_settled_key(stat.key)) is not None:
-            second.add(seq)
-    folds = {
-        seq for stat in store.list(keys.FOLDS) if (seq := keys.parse_fold_key(stat.key)) is not None
-    }
-    return _Listing(frozenset(first), frozenset(second), frozenset(folds))
+    for seq, settled, _ in log_objects(store, 0):
+        (second if settled else first).add(seq)
+    return _Listing(frozenset(first), frozenset(second), frozenset(fold_seqs(store)))
 
 
 def _read_records(
@@ -414,18 +408,18 @@ def _read_records(
     A record of a newer format counts as damaged, in case another store has a readable one; its
     error is kept in ``newer``.
     """
-    record_keys = [(keys.log_key(seq), seq, False) for seq in seqs if seq in listing.first]
-    record_keys += [(keys.settled_key(seq), seq, True) for seq in seqs if seq in listing.second]
+    record_keys = [(seq, False) for seq in seqs if seq in listing.first]
+    record_keys += [(seq, True) for seq in seqs if seq in listing.second]
 
-    def read(record_key: tuple[str, int, bool]) -> Record | CkptError:
+    def read(record_key: tuple[int, bool]) -> Record | CkptError:
         pace.check()
-        return _read(store, record_key[0], record_key[1])
+        return _read(store, *record_key)
 
     records: dict[int, Record] = {}
     settled: dict[int, Record] = {}
     damaged: set[int] = set()
     results = read_all(record_keys, read)
-    for (_, seq, second), result in zip(record_keys, results, strict=True):
+    for (seq, second), result in zip(record_keys, results, strict=True):
         if isinstance(result, Record):
             (settled if second else records)[seq] = result
         elif isinstance(result, UnavailableError):
@@ -437,11 +431,12 @@ def _read_records(
     return StoreRecords(store_id, records, settled, frozenset(damaged))
 
 
-def _read(store: Backend, key: str, seq: int) -> Record | CkptError:
+def _read(store: Backend, seq: int, settled: bool) -> Record | CkptError:
     try:
-        record = decode_record(read_alone(store, key, bytes_max=RECORD_BYTES_MAX))
+        record = decode_record(read_at(store, seq, settled=settled))
     except (IntegrityError, FormatVersionError, NotFoundError, UnavailableError) as error:
         return error
     if record.seq != seq:
+        key = keys.settled_key(seq) if settled else keys.log_key(seq)
         return IntegrityError(f"record of another position. key={key} seq={record.seq}")
     return record

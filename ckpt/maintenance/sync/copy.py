@@ -24,7 +24,7 @@ from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import PART_STORED_BYTES_MAX
 from ckpt.format.records import RECORD_BYTES_MAX, Record, decode_record
-from ckpt.log.reader import read_all
+from ckpt.log.reader import fold_seqs, positions, prune_folds, read_all, read_at
 from ckpt.log.sequencers import PUT_TRIES_MAX, KeyTaken, WriteUnknown, create_once
 from ckpt.log.state import LogState
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold
@@ -121,12 +121,7 @@ def read_record(source: Backend, seq: int, digest: str) -> bytes:
 
 def log_prefix_of(store: Backend) -> LogPrefix:
     """What ``store`` lists of its log. Cost: one list."""
-    seqs: set[int] = set()
-    for stat in store.list(keys.LOG):
-        seq = keys.parse_log_key(stat.key)
-        seq = keys.parse_settled_key(stat.key) if seq is None else seq
-        if seq is not None:
-            seqs.add(seq)
+    seqs = {seq for seq, _ in positions(store, 0)}
     length = 0
     while length in seqs:
         length += 1
@@ -196,9 +191,9 @@ def copy_folds(source: Backend, store: Backend, next_seq: int, *, pace: Maintena
 
     A fold of other records than the store's is skipped.
     """
-    have = set(_folds(store))
+    have = set(fold_seqs(store))
     written = 0
-    for seq in _folds(source):
+    for seq in fold_seqs(source):
         if seq in have or seq >= next_seq:
             continue
         pace.check()
@@ -212,6 +207,8 @@ def copy_folds(source: Backend, store: Backend, next_seq: int, *, pace: Maintena
         if data is not None:  # readers can do without a fold
             store.put(keys.fold_key(seq), [data])
             written += 1
+    if written:
+        prune_folds(store)
     return written
 
 
@@ -226,12 +223,6 @@ def _fold(store: Backend, seq: int, last: Record) -> bytes | None:
     return data if right else None
 
 
-def _folds(store: Backend) -> Sequence[int]:
-    return [
-        seq for stat in store.list(keys.FOLDS) if (seq := keys.parse_fold_key(stat.key)) is not None
-    ]
-
-
 def _any_record(source: Backend, seq: int) -> Record | None:
     """A valid record at the position's first key, from the first store that has one.
 
@@ -239,7 +230,7 @@ def _any_record(source: Backend, seq: int) -> Record | None:
     """
     for store in stores_of(source):
         try:
-            record = decode_record(read_alone(store, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX))
+            record = decode_record(read_at(store, seq, settled=False))
         except (NotFoundError, IntegrityError, FormatVersionError, UnavailableError):
             continue
         if record.seq == seq:
@@ -251,7 +242,7 @@ def _holds_other_record(store: Backend, seq: int, digest: str) -> bool:
     if right_record(store, seq, digest) is not None:
         return False
     try:
-        decode_record(read_alone(store, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX))
+        decode_record(read_at(store, seq, settled=False))
     except (IntegrityError, NotFoundError):
         return False
     return True
