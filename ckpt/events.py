@@ -20,6 +20,7 @@ KINDS: Final[Mapping[str, str]] = {
     "epoch": "an epoch is open in the log; snapshots captured from here on belong to it",
     "paused": "training paused (`run.paused()`); the hang watch waits too",
     "resumed": "training resumed after a pause",
+    "unprotected": "the program uses its run in a way that protects nothing",
     "log": "values that the user logged",
     "spawn": "trainers are started as fresh interpreters, because a fork would not be safe",
     "left": "a rank left without telling the other ranks",

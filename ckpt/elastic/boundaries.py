@@ -223,6 +223,100 @@ def _optimizers(value: object) -> Iterator[Optimizer]:
                 yield from _optimizers(inner)
 
 
+# ---- what a run leaves unprotected
+#
+# A program that protects nothing ends as well as one that protects everything, until it is killed.
+
+NEVER_STEPPED_AFTER = 100
+"""After that many boundaries without one step of a tracked optimizer, training is told so; fewer
+are common while gradients are accumulated.
+"""
+
+_ANY_LOOP = (
+    "write `for step in run.steps(total):`, or call run.completed(step + 1) at the end of each "
+    "step of a loop of your own"
+)
+
+
+class ProtectionWatch:
+    """Notes what a program did with its run, and says in which ways that protects nothing."""
+
+    def __init__(self) -> None:
+        self._items: list[str] = []
+        self._optimizers = False
+        self._boundaries = 0
+        self._points = 0
+        self._first: int | None = None
+        self._looped = False
+        self._early: list[str] = []
+
+    def tracked(self, items: Mapping[str, object]) -> None:
+        """These items are tracked."""
+        self._items += items
+        self._optimizers |= any(True for _ in _optimizers(items))
+
+    def looped(self) -> None:
+        """A loop began, even if no step was left for it."""
+        self._looped = True
+
+    def saved_early(self, tag: str | None) -> None:
+        """A snapshot was asked for before the first boundary."""
+        self._early.append(f"run.save({tag!r})" if tag is not None else "run.save()")
+
+    def boundary(self, completed: int, *, point: bool) -> str | None:
+        """A boundary was passed, which was a snapshot point or not; returns what to tell now."""
+        self._first = completed if self._first is None else self._first
+        self._boundaries += 1
+        self._points += point
+        return self._without_points() if self._boundaries == NEVER_STEPPED_AFTER else None
+
+    def gaps(self) -> list[str]:
+        """At the function's end: each way in which it protected nothing, and what to change."""
+        gaps = [self._without_items(), self._without_steps(), self._without_points()]
+        return [gap for gap in [*gaps, self._with_early_saves()] if gap is not None]
+
+    def _without_items(self) -> str | None:
+        if self._items:
+            return None
+        remedy = "call run.track(model=model, optimizer=optimizer) before the first step"
+        if not self._boundaries:
+            return (
+                "nothing of this call is protected: it tracked nothing and completed no step; "
+                f"{remedy}, and {_ANY_LOOP}"
+            )
+        return (
+            "nothing is tracked, so snapshots hold the random number generators alone. "
+            f"boundaries={self._boundaries}; {remedy}"
+        )
+
+    def _without_steps(self) -> str | None:
+        if not self._items or self._boundaries or self._looped:
+            return None
+        return (
+            "items are tracked, but no step was completed, so nothing was saved on the way. "
+            f"items={sorted(self._items)}; {_ANY_LOOP}"
+        )
+
+    def _without_points(self) -> str | None:
+        if not self._optimizers or not self._boundaries or self._points:
+            return None
+        return (
+            "no tracked optimizer has stepped, and a boundary without an optimizer's step is taken "
+            "for gradient accumulation: no snapshot was taken there. "
+            f"boundaries={self._boundaries}; track the optimizer whose step() the program calls, "
+            "or none: then every boundary counts"
+        )
+
+    def _with_early_saves(self) -> str | None:
+        if not self._early:
+            return None
+        held = "at the function's end" if self._first is None else f"after step {self._first}"
+        return (
+            f"{', '.join(self._early)} came before the first step, so the state {held} was saved, "
+            "not that of the call; call it in the loop, in the body of the step that is meant"
+        )
+
+
 # ---- loop exits: by ``break`` or ``return``, or by an exception
 #
 # ``break`` completes the current body of the loop; an exception does not. Python just closes the

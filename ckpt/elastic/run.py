@@ -13,6 +13,7 @@ import torch
 from ckpt.elastic.boundaries import (
     MemoryTier,
     Milestones,
+    ProtectionWatch,
     StepWatch,
     consumer_frame,
     left_by_break,
@@ -96,6 +97,7 @@ class Run(RankInfo):
         self._schedule = schedule
         self._stale_s_max = stale_s_max
         self._step_watch = StepWatch()
+        self._protection = ProtectionWatch()
         self._metrics = Metrics(session.emit, rank=world_of_process()[0])
         self._completed: int | None = None
         self._taken: int | None = None
@@ -138,6 +140,8 @@ class Run(RankInfo):
         right before the loop.
         """
         self._start()
+        if self._done:  # a loop of one's own may have nothing left to do
+            self._protection.looped()
         return self._done
 
     def track(self, **items: object) -> None:
@@ -179,6 +183,7 @@ class Run(RankInfo):
                 "track everything before completed_steps is read and before steps() begins"
             )
         self._step_watch.add(items)
+        self._protection.tracked(items)
         self._rng_waits = self._session.restored is not None
 
     def steps(self, total: int) -> Iterator[int]:
@@ -191,6 +196,7 @@ class Run(RankInfo):
         if total < 0:
             raise UsageError(f"a total counts steps from 0 on. total={total}")
         self._start()
+        self._protection.looped()
         while self._done < total:
             step = self._done
             consumer = consumer_frame(sys._getframe(1))
@@ -237,6 +243,8 @@ class Run(RankInfo):
         self._raise_if_futile()
         decisions = self._session.decisions
         point = self._step_watch.at_snapshot_point()
+        if (gap := self._protection.boundary(steps, point=point)) is not None:
+            self._tell_gap(gap)
         order = decisions.reached(steps, due=due if point else None)
         if order is not None:
             self._postponed_orders.append(order)
@@ -294,6 +302,8 @@ class Run(RankInfo):
         self._open()
         if tag is not None:
             check_tag(tag)
+        if not self._stepped:
+            self._protection.saved_early(tag)
         self._session.decisions.request(
             SnapshotRequest((tag,) if tag is not None else (), forced=True)
         )
@@ -323,6 +333,8 @@ class Run(RankInfo):
         """
         if self._exit_error is not None:
             raise self._exit_error
+        for gap in self._protection.gaps():
+            self._tell_gap(gap)
         if self._session.opened:
             self._take_last()
         self._session.finish()
@@ -405,6 +417,11 @@ class Run(RankInfo):
         if self._session.local_rank == 0:
             self._session.decisions.request(SnapshotRequest(forced=True, stop=True))
         return True
+
+    def _tell_gap(self, text: str) -> None:
+        """Tell once for the job in which way nothing is protected."""
+        if self.rank == 0:
+            self._session.emit(Event("unprotected", text, alarm=True))
 
     def _mark(self, phase: TrainerPhase) -> None:
         if self._memory is not None:
