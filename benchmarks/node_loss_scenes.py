@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TESTS = HERE.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "e2e"), str(TESTS / "membership")]
+sys.path.insert(0, str(HERE.parent / "tests"))
 
-from etcd_server import EtcdCluster  # noqa: E402
-from jobs import wait_for  # noqa: E402
-from machines import TTL_S, Cluster, Machine  # noqa: E402
-from networks import Network, network  # noqa: E402
+from kit.etcd import EtcdCluster  # noqa: E402
+from kit.jobs import wait_for  # noqa: E402
+from kit.machines import TTL_S, Cluster, Machine  # noqa: E402
+from kit.networks import Network, network  # noqa: E402
 from node_loss_phases import Account, account, said_in  # noqa: E402
 from recovery_nodes_marks import MarksFiles, recovered, wrong_states  # noqa: E402
 

@@ -32,7 +32,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from servers.s3 import Bucket, Gateway  # noqa: E402
+from kit.servers.s3 import Bucket, Gateway  # noqa: E402
 
 from ckpt.backends.base import Backend  # noqa: E402
 from ckpt.backends.objects.s3 import CLIENT_VARIABLE  # noqa: E402

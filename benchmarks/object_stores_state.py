@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from kit.servers.s3 import Bucket, Gateway
 from object_stores import IN_FLIGHT, PACK_BYTES, open_with, raw_obstore, raw_s3fs, transfer
-from servers.s3 import Bucket, Gateway
 
 from ckpt import Checkpointer
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat

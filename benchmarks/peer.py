@@ -34,9 +34,9 @@ from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "peer"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from peer_certificates import Files, make_certificates
+from kit.peers.certificates import Files, make_certificates
 
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem.auth import PeerSecret, mac

@@ -34,7 +34,7 @@ from report import machine
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "tests"))
 
-from servers.process import ServerProcess, free_port  # noqa: E402
+from kit.servers.process import ServerProcess, free_port  # noqa: E402
 
 OFFSET = 7
 """A kill comes this many steps after a checkpoint of the rival's,"""

@@ -299,3 +299,65 @@ def test_installed_packages_are_those_that_exist() -> None:
         "ckpt.integrations"
     }
     assert sorted(listed) == sorted(there)
+
+
+def _script_module(name: str) -> Path | None:
+    """The file of a module that a benchmark or an example may import, if it is one of ours."""
+    for root in (ROOT, ROOT / "benchmarks", ROOT / "examples", ROOT / "tests"):
+        path = root.joinpath(*name.split("."))
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.exists():
+                return file
+    return None
+
+
+def _bound(file: Path) -> set[str]:
+    """Every name that a module binds anywhere at its top."""
+    tree = ast.parse(file.read_text())
+    bound = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    for node in (inner for top in tree.body for inner in ast.walk(top)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound.add(node.id)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            bound.add(node.value)  # names in a table of what is loaded late
+    return bound
+
+
+def _unresolved(script: Path) -> Iterator[str]:
+    ours = {"ckpt", "kit", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
+    outside = sys.stdlib_module_names | {*OUTSIDE}
+    for node in ast.walk(ast.parse(script.read_text())):
+        for name in _targets(node):
+            module = node.module if isinstance(node, ast.ImportFrom) and node.module else name
+            file = _script_module(module)
+            if file is None:
+                if module.partition(".")[0] in ours or module.partition(".")[0] not in outside:
+                    yield f"{script.name}: {module}"
+                continue
+            bound = name.removeprefix(module).lstrip(".")
+            if bound and bound not in _bound(file) and _script_module(name) is None:
+                yield f"{script.name}: {name}"
+
+
+OUTSIDE = (
+    "cryptography",
+    "msgspec",
+    "numpy",
+    "obstore",
+    "rich",
+    "s3fs",
+    "safetensors",
+    "torch",
+    "torchdata",
+    "torchsnapshot",
+    "xxhash",
+    "zstandard",
+)
+"""Packages from outside that benchmarks and examples use."""
+
+
+def test_benchmarks_and_examples_import_what_exists() -> None:
+    scripts = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    assert sorted(problem for script in scripts for problem in _unresolved(script)) == []
