@@ -10,19 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
 from ckpt.capture.leaves import TensorLeaf, World, clean_fqn, join
 from ckpt.capture.tensors import (
     UNSHARED,
     MemoryWatch,
     Sharing,
+    check_carries_nothing,
     describe,
     holders,
     is_dtensor,
     layout_text,
     local_of,
     mesh_dims,
+    unsupported_reason,
 )
 from ckpt.errors import UsageError
 from ckpt.format.objects import EncodedValue, Ref, encode_object
@@ -159,6 +160,11 @@ class ModuleSource:
             )
             for live_entry in live
         )
+        # A module with state-dict entries of its own stores there what its tensors carry.
+        stores_more = {id(one) for one in _tensors(list(filter(_may_compute, self._modules)))}
+        for live_entry in live:
+            if id(live_entry.tensor) not in stores_more:
+                check_carries_nothing(join(self.path, live_entry.fqn), live_entry.tensor)
         self._encoded = None
         self._watch = MemoryWatch()
         for entry, leaf in zip(self.live, self.leaves, strict=True):
@@ -215,10 +221,7 @@ def _tensors(modules: list[nn.Module]) -> Iterator[torch.Tensor]:
 
 def _place(tensor: torch.Tensor) -> object:
     """A key that two tensors share if and only if they are the same memory read in the same way."""
-    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_nested:
-        return id(tensor)
-    local = local_of(tensor)
-    if not local.numel() or local.is_meta:
+    if unsupported_reason(tensor) is not None or not (local := local_of(tensor)).numel():
         return id(tensor)
     return (
         local.data_ptr(),

@@ -121,6 +121,23 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def unsupported_reason(tensor: torch.Tensor) -> str | None:
     """Why a tensor can't be stored, with the remedy; None if it can."""
+    if not is_dtensor(tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            return _unsupported_plain(tensor)
+    if not _keeps_dispatch(tensor, sys.modules["torch.distributed.tensor"].DTensor):
+        return _subclass_reason(tensor)
+    # The bytes that are stored are the local tensor's, whatever the distributed one promises.
+    local = tensor._local_tensor
+    if type(local).__name__ == "AsyncCollectiveTensor":
+        return (
+            "tensor's collective has not ended. type=AsyncCollectiveTensor; wait() for it before "
+            "capturing"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        return _unsupported_plain(local)
+
+
+def _unsupported_plain(tensor: torch.Tensor) -> str | None:
     if is_lazy(tensor):
         return "tensor has no shape yet; run one forward pass before tracking or capturing it"
     if tensor.is_meta:
@@ -139,17 +156,79 @@ def unsupported_reason(tensor: torch.Tensor) -> str | None:
         )
     if dtype_name(tensor.dtype) not in DTYPE_BYTES:
         return f"dtype is not stored. dtype={tensor.dtype}; view or convert the tensor to another"
-    if not is_dtensor(tensor) and not _is_plain(tensor):
+    if not _keeps_dispatch(tensor, torch.Tensor):
+        return _subclass_reason(tensor)
+    if not _has_memory(tensor):
         return (
-            f"tensor subclass is not stored. type={type(tensor).__qualname__}; "
-            "track the plain tensors inside it"
+            "tensor has no memory for all of its elements: it was freed, or the tensor exists only "
+            "inside a function transform; capture outside of it, after the memory is back"
         )
     return None
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    # A subclass that does not override dispatch keeps its data as a plain tensor does.
-    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+def _subclass_reason(tensor: torch.Tensor) -> str:
+    return (
+        f"tensor subclass is not stored. type={type(tensor).__qualname__}; "
+        "track the plain tensors inside it"
+    )
+
+
+def _keeps_dispatch(tensor: torch.Tensor, base: type[torch.Tensor]) -> bool:
+    """Whether its class keeps data as ``base`` does: a subclass that overrides dispatch may not."""
+    own, inherited = type(tensor).__torch_dispatch__, base.__torch_dispatch__
+    return getattr(own, "__func__", own) is getattr(inherited, "__func__", inherited)
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether all elements are in memory that can be read at its address."""
+    if not tensor.numel():
+        return True
+    try:
+        address, storage_bytes = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    except RuntimeError:  # a transform's wrapper has neither
+        return False
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
+    return address != 0 and (last + 1) * tensor.element_size() <= storage_bytes
+
+
+ATTRIBUTES_DEPTH_MAX = 3
+"""How many levels of objects a subclass's attributes are searched for tensors."""
+
+
+def check_carries_nothing(name: str, tensor: torch.Tensor) -> None:
+    """Raise UsageError, naming the leaf, if a subclass carries tensors in its attributes: they
+    would be left out, and the bytes mean nothing without them (scales of a quantized weight).
+    """
+    if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter or is_dtensor(tensor):
+        return
+    with torch._C.DisableTorchFunctionSubclass():
+        carried = sorted(
+            attribute
+            for attribute, value in vars(tensor).items()
+            if _holds_tensor(value, ATTRIBUTES_DEPTH_MAX)
+        )
+    if carried:
+        raise UsageError(
+            "tensor subclass carries a tensor in an attribute, which is not stored. "
+            f"type={type(tensor).__qualname__} attributes={carried}; track those tensors beside a "
+            f"plain one, or store them in the module's own state-dict entries. leaf={name!r}"
+        )
+
+
+def _holds_tensor(value: object, depth: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    if not depth or isinstance(value, (type, torch.nn.Module)):
+        return False
+    match value:
+        case dict():
+            inner = list(value.values())
+        case list() | tuple():
+            inner = list(value)
+        case _:
+            inner = list(getattr(value, "__dict__", {}).values())
+    return any(_holds_tensor(one, depth - 1) for one in inner)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,14 @@ from ckpt.capture.leaves import TensorLeaf, World, join
 from ckpt.capture.modules import ModuleSource
 from ckpt.capture.optimizers import OptimizerSource
 from ckpt.capture.streams import is_loader, loader_state
-from ckpt.capture.tensors import UNSHARED, Sharing, describe, layout_text, same_memory
+from ckpt.capture.tensors import (
+    UNSHARED,
+    Sharing,
+    check_carries_nothing,
+    describe,
+    layout_text,
+    same_memory,
+)
 from ckpt.errors import UsageError
 from ckpt.format.objects import DEPTH_MAX, DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 
@@ -122,6 +129,7 @@ class Walker:
             leaf = before[1]
         else:
             leaf = describe(path, tensor, world=self._world, sharing=sharing)
+            check_carries_nothing(path, tensor)
             self._memo[path] = (tensor, leaf)
         self.tensors.append(leaf)
         return Ref(path, tensor.device.type, layout_text(tensor))

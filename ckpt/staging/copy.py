@@ -344,6 +344,11 @@ def _owned_tensor(source: CopySource) -> torch.Tensor:
             "a leaf that cannot be recorded. "
             f"{problem or f'box outside its leaf. leaf={leaf} box={box}'}"
         )
+    if tensor.numel() and not tensor.data_ptr():
+        # Address 0 says that bytes are in the slot already: they would be what it held before.
+        raise UsageError(
+            f"a tensor without memory of its own. leaf={leaf.name!r} type={type(tensor).__name__}"
+        )
     tensor = tensor.detach()
     if source.owned is not None:
         for dim, (start, size) in enumerate(

@@ -239,3 +239,10 @@ def test_layout_has_no_overlap_and_aligns(sizes: list[int], start: int) -> None:
     assert all(low >= start and high <= end for low, high in spans)
     for at, size in zip(offsets, sizes, strict=True):
         assert not size or at % (PAGE_BYTES if size >= PAGE_BYTES else 64) == 0
+
+
+def test_tensor_at_address_zero_is_refused_rather_than_taken_for_copied() -> None:
+    tensor = torch.ones(4)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(UsageError, match=r"without memory of its own. leaf='x'"):
+        CopyPlan.build([source("x", tensor)])
