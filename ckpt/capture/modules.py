@@ -16,6 +16,7 @@ from ckpt.capture.tensors import (
     UNSHARED,
     MemoryWatch,
     Sharing,
+    check_can_be_filled,
     check_carries_nothing,
     describe,
     holders,
@@ -162,7 +163,8 @@ class ModuleSource:
         )
         # A module with state-dict entries of its own stores there what its tensors carry.
         stores_more = {id(one) for one in _tensors(list(filter(_may_compute, self._modules)))}
-        for live_entry in live:
+        for live_entry, leaf in zip(live, self.leaves, strict=True):
+            check_can_be_filled(leaf)
             if id(live_entry.tensor) not in stores_more:
                 check_carries_nothing(join(self.path, live_entry.fqn), live_entry.tensor)
         self._encoded = None

@@ -192,6 +192,22 @@ def _has_memory(tensor: torch.Tensor) -> bool:
     return address != 0 and (last + 1) * tensor.element_size() <= storage_bytes
 
 
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether elements of a local tensor share memory along a dimension."""
+    return any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+def check_can_be_filled(leaf: TensorLeaf) -> None:
+    """Raise UsageError, naming the leaf, if a restore could not put bytes into the tensor."""
+    if is_expanded(leaf.tensor):
+        raise UsageError(
+            "tensor is expanded: its elements share memory, so it could not be restored in place; "
+            f"clone() it before tracking it. leaf={leaf.leaf.name!r}"
+        )
+
+
 ATTRIBUTES_DEPTH_MAX = 3
 """How many levels of objects a subclass's attributes are searched for tensors."""
 

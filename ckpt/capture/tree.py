@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
@@ -22,6 +23,7 @@ from ckpt.capture.streams import is_loader, loader_state
 from ckpt.capture.tensors import (
     UNSHARED,
     Sharing,
+    check_can_be_filled,
     check_carries_nothing,
     describe,
     layout_text,
@@ -67,6 +69,16 @@ class Walker:
         self._sources = sources
         self._memo = memo
         self._depth = 0
+        self._made_anew = 0
+
+    @contextmanager
+    def _replaced(self) -> Iterator[None]:
+        """Inside, values are those that a restore makes anew rather than fills."""
+        self._made_anew += 1
+        try:
+            yield
+        finally:
+            self._made_anew -= 1
 
     def node(self, value: object, path: str, sharing: Sharing = UNSHARED) -> object:
         """The skeleton of ``value`` at ``path``. Raises UsageError naming the path of what can't be
@@ -117,10 +129,15 @@ class Walker:
             return self._stateful(value, path)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
-            return DataclassNode(
-                type_name(value),
-                {key: self.node(part, join(path, key), sharing) for key, part in fields.items()},
-            )
+            frozen = type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
+            with self._replaced() if frozen else nullcontext():
+                return DataclassNode(
+                    type_name(value),
+                    {
+                        key: self.node(part, join(path, key), sharing)
+                        for key, part in fields.items()
+                    },
+                )
         raise unsupported(value, path)
 
     def _tensor(self, tensor: torch.Tensor, path: str, sharing: Sharing) -> Ref:
@@ -130,6 +147,8 @@ class Walker:
         else:
             leaf = describe(path, tensor, world=self._world, sharing=sharing)
             check_carries_nothing(path, tensor)
+            if not self._made_anew:
+                check_can_be_filled(leaf)
             self._memo[path] = (tensor, leaf)
         self.tensors.append(leaf)
         return Ref(path, tensor.device.type, layout_text(tensor))
@@ -178,10 +197,11 @@ class Walker:
         self.tensors.extend(source.leaves)
         if not source.computed:
             return source.encoded()
-        made = {
-            entry.fqn: self.node(entry.value, join(source.path, entry.fqn))
-            for entry in source.computed
-        }
+        with self._replaced():
+            made = {
+                entry.fqn: self.node(entry.value, join(source.path, entry.fqn))
+                for entry in source.computed
+            }
         return {**source.references(), **made}
 
     def _optimizer(self, source: OptimizerSource) -> object:
@@ -229,11 +249,12 @@ class Walker:
         return groups
 
     def _stateful(self, value: Stateful, path: str) -> object:
-        state = state_of(value)
-        if not isinstance(state, Mapping):
+        state: object = state_of(value)
+        if isinstance(state, Mapping):
+            kept = {key: one for key, one in state.items() if not _left_alone(value, key, one)}
+            state = _without_functions(kept) if isinstance(value, LRScheduler) else kept
+        with self._replaced():
             return self.node(state, path)
-        kept = {key: entry for key, entry in state.items() if not _left_alone(value, key, entry)}
-        return self.node(_without_functions(kept) if isinstance(value, LRScheduler) else kept, path)
 
 
 def type_name(value: object) -> str:

@@ -14,7 +14,14 @@ import numpy as np
 import torch
 
 from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.capture.tensors import UNSHARED, describe, is_dtensor, local_of, with_aliases
+from ckpt.capture.tensors import (
+    UNSHARED,
+    describe,
+    is_dtensor,
+    is_expanded,
+    local_of,
+    with_aliases,
+)
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.objects import Ref
@@ -337,10 +344,7 @@ class TensorTargets:
                 path,
                 "convert the live tensor",
             )
-        elif any(
-            step == 0 and size > 1
-            for step, size in zip(live_leaf.tensor.stride(), live_leaf.tensor.shape, strict=True)
-        ):
+        elif is_expanded(live_leaf.tensor):
             self._problems.add(
                 "live tensor is expanded: its elements share memory.",
                 path,
