@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dis
+import gc
 import inspect
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
+import weakref
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping
+from types import FrameType, GeneratorType
 
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ckpt.errors import UsageError
 from ckpt.ipc.board import STAGE, Board
 from ckpt.values import TrainerPhase
 
@@ -331,7 +336,194 @@ class ProtectionWatch:
 _DROPS = frozenset({"POP_TOP", "POP_ITER"})
 _CACHE = 0
 _FOR_ITER = dis.opmap["FOR_ITER"]
+_GET_ITER = dis.opmap["GET_ITER"]
+_SEND = dis.opmap.get("SEND", dis.opmap.get("YIELD_FROM", -1))
 _DRY = frozenset({"FOR_ITER", "END_FOR"})
+
+
+class Loop:
+    """One loop over a run's steps: how its elements reach its body, and how it is left.
+
+    ``generator`` yields the elements; ``direct``: a ``for`` statement took it by itself, so that
+    nothing else holds it.
+    """
+
+    def __init__(self, *, direct: bool) -> None:
+        self._direct = direct
+        self._generator: weakref.ref[Generator[int, None, None]] | None = None
+        self._begun = False
+        self._consumer: int | None = None
+        self._dry_completes = False
+
+    def begin(self, generator: Generator[int, None, None]) -> Generator[int, None, None]:
+        """Loop over ``generator``, which calls the other methods."""
+        self._generator = weakref.ref(generator)
+        return generator
+
+    def ask(self, frame: FrameType) -> None:
+        """The generator is about to yield to ``frame``, its caller's.
+
+        The first time, unless the loop is direct, it looks through all objects of the process:
+        about 20 ms for 200,000. Raises UsageError if the end of its bodies could not be told.
+        """
+        self._consumer = consumer_frame(frame)
+        if self._begun:
+            return
+        self._begun = True
+        between = _frames_between(frame)
+        if between is None or (self._direct and not between):
+            return
+        if self._generator is not None:
+            self._dry_completes = _examine(self._generator, between)
+
+    def completes(self, frame: FrameType) -> bool:
+        """Whether closing the generator ends a complete body; ``frame`` is its caller's."""
+        if left_by_break(frame, consumer=self._consumer):
+            return True
+        return self._dry_completes and was_exhausted(frame)
+
+
+class StepIterator(Iterator[int]):
+    """What ``run.steps`` returns: each ``for`` statement over it gets a generator that nothing else
+    holds, so that a ``break`` closes it at once even where this object is in a variable or a
+    progress bar.
+    """
+
+    def __init__(self, make: Callable[[Loop], Generator[int, None, None]]) -> None:
+        self._make = make
+        self._by_hand: Iterator[int] | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        return self._new(direct=_instruction(sys._getframe(1)) == _GET_ITER)
+
+    def __next__(self) -> int:
+        if self._by_hand is None:
+            self._by_hand = self._new(direct=False)
+        return next(self._by_hand)
+
+    def _new(self, *, direct: bool) -> Iterator[int]:
+        loop = Loop(direct=direct)
+        return loop.begin(self._make(loop))
+
+
+# What stands between the generator and the body: other generators (a progress bar), and iterators
+# written in C (``zip``), which have no frame. A variable that also holds one of them keeps the
+# generator open after ``break``. The garbage collector knows which objects refer to which; what it
+# does not see are frames that run. So of all references to the generator and to what holds it,
+# those that no other of these objects explains must be the ``for`` statements in between.
+
+_HOLDERS_MAX = 64
+_PLAIN_LOOP = (
+    "write `for step in run.steps(total):` and take what else the body needs inside, with "
+    "`next(batches)` where `batches = iter(loader)` stands before the loop"
+)
+
+
+def _examine(generator: weakref.ref[Generator[int, None, None]], between: list[FrameType]) -> bool:
+    """Whether the body is complete when an iterator around ``generator`` runs dry.
+
+    ``between``: the frames of generators between it and the body. Raises UsageError if that can't
+    be known, or if the generator outlives its loop.
+    """
+    holders = _holders(generator, between)
+    dry_completes = _dry_completes(holders)
+    # References that variables of this module still had would count: hence the weak one above.
+    if len(holders) >= _HOLDERS_MAX or _is_held_outside(holders, between):
+        raise UsageError(
+            "the loop's iterator is also held elsewhere, in a variable or an object, so a break "
+            "would not be seen and the step that it completes would be lost; write the iterator in "
+            f"the for statement itself, or {_PLAIN_LOOP}"
+        )
+    return dry_completes
+
+
+def _dry_completes(holders: list[object]) -> bool:
+    """Whether the body is complete when an iterator among ``holders`` runs dry.
+
+    It is if that iterator is asked before the steps are, as ``zip`` does with those before them.
+    Raises UsageError if that can't be known.
+    """
+    before = after = False
+    for holder in holders:
+        name = type(holder).__name__
+        if isinstance(holder, zip | map):
+            inner = holder.__reduce__()[1]
+            parts = inner[1:] if isinstance(holder, map) else inner
+            place = next(n for n, part in enumerate(parts) if any(part is one for one in holders))
+            before |= place > 0
+            after |= place < len(parts) - 1
+        elif isinstance(holder, filter) or type(holder).__module__ == "itertools":
+            raise UsageError(
+                f"{name}() around run.steps() passes over steps, or ends without saying that the "
+                f"last one is complete. iterator={name}; {_PLAIN_LOOP}"
+            )
+    if before and after:
+        raise UsageError(
+            "whichever iterator of zip() runs dry first decides whether the last step is "
+            "complete, and that can't be seen; put run.steps() first: "
+            f"zip(run.steps(total), ...), or {_PLAIN_LOOP}"
+        )
+    return before
+
+
+def _frames_between(frame: FrameType | None) -> list[FrameType] | None:
+    """The frames of generators between a generator, whose caller's is ``frame``, and the body.
+
+    None if anything else asks it, such as a method or ``next``: nothing is known of that.
+    """
+    between: list[FrameType] = []
+    while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
+        if _instruction(frame) not in (_FOR_ITER, _SEND):
+            return None
+        between.append(frame)
+        frame = frame.f_back
+    return between if frame is not None and _instruction(frame) == _FOR_ITER else None
+
+
+def _holders(
+    generator: weakref.ref[Generator[int, None, None]], between: list[FrameType]
+) -> list[object]:
+    """The generator, those of ``between``, and all that refers to one of these.
+
+    Not more than _HOLDERS_MAX: so many hold what is in a variable of a module.
+    """
+    holders: list[object] = [generator()]
+    holders += [
+        one
+        for frame in between
+        for one in gc.get_referrers(frame)
+        if isinstance(one, GeneratorType) and one.gi_frame is frame
+    ]
+    skipped = {id(holders), id(between), *(id(frame.f_locals) for frame in between)}
+    known = {id(one) for one in holders}
+    for one in holders:  # it grows meanwhile
+        for referrer in gc.get_referrers(one):
+            if id(referrer) in known or id(referrer) in skipped or isinstance(referrer, FrameType):
+                continue
+            if len(holders) >= _HOLDERS_MAX:
+                return holders
+            known.add(id(referrer))
+            holders.append(referrer)
+    return holders
+
+
+def _is_held_outside(holders: list[object], between: list[FrameType]) -> bool:
+    """Whether anything refers to one of ``holders`` but themselves and the ``for`` statements."""
+    # Comprehensions, since a loop's variable would be one more reference to the last holder.
+    explained = Counter(
+        id(inner)
+        for holder in holders
+        if not isinstance(holder, GeneratorType)  # a running one shows nothing, or its frame
+        for inner in gc.get_referents(holder)
+    )
+    for frame in between:
+        # Up to Python 3.12 the frame keeps this dict, which then is a second reference to each.
+        copies = 2 if frame.f_locals is frame.f_locals else 1
+        explained.update(id(value) for value in [*frame.f_locals.values()] * copies)
+    sample: list[object] = [object()]
+    own = sum(sys.getrefcount(one) for one in sample)  # of a list, its loop and the call
+    unexplained = sum(sys.getrefcount(one) - own - explained[id(one)] for one in holders)
+    return unexplained > len(between) + 1
 
 
 def consumer_frame(frame: FrameType | None) -> int | None:
@@ -341,14 +533,18 @@ def consumer_frame(frame: FrameType | None) -> int | None:
     between, and ``__next__`` methods of iterators around it, are skipped.
     """
     while frame is not None:
-        if not frame.f_code.co_flags & inspect.CO_GENERATOR and frame.f_lasti >= 0:
-            code, at = frame.f_code.co_code, frame.f_lasti
-            while at > 0 and code[at] == _CACHE:
-                at -= 2
-            if code[at] == _FOR_ITER:
-                return id(frame)
+        if not frame.f_code.co_flags & inspect.CO_GENERATOR and _instruction(frame) == _FOR_ITER:
+            return id(frame)
         frame = frame.f_back
     return None
+
+
+def _instruction(frame: FrameType) -> int:
+    """The opcode at which ``frame`` is; -1 before its first."""
+    code, at = frame.f_code.co_code, frame.f_lasti
+    while at > 0 and code[at] == _CACHE:
+        at -= 2
+    return code[at] if at >= 0 else -1
 
 
 def left_by_break(frame: FrameType | None, *, consumer: int | None) -> bool:

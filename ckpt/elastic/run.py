@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
 
 from ckpt.elastic.boundaries import (
+    Loop,
     MemoryTier,
     Milestones,
     ProtectionWatch,
+    StepIterator,
     StepWatch,
-    consumer_frame,
-    left_by_break,
     was_exhausted,
 )
 from ckpt.elastic.failure import ExitReporter, Preempted, describe_failure
@@ -195,16 +195,19 @@ class Run(RankInfo):
         """
         if total < 0:
             raise UsageError(f"a total counts steps from 0 on. total={total}")
+        return StepIterator(lambda loop: self._steps(total, loop))
+
+    def _steps(self, total: int, loop: Loop) -> Generator[int, None, None]:
         self._start()
         self._protection.looped()
         while self._done < total:
             step = self._done
-            consumer = consumer_frame(sys._getframe(1))
+            loop.ask(sys._getframe(1))
             try:
                 yield step
             except GeneratorExit:
                 frame = sys._getframe(1)
-                if left_by_break(frame, consumer=consumer):
+                if loop.completes(frame):
                     self._leave(step + 1)
                 else:
                     self._partial_body = not was_exhausted(frame)
