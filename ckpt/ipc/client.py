@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import site
 import subprocess
 import sys
@@ -19,7 +21,16 @@ from ckpt.errors import IntegrityError, InternalError, UnavailableError, UsageEr
 from ckpt.format.canonical import prepare_decoders
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.ipc.frames import MessageSocket, Received, close_fds
-from ckpt.ipc.messages import Bye, Hello, Message, Reply, Welcome, to_error
+from ckpt.ipc.messages import (
+    Bye,
+    Hello,
+    Message,
+    OtherSettings,
+    Reply,
+    Settings,
+    Welcome,
+    to_error,
+)
 from ckpt.ipc.runtime_dir import JobFolder
 
 START_WAIT_S = 30.0
@@ -41,6 +52,22 @@ EXIT_LOCKED = 3
 """Its exit status if another keeper holds the job's lock."""
 
 _R = TypeVar("_R", bound=Reply)
+
+_ACCESS_VARIABLES = re.compile(
+    r"(AWS|AZURE|BOTO|FSSPEC|GCE|GCLOUD|GCS|GOOGLE|REQUESTS|S3|SSL|STORAGE)_.*|.*_PROXY"
+    r"|CKPT_(OBJECT_CLIENT|SEQUENCER|STATE_DIR)",
+    re.IGNORECASE,
+)
+"""The environment variables that change how a store is reached."""
+
+_ACCESS_FILES = {
+    "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials",
+    "AWS_CONFIG_FILE": "~/.aws/config",
+    "GOOGLE_APPLICATION_CREDENTIALS": "",
+}
+"""Variables that name files with credentials, and where the file is without the variable."""
+
+_DIGEST_BYTES = 16
 
 
 class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +111,22 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
             )
         return data
 
+    def stores_digest(self) -> str:
+        """Digest of where snapshots go; equal on all ranks of one launch."""
+        return _digest(msgspec.json.encode([self.stores, self.write_quorum, self.encryption_key]))
+
+    def access_digest(self, environment: Mapping[str, str] | None = None) -> str:
+        """Digest of all else that decides how the keeper works: options, nodes, and the credentials
+        in ``environment`` (default: this process's) and in the files that it names.
+
+        Ranks of one launch may differ in it: each may hold a token of its own. Reads small files.
+        """
+        variables = os.environ if environment is None else environment
+        # The agent is another one with each launch, and is sent with the hello.
+        nodes = None if self.nodes is None else msgspec.structs.replace(self.nodes, agent="")
+        options = (self.storage_options, self.compression, self.scrub_every_s, nodes)
+        return _digest(msgspec.json.encode(options), *_access_of(self, variables))
+
     @classmethod
     def decode(cls, data: bytes) -> KeeperSpec:
         """From JSON. Raises UsageError if ``data`` is not from ``encode``."""
@@ -100,6 +143,33 @@ def _names(options: Mapping[str, object] | list[Mapping[str, object] | None] | N
 
 
 prepare_decoders(KeeperSpec)
+
+
+def _access_of(spec: KeeperSpec, variables: Mapping[str, str]) -> list[bytes]:
+    """The variables and files that decide how the stores of ``spec`` are reached."""
+    sources = (spec.encryption_key or "").split(",")
+    named = {source.removeprefix("env:") for source in sources if source.startswith("env:")}
+    files = {source.removeprefix("file:") for source in sources if source.startswith("file:")}
+    remote = any("://" in store for store in spec.stores)
+    if remote:
+        named |= {name for name in variables if _ACCESS_VARIABLES.fullmatch(name)}
+        files |= {variables.get(name, usual) for name, usual in _ACCESS_FILES.items()} - {""}
+    found = [os.fsencode(f"{name}={variables.get(name, '')}") for name in sorted(named)]
+    return found + [os.fsencode(path) + b"\0" + _content(path) for path in sorted(files)]
+
+
+def _content(path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except (OSError, RuntimeError):  # whoever opens the store tells what is wrong with it
+        return b""
+
+
+def _digest(*parts: bytes) -> str:
+    total = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little") + part)
+    return total.hexdigest()
 
 
 def ensure_keeper(
@@ -136,13 +206,36 @@ class HungUpError(UnavailableError):
     """
 
 
-def exchange_hello(wire: MessageSocket, hello: Hello) -> Welcome:
+def exchange_hello(wire: MessageSocket, hello: Hello, *, spec: KeeperSpec | None = None) -> Welcome:
     """Send ``hello``, which has an ``id``, as the first message, and wait for the reply.
 
-    Raises HungUpError if the keeper closed the connection, and the error in the keeper's reply.
+    ``spec``: what the keeper must have been started with. If it has other settings, it starts its
+    successor, which takes over what it holds, and ends. Raises HungUpError then, and if the keeper
+    closed the connection before it answered; and the error in the keeper's reply.
     """
+    if spec is not None:
+        hello = msgspec.structs.replace(
+            hello, stores=spec.stores_digest(), access=spec.access_digest()
+        )
+    reply = _first_reply(wire, hello)
+    if isinstance(reply, OtherSettings) and spec is not None:
+        settings = Settings(
+            id=hello.id,
+            spec=spec.encode(),
+            environment={os.fsencode(k): os.fsencode(v) for k, v in _environment().items()},
+            program=(sys.executable, *KEEPER_PROGRAM),
+        )
+        reply = _first_reply(wire, settings)
+    if reply.error is not None:
+        raise to_error(reply.error)
+    if not isinstance(reply, Welcome):
+        raise InternalError(f"unexpected reply to the hello. type={type(reply).__name__}")
+    return reply
+
+
+def _first_reply(wire: MessageSocket, message: Message) -> Reply:
     try:
-        wire.send(hello)
+        wire.send(message)
         received = wire.receive(HELLO_WAIT_S)
     except (UnavailableError, OSError) as error:  # OSError: cut off with our hello unread
         raise HungUpError(f"the keeper gave no answer to the hello: {error}") from error
@@ -152,15 +245,17 @@ def exchange_hello(wire: MessageSocket, hello: Hello) -> Welcome:
         )
     reply, fds = received
     close_fds(fds)
-    if isinstance(reply, Reply) and reply.error is not None:
-        raise to_error(reply.error)
-    if not isinstance(reply, Welcome):
+    if not isinstance(reply, Reply):
         raise InternalError(f"unexpected reply to the hello. type={type(reply).__name__}")
     return reply
 
 
 def connect_with_hello(
-    connect: Callable[[], MessageSocket], hello: Hello, *, wait_s: float = START_WAIT_S
+    connect: Callable[[], MessageSocket],
+    hello: Hello,
+    *,
+    spec: KeeperSpec | None = None,
+    wait_s: float = START_WAIT_S,
 ) -> tuple[MessageSocket, Welcome]:
     """A connection from ``connect`` on which the keeper has accepted ``hello``, and its
     ``Welcome``.
@@ -174,7 +269,7 @@ def connect_with_hello(
     while True:
         wire = connect()
         try:
-            return wire, exchange_hello(wire, hello)
+            return wire, exchange_hello(wire, hello, spec=spec)
         except HungUpError:
             wire.close()
             if time.monotonic() > until_s:

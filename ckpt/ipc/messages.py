@@ -172,6 +172,13 @@ class Welcome(Reply, frozen=True, kw_only=True, tag="Welcome"):
     seating: RankPlacement | None = None
 
 
+class OtherSettings(Reply, frozen=True, kw_only=True, tag="OtherSettings"):
+    """The reply to the ``Hello`` of a new launch that differs from the keeper's own settings.
+
+    The peer sends ``Settings`` next, and looks for the keeper that follows.
+    """
+
+
 class Value(Reply, frozen=True, kw_only=True, tag="Value"):
     """The value of a key, or None."""
 
@@ -276,6 +283,9 @@ class Hello(Message, frozen=True, kw_only=True, tag="Hello"):
     ``holds``: a supervisor kept slots or a board of an earlier keeper, and sends them before
     ``Killed``. ``agent`` is the name of torchrun's agent on this node (``NodesSpec.agent``). The
     supervisor sends it because a keeper may outlive the launch that started it.
+
+    ``stores`` and ``access`` are digests of the peer's settings (``KeeperSpec.stores_digest`` and
+    ``access_digest``); "" if it sends none. A keeper of other settings serves no new launch.
     """
 
     version: int
@@ -288,6 +298,21 @@ class Hello(Message, frozen=True, kw_only=True, tag="Hello"):
     holds: bool = False
     policy: Policy | None = None
     agent: str = ""
+    stores: str = ""
+    access: str = ""
+
+
+class Settings(Message, frozen=True, kw_only=True, tag="Settings"):
+    """A call, only after ``OtherSettings``. The keeper starts its successor with these settings.
+
+    ``spec`` is an encoded ``KeeperSpec``, ``environment`` the peer's variables, ``program`` what
+    runs a keeper there. The reply is the end of the connection, or the error that left the keeper
+    as it was.
+    """
+
+    spec: bytes
+    environment: Mapping[bytes, bytes]
+    program: tuple[str, ...]
 
 
 class Bye(Message, frozen=True, kw_only=True, tag="Bye"):
@@ -613,6 +638,7 @@ class PrintLine(Message, frozen=True, kw_only=True, tag="Tell"):
 
 AnyMessage = (
     Hello
+    | Settings
     | Bye
     | Started
     | Died
@@ -642,6 +668,7 @@ AnyMessage = (
     | GetStatus
     | Done
     | Welcome
+    | OtherSettings
     | Value
     | Number
     | Slots

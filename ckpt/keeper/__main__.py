@@ -1,4 +1,5 @@
-"""``python -m ckpt.keeper FOLDER``: the keeper of the job whose specification is on standard input.
+"""``python -m ckpt.keeper FOLDER [ESTATE]``: the keeper of the job whose specification is on
+standard input. ESTATE: what it takes over from the keeper that started it.
 
 The first process exits as soon as the socket listens, with 0, or with 3 if another keeper holds the
 job's lock. The keeper itself continues in a session of its own. Its output goes where the
@@ -15,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ckpt.events import emit_to_logging
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.runtime_dir import JobFolder
@@ -22,6 +25,7 @@ from ckpt.keeper.process import KeeperListener
 
 if TYPE_CHECKING:
     from ckpt.keeper.daemon import Daemon
+    from ckpt.keeper.slots import Estate
 
 LOCKED_STATUS = 3
 
@@ -29,7 +33,17 @@ LOCKED_STATUS = 3
 def main() -> int:
     """Run a keeper; returns the exit status."""
     spec = KeeperSpec.decode(sys.stdin.buffer.read())
-    listener = KeeperListener.acquire(spec, JobFolder.at(Path(sys.argv[1])))
+    folder, estate, listener = JobFolder.at(Path(sys.argv[1])), None, None
+    if len(sys.argv) > 2:
+        kind: type[Estate] = import_module("ckpt.keeper.slots").Estate
+        estate = msgspec.json.decode(sys.argv[2], type=kind)
+        for fd in estate.fds:
+            os.set_inheritable(fd, False)
+        # Before the keeper that holds all this ends: it goes on if this one can't begin.
+        import_module("ckpt.keeper.daemon")
+        listener = KeeperListener(spec, folder, estate.lock)
+    else:
+        listener = KeeperListener.acquire(spec, folder)
     if listener is None:
         return LOCKED_STATUS
     listener.describe()
@@ -45,7 +59,13 @@ def main() -> int:
     try:
         # Imported only now: the client that waits for the first process to exit connects meanwhile.
         daemon: type[Daemon] = import_module("ckpt.keeper.daemon").Daemon
-        daemon(spec, listener, incarnation=os.urandom(8).hex(), emit=emit_to_logging(-1)).run()
+        daemon(
+            spec,
+            listener,
+            incarnation=os.urandom(8).hex(),
+            emit=emit_to_logging(-1),
+            estate=estate,
+        ).run()
     finally:
         listener.close()
     return 0

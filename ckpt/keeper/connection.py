@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from ckpt.errors import CkptError, UnavailableError
 from ckpt.events import Fact
 from ckpt.ipc.frames import FRAME_BYTES_MAX, Inbox, Outbox
-from ckpt.ipc.messages import Done, Hello, Message, Reply, from_error
+from ckpt.ipc.messages import Done, Hello, Message, OtherSettings, Reply, from_error
 
 UNADMITTED_BYTES_MAX = 64 << 10
 """The largest frame that is accepted from a tool, or from a client before its hello."""
@@ -36,6 +36,8 @@ class ClientConnection:
         self.sock = sock
         self.hello: Hello | None = None
         self.planned = False
+        self.asked_settings = False
+        """Whether it was told that this keeper has other settings than it."""
         self.lost = False
         """Whether it was disconnected because it reads nothing: messages that still arrive from it
         are ignored."""
@@ -71,6 +73,12 @@ class ClientConnection:
         self.hello = hello
         if hello.role != "tool":
             self._inbox.frame_bytes_max = FRAME_BYTES_MAX
+
+    def ask_settings(self, call_id: int) -> None:
+        """Answer its hello: it has other settings than this keeper, and is to send them."""
+        self.asked_settings = True
+        self._inbox.frame_bytes_max = FRAME_BYTES_MAX
+        self.send(OtherSettings(id=call_id))
 
     def read(self) -> tuple[list[tuple[Message, list[int]]], bool]:
         """The complete messages that have arrived, with their descriptors, and whether the

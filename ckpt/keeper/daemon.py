@@ -4,6 +4,7 @@ own and post back."""
 from __future__ import annotations
 
 import errno
+import os
 import select
 import selectors
 import socket
@@ -17,10 +18,11 @@ from ckpt.errors import CkptError, InternalError, UsageError
 from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.frames import close_fds
-from ckpt.ipc.messages import BoardKept, Hello, Message, SlotCreated, SlotKept
+from ckpt.ipc.messages import BoardKept, Hello, Message, Settings, SlotCreated, SlotKept
 from ckpt.keeper.connection import ClientConnection, Clients
 from ckpt.keeper.job import Job
 from ckpt.keeper.process import KeeperListener, StallDetector, Watchdog, end_hung_process
+from ckpt.keeper.slots import Estate
 
 FIRST_HELLO_S = 30.0
 """How long a keeper without any client stays, and a connection that sends no hello."""
@@ -51,7 +53,13 @@ class Daemon:
     belong to one loop."""
 
     def __init__(
-        self, spec: KeeperSpec, listener: KeeperListener, *, incarnation: str, emit: Emit
+        self,
+        spec: KeeperSpec,
+        listener: KeeperListener,
+        *,
+        incarnation: str,
+        emit: Emit,
+        estate: Estate | None = None,
     ) -> None:
         self._listener = listener
         self._folder_check_s = time.monotonic() + FOLDER_CHECK_S
@@ -75,6 +83,7 @@ class Daemon:
             emit=emit,
             drain=self._drain_trainers,
             stacks=listener.folder.stacks,
+            estate=estate,
         )
         self._numbers = 0
 
@@ -282,12 +291,26 @@ class Daemon:
     def _dispatch(self, client: ClientConnection, message: Message, fds: list[int]) -> None:
         if isinstance(message, Hello):
             self._job.hello(client, message)
-            if client.role != "tool":
+            if client.role not in ("", "tool"):
                 self._import_ahead()
+        elif isinstance(message, Settings) and client.asked_settings:
+            self._succeed(message)
         elif client.hello is None:
             raise UsageError(f"a client must say hello first. message={type(message).__name__}")
         else:
             self._job.handle(client, message, fds)
+
+    def _succeed(self, settings: Settings) -> None:
+        """Start the keeper that follows this one, and end. Raises what keeps it from listening;
+        then nothing has changed.
+
+        Blocks the loop: nobody but tools is served meanwhile. No orderly end: what is in flight is
+        the successor's, by the slots that it has.
+        """
+        self._job.may_end_for(KeeperSpec.decode(settings.spec))
+        self._listener.start_successor(settings, self._job.state.memory.estate(self._listener.lock))
+        self._emit(Event("replaced", "a new launch has other settings; its keeper takes over"))
+        os._exit(0)
 
     def _fail(self, client: ClientConnection, message: Message, error: CkptError) -> None:
         if message.id:

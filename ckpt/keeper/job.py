@@ -32,7 +32,7 @@ from ckpt.ipc.messages import (
 from ckpt.keeper.attempts.supervisors import Supervisors
 from ckpt.keeper.connection import ClientConnection
 from ckpt.keeper.job_state import JobState
-from ckpt.keeper.slots import PostToLoop
+from ckpt.keeper.slots import Estate, PostToLoop
 from ckpt.keeper.trainer_calls import TrainerCalls
 
 FLUSH_WAIT_S = 600.0
@@ -40,6 +40,10 @@ FLUSH_WAIT_S = 600.0
 
 TIDY_WAIT_S = 120.0
 """How long it then drops and deletes old snapshots; the rest is left to the next run."""
+
+INHERIT_WAIT_S = 10.0
+"""How long a keeper that took slots over waits for the launch that caused it. After that it acts as
+if its program had been cut off."""
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -49,6 +53,8 @@ class JobTimes:
     """When something happened, in CLOCK_MONOTONIC seconds; None: it did not."""
 
     began_s: float
+    inherited_s: float | None = None
+    """When slots were taken over for a launch that has not said hello yet."""
     abandoned_s: float | None = None
     idle_s: float | None = None
     tidy_s: float | None = None
@@ -71,13 +77,19 @@ class Job:
         emit: Emit,
         drain: Callable[[], object],
         stacks: Path,
+        estate: Estate | None = None,
     ) -> None:
         self.state = JobState.create(spec, incarnation=incarnation, post=post, emit=emit)
+        self._stores, self._access = spec.stores_digest(), spec.access_digest()
+        if estate is not None:
+            self.state.memory.inherit(estate)
         self.met_anyone = False
         """Whether a client other than a tool has said hello."""
         self._calls = TrainerCalls(self.state)
         self._supervisors = Supervisors(self.state, self._calls, stacks=stacks, drain=drain)
         self._times = JobTimes(time.monotonic())
+        if estate is not None and estate.slots:
+            self._times.inherited_s = self._times.began_s
 
     # ---- what clients say
 
@@ -100,6 +112,9 @@ class Job:
             client.send(
                 Welcome(id=hello.id, boot=state.incarnation, pid=os.getpid(), attempt=attempt)
             )
+            return
+        if self._serves_other(hello):
+            client.ask_settings(hello.id)
             return
         new = self.admit(hello)
         client.admit(hello)
@@ -166,6 +181,21 @@ class Job:
         if hello.launch == state.launch.id and same_ranks:
             self._times.abandoned_s = self._times.idle_s = None
             return False
+        self._check_alone()
+        if not same_ranks:
+            state.uploads.check_flushed()
+        state.launch.begin(hello)
+        if not same_ranks:  # what the old ranks staged can't belong to the new ones
+            state.memory.close()
+            state.uploads.discard()
+            state.memory.resize(hello.ranks)
+        state.uploads.new_launch()
+        self._times.abandoned_s = self._times.idle_s = self._times.inherited_s = None
+        return True
+
+    def _check_alone(self) -> None:
+        """Raise ConflictError if processes of a launch live here."""
+        state = self.state
         others = sorted(
             {client.hello.pid for client in state.clients.members if client.hello is not None}
         )
@@ -175,16 +205,39 @@ class Job:
                 f"store={state.spec.store} pids={others}; stop it first, or give this run another "
                 "job name"
             )
-        if not same_ranks:
-            state.uploads.check_flushed()
-        state.launch.begin(hello)
-        if not same_ranks:  # what the old ranks staged can't belong to the new ones
-            state.memory.close()
-            state.uploads.discard()
-            state.memory.resize(hello.ranks)
-        state.uploads.new_launch()
-        self._times.abandoned_s = self._times.idle_s = None
+
+    def _serves_other(self, hello: Hello) -> bool:
+        """Whether a new launch has other settings than this keeper, which must end then.
+
+        Raises ConflictError if a rank of the current launch names other stores than the others.
+        """
+        state = self.state
+        if not hello.stores:
+            return False
+        if hello.launch == state.launch.id:
+            # What its ranks pass for access may differ: each may hold a token of its own.
+            if hello.stores != self._stores:
+                raise ConflictError(
+                    "this process names other stores, another write quorum or another encryption "
+                    f"key than its launch. job={state.spec.job!r} rank={hello.rank} "
+                    f"launch_stores={list(state.spec.stores)} "
+                    f"write_quorum={state.spec.write_quorum}; pass the same on all ranks, and in "
+                    "all sessions that write to one job"
+                )
+            return False
+        if (hello.stores, hello.access) == (self._stores, self._access):
+            return False
+        self._check_alone()
         return True
+
+    def may_end_for(self, settings: KeeperSpec) -> None:
+        """Raise the reason why no keeper with ``settings`` may follow this one now."""
+        self._check_alone()
+        ours, theirs = self.state.spec, settings
+        if (ours.store, ours.job) != (theirs.store, theirs.job):
+            raise UsageError(
+                f"another job's settings. job={theirs.job!r} ours={ours.job!r} store={theirs.store}"
+            )
 
     def _abandon(self) -> None:
         """All clients are gone, and not as planned: upload the newest snapshot, and wait for one to
@@ -197,6 +250,10 @@ class Job:
 
     def tick(self) -> float:
         """Do what is due; returns the seconds until the next tick is needed."""
+        inherited_s = self._times.inherited_s
+        if inherited_s is not None and time.monotonic() - inherited_s > INHERIT_WAIT_S:
+            self._times.inherited_s = None
+            self._abandon()
         return min(self._supervisors.tick(), self._calls.tick(time.monotonic()))
 
     def over(self) -> bool:
@@ -206,6 +263,8 @@ class Job:
             times.idle_s = times.tidy_s = None
             return False
         if state.launch.cluster.busy:
+            return False
+        if times.inherited_s is not None:
             return False
         if (
             times.abandoned_s is not None

@@ -8,14 +8,26 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import msgspec
+
+from ckpt.errors import UnavailableError
 from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.messages import Settings
 from ckpt.ipc.runtime_dir import JobFolder
+
+if TYPE_CHECKING:  # a keeper listens before it has loaded what slots need
+    from ckpt.keeper.slots import Estate
+
+SUCCESSOR_WAIT_S = 25.0
+"""How long a successor may take until it listens: less than its client waits for an answer."""
 
 # ---- listener: folder, lock and socket, made anew if they were removed
 
@@ -69,6 +81,39 @@ class KeeperListener:
         old, self.listener = self.listener, self._listen()
         self.describe()
         return old
+
+    def start_successor(self, settings: Settings, estate: Estate) -> None:
+        """Start a keeper with other settings that takes over ``estate``, and wait until it
+        listens. Raises UnavailableError if it does not; then this one still listens.
+        """
+        program = [*settings.program, os.fspath(self.folder.path)]
+        try:
+            ended = subprocess.run(
+                [*program, msgspec.json.encode(estate).decode()],
+                input=settings.spec,
+                cwd=self.folder.path,
+                env=dict(settings.environment),
+                pass_fds=estate.fds,
+                start_new_session=True,
+                timeout=SUCCESSOR_WAIT_S,
+                check=False,
+            )
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+            raise UnavailableError(
+                "the keeper of an earlier launch has other settings, and no other keeper can be "
+                f"started. why={error}; end it: pid={os.getpid()}"
+            ) from error
+        if ended.returncode != 0:
+            raise UnavailableError(
+                "the keeper of an earlier launch has other settings, and the one with new settings "
+                f"exited with status {ended.returncode}. log={self.folder.log_path} "
+                f"pid={os.getpid()}"
+            )
+
+    @property
+    def lock(self) -> int:
+        """The descriptor that holds the folder's lock."""
+        return self._lock
 
     def hide(self) -> None:
         """Remove the socket's name: no client finds this keeper any more; those that found it wait

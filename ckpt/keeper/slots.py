@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.ipc.board import SLOTS_MAX, Board
 from ckpt.ipc.messages import SlotEntry, SlotReport
@@ -28,6 +30,21 @@ PostToLoop = Callable[[Callable[[], object]], None]
 
 PAGE_BLOCK_BYTES = 512
 """The unit of ``st_blocks``."""
+
+
+class Estate(msgspec.Struct, frozen=True):
+    """What a keeper leaves to its successor, by descriptors that both have: the lock of the job's
+    folder, the board (-1: there is none), and the slots as rank, index, size and descriptor."""
+
+    lock: int
+    board: int
+    slots: tuple[tuple[int, int, int, int], ...]
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """All descriptors."""
+        board = (self.board,) if self.board >= 0 else ()
+        return (self.lock, *board, *(fd for *_, fd in self.slots))
 
 
 @dataclass(slots=True, eq=False)
@@ -328,6 +345,29 @@ class RankMemory:
         self.board.close()
         self.board = kept
         self.slots = SlotTable(kept, self._post, dropped=self._dropped)
+
+    def estate(self, lock: int) -> Estate:
+        """What a successor takes over; slots that were given up are not among it."""
+        if self.board is None or self.slots is None:
+            return Estate(lock, -1, ())
+        slots = (
+            (slot.rank, slot.index, slot.size_bytes, slot.fd)
+            for slot in self.slots
+            if not slot.retired
+        )
+        return Estate(lock, self.board.fd, tuple(slots))
+
+    def inherit(self, estate: Estate) -> None:
+        """Take over board and slots of the keeper before this one; their descriptors are owned
+        here from now on."""
+        if estate.board < 0:
+            return
+        self.board = Board.attach(estate.board)
+        self.ranks = self.board.ranks
+        self.slots = SlotTable(self.board, self._post, dropped=self._dropped)
+        for rank, index, size_bytes, fd in estate.slots:
+            self.slots.add(rank, index, fd, size_bytes)
+        self.slots.sync_board()
 
     def completed(self) -> int:
         """The most steps that any rank has completed in this attempt; -1 for none."""

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from ckpt.errors import InternalError, UnavailableError, UsageError
 from ckpt.ipc import client
@@ -25,6 +26,7 @@ from ckpt.ipc.client import (
     ensure_keeper,
     exchange_hello,
 )
+from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import (
     Bye,
@@ -357,3 +359,48 @@ def test_another_answer_than_a_welcome_is_a_bug(endings) -> None:
     with pytest.raises(InternalError):
         exchange_hello(wire, HELLO)
     wire.close()
+
+
+def test_settings_have_equal_digests_only_if_they_lead_to_the_same_stores_in_the_same_way(
+    tmp_path: Path,
+) -> None:
+    one = KeeperSpec(job="j", store="s3://bucket/run")
+    assert one.stores_digest() == KeeperSpec.decode(one.encode()).stores_digest()
+    for other in (
+        replace(one, others=("/b",)),
+        replace(one, write_quorum=1),
+        replace(one, encryption_key="env:K"),
+    ):
+        assert other.stores_digest() != one.stores_digest()
+    for other in (
+        replace(one, storage_options={"endpoint_url": "http://live"}),
+        replace(one, compression="off"),
+        replace(one, nodes=NodesSpec(where="/f", job="j", nodes_min=1, nodes_max=2)),
+    ):
+        assert other.access_digest({}) != one.access_digest({})
+        assert other.access_digest({}) == KeeperSpec.decode(other.encode()).access_digest({})
+    before = {"AWS_SECRET_ACCESS_KEY": "old", "PATH": "/bin", "AWS_CONFIG_FILE": "/none"}
+    assert one.access_digest(before) == one.access_digest({**before, "PATH": "/usr/bin"})
+    assert one.access_digest(before) != one.access_digest(
+        {**before, "AWS_SECRET_ACCESS_KEY": "new"}
+    )
+    local = replace(one, store="/run")
+    assert local.access_digest(before) == local.access_digest({}), "no credentials are used there"
+    file = tmp_path / "credentials"
+    named = {**before, "AWS_SHARED_CREDENTIALS_FILE": str(file)}
+    file.write_text("old")
+    digest = one.access_digest(named)
+    file.write_text("new")
+    assert one.access_digest(named) != digest
+    agents = [NodesSpec(where="/f", job="j", nodes_min=1, nodes_max=2, agent=a) for a in "xy"]
+    assert len({replace(one, nodes=nodes).access_digest({}) for nodes in agents}) == 1
+
+
+def test_key_that_a_variable_or_file_holds_counts_by_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("1")
+    one = KeeperSpec(job="j", store="/run", encryption_key=f"env:RUN_KEY,file:{file}")
+    digest = one.access_digest({"RUN_KEY": "1"})
+    assert one.access_digest({"RUN_KEY": "2"}) != digest
+    file.write_text("2")
+    assert one.access_digest({"RUN_KEY": "1"}) != digest

@@ -15,7 +15,7 @@ import pytest
 from kit.keepers.served import WAIT_S, Served, open_epoch, until
 
 from ckpt.backends.file.store import FileBackend
-from ckpt.errors import ConflictError, UsageError
+from ckpt.errors import ConflictError, UnavailableError, UsageError
 from ckpt.ipc.client import KeeperClient
 from ckpt.ipc.messages import (
     WIRE_VERSION,
@@ -25,7 +25,9 @@ from ckpt.ipc.messages import (
     GetChoices,
     GetSlots,
     Number,
+    OtherSettings,
     Policy,
+    Settings,
     Slots,
     Welcome,
 )
@@ -133,6 +135,49 @@ def test_another_launch_is_refused_while_the_first_lives(serve: Serve) -> None:
     with pytest.raises(ConflictError):
         served.trainer(0, 2, launch="a")
     first.leave()
+
+
+def test_ranks_of_one_launch_that_name_different_stores_are_refused(serve: Serve) -> None:
+    served = serve()
+    stores, access = served.spec.stores_digest(), served.spec.access_digest()
+    first = served.trainer(0, 2, stores=stores, access=access)
+    with pytest.raises(ConflictError, match="names other stores"):
+        served.trainer(1, 2, stores="others", access=access)
+    with pytest.raises(ConflictError, match="running already"):
+        served.trainer(0, 2, launch="b", stores="others", access=access)
+    token_of_its_own = served.trainer(1, 2, stores=stores, access="another token")
+    token_of_its_own.leave()
+    first.leave()
+
+
+def test_keeper_whose_successor_cannot_start_goes_on(serve: Serve) -> None:
+    served = serve(LINGERS)
+    first = served.trainer()
+    open_epoch(first)
+    first.leave(planned=False)
+    until(lambda: served.report().state == "lingering")
+    calls = KeeperClient(served.wire())
+    other = served.hello(launch="b", stores=served.spec.stores_digest(), access="other")
+    assert isinstance(calls.call(other, timeout_s=WAIT_S), OtherSettings)
+    settings = Settings(spec=served.spec.encode(), environment={}, program=("/bin/false",))
+    with pytest.raises(UnavailableError, match="exited with status 1"):
+        calls.call(settings, timeout_s=WAIT_S)
+    calls.close()
+    assert served.report().state == "lingering"
+    second = served.trainer(launch="c")
+    second.leave()
+
+
+def test_settings_that_nobody_asked_for_are_refused(serve: Serve) -> None:
+    served = serve()
+    trainer = served.trainer()
+    settings = Settings(spec=served.spec.encode(), environment={}, program=("/bin/false",))
+    for calls in (trainer.calls, KeeperClient(served.wire())):
+        with pytest.raises(UsageError):
+            calls.call(settings, timeout_s=WAIT_S)
+        if calls is not trainer.calls:
+            calls.close()
+    trainer.leave()
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(2, 2), (-1, 2), (0, 0), (0, 5000)])

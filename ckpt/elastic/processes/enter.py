@@ -256,6 +256,7 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerP
         hello=hello,
         reconnect=lambda: ensure_keeper(spec),
         emit=emit,
+        spec=spec,
         stacks=_stacks(spec),
         prepare=prepare,
     )

@@ -11,7 +11,7 @@ import msgspec
 
 from ckpt.errors import IntegrityError, InternalError, UnavailableError
 from ckpt.ipc.board import Board, now_ns
-from ckpt.ipc.client import connect_with_hello, exchange_hello
+from ckpt.ipc.client import KeeperSpec, connect_with_hello, exchange_hello
 from ckpt.ipc.frames import MessageSocket, close_fds
 from ckpt.ipc.messages import BoardKept, DropSlot, Hello, Keep, KeepBoard, Message, SlotKept
 
@@ -108,11 +108,17 @@ class SupervisorConnection:
     """
 
     def __init__(
-        self, link: MessageSocket, hello: Hello, reconnect: Callable[[], MessageSocket]
+        self,
+        link: MessageSocket,
+        hello: Hello,
+        reconnect: Callable[[], MessageSocket],
+        *,
+        spec: KeeperSpec | None = None,
     ) -> None:
         self._link: MessageSocket | None = link
         self._hello = hello
         self._reconnect = reconnect
+        self._spec = spec
         self._lost_in_row = 0
         self._kept = KeptDescriptors()
         self.has_unread = False
@@ -151,7 +157,7 @@ class SupervisorConnection:
         """
         if self._link is None:
             raise InternalError("a hello without a connection")
-        exchange_hello(self._link, self._hello_now(attempt))
+        exchange_hello(self._link, self._hello_now(attempt), spec=self._spec)
         self.has_unread = True
 
     def receive(self) -> list[Message]:
@@ -211,7 +217,9 @@ class SupervisorConnection:
                 f"keepers die one after another. count={RECONNECTS_MAX}; see keeper.log in the "
                 "job's runtime folder"
             )
-        self._link, welcome = connect_with_hello(self._reconnect, self._hello_now(attempt))
+        self._link, welcome = connect_with_hello(
+            self._reconnect, self._hello_now(attempt), spec=self._spec
+        )
         self.has_unread = True
         try:
             if welcome.new:

@@ -43,6 +43,7 @@ from ckpt.elastic.processes.trainer import (
 )
 from ckpt.elastic.sigterm import SigtermHistory, SigtermMeaning
 from ckpt.errors import CkptError, InternalError
+from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import (
     Bye,
@@ -116,15 +117,16 @@ class SupervisorPlan:
     """What a supervisor needs to know.
 
     ``hello`` is its first message on each connection; ``attempt`` is filled in. ``reconnect``
-    returns a fresh connection to a keeper, and starts one if none runs. ``stacks`` is a folder
-    for stack dumps (None: none). ``prepare``: keep a second trainer that has run up to
-    ``run.ready()``.
+    returns a fresh connection to a keeper, and starts one if none runs; ``spec`` is what that
+    keeper must have been started with. ``stacks`` is a folder for stack dumps (None: none).
+    ``prepare``: keep a second trainer that has run up to ``run.ready()``.
     """
 
     start: Fork | Spawn
     hello: Hello
     reconnect: Callable[[], MessageSocket]
     emit: events.Emit
+    spec: KeeperSpec | None = None
     stacks: Path | None = None
     prepare: bool = False
 
@@ -550,7 +552,7 @@ def supervise(link: MessageSocket, plan: SupervisorPlan) -> TrainerProcess:
     main thread. Raises the error with which the keeper rejects the hello, and UnavailableError if
     the keeper is gone before that; later errors end the process with a message.
     """
-    lifeline = SupervisorConnection(link, plan.hello, plan.reconnect)
+    lifeline = SupervisorConnection(link, plan.hello, plan.reconnect, spec=plan.spec)
     try:
         lifeline.say_hello(plan.hello.attempt)
     except BaseException:

@@ -78,7 +78,8 @@ class Supervisors:
         self.roster: Roster | None = None
         self.recoveries: deque[Mapping[str, Fact]] = deque(maxlen=RECOVERIES_KEPT)
         self._recovery: Recovery | None = None
-        self._attempt = 0
+        # A keeper that took a board over goes on counting where the one before it stopped.
+        self._attempt = state.memory.board.attempt if state.memory.board is not None else 0
         self._grace_until_s: float | None = None
         self._leaving: tuple[float, messages.Leave] | None = None
         """What supervisors are sent once all is durable, or at that time at the latest."""

@@ -223,6 +223,7 @@ class KeeperAttachment:
         if self.link is not None or self._asked or self._spec is None:
             return
         if self.trainer_link is not None:
+            _check_stores(self._spec)
             self._use(self.trainer_link)
             return
         if not may_use_keeper(self.mailbox.size, self._slots):
@@ -291,6 +292,17 @@ class KeeperAttachment:
         self.link = link
         self.board = link.board()
         self.regions = SharedSlots(link, self.board, link.local_rank)
+
+
+def _check_stores(spec: KeeperSpec) -> None:
+    """Raise UsageError if a session of a supervised trainer would write elsewhere than it says."""
+    trainer = supervised_trainer()
+    if trainer is not None and trainer.spec.stores_digest() != spec.stores_digest():
+        raise UsageError(
+            "this session names other stores, another write quorum or another encryption key than "
+            f"the run of this program, whose keeper writes for both. session={list(spec.stores)} "
+            f"run={list(trainer.spec.stores)}; pass the same to both, or another job name"
+        )
 
 
 def connect_in_place(

@@ -85,12 +85,12 @@ def open_connections(spec: KeeperSpec, *, start: bool) -> tuple[MessageSocket, M
         raise
 
 
-def greet(wire: MessageSocket, hello: Hello) -> Welcome:
+def greet(wire: MessageSocket, hello: Hello, spec: KeeperSpec | None = None) -> Welcome:
     """Send the hello and return the keeper's welcome. Raises the keeper's reason to refuse this
     trainer.
     """
     try:
-        return client.exchange_hello(wire, replace(hello, id=HELLO_ID))
+        return client.exchange_hello(wire, replace(hello, id=HELLO_ID), spec=spec)
     except client.HungUpError as error:
         raise _KeeperEndedError(str(error)) from error
     except UnavailableError as error:
@@ -133,12 +133,18 @@ class KeeperLink:
     that other packages send.
     """
 
-    def __init__(self, calls: MessageSocket, events: MessageSocket, hello: Hello) -> None:
+    def __init__(
+        self,
+        calls: MessageSocket,
+        events: MessageSocket,
+        hello: Hello,
+        spec: KeeperSpec | None = None,
+    ) -> None:
         """Send the hello on both connections, which the link owns from now on. Raises the keeper's
         reason to refuse this rank.
         """
         self._hello = hello
-        self._spec: KeeperSpec | None = None
+        self._spec = spec
         self._closing = False
         self._state = threading.Lock()
         self._on_outcome: Callable[[Outcome], None] | None = None
@@ -157,11 +163,9 @@ class KeeperLink:
         Raises KeeperBusyError if the keeper accepts no trainer yet, UnavailableError if there is no
         keeper.
         """
-        link = retry_while_keeper_ends(
-            lambda: cls(*open_connections(spec, start=start), hello), again=start
+        return retry_while_keeper_ends(
+            lambda: cls(*open_connections(spec, start=start), hello, spec), again=start
         )
-        link._spec = spec
-        return link
 
     def reconnect(self, board: Board) -> None:
         """Replace a lost connection: find or start the next keeper, and give it the board if it is
@@ -328,9 +332,9 @@ class KeeperLink:
 
     def _open(self, calls: MessageSocket, events: MessageSocket) -> None:
         try:
-            self.welcome = greet(calls, self._hello)
+            self.welcome = greet(calls, self._hello, self._spec)
             """The keeper's answer to the hello."""
-            greet(events, replace(self._hello, role="events"))
+            greet(events, replace(self._hello, role="events"), self._spec)
         except BaseException:
             calls.close()
             events.close()
