@@ -82,6 +82,8 @@ class OptimizerSource:
         self.group_names: tuple[EncodedValue, ...] = ()
         self.encoded_state: EncodedValue | None = None
         self.state_leaves: tuple[TensorLeaf, ...] = ()
+        self.boxes: dict[str, list[list[int]]] = {}
+        """Offsets and sizes of this rank's piece, for each sharded parameter with plain state."""
         self._watch = MemoryWatch()
         self._seen: object = None
         self._held: list[object] = []

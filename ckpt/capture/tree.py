@@ -26,6 +26,7 @@ from ckpt.capture.tensors import (
     check_can_be_filled,
     check_carries_nothing,
     describe,
+    is_dtensor,
     layout_text,
     same_memory,
 )
@@ -205,7 +206,9 @@ class Walker:
         return {**source.references(), **made}
 
     def _optimizer(self, source: OptimizerSource) -> object:
-        return {"state": self._optimizer_state(source), "param_groups": self._groups(source)}
+        state = self._optimizer_state(source)
+        node = {"state": state, "param_groups": self._groups(source)}
+        return {**node, "boxes": source.boxes} if source.boxes else node
 
     def _optimizer_state(self, source: OptimizerSource) -> object:
         if source.encoded_state is not None:
@@ -213,6 +216,7 @@ class Walker:
             return source.encoded_state
         state = source.optimizer.state
         nodes: dict[str, object] = {}
+        source.boxes = {}
         live: list[object] = []
         start = len(self.tensors)
         for member in source.parameters:
@@ -225,6 +229,11 @@ class Walker:
                     for key, value in entry.items()
                 }
                 live.extend(entry.values())
+                if is_dtensor(member.tensor) and any(map(_is_own_piece, entry.values())):
+                    box = describe(
+                        path, member.tensor, world=self._world, sharing=member.sharing
+                    ).box
+                    source.boxes[member.name] = [list(box.offsets), list(box.sizes)]
         if strange := [key for key in state if not isinstance(key, torch.Tensor)]:
             raise UsageError(
                 f"optimizer keeps state for what is no parameter. path={source.path!r} "
@@ -255,6 +264,18 @@ class Walker:
             state = _without_functions(kept) if isinstance(value, LRScheduler) else kept
         with self._replaced():
             return self.node(state, path)
+
+
+def _is_own_piece(value: object) -> bool:
+    """Whether a value beside a sharded parameter can only be of this rank's piece of it."""
+    match value:
+        case torch.Tensor():
+            return not is_dtensor(value) and value.dim() > 0
+        case dict():
+            return any(map(_is_own_piece, value.values()))
+        case list() | tuple():
+            return any(map(_is_own_piece, value))
+    return False
 
 
 def type_name(value: object) -> str:

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import enum
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -36,6 +36,7 @@ from ckpt.restore.targets import (
     TensorTargets,
     fill_tensors,
 )
+from ckpt.values import Box
 
 RestoreStep = Callable[[], object]
 """Puts a value in place once all bytes are there, and returns it (the live object itself if that
@@ -507,6 +508,7 @@ class OptimizerMatcher:
         if self._selection.cover(f"{path}/param_groups") is not Coverage.NONE:
             steps += self._groups(source, groups, path)
         if self._selection.cover(f"{path}/state") is not Coverage.NONE:
+            boxes = _boxes(node, path)
             flags = {name: _on_device(group) for group in groups for name in _names(group, path)}
             for member in source.parameters:
                 state_path = f"{path}/state/{member.name}"
@@ -515,6 +517,7 @@ class OptimizerMatcher:
                 if member.name not in stored:
                     self._problems.missing(state_path)
                 else:
+                    self._check_pieces(source, member, state.get(member.name), boxes, state_path)
                     steps.append(
                         self._state(
                             source,
@@ -534,6 +537,42 @@ class OptimizerMatcher:
             return source.optimizer
 
         return put
+
+    def _check_pieces(
+        self,
+        source: OptimizerSource,
+        member: OptimizerParameter,
+        node: object,
+        boxes: Mapping[str, Box],
+        state_path: str,
+    ) -> None:
+        """Plain state beside a sharded parameter is of one piece of it, and fits no other."""
+        live = source.optimizer.state.get(member.tensor, {})
+        laid_out = {key for key, value in live.items() if is_dtensor(value)}
+        for key, entry in node.items() if isinstance(node, dict) else ():
+            if key in laid_out:
+                continue
+            for path, ref in _references(entry, join(state_path, key)):
+                leaf = self._targets.stored(ref)
+                if ref.placements or not leaf.shape:
+                    continue
+                piece = self._targets.piece_of(member.tensor, state_path)
+                before = Box.whole(tuple(member.tensor.shape))
+                if leaf.rank is None:
+                    fits = piece == before or before.sizes == leaf.shape
+                elif member.name in boxes:
+                    before = boxes[member.name]
+                    fits = piece == before
+                else:  # not sharded then, or written before pieces were recorded
+                    fits = not is_dtensor(member.tensor) or self._targets.in_world_of_same_size
+                if not fits and not self._targets.is_one_number(leaf):
+                    self._problems.add(
+                        "optimizer's state is of another piece of its parameter. "
+                        f"stored_piece={before} live_piece={piece}",
+                        path,
+                        "restore into the layout that it was saved in, or leave it out with "
+                        "only=[...]",
+                    )
 
     def _groups(
         self, source: OptimizerSource, groups: list[dict[object, object]], path: str
@@ -662,6 +701,38 @@ def _names(group: Mapping[object, object], path: str) -> list[str]:
     return names
 
 
+def _references(node: object, path: str) -> Iterator[tuple[str, Ref]]:
+    """The references to tensors in one value of an optimizer's state, with their paths."""
+    match node:
+        case Ref():
+            yield path, node
+        case dict():
+            for key, value in node.items():
+                yield from _references(value, join(path, key))
+        case list() | tuple():
+            for index, value in enumerate(node):
+                yield from _references(value, join(path, index))
+
+
+def _boxes(node: object, path: str) -> dict[str, Box]:
+    """The pieces of sharded parameters whose state is plain, by name."""
+    match node:
+        case {"boxes": dict(stored)}:
+            pass
+        case _:
+            return {}
+    boxes: dict[str, Box] = {}
+    for name, piece in stored.items():
+        match name, piece:
+            case str(), [list(offsets), list(sizes)] if all(
+                isinstance(number, int) for number in (*offsets, *sizes)
+            ):
+                boxes[name] = Box(tuple(offsets), tuple(sizes))
+            case _:
+                raise IntegrityError(f"stored piece can't be read. path={path!r} name={name!r}")
+    return boxes
+
+
 def _on_device(group: Mapping[object, object]) -> bool:
     """Whether torch keeps ``step`` on the parameter's device rather than on the CPU."""
     return bool(group.get("capturable") or group.get("fused"))
@@ -688,7 +759,8 @@ def apply(
     All differences (missing, unexpected, shapes, dtypes, ties, groups) are found before a byte of
     live memory is written, and raised as one UsageError. Errors of ``read`` pass through; live
     objects may then hold a part of the snapshot: apply another one before using them. In a world of
-    another size this rank takes the per-rank leaves of old rank ``rank % old size``.
+    another size this rank takes the per-rank leaves of old rank ``rank % old size``; optimizer state
+    of another piece of its parameter is a difference.
     """
     if missing not in ("error", "keep"):
         raise UsageError(f'unknown value for missing. missing={missing!r}; pass "error" or "keep"')

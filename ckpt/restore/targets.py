@@ -4,6 +4,7 @@ differences; filling.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -324,6 +325,25 @@ class TensorTargets:
                 f"leaf={ref.leaf!r}"
             )
         return leaf
+
+    def is_one_number(self, leaf: Leaf) -> bool:
+        """Whether a leaf is one element that all ranks have alike. O(ranks)."""
+        if math.prod(leaf.shape) != 1:
+            return False
+        if leaf.rank is None:
+            return True
+        own = [self._index.leaf(leaf.name, rank) for rank in self._index.ranks]
+        first = self._bytes(leaf)
+        return all(one is not None and self._bytes(one) == first for one in own)
+
+    @property
+    def in_world_of_same_size(self) -> bool:
+        """Whether the snapshot has as many ranks as this job."""
+        return self._index.manifest.world_size == self._world.size
+
+    def piece_of(self, live: torch.Tensor, path: str) -> Box:
+        """This rank's region of a live tensor."""
+        return describe(path, live, world=self._world, sharing=UNSHARED).box
 
     def into(self, live: torch.Tensor, ref: Ref, path: str) -> PlannedTensor:
         """Plan to fill a live tensor in place; a difference in shape or dtype is a problem."""
