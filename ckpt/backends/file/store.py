@@ -73,7 +73,8 @@ def walk(root: str, prefix: str, after: str) -> Iterator[Stat]:
 
 def _walk(root: str, folder: str, prefix: str, after: str) -> Iterator[Stat]:
     stem = f"{folder}/" if folder else ""
-    for name, is_folder in _entries(f"{root}/{folder}" if folder else root):
+    first = after[len(stem) :].partition("/")[0] if after.startswith(stem) else ""
+    for name, is_folder in _entries(f"{root}/{folder}" if folder else root, first):
         key = stem + name
         if is_folder:
             below = key + "/"
@@ -88,17 +89,21 @@ def _walk(root: str, folder: str, prefix: str, after: str) -> Iterator[Stat]:
             yield Stat(key, facts.st_size, facts.st_mtime)
 
 
-def _entries(path: str) -> list[tuple[str, bool]]:
+def _entries(path: str, first: str) -> list[tuple[str, bool]]:
     """Files and folders (True) in the order of their keys.
 
-    A folder sorts as its name with a slash, because its keys do.
+    A folder sorts as its name with a slash, because its keys do. Names below ``first`` may be left
+    out: a listing that goes on where an earlier one ended passes over most of a large folder, and
+    looking at each entry costs more than comparing its name.
     """
     try:
         with os.scandir(path) as entries:
             names = [
                 (entry.name, entry.is_dir(follow_symlinks=False))
                 for entry in entries
-                if entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
+                # A folder "a" holds keys above "a!", so a name that begins ``first`` stays.
+                if (entry.name >= first or first.startswith(entry.name))
+                and (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False))
             ]
     except (FileNotFoundError, NotADirectoryError):
         return []
