@@ -62,6 +62,7 @@ KINDS: Final[Mapping[str, str]] = {
     "open-failed": "an epoch could not be opened in the log",
     "open-waits": "an epoch cannot be opened yet; tried again",
     "choices-wait": "the log cannot be read yet; tried again",
+    "store-waits": "whether all nodes see the same stores is not known yet",
     "follow-waits": "an upload cannot be followed up yet; tried again",
     "store-changed": "the store's log was replaced by another one",
     "settle-failed": "the final flush failed",
@@ -76,6 +77,7 @@ KINDS: Final[Mapping[str, str]] = {
     "membership-waits": "the membership service does not answer; tried again",
     "membership-failed": "a defect in the membership",
     "line-refused": "a connection between two nodes was refused",
+    "node-refused": "a member gets no ranks, and why",
     "tls": "how connections between nodes are encrypted, or that a certificate expires soon",
     "peer-server-defect": "a defect in the server that serves this node's memory",
     # ---- mirrors in peers' memory

@@ -96,6 +96,12 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
         """All stores."""
         return (self.store, *self.others)
 
+    @property
+    def named(self) -> bool:
+        """Whether the user chose the job's name; else it is the last part of the store's
+        address."""
+        return self.job != self.store.rstrip("/").rpartition("/")[2]
+
     def encode(self) -> bytes:
         """As JSON. Raises UsageError if JSON cannot hold a storage option."""
         try:

@@ -460,6 +460,11 @@ class KeyspaceMembership:
                 return MembershipUnknown(str(error))
         return MembershipUnknown("the leader changed every time")
 
+    def stop_leading(self) -> None:
+        """Give up the lead, if this node has it. Raises UnavailableError, FencedError."""
+        ticket, _ = self._member()
+        self._keyspace.transact(transactions.stop_leading(ticket))
+
     def publish(
         self, record: EpochRecord, view: View, *, remove: tuple[str, ...] = ()
     ) -> Published | NotPublished | MembershipUnknown:

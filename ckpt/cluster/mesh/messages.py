@@ -136,11 +136,15 @@ class MeshEpochOpened(MeshMessage, frozen=True, kw_only=True, tag="Opened"):
     """From the node of rank 0: an epoch of the log is open and continues from ``resume``.
 
     ``turns`` are the submissions of any node: a node that lacks one submits it from its slots.
+    ``log``: the id of the log, ``stores``: where rank 0's node has it, for people. Standbys get it
+    too, for these two.
     """
 
     attempt: int
     resume: SnapshotId | None
     turns: tuple[NodeSubmission, ...]
+    log: str = ""
+    stores: str = ""
 
 
 # ---- memory
@@ -165,10 +169,12 @@ class AskNodeInventory(MeshMessage, frozen=True, kw_only=True, tag="AskHeld"):
 
 
 class NodeInventory(MeshMessage, frozen=True, kw_only=True, tag="Held"):
-    """The answer: all state that this node has in memory."""
+    """The answer: all state that this node has in memory. ``log``: the id of the log to which the
+    job's snapshots of this launch belong, as far as this node heard of it."""
 
     call: int
     holdings: tuple[InventoryEntry, ...]
+    log: str = ""
 
 
 class MeshSources(MeshMessage, frozen=True, kw_only=True, tag="Sources"):

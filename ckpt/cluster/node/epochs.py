@@ -63,6 +63,8 @@ class NodeObserver:
     """A connection to a node broke, or dialling it failed, for this reason."""
     on_act_until: Callable[[float], None] = lambda until_s: None
     """The lease was renewed: the node may act until then, in seconds of CLOCK_BOOTTIME."""
+    on_refused: Callable[[str], object] = lambda reason: None
+    """This node can't be one of its job, for this reason, or no node can: its launch ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,14 @@ class NodeDeps:
     """What a node is given. ``open_mesh`` opens the mesh of a node with that id.
 
     ``pick_meeting`` picks host and port at which the trainers of an epoch meet. ``agent``: the
-    launcher's agent on this machine, which may live under this node's lease; "": none.
+    launcher's agent on this machine, which may live under this node's lease; "": none. ``ttl_s``:
+    how long a silent node counts as a member.
     """
 
     open_mesh: Callable[[str, MeshObserver], Mesh]
     pick_meeting: Callable[[], tuple[str, int]]
     agent: str = ""
+    ttl_s: float = 5.0
 
 
 class EpochTracker:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
+from ckpt.cluster.membership.admission import Admission, AdmissionVerdict, without_members
 from ckpt.cluster.membership.decide import (
     MembershipOptions,
+    NewEpoch,
     WaitForNodes,
     WaitTimers,
     confirmed_suspects,
@@ -132,7 +134,7 @@ class Node:
         self._decide_failures = decide_failures
         self._observer = observer
         self._emit = emit
-        self._open_mesh, self._agent = deps.open_mesh, deps.agent
+        self._deps = deps
         self._epochs = EpochTracker(observer, pick_meeting=deps.pick_meeting, send=self.send)
         self._grow_wait_s = grow_wait_s
         self._changed = threading.Condition()
@@ -148,7 +150,14 @@ class Node:
         self._own_report: NodeFailed | NodeEnded | None = None
         self._inventory: bytes | None = None
         self._detector = FailureDetector()
+        self._proved: frozenset[str] = frozenset()
+        """Nodes to which a connection was up since this node last joined."""
         # Of the acting thread alone:
+        self._admission = Admission(silent_s=2 * deps.ttl_s + 2.0)
+        self._admission_of = ""
+        """The node id that it belongs to."""
+        self._excluded: frozenset[str] = frozenset()
+        """The members of which it was reported that they get no ranks."""
         self._epoch_since = (0, 0.0)
         self._timers = WaitTimers()
         self._put_inventory: tuple[str, bytes] | None = None
@@ -301,6 +310,7 @@ class Node:
         with self._changed:
             self._view = None
             self._detector = FailureDetector()
+            self._proved = frozenset()
         self._epochs.forget_meeting()
         observer = MeshObserver(
             on_message=self._on_message,
@@ -308,9 +318,9 @@ class Node:
             on_disconnected=self._on_disconnected,
         )
         info = self._info()
-        self._mesh = self._open_mesh(info.node, observer)
+        self._mesh = self._deps.open_mesh(info.node, observer)
         info = replace(info, address=f"{info.address}:{self._mesh.port}")
-        self._member.join(info, agent=self._agent)
+        self._member.join(info, agent=self._deps.agent)
         return info
 
     def _on_lost(self, reason: str, me: NodeInfo | None) -> None:
@@ -371,6 +381,7 @@ class Node:
                 else ""
             )
             self._detector.node_reached(node)
+            self._proved |= {node}
             self._touch()
         # What was sent over the last connection may be lost.
         self._send_own_report()
@@ -434,19 +445,49 @@ class Node:
         self._detector.report(view, self._suspect)
         self._write_inventory(me)
         suspects = confirmed_suspects(view, self._options.witnesses_min)
+        admission = self._judge_members(view, me, suspects)
         leads = view.leader is not None and view.leader.node == me.node
+        if leads and not admission.may_lead:
+            self._member.stop_leading()
+            self._read_view(me)
+            return time.monotonic() + RETRY_S
         # A node that enough witnesses suspect does not lead, nor decide: it may be cut off itself.
-        if me.node not in suspects and (view.leader is None or view.leader.node in suspects):
+        vacant = view.leader is None or view.leader.node in suspects
+        if admission.may_lead and me.node not in suspects and vacant:
             if isinstance(self._member.lead(view), Leading):
                 self._emit(Event("leads", "this node leads now"))
             else:
                 self._pause(RETRY_S)
             self._read_view(me)
         elif leads and me.node not in suspects:
-            return self._lead(view, me)
+            return min(self._lead(view, me, admission), admission.look_s)
         # Waits are counted only while this node leads without a break.
         self._timers = WaitTimers()
-        return time.monotonic() + LOOK_S
+        return min(time.monotonic() + LOOK_S, admission.look_s)
+
+    def _judge_members(
+        self, view: View, me: NodeInfo, suspects: Collection[str]
+    ) -> AdmissionVerdict:
+        """Who may take part; ends this launch if it can't."""
+        if self._admission_of != me.node:
+            self._admission_of = me.node
+            self._admission = Admission(silent_s=2 * self._deps.ttl_s + 2.0)
+        verdict = self._admission.look(
+            view,
+            me.node,
+            proved=self._proved,
+            suspects=suspects,
+            ended=epoch_note(view).end is not None,
+            now_s=time.monotonic(),
+        )
+        for node, reason in verdict.excluded.items():
+            if node not in self._excluded and node not in verdict.pending:
+                text = f"{node} gets no ranks of this job: {reason}"
+                self._emit(Event("node-refused", text, {"node": node}, alarm=True))
+        self._excluded = frozenset(verdict.excluded) - verdict.pending
+        if verdict.refusal:
+            self._observer.on_refused(verdict.refusal)
+        return verdict
 
     def _write_inventory(self, me: NodeInfo) -> None:
         """Write the inventory if it, or the node id, changed: it is deleted with the lease."""
@@ -468,7 +509,7 @@ class Node:
                 self._reports.forget(view)
             self._epochs.report()
 
-    def _lead(self, view: View, me: NodeInfo) -> float:
+    def _lead(self, view: View, me: NodeInfo, admission: AdmissionVerdict) -> float:
         now_s = time.monotonic()
         if end_unseen(view):
             return now_s + LOOK_S
@@ -477,8 +518,13 @@ class Node:
             self._epoch_since = (number, now_s)
         may_grow = now_s >= self._epoch_since[1] + self._grow_wait_s
         options = replace(self._options, may_grow=may_grow, epoch_floor=epoch_floor(view))
-        self._timers = update_timers(self._timers, view, options, now_s)
-        decision = decide(view, self._timers, options, now_s)
+        # Decided for those that may have ranks; all else is about all members.
+        fit = without_members(view, admission.excluded)
+        self._timers = update_timers(self._timers, fit, options, now_s)
+        decision = decide(fit, self._timers, options, now_s)
+        if isinstance(decision, NewEpoch) and admission.pending:
+            # Or earlier, as soon as they are connected.
+            decision = WaitForNodes(admission.pending_until_s, "members are being connected")
         problems = self._problems(view, me, now_s)
         failure_decision = assess(view, problems, self._decide_failures, now_s)
         next_ = next_epoch(view, decision, failure_decision, problems)

@@ -213,11 +213,12 @@ class ClusterMemory:
         """A message of another node."""
         match message:
             case mesh.AskNodeInventory(call=call):
+                held = tuple(merge_ranges(self._inventory()))
                 self._view.send(
-                    node,
-                    mesh.NodeInventory(call=call, holdings=tuple(merge_ranges(self._inventory()))),
+                    node, mesh.NodeInventory(call=call, holdings=held, log=self._view.log_id)
                 )
             case mesh.NodeInventory():
+                self._view.log_id = self._view.log_id or message.log
                 self._query.answered(node, message, time.monotonic())
             case mesh.MeshSources():
                 self._see_sources(message)

@@ -23,6 +23,8 @@ class EpochView:
         self.out = False
         """Whether this node has lost its membership, and no epoch since has included it."""
         self.mailboxes = RemoteMailboxes(self.send)
+        self.log_id = ""
+        """The id of the log to which this launch writes; "" until some node said it."""
 
     @property
     def me(self) -> str:

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from datetime import datetime, timezone
+from importlib import import_module
 
 from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.membership.admission import NO_LOG, SharedFacts, shared_facts
 from ckpt.cluster.membership.decide import MembershipOptions
 from ckpt.cluster.membership.open import open_membership
 from ckpt.cluster.membership.records import NodeInfo
@@ -23,6 +25,7 @@ from ckpt.cluster.node.node import Node
 from ckpt.cluster.tls import check_network, check_tls, job_tls
 from ckpt.errors import UsageError
 from ckpt.events import Emit, Event
+from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec, host_towards
 from ckpt.ipc.messages import Policy
 from ckpt.keeper.attempts.events import Failure
@@ -71,8 +74,8 @@ def join(
     """Join as a node that serves its memory at ``peer_port``. Returns at once; threads do the
     rest.
 
-    ``attempt`` returns the greatest attempt that this keeper knows of. The threads call it, and
-    read policy and progress from ``state``, whenever they need them.
+    ``attempt`` returns the greatest attempt that this keeper knows of. The threads call it, look
+    which log the stores hold, and read policy and progress from ``state``, whenever they need them.
     """
     witnesses = _witnesses_min(spec)
     tls = job_tls(spec)
@@ -90,6 +93,7 @@ def join(
         )
 
     def info() -> NodeInfo:
+        log_id = import_module("ckpt.keeper.uploads.store_log").log_id_of(state.spec, emit)
         name = socket.gethostname()
         return NodeInfo(
             # A new id for each join, which tells a node from its earlier self that was lost.
@@ -101,6 +105,7 @@ def join(
             capabilities=(
                 f"{PEER_CAPABILITY}{memory_address(host, peer_port)}",
                 f"{FLOOR_CAPABILITY}{attempt()}",
+                *said_by(state.spec, spec, log_id).capabilities(),
             ),
         )
 
@@ -134,9 +139,23 @@ def join(
         decide_failures=decide_failures,
         observer=observer,
         emit=emit,
-        deps=NodeDeps(open_mesh, lambda: (host, free_port(host)), spec.agent),
+        deps=NodeDeps(open_mesh, lambda: (host, free_port(host)), spec.agent, spec.ttl_s),
         grow_wait_s=spec.grow_wait_s,
     )
+
+
+def said_by(job: KeeperSpec, nodes: NodesSpec, log_id: str | None) -> SharedFacts:
+    """What this node says that all nodes must share. ``log_id``: see ``log_id_of``."""
+    options: dict[str, object] = {"nodes": f"{nodes.nodes_min}:{nodes.nodes_max}"}
+    options["stores"] = len(job.stores)
+    if job.write_quorum is not None:
+        options["write_quorum"] = job.write_quorum
+    if job.encryption_key is not None:
+        options["encrypted"] = "yes"
+    if job.named:
+        options["job"] = job.job
+    log_id = NO_LOG if log_id is None else log_id
+    return shared_facts(job.stores, log_id=log_id, options=options)
 
 
 def memory_address(host: str, port: int) -> str:

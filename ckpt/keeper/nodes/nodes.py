@@ -21,7 +21,7 @@ from ckpt.cluster.mesh.messages import MeshMessage
 from ckpt.cluster.node.epochs import NodeEpoch, NodeObserver
 from ckpt.cluster.node.node import Node
 from ckpt.cluster.secret import job_secret
-from ckpt.errors import CkptError
+from ckpt.errors import CkptError, UsageError
 from ckpt.events import Event
 from ckpt.ipc.board import Board
 from ckpt.ipc.cluster_spec import NodesSpec, host_towards
@@ -68,7 +68,7 @@ class Nodes:
         host, secret = spec.host or host_towards(spec.where), job_secret(spec)
         self._join = partial(join, spec, secret, host=host)
         self._liveness = LivenessExchange(self.view, ttl_s=spec.ttl_s)
-        self.uploads = ClusterUploads(state, self.view)
+        self.uploads = ClusterUploads(state, self.view, on_other_store=self._other_store)
         self.memory = ClusterMemory(state, self.view, spec, secret, host=host, emit=self._emit)
         self._progress = ProgressExchange(state.memory, self.view, self.memory)
         self.standbys = Standbys(self.view, self.memory, put_inventory=self._put_inventory)
@@ -166,7 +166,13 @@ class Nodes:
             )
 
     def gather(self, answer: Callable[[Mapping[SnapshotId, str]], object]) -> None:
-        self.memory.gather(answer)
+        def gathered(held: Mapping[SnapshotId, str]) -> None:
+            # What nodes hold was made for that log: in another one it would be as if nothing were
+            # there.
+            self._state.uploads.need().expect_log(self.view.log_id)
+            answer(held)
+
+        self.memory.gather(gathered)
 
     def sources(self, snapshot: SnapshotId) -> tuple[tuple[Source, ...], int]:
         return self.memory.sources(snapshot), self.view.number
@@ -293,8 +299,32 @@ class Nodes:
         self._state.emit(Event("out", text, alarm=True))
         self._on(EpochChanged(number, False, reason, time.monotonic()))
 
-    def _fail(self, text: str) -> None:
-        self._on(JobEnded(1, text, time.monotonic()))
+    def _fail(self, text: str, status: int = 1) -> None:
+        self._on(JobEnded(status, text, time.monotonic()))
+
+    def _other_store(self, reason: str) -> None:
+        """The stores here are not those of rank 0's node. A job that has begun goes on without this
+        node; one that has not would have to begin anew, with all nodes."""
+        node, epoch = self.view.node, self.view.epoch
+        if self._all_ended or node is None:
+            return
+        if epoch is None or not self.view.placed or epoch.note.completed >= 0:
+            self._refused(reason)
+            return
+        node.report_failure(
+            mesh.NodeFailed(
+                attempt=epoch.number,
+                rank=self.view.local_ranks.start,
+                kind="refused",
+                text=f"the node {self.view.me} can't take part: {reason}",
+                status=UsageError.exit_code,
+                final=True,
+            )
+        )
+
+    def _refused(self, reason: str) -> None:
+        """What the nodes were started with can't work: the same again would end the same."""
+        self._fail(f"this node can't take part: {reason}", UsageError.exit_code)
 
     def _disconnected(self, node: str, reason: str) -> None:
         self.memory.disconnected(node)
@@ -370,6 +400,7 @@ class Nodes:
             on_connected=lambda node: post(lambda: self.uploads.connected(node)),
             on_disconnected=lambda node, reason: post(lambda: self._disconnected(node, reason)),
             on_act_until=self._lease_prolonged,
+            on_refused=lambda reason: post(lambda: self._refused(reason)),
         )
         return self._join(
             state=self._state,

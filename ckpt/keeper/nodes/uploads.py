@@ -11,7 +11,11 @@ more.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+from ckpt.cluster.membership.admission import shared_facts
 from ckpt.cluster.mesh import messages as mesh
 from ckpt.cluster.node.epochs import NodeEpoch
 from ckpt.keeper.job_state import JobState
@@ -19,6 +23,9 @@ from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox, ValueCallback
 from ckpt.keeper.nodes.epoch_view import EpochView
 from ckpt.keeper.nodes.remote_mailbox import LoopChannel, uploads_mailbox
 from ckpt.values import SnapshotId
+
+if TYPE_CHECKING:  # imported when uploads are first needed
+    from ckpt.keeper.uploads.uploads import WrittenLog
 
 
 class _GenerationMailbox(LocalMailbox):
@@ -33,9 +40,14 @@ class _GenerationMailbox(LocalMailbox):
 class ClusterUploads:
     """Keeps the nodes' uploads in the same order. In the keeper's loop."""
 
-    def __init__(self, state: JobState, view: EpochView) -> None:
+    def __init__(
+        self, state: JobState, view: EpochView, *, on_other_store: Callable[[str], object]
+    ) -> None:
+        """``on_other_store``: this node's stores are not those of rank 0's node, for the reason
+        given."""
         self._state = state
         self._view = view
+        self._on_other_store = on_other_store
         self._submitted: dict[str, mesh.NodeSubmissions] = {}
         """On the node of rank 0: what each node had submitted when the attempt began."""
         self._own: mesh.NodeSubmissions | None = None
@@ -45,6 +57,9 @@ class ClusterUploads:
         self._opened: tuple[SnapshotId | None] | None = None
         """On the node of rank 0: the resume of the log's open epoch, while some node has not sent
         its submissions."""
+        self._said: mesh.MeshEpochOpened | None = None
+        """The last one that this node sent as the node of rank 0: standbys that come later get it
+        too."""
         self._message: mesh.MeshEpochOpened | None = None
         """The last message of its kind, which may be of an attempt that begins here in a moment."""
         self._mailbox: KeeperMailbox | None = None
@@ -111,13 +126,22 @@ class ClusterUploads:
                 self._send_opened()
             case mesh.MeshEpochOpened():
                 self._message = message
-                self._follow(message)
+                self._view.log_id = message.log or self._view.log_id
+                if self._view.placed:
+                    self._follow(message)
+                elif (written := self._written(message)) is not None:
+                    self._state.uploads.need().check_store(written)
 
     def connected(self, node: str) -> None:
         """A connection is up again: messages to the node of rank 0 may have been lost, so they are
         sent again."""
         epoch = self._view.epoch
-        if epoch is not None and node == epoch.record.rank0_node:
+        said = self._said
+        if epoch is None:
+            return
+        if said is not None and said.attempt == epoch.number and node not in epoch.record.ranks:
+            self._view.send(node, said)
+        if node == epoch.record.rank0_node:
             self._send_own()
             for channel in self._channels:
                 channel.repeat()
@@ -147,10 +171,28 @@ class ClusterUploads:
             return
         # Every node submits a prefix of the same sequence, so the longest list contains all others.
         entries = max(known, key=lambda entry: entry.count).turns
-        message = mesh.MeshEpochOpened(attempt=epoch.number, resume=self._opened[0], turns=entries)
+        self._view.log_id = self._state.uploads.need().log_id
+        message = mesh.MeshEpochOpened(
+            attempt=epoch.number,
+            resume=self._opened[0],
+            turns=entries,
+            log=self._view.log_id,
+            stores=shared_facts(self._state.spec.stores, log_id="", options={}).shown_stores,
+        )
         self._opened = None
         self._follow(message)
         self._view.send_to_others(message)
+        for node in epoch.standbys:
+            self._view.send(node, message)
+        self._said = message
+
+    def _written(self, message: mesh.MeshEpochOpened) -> WrittenLog | None:
+        """Where the node of rank 0 writes; None on that node, and if its release does not say
+        it."""
+        if self._view.has_rank0 or not message.log:
+            return None
+        made: type[WrittenLog] = import_module("ckpt.keeper.uploads.uploads").WrittenLog
+        return made(message.log, message.stores, self._on_other_store)
 
     def _follow(self, message: mesh.MeshEpochOpened) -> None:
         slots, epoch = self._state.memory.slots, self._view.epoch
@@ -159,5 +201,7 @@ class ClusterUploads:
         self.resume = message.resume
         # Submissions first: a slot that the list still needs may hold a capture that is discarded
         # next.
-        self._state.uploads.need().epoch_opened(message.turns, slots.hold_snapshot)
+        self._state.uploads.need().epoch_opened(
+            message.turns, slots.hold_snapshot, self._written(message)
+        )
         slots.discard_after(message.resume)

@@ -71,6 +71,8 @@ class LogEpochs:
         self._thread = CallQueue("ckpt-log")
         self.view = LogView()
         """What is known of the log."""
+        self.expected_log = ""
+        """The log that other nodes say this launch writes to; "": none is known."""
         self.fenced: FencedError | None = None
         """Why nothing more may be written; None while this keeper is the log's writer, or may
         become it."""
@@ -147,6 +149,15 @@ class LogEpochs:
         """Open the store, if it is not open yet, to write chunks and parts to it; then call
         ``then``."""
         self.when_done(self._thread.submit(lambda: self._log.backend), lambda _: then(), failed)
+
+    def check_log(
+        self, log_id: str, then: Callable[[], object], failed: Callable[[CkptError], object]
+    ) -> None:
+        """Look whether the stores hold the log ``log_id``, then call ``then``. Fails with
+        UsageError if they hold another one, with NotFoundError if they hold none."""
+        self.when_done(
+            self._thread.submit(lambda: self._log.check_log(log_id)), lambda _: then(), failed
+        )
 
     def read_log(
         self,
@@ -232,6 +243,15 @@ class LogEpochs:
     ) -> None:
         def read() -> None:
             self._retries.succeeded("choices-wait")
+            if self.expected_log and self.view.log_id != self.expected_log:
+                future.set_exception(
+                    UsageError(
+                        "this job's nodes hold snapshots of another log than the one that is here. "
+                        f"theirs={self.expected_log} here={self.view.log_id or 'none'} "
+                        f"store={self._store}; give all nodes the same stores"
+                    )
+                )
+                return
             self._chosen = ResumeChoice(self.view.state.newest())
             future.set_result(self.view.best_first(staged if stores == self.view.stores else {}))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import TimeoutError as WaitTimeoutError
 from dataclasses import dataclass, replace
 from importlib import import_module
 
@@ -18,6 +19,7 @@ from ckpt.errors import (
     InternalError,
     NotFoundError,
     UnavailableError,
+    UsageError,
 )
 from ckpt.events import Emit, Event
 from ckpt.format.records import Open
@@ -38,6 +40,7 @@ from ckpt.log.state import LogState, OpenedEpoch
 from ckpt.maintenance.caretaker import StoreCaretaker
 from ckpt.maintenance.gc.rounds import GcRounds, RetentionSettings
 from ckpt.maintenance.retention import parse_policy
+from ckpt.threads import start_thread
 from ckpt.values import SnapshotId
 
 RETRY_FIRST_S = 1.0
@@ -111,6 +114,29 @@ def open_job_of(spec: KeeperSpec, emit: Emit) -> Backend:
     return opened
 
 
+LOG_ID_WAIT_S = 2.0
+"""How long a node that joins waits for its stores to say which log they hold."""
+
+
+def log_id_of(spec: KeeperSpec, emit: Emit) -> str | None:
+    """The id of the log that a job's stores hold now; None if they hold none, "" if they do not say
+    so in time. Writes nothing."""
+
+    def read() -> str | None:
+        backend = open_job_of(spec, emit)
+        try:
+            return Journal.open(backend).log_id
+        except NotFoundError:
+            return None
+        finally:
+            backend.close()
+
+    try:
+        return start_thread(read, name="ckpt-log-id").result(LOG_ID_WAIT_S)
+    except (CkptError, WaitTimeoutError):
+        return ""  # whatever it is, whoever uses the stores says it
+
+
 class StoreLog:
     """The store of one job. ``read`` and the first ``begin`` belong to one thread, all writing
     after it to that of rank 0.
@@ -165,6 +191,17 @@ class StoreLog:
         if self._writer is None:
             raise InternalError("the log is written before an epoch is open.")
         return self._writer
+
+    def check_log(self, log_id: str) -> None:
+        """Raise UsageError if the stores hold another log, NotFoundError if they hold none."""
+        try:
+            found = Journal.open(self.backend).log_id
+        except NotFoundError:
+            # A network file system remembers that a file is missing until its folder is opened.
+            next(iter(self.backend.list("")), None)
+            found = Journal.open(self.backend).log_id
+        if found != log_id:
+            raise UsageError(f"found_log={found} log={log_id}")
 
     def recheck_store(self) -> None:
         """The store may have been replaced or removed: before it is used next, check which it

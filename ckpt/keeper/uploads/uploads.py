@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Backend
-from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
+from ckpt.errors import CkptError, FencedError, NotFoundError, UnavailableError, UsageError
 from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.mailbox import RankMailbox
@@ -38,6 +38,10 @@ tagged."""
 _COMPRESSIONS = {"off": Compression("off"), "auto": Compression("auto"), "on": Compression("on")}
 
 
+LOG_VISIBLE_S = 5.0
+"""How long a log that another node has just made may be invisible here."""
+
+
 def _nothing() -> None:
     """Nothing is to be released."""
 
@@ -49,6 +53,16 @@ class _Early:
 
     do: Callable[[], object]
     drop: Callable[[], object] = _nothing
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenLog:
+    """The log to which the node of rank 0 writes: its id, and its stores as that node names them.
+    ``on_other`` is called with a text that names both sides if this node's stores are others."""
+
+    log_id: str
+    stores: str
+    on_other: Callable[[str], object]
 
 
 class Uploads:
@@ -84,7 +98,7 @@ class Uploads:
         self._log = StoreLog(
             open_store or (lambda: open_job_of(spec, self._emit)),
             job=spec.job,
-            named=spec.job != spec.store.rstrip("/").rpartition("/")[2],
+            named=spec.named,
             emit=self._emit,
             retry_first_s=retry_first_s,
             scrub_every_s=spec.scrub_every_s,
@@ -180,9 +194,20 @@ class Uploads:
         self._log.set_retention(retention)
         return self._epochs.open(resume, newest=newest)
 
+    @property
+    def log_id(self) -> str:
+        """The id of the log that was used last; "" if there was none."""
+        return self._epochs.view.log_id or ""
+
+    def expect_log(self, log_id: str) -> None:
+        """With several nodes: the log that this launch writes to, "" if none is known. Choices are
+        not read from another one."""
+        self._epochs.expected_log = log_id
+
     def new_launch(self) -> None:
         """The program was started again. It is no error that another writer continued the job in
         between, nor that the store was removed or replaced."""
+        self._epochs.expected_log = ""
         self._epochs.new_launch()
 
     def refer_next(
@@ -266,6 +291,7 @@ class Uploads:
         epoch, drops nothing, and nothing in the log fences it.
         """
         self._drop_early()
+        self._retries.cancel("store-waits")
         self._final_flush.stop()
         self._level()
         # What is in flight when the persisters are left is committed under no epoch at all: this
@@ -281,9 +307,15 @@ class Uploads:
         self._drop_early()
         self._until_opened = []
 
-    def epoch_opened(self, entries: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
+    def epoch_opened(
+        self,
+        entries: Sequence[SubmissionEntry],
+        sealed_of: HoldSnapshot,
+        written: WrittenLog | None = None,
+    ) -> None:
         """The attempt's epoch is open. ``entries``: what some node submitted; what this one did not
-        is submitted first."""
+        is submitted first. ``written``: on another node than that of rank 0, where that one writes:
+        nothing is submitted before it is known to be here as well."""
         attempt = self._attempts
 
         def go_on() -> None:
@@ -304,13 +336,48 @@ class Uploads:
                     "waiting"
                 )
                 self._retries.schedule(
-                    "follow-waits", text, error, lambda: self.epoch_opened(entries, sealed_of)
+                    "follow-waits",
+                    text,
+                    error,
+                    lambda: self.epoch_opened(entries, sealed_of, written),
                 )
 
         if self._persisters:
             go_on()
+        elif written is not None:
+            self.check_store(written, lambda: self._epochs.open_store(go_on, failed))
         else:
             self._epochs.open_store(go_on, failed)
+
+    def check_store(self, written: WrittenLog, then: Callable[[], object] = _nothing) -> None:
+        """Look whether the stores here hold the log to which the node of rank 0 writes; then call
+        ``then``. Stores that do not answer are looked at again."""
+        attempt, until_s = self._attempts, time.monotonic() + LOG_VISIBLE_S
+
+        def found() -> None:
+            if not self._closed and attempt == self._attempts:
+                self._retries.succeeded("store-waits")
+                then()
+
+        def look() -> None:
+            self._epochs.check_log(written.log_id, found, failed)
+
+        def failed(error: CkptError) -> None:
+            if self._closed or attempt != self._attempts:
+                return
+            here = ", ".join(self._spec.stores)
+            missing = isinstance(error, NotFoundError) and time.monotonic() >= until_s
+            if isinstance(error, UsageError) or missing:
+                written.on_other(
+                    f"it sees another store than the node of rank 0. {error} here={here} "
+                    f"there={written.stores}; give all nodes the same stores, which every node can "
+                    "reach under its address"
+                )
+                return
+            text = "whether this node sees the stores of rank 0's node is not known yet"
+            self._retries.schedule("store-waits", text, error, look)
+
+        look()
 
     def _catch_up(self, entries: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
         for n, snapshot, tags in entries:

@@ -109,7 +109,13 @@ class Keeper:
             self.posted.pop(0)()
 
     def come(
-        self, number: int, *order: str, end: int | None = None, era: int = 1, why: str = "why"
+        self,
+        number: int,
+        *order: str,
+        end: int | None = None,
+        era: int = 1,
+        why: str = "why",
+        completed: int = -1,
     ) -> None:
         """An epoch of those nodes, two ranks each."""
         places = tuple(NodePlacement(name, 2) for name in order)
@@ -122,7 +128,15 @@ class Keeper:
             else said.MeetingAddress(attempt=number, host="10.0.0.9", port=4000)
         )
         self.fake.told.on_epoch(
-            NodeEpoch(record, EpochNote(why=why, end=end, era=era), {}, {}, {}, meet, "me")
+            NodeEpoch(
+                record,
+                EpochNote(why=why, end=end, era=era, completed=completed),
+                {},
+                {},
+                {},
+                meet,
+                "me",
+            )
         )
         self.run()
 
@@ -223,6 +237,27 @@ def test_node_that_can_not_join_ends_the_launch_and_says_why(keeper: Keeper) -> 
     assert isinstance(ended, JobEnded)
     assert ended.status == 1
     assert "no such file" in ended.text
+
+
+def test_refused_node_ends_its_launch_with_the_status_of_wrong_options(joined: Keeper) -> None:
+    joined.fake.told.on_refused("a=(/x) b=(/y)")
+    joined.run()
+    (ended,) = joined.heard
+    assert isinstance(ended, JobEnded)
+    assert (ended.status, "a=(/x) b=(/y)" in ended.text) == (2, True)
+
+
+def test_other_store_ends_the_job_before_it_has_begun_and_this_node_alone_after(
+    joined: Keeper,
+) -> None:
+    joined.come(3, "root", "me")
+    joined.nodes.uploads._on_other_store("theirs=x ours=y")
+    (told,) = joined.fake.failures
+    assert (told.attempt, told.final, told.status, "theirs=x" in told.text) == (3, True, 2, True)
+    joined.come(4, "root", "me", completed=7)
+    joined.nodes.uploads._on_other_store("theirs=x ours=y")
+    assert len(joined.fake.failures) == 1
+    assert isinstance(joined.heard[-1], JobEnded) and joined.heard[-1].status == 2
 
 
 def test_end_of_the_job_is_passed_on_and_frees_the_keeper(joined: Keeper) -> None:

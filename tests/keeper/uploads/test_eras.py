@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from ckpt.errors import UnavailableError
+from ckpt.errors import UnavailableError, UsageError
 from ckpt.ipc.client import KeeperSpec
 from ckpt.keeper.mailbox import LocalMailbox
 from ckpt.keeper.nodes.remote_mailbox import LoopChannel
 from ckpt.keeper.uploads.submissions import SubmissionEntry
-from ckpt.keeper.uploads.uploads import Uploads
+from ckpt.keeper.uploads.uploads import Uploads, WrittenLog
 from ckpt.values import SnapshotId
 
 WAIT_S = 60.0
@@ -278,3 +278,46 @@ def test_opening_that_waits_for_the_store_ends_with_its_era(pair) -> None:
     world.store.down = False
     assert not opening.done() or opening.exception() is not None
     assert world.state().epoch == 1
+
+
+def test_node_that_sees_another_store_submits_nothing_and_names_both(pair) -> None:
+    pair.begin()
+    epoch = pair.open(tell=False)
+    said: list[str] = []
+    pair.root.opened()
+    elsewhere = WrittenLog("0" * 32, "/mnt/elsewhere", said.append)
+    pair.other.uploads.epoch_opened((), pair.other.sealed_of, elsewhere)
+    for node in pair.nodes:
+        node.hand_in(SnapshotId(epoch, 1))
+    pair.world.until(lambda: said)
+    assert "/mnt/elsewhere" in said[0] and str(pair.world.root) in said[0]
+    assert pair.other.uploads.submitted[0] == 0
+    assert not pair.root.durable()
+
+
+def test_node_that_sees_the_store_of_rank_0_submits_as_soon_as_it_is_known(pair) -> None:
+    pair.begin()
+    epoch = pair.open(tell=False)
+    pair.root.opened()
+    said: list[str] = []
+    pair.other.down = 2
+    written = WrittenLog(pair.root.uploads.log_id, "here", said.append)
+    pair.other.uploads.epoch_opened((), pair.other.sealed_of, written)
+    for node in pair.nodes:
+        node.hand_in(SnapshotId(epoch, 1))
+    pair.both_durable(SnapshotId(epoch, 1))
+    assert not said and len(pair.world.alarms("store-waits")) == 1
+
+
+def test_memory_of_one_log_is_never_answered_by_a_start_in_another(pair) -> None:
+    pair.begin()
+    pair.open()
+    pair.other.uploads.expect_log("0" * 32)
+    choices = pair.other.uploads.choices([SnapshotId(1, 5)])
+    pair.world.until(choices.done)
+    with pytest.raises(UsageError, match="another log"):
+        choices.result()
+    pair.other.uploads.expect_log(pair.root.uploads.log_id)
+    choices = pair.other.uploads.choices([])
+    pair.world.until(choices.done)
+    assert choices.result() == ()

@@ -1,11 +1,11 @@
 """Trains to the end, whatever is done to it from outside.
 
     python steady.py FOLDER STEPS [--step-s S] [--ballast-mib N] [--every N] [--hang 3s] [--linger 60s]
-        [--stall-at N] [--raise-at N] [--prepared]
+        [--stall-at N] [--raise-at N] [--prepared] [--store STORE]
     torchrun ... steady.py FOLDER STEPS ...
 
 ``--stall-at``: that step never ends. ``--raise-at``: that step raises, whenever it is tried.
-``--prepared``: trainers run ahead, and each leaves ``ahead-<pid>`` before it is ready.
+``--store``: another one than that in FOLDER. ``--prepared``: trainers run ahead, and each leaves ``ahead-<pid>`` before it is ready.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stall-at", type=int)
     parser.add_argument("--raise-at", type=int)
     parser.add_argument("--prepared", action="store_true")
+    parser.add_argument("--store")
     return parser.parse_args()
 
 
@@ -43,7 +44,7 @@ POLICY = ckpt.RestartPolicy(hang=OPTIONS.hang, linger=OPTIONS.linger)
 
 
 @ckpt.resilient(
-    store=str(OPTIONS.folder / "store"),
+    store=OPTIONS.store or str(OPTIONS.folder / "store"),
     every=OPTIONS.every,
     memory_every=1,
     restart=POLICY,

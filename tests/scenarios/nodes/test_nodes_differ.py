@@ -1,0 +1,117 @@
+"""Nodes that were not started alike: each row of the table in docs/running.md, with real nodes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from kit.jobs import wait_for
+from kit.machines import Cluster, Machine, cluster
+
+import ckpt
+
+STEPS = 200
+ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.1)
+RUNNING = 5
+"""Steps after which the job runs."""
+REFUSED = ckpt.errors.UsageError.exit_code
+REDONE_MAX = 25
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    with ExitStack() as ending:
+        yield lambda **how: ending.enter_context(cluster(tmp_path / "cluster", **how))
+
+
+def said(machine: Machine) -> str:
+    """What its program printed."""
+    return (machine.folder / "output.txt").read_text()
+
+
+def check_job_ends_well(one: Cluster, refused: Machine) -> None:
+    ends = one.wait_end(hurry=True)
+    assert ends.pop(refused.name) == REFUSED, one.output()
+    assert set(ends.values()) == {0}, one.output()
+    newest = ckpt.Checkpointer(str(one.results / "store")).latest()
+    assert newest is not None and newest.step == STEPS
+
+
+@pytest.mark.slow
+def test_nodes_with_different_stores_all_end_at_once_and_name_both(
+    made: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    one = made(nodes="2")
+    stores = [str(tmp_path / name) for name in ("here", "there")]
+    for store in stores:
+        one.start(*ARGUMENTS, "--store", store)
+    assert set(one.wait_end().values()) == {REFUSED}, one.output()
+    for machine in one.machines:
+        assert all(store in said(machine) for store in stores), one.output()
+    assert not any(Path(store).exists() for store in stores), "no step was taken"
+
+
+@pytest.mark.slow
+def test_nodes_with_unshared_disks_under_one_address_end_before_anything_is_lost(
+    made: Callable[..., Cluster],
+) -> None:
+    one = made(nodes="2")
+    for _ in range(2):  # a keeper's working directory is its own
+        one.start(*ARGUMENTS, "--store", "/proc/self/cwd/disk")
+    assert set(one.wait_end().values()) == {REFUSED}, one.output()
+    for machine in one.machines:
+        assert "sees another store than the node of rank 0" in said(machine), one.output()
+    assert "is durable" not in one.output()
+
+
+@pytest.mark.slow
+def test_standby_with_a_disk_of_its_own_under_the_same_address_is_refused(
+    made: Callable[..., Cluster],
+) -> None:
+    one = made(nodes="1")
+    one.start(*ARGUMENTS, "--store", "/proc/self/cwd/disk")
+    one.wait_steps(RUNNING)
+    other = one.start(*ARGUMENTS, "--store", "/proc/self/cwd/disk")
+    wait_for(lambda: other.process.poll() is not None, "its end", say=one.output)
+    assert "sees another store than the node of rank 0" in said(other), one.output()
+    assert sorted(one.wait_end(hurry=True).values()) == [0, REFUSED], one.output()
+
+
+@pytest.mark.slow
+def test_standby_with_another_store_is_refused_and_takes_over_nothing(
+    made: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    one = made(nodes="2")
+    for _ in range(2):
+        one.start(*ARGUMENTS)
+    one.wait_steps(RUNNING)
+    other = one.start(*ARGUMENTS, "--store", str(tmp_path / "mistyped"))
+    wait_for(lambda: other.process.poll() is not None, "its end", say=one.output)
+    assert str(tmp_path / "mistyped") in said(other), one.output()
+    assert str(one.results / "store") in said(other), one.output()
+    check_job_ends_well(one, other)
+    assert one.job.attempts(0) == 1, one.output()
+
+
+@pytest.mark.slow
+def test_node_that_wants_another_number_of_nodes_is_refused(
+    made: Callable[..., Cluster],
+) -> None:
+    one = made(nodes="2")
+    for _ in range(2):
+        one.start(*ARGUMENTS)
+    one.wait_steps(RUNNING)
+    other = one.start(*ARGUMENTS, more={"nodes_max": 3})
+    wait_for(lambda: other.process.poll() is not None, "its end", say=one.output)
+    assert "nodes=2:3" in said(other) and "nodes=2:2" in said(other), one.output()
+    check_job_ends_well(one, other)
+
+
+def other_secret(folder: Path, name: str) -> dict[str, object]:
+    path = folder / name
+    path.write_text(os.urandom(32).hex())
+    path.chmod(0o600)
+    return {"secret": str(path)}
