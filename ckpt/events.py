@@ -32,6 +32,7 @@ KINDS: Final[Mapping[str, str]] = {
     "save-failed": "a snapshot did not become durable",
     "tag-failed": "a snapshot is durable, but lacks a tag",
     "memory-short": "not enough shared memory for all slots",
+    "pinning-refused": "copies from CUDA devices are slow, because their memory is not locked",
     # ---- restoring
     "fallback": "a snapshot was damaged; an older one is restored",
     "chosen-anew": "a newer snapshot was committed in the meantime and is restored instead",

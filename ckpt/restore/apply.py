@@ -759,8 +759,8 @@ def apply(
     All differences (missing, unexpected, shapes, dtypes, ties, groups) are found before a byte of
     live memory is written, and raised as one UsageError. Errors of ``read`` pass through; live
     objects may then hold a part of the snapshot: apply another one before using them. In a world of
-    another size this rank takes the per-rank leaves of old rank ``rank % old size``; optimizer state
-    of another piece of its parameter is a difference.
+    another size this rank takes the per-rank leaves of old rank ``rank % old size``; optimizer
+    state of another piece of its parameter is a difference.
     """
     if missing not in ("error", "keep"):
         raise UsageError(f'unknown value for missing. missing={missing!r}; pass "error" or "keep"')

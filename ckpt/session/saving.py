@@ -23,6 +23,7 @@ from ckpt.session.agreement import Skip, Take, take_or_skip
 from ckpt.session.keeper.persister import KeeperPersister
 from ckpt.session.options import SessionOptions, check_metadata
 from ckpt.session.staging import COMPARE_WAIT_S, SLOT_WAIT_S, Stager, compare_replicas
+from ckpt.staging.devices import HostCopies
 from ckpt.staging.slot import Regions, Slot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
@@ -127,6 +128,7 @@ class Saving:
             threads=options.threads,
             compare_replicas=self._compare,
             on_short=self._memory_short,
+            copies=HostCopies(on_slow=self._pinning_refused),
         )
         self._short_reported = False
         self._persister: Persister | KeeperPersister | None = None
@@ -440,6 +442,17 @@ class Saving:
                     alarm=True,
                 )
             )
+
+    def _pinning_refused(self, reason: str) -> None:
+        """Called by the thread that pins."""
+        self._emit(
+            Event(
+                "pinning-refused",
+                "CUDA does not lock the slots' memory, so copies from the device are several times "
+                f"slower. {reason}; raise the limit on locked memory (ulimit -l)",
+                alarm=True,
+            )
+        )
 
     def _compare(self, leaves: Sequence[TensorLeaf]) -> None:
         self._compared += 1

@@ -20,6 +20,7 @@ from ckpt.format.canonical import digest_hex
 from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.save.persister import SealedSlot
 from ckpt.staging.copy import THREADS_DEFAULT, CopyPlan, CopySource
+from ckpt.staging.devices import HostCopies
 from ckpt.staging.slot import Pin, Regions, Slot, SlotPool
 from ckpt.values import DTYPE_BYTES, Box, Leaf, SnapshotId, StagedIndex
 
@@ -56,7 +57,8 @@ class Stager:
     next.
 
     Used by one thread. ``compare_replicas`` is called the first time that a set of replicas
-    appears. ``on_short`` is called once if memory becomes short during training.
+    appears. ``on_short`` is called once if memory becomes short during training. ``copies`` copies
+    from CUDA devices.
 
     Over the limit of attributes: plan, layout, slots and buffers are kept from one snapshot to the
     next, and all of them change if one does.
@@ -70,7 +72,9 @@ class Stager:
         threads: int | None,
         compare_replicas: CompareReplicas,
         on_short: Callable[[UsageError], None] | None = None,
+        copies: HostCopies | None = None,
     ) -> None:
+        self._copies = HostCopies() if copies is None else copies
         self._world = world
         self._count = slots
         self._threads = threads or THREADS_DEFAULT
@@ -119,6 +123,7 @@ class Stager:
         Raises UnavailableError if no slot is free within ``wait_s`` seconds, or if memory is short
         now but was not before; UsageError for what can't be captured or never fitted in memory.
         """
+        self._copies.settle()  # what objects give as their state may be in pinned memory too
         capture = self._capture(items)
         plan, pool = self._layout(capture)
         slot = pool.acquire(wait_s=wait_s)
@@ -188,7 +193,9 @@ class Stager:
     def _layout(self, capture: Capture) -> tuple[CopyPlan, SlotPool]:
         if capture.tensors is not self._seen or self._copy is None:
             self._compare(capture.tensors)
-            self._copy = CopyPlan.build([*_tensors(capture, self._world.rank), *_objects(capture)])
+            self._copy = CopyPlan.build(
+                [*_tensors(capture, self._world.rank), *_objects(capture)], self._copies
+            )
             self._seen = capture.tensors
         needed_bytes = max(
             self._copy.data_bytes, self._copy.needed_bytes([leaf.data for leaf in capture.objects])
@@ -200,8 +207,10 @@ class Stager:
                 header_bytes=self._copy.header_bytes,
                 regions=self._regions,
                 on_short=self._short,
+                pinner=self._copies,
             )
         else:
+            self._pool.warm()
             self._grow(self._pool, needed_bytes, self._copy.header_bytes)
         return self._copy, self._pool
 

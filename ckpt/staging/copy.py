@@ -10,7 +10,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,66 +17,12 @@ import xxhash
 
 from ckpt.errors import InternalError, UsageError
 from ckpt.format.part_rules import leaf_problem
+from ckpt.staging.devices import HostCopies
 from ckpt.staging.header import HEADER_BYTES_DEFAULT
 from ckpt.staging.layout import lay_out
 from ckpt.staging.memory import round_to_pages
 from ckpt.staging.slot import Slot
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, Digest, Leaf, StagedShard
-
-
-class HostCopies:
-    """Copies CUDA tensors into a slot, on a side stream of each device. Costs nothing without CUDA
-    tensors. Not thread-safe.
-
-    A slot is registered with CUDA (pinned) at its first copy and unregistered before it is freed.
-    If registering is refused (a limit on locked memory) the copies still work, slower, through
-    CUDA's own buffers.
-    """
-
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    @contextmanager
-    def running(
-        self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], slot: Slot
-    ) -> Iterator[None]:
-        """Start copying each CUDA tensor into its view of ``slot``, after what its device's current
-        stream has queued.
-
-        All bytes are in the slot when the block ends, however it ends. Raises RuntimeError if a
-        device failed.
-        """
-        used: dict[torch.device, torch.cuda.Stream] = {}
-        try:
-            for source, target in pairs:
-                device = source.device
-                if device not in used:
-                    register_pinned(slot)
-                    used[device] = self._stream(device)
-                    used[device].wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(used[device]):
-                    target.copy_(source, non_blocking=True)
-            yield
-        finally:
-            for stream in used.values():
-                stream.synchronize()
-
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self._streams[device]
-
-
-def register_pinned(slot: Slot) -> None:
-    """Have CUDA lock the slot's pages, once, until the slot is freed."""
-    if slot.registered:
-        return
-    slot.registered = True
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    address = slot.address
-    if int(runtime.cudaHostRegister(address, len(slot.data), 0)) == 0:
-        slot.on_free(lambda: runtime.cudaHostUnregister(address))
-
 
 BLOCK_BYTES = 512 << 10
 """Copied, then digested while still in cache; blocks of 4 MiB took 1.3 times as long."""
@@ -153,7 +98,8 @@ class CopyPlan:
     built anew. Objects, whose length varies, follow the tensors and are laid out at each run.
     """
 
-    def __init__(self, sources: Sequence[CopySource]) -> None:
+    def __init__(self, sources: Sequence[CopySource], copies: HostCopies | None = None) -> None:
+        self._host_copies = HostCopies() if copies is None else copies
         self._objects = [source for source in sources if isinstance(source.source, bytes)]
         shapes, tensors = _shards(
             [source for source in sources if not isinstance(source.source, bytes)]
@@ -163,7 +109,10 @@ class CopyPlan:
         self._pointers = [tensor.data_ptr() for tensor in tensors]
         self._tensor_bytes = max((s.offset_bytes + s.size_bytes for s in shapes), default=0)
         self._digest_count = sum(-(-s.size_bytes // CHUNK_BYTES) for s in shapes)
-        plain = [_is_plain(tensor) for tensor in tensors]
+        self._host_copies.expect(tensors)
+        plain = [
+            _is_plain(tensor) and not self._host_copies.is_device(tensor) for tensor in tensors
+        ]
         self._via_torch = [i for i, shape in enumerate(shapes) if shape.size_bytes and not plain[i]]
         self._batches = _batches(
             (shape, pointer)
@@ -171,19 +120,18 @@ class CopyPlan:
             if is_plain
         )
         self._late_batches = _batches((shapes[i], 0) for i in self._via_torch)
-        self._host_copies = HostCopies()
         self._views: weakref.WeakKeyDictionary[Slot, list[torch.Tensor]] = (
             weakref.WeakKeyDictionary()
         )
 
     @classmethod
-    def build(cls, sources: Sequence[CopySource]) -> CopyPlan:
-        """Lay ``sources`` out. Raises UsageError for a dtype that is not recorded or a box that its
-        tensor does not fill.
+    def build(cls, sources: Sequence[CopySource], copies: HostCopies | None = None) -> CopyPlan:
+        """Lay ``sources`` out; ``copies`` copies what is on CUDA devices. Raises UsageError for a
+        dtype that is not recorded or a box that its tensor does not fill.
 
         O(sources + chunks); reads no tensor memory.
         """
-        return cls(sources)
+        return cls(sources, copies)
 
     @property
     def data_bytes(self) -> int:
@@ -225,9 +173,9 @@ class CopyPlan:
         then objects.
 
         ``objects`` replaces those given to ``build``. The caller's thread works, with up to
-        ``threads - 1`` of ``executor`` (none without one). Raises UsageError if the slot is too
-        small (nothing is written then) and InternalError if a tensor moved since the plan was
-        built.
+        ``threads - 1`` of ``executor`` (none without one), after all that CUDA devices have queued.
+        Raises UsageError if the slot is too small (nothing is written then) and InternalError if a
+        tensor moved since the plan was built.
         """
         sources = self._objects if objects is None else list(objects)
         needed = self.needed_bytes([_data(source) for source in sources])
@@ -241,7 +189,10 @@ class CopyPlan:
         self._check_pointers()
         digests: list[Digest] = [b""] * self._digest_count
         workers = _CopyWorkers(executor, min(threads, os.cpu_count() or 1))
-        with self._host_copies.running(self._pairs(slot, device=True), slot):
+        # Not only what will be copied from devices waits for them: a step may have queued a copy of
+        # its own into pinned memory of the host, on any stream.
+        self._host_copies.settle()
+        with self._host_copies.running(self._pairs(slot, device=True)):
             workers.run(lambda batches: _copy_batches(slot, batches, digests), self._batches)
             for source, target in self._pairs(slot, device=False):
                 target.copy_(source)
@@ -274,7 +225,7 @@ class CopyPlan:
                 _view(slot, self._shapes[i], self._tensors[i]) for i in self._via_torch
             ]
         for i, target in zip(self._via_torch, self._views[slot], strict=True):
-            if (self._tensors[i].device.type == "cuda") == device:
+            if self._host_copies.is_device(self._tensors[i]) == device:
                 yield _bits(self._tensors[i]), target
 
     def _copy_objects(self, slot: Slot, objects: Sequence[CopySource]) -> Iterator[StagedShard]:

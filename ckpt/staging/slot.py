@@ -92,6 +92,18 @@ class Regions(Protocol):
         ...
 
 
+class Pinner(Protocol):
+    """Has a device's driver lock the memory of slots, in the pool's background thread."""
+
+    def wants(self, slot: Slot) -> bool:
+        """Whether ``pin`` would do something. Quick: the pool holds its lock."""
+        ...
+
+    def pin(self, slot: Slot) -> None:
+        """Lock the memory, or note why not; ``wants`` is false from then on."""
+        ...
+
+
 class OwnRegions:
     """Memory of this process alone: the slot sealed last is kept, any other may be overwritten once
     it is not pinned.
@@ -378,7 +390,7 @@ class SlotPool:
     with what it holds sealed; slots that are too small for ``data_bytes`` go once they are free.
 
     If memory is short after a slot was first given out, the pool continues with the slots that it
-    has; ``on_short`` is called once.
+    has; ``on_short`` is called once. ``pinner`` is given each slot once its pages are there.
 
     It is one state machine under one lock, so it has more attributes than other classes.
     """
@@ -393,7 +405,9 @@ class SlotPool:
         available_bytes: int | None = None,
         regions: Regions | None = None,
         on_short: Callable[[UsageError], None] | None = None,
+        pinner: Pinner | None = None,
     ) -> None:
+        self._pinner = pinner
         self._regions: Regions = OwnRegions() if regions is None else regions
         most = min(SLOTS_MAX, self._regions.slots_max)
         if not self._regions.slots_min <= count <= most:
@@ -505,10 +519,18 @@ class SlotPool:
             self._free_retired()
         self._start_prefault()
 
+    def warm(self) -> None:
+        """Pre-fault and pin, in the background, whatever is not yet. Call it if ``pinner`` wants
+        more than before.
+        """
+        with self._changed:
+            if any(map(self._is_unpinned, self._slots)):
+                self._start_prefault()
+
     def wait_prefaulted(self) -> None:
         """Wait until the background thread is done with all slots. For benchmarks and tests."""
-        if self._thread is not None:
-            self._thread.join()
+        if (thread := self._thread) is not None:
+            thread.join()
 
     def close(self) -> None:
         """End the background thread and give all memory back; views that are still held stay
@@ -519,8 +541,7 @@ class SlotPool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        self.wait_prefaulted()
         with self._changed:
             for slot in (*self._retired, *self._slots):
                 slot._free()
@@ -642,29 +663,40 @@ class SlotPool:
                 slot._free()
 
     def _start_prefault(self) -> None:
-        if not self._prefault or (self._thread is not None and self._thread.is_alive()):
-            return
-        self._thread = threading.Thread(
-            target=self._run_prefault, name="ckpt-prefault", daemon=True
-        )
-        self._thread.start()
+        with self._changed:
+            running = self._thread is not None and self._thread.is_alive()
+            if not self._prefault or running or self._closed:
+                return
+            self._thread = threading.Thread(
+                target=self._run_prefault, name="ckpt-prefault", daemon=True
+            )
+            self._thread.start()
 
     def _run_prefault(self) -> None:
         done: list[Slot] = []
         while True:
             with self._changed:
                 self._warming = slot = self._next_cold(done)
-            if slot is None:
-                return
-            done.append(slot)
-            for _ in slot.prefault():
-                if self._closed or slot not in self._slots:
-                    break
+                if slot is None:
+                    self._thread = None  # whoever wants more starts another
+                    return
+            if slot not in done:
+                done.append(slot)
+                for _ in slot.prefault():
+                    if self._closed or slot not in self._slots:
+                        break
+            if self._pinner is not None and not self._closed and slot in self._slots:
+                self._pinner.pin(slot)
+
+    def _is_unpinned(self, slot: Slot) -> bool:
+        return self._pinner is not None and self._pinner.wants(slot)
 
     def _next_cold(self, done: Collection[Slot]) -> Slot | None:
         if self._closed:
             return None
-        slot = next((slot for slot in self._slots if slot not in done), None)
+        slot = next(
+            (slot for slot in self._slots if slot not in done or self._is_unpinned(slot)), None
+        )
         if slot is None:
             # The next acquire meets the same error and raises it to its caller.
             with contextlib.suppress(UsageError, UnavailableError):
