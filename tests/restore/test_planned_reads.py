@@ -3,6 +3,7 @@ name."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -304,6 +305,39 @@ def test_a_part_of_a_shard_that_is_itself_a_part_lies_where_numpy_says() -> None
                 out[one.target_offset_bytes // 4 :], one.shape, one.target_strides_bytes
             )[...] = source
     assert out.reshape(4, 4).tolist() == values[1:5, 2:6].tolist()
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        (Box((0, 0), (3, 4)),),
+        (Box((0, 0), (3, 2)), Box((0, 2), (3, 2))),
+        (Box((0, 0), (1, 4)), Box((1, 0), (2, 3)), Box((1, 3), (2, 1))),
+    ],
+)
+def test_every_box_of_every_layout_lies_where_numpy_says_whatever_chunks_it_crosses(
+    boxes: tuple[Box, ...],
+) -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    spans = [[(low, high) for low in range(n) for high in range(low + 1, n + 1)] for n in (3, 4)]
+    for (top, bottom), (left, right) in itertools.product(*spans):
+        want = Box((top, left), (bottom - top, right - left))
+        out = np.full(want.elements, -1, np.float32)
+        for read in planned(OneLeaf((3, 4), *boxes, grid=12), want).reads:
+            for chunk_read in read.chunks:
+                number, start = map(int, chunk_read.location.pack.split("/"))
+                box = boxes[number]
+                shard = values[box.offsets[0] :, box.offsets[1] :][: box.sizes[0], : box.sizes[1]]
+                raw = np.ascontiguousarray(shard).ravel()[start // 4 : start // 4 + 3]
+                for one in chunk_read.copies:
+                    assert one.shape and len(one.shape) == len(one.source_strides_bytes)
+                    source = np.lib.stride_tricks.as_strided(
+                        raw[one.source_offset_bytes // 4 :], one.shape, one.source_strides_bytes
+                    )
+                    np.lib.stride_tricks.as_strided(
+                        out[one.target_offset_bytes // 4 :], one.shape, one.target_strides_bytes
+                    )[...] = source
+        assert out.tolist() == values[top:bottom, left:right].ravel().tolist(), (want, boxes)
 
 
 def test_a_plan_names_its_snapshot_and_what_was_wanted_of_it() -> None:

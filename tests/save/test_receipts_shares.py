@@ -93,6 +93,10 @@ def _two() -> list[StagedIndex]:
             [_two()[0], replace(_two()[1], snapshot=SnapshotId(1, 3))],
             "different snapshots. snapshots=epoch 1 step 2, ep",
         ),
+        (
+            [replace(_two()[0], snapshot=SnapshotId(1, step)) for step in (9, 5, 7, 2)],
+            "snapshots=epoch 1 step 2, epoch 1 step 5, epoch 1 step 7, epoch 1 step 9",
+        ),
         ([_two()[1], _two()[0]], "other ranks"),
         (_two()[:1], "another size"),
         (

@@ -283,6 +283,7 @@ class MembershipSimulation:
         self._order = itertools.count()
         self._starts = itertools.count()
         self._depth = 0
+        self._late_until_s = 0.0
 
     def options(self, dice: random.Random) -> MembershipOptions:
         grows = (
@@ -310,7 +311,9 @@ class MembershipSimulation:
         for process in self.processes:
             process.cut_until_s = 0.0
             process.paused_until_s = min(process.paused_until_s, self.now_s)
-        self._until(self.now_s + SETTLE_S)
+        # A grant that was long on its way leaves a lease that its node no longer knows of: it runs
+        # out by itself.
+        self._until(max(self.now_s + SETTLE_S, self._late_until_s + self.ttl_s + 1.0))
         self._check_progress()
 
     def at(self, when_s: float, process: Process, task: Callable[[], None]) -> None:
@@ -338,6 +341,7 @@ class MembershipSimulation:
             except CkptError:
                 return
 
+        self._late_until_s = max(self._late_until_s, when_s)
         self._push(when_s, land)
 
     def pass_time(self, process: Process, seconds: float) -> None:
