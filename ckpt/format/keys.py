@@ -32,6 +32,8 @@ Listing a folder costs a pass over all of its files, and every commit lists the 
 1,000 records have no folder of their own. A position's keys follow from the position alone, and key
 order is still order of positions.
 """
+ROUND_MAX = 99
+"""The last round of a vote about one position of the log."""
 PACKS_MAX = 10**8 - 1
 """Largest number of a pack within one process start."""
 
@@ -48,6 +50,7 @@ _PART_RE = re.compile(rf"parts/{_ID}/({_WRITER})\.mpk\.zst", re.ASCII)
 _MANIFEST_RE = re.compile(rf"manifests/{_ID}-([0-9a-f]{{32}})\.json", re.ASCII)
 _LOG_RE = re.compile(r"log/(?:(\d{17})/(?=\1))?(\d{20})\.json", re.ASCII)
 _SETTLED_RE = re.compile(r"log/(?:(\d{17})/(?=\1))?(\d{20})\.settled\.json", re.ASCII)
+_ROUND_RE = re.compile(r"log/(?:(\d{17})/(?=\1))?(\d{20})\.(vote|settled)-(\d{2})\.json", re.ASCII)
 _FOLD_RE = re.compile(r"folds/(\d{20})\.json", re.ASCII)
 _HEX_RE = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
@@ -125,6 +128,19 @@ def flat_log_key(seq: int, *, settled: bool) -> str:
     return f"{LOG}{_bounded('seq', seq, SEQ_MAX):020d}{'.settled' if settled else ''}.json"
 
 
+def round_keys(seq: int, number: int) -> tuple[str, str]:
+    """The keys of one round of the vote about position ``seq``: for votes, and for what they
+    settle.
+
+    Round 0 uses ``log_key`` and ``settled_key``.
+    """
+    if number == 0:
+        return log_key(seq), settled_key(seq)
+    stem = _log_stem(seq)
+    suffix = f"{_bounded('round', number, ROUND_MAX):02d}.json"
+    return f"{stem}.vote-{suffix}", f"{stem}.settled-{suffix}"
+
+
 def fold_key(seq: int) -> str:
     """The key of the fold of all records up to and including ``seq``."""
     return f"{FOLDS}{_bounded('seq', seq, SEQ_MAX):020d}.json"
@@ -156,6 +172,18 @@ def parse_log_key(key: str) -> int | None:
 def parse_settled_key(key: str) -> int | None:
     """The seq, or None if ``key`` is not exactly what ``settled_key`` or ``flat_log_key`` gives."""
     return _parse_log(_SETTLED_RE, key)
+
+
+def parse_round_key(key: str) -> tuple[int, int, bool] | None:
+    """``(seq, round, settled)``, or None if ``key`` is not one that ``round_keys`` gives for a
+    round from 1 on."""
+    match = _ROUND_RE.fullmatch(key)
+    if not match or int(match[4]) == 0:
+        return None
+    seq = int(match[2])
+    if seq > SEQ_MAX or (match[1] is None) != (seq < LOG_FOLDER_RECORDS):
+        return None
+    return seq, int(match[4]), match[3] == "settled"
 
 
 def parse_fold_key(key: str) -> int | None:

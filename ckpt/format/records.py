@@ -7,7 +7,7 @@ import re
 
 import msgspec
 
-from ckpt.errors import IntegrityError, UsageError
+from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.format import keys
 from ckpt.format.canonical import prepare_decoders, seal, unseal
 from ckpt.format.manifest import is_job_name
@@ -104,6 +104,56 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def encode(self) -> bytes:
         """The canonical bytes, as stored at ``keys.log_key(seq)``."""
         return _seal(self)[0]
+
+
+CLOSED_VERSION = 2
+"""Above RECORD_VERSION: a release that knows no rounds asks for an upgrade, rather than reporting
+damage."""
+
+
+class Closed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """In place of a record at a round's settled key: this store takes no record there.
+
+    Written by a writer that found the votes of the round divided, before the next round.
+    """
+
+    v: int = CLOSED_VERSION
+    job: str
+    seq: int
+    closed_round: int
+    digest: str = ""
+
+    def encode(self) -> bytes:
+        """The canonical bytes."""
+        return seal(self, label="closed round", bytes_max=RECORD_BYTES_MAX)[0]
+
+
+def decode_settled(data: bytes) -> Record | Closed:
+    """What is at a settled key: a record, or that the round is closed.
+
+    Raises IntegrityError or FormatVersionError.
+    """
+    try:
+        return decode_record(data)
+    except FormatVersionError as error:
+        try:
+            return unseal(
+                data,
+                Closed,
+                label="closed round",
+                version=CLOSED_VERSION,
+                bytes_max=RECORD_BYTES_MAX,
+            )
+        except (FormatVersionError, IntegrityError):
+            raise error from None
+
+
+def is_closed(data: bytes) -> bool:
+    """Whether ``data`` closes a round: there is no record at its key."""
+    try:
+        return isinstance(decode_settled(data), Closed)
+    except (FormatVersionError, IntegrityError):
+        return False
 
 
 def make_record(body: Body, *, job: str, seq: int, epoch: int, write_id: str, prev: str) -> Record:
@@ -228,4 +278,4 @@ def _seal(record: Record) -> tuple[bytes, str]:
     return seal(record, label="log record", bytes_max=RECORD_BYTES_MAX)
 
 
-prepare_decoders(Record)
+prepare_decoders(Record, Closed)

@@ -7,12 +7,16 @@ the record that it builds on to W stores first. No record is written before its 
 so a record at the next position proves which of several records before it counts.
 
 Writers that have no sequencer in common may split the stores: each of several records is on some
-stores, and none can ever be on W. Keys are created only once, so the split is final, and every
-reader finds the same winner in it. The winner is written again at the position's second key, the
-*settled* key, by any writer that finds the split. The same is done for a record that won but is not
-on all stores, before it is acknowledged: with W - 1 of its stores lost, its votes would look like
-those of another record. So at most one record is ever written at a settled key: the one that
-counts.
+stores, and none can ever be on W. If all votes are known, every writer finds the same winner and
+writes it at the position's second key, the *settled* key. The same is done for a record that won
+but is not on all stores, before it is acknowledged: with W - 1 of its stores lost, its votes would
+look like those of another record.
+
+If some votes are not known, no winner can be found, and none is needed: a record is acknowledged
+only once all stores hold it, or W at the settled key. A writer that knows W votes which differ, and
+has closed the settled key of W stores, knows which record may still be acknowledged there: the one
+that is at one of these keys, or none. It puts that one, or any, to the next *round* of the vote,
+which has keys of its own. So W stores that answer always decide, whatever became of the others.
 """
 
 from __future__ import annotations
@@ -31,12 +35,15 @@ from ckpt.log.state import LogState, StoreSet
 class PositionReading:
     """What one store holds at one position: digests of the records at its two keys, or empty.
 
-    ``answered``: the store could be asked. ``damaged``: one of the two keys holds bytes that are no
-    record, so a record may have been there.
+    ``later``: the record settled in the last round after the first that settled one, and
+    ``later_round`` that round's number. ``answered``: the store could be asked. ``damaged``: one of
+    the keys holds bytes that are no record, so a record may have been there.
     """
 
     record: str = ""
     settled: str = ""
+    later: str = ""
+    later_round: int = 0
     answered: bool = True
     damaged: bool = False
 
@@ -76,12 +83,17 @@ Position = Taken | Vacant | Unclear
 
 
 def decide(
-    readings: Sequence[PositionReading], quorum: int, followed: Collection[str] = ()
+    readings: Sequence[PositionReading],
+    quorum: int,
+    followed: Collection[str] = (),
+    *,
+    voted: bool = False,
 ) -> Position:
     """What the position holds. ``readings``: one for each store of the set.
 
     ``followed``: the digests that records at the next position name as their predecessor, on any
-    store.
+    store. ``voted``: the stores gave out the position, so a record that is not on all of them was
+    acknowledged only if it is at settled keys.
     """
     # A record is written only after its predecessor counts, so a successor proves what counts here,
     # however few copies are left.
@@ -90,24 +102,36 @@ def decide(
         record_copies = sum(reading.record == digest for reading in readings)
         if settled_copies or record_copies:
             return Taken(digest, max(settled_copies, record_copies), settled=settled_copies > 0)
+        if any(reading.later == digest for reading in readings):
+            return Taken(digest, 0, settled=True)
     if followed:
         return Vacant()  # none of these stores has the record that counts
-    # Only the record that counts is ever written at a settled key, so that key is read first.
+    last = max(readings, key=lambda reading: reading.later_round, default=None)
+    unsure = sum(not reading.sure for reading in readings)
+    damaged = any(reading.damaged for reading in readings)
+    if last is not None and last.later:
+        # What the last round settled is what all earlier ones settled, if they settled anything.
+        # Acknowledged are only copies at the settled key of the first round.
+        copies = sum(reading.settled == last.later for reading in readings)
+        if copies < quorum <= unsure and damaged:
+            return Unclear((last.later,))
+        return Taken(last.later, copies, settled=True)
+    # One record at most is settled in a round, so that key is read first.
     settled = _possible([reading.settled for reading in readings], readings, quorum)
     if settled:
+        if len(settled) == 1 and max(settled.values()) < quorum <= unsure and damaged:
+            return Unclear(tuple(settled))  # a later round may have settled another record
         return _only(settled, settled_key=True)
     records = _possible([reading.record for reading in readings], readings, quorum)
     if written := {reading.settled for reading in readings if reading.settled}:
         # A settled copy on fewer than W stores: its writer knew that nothing else can count, and
         # has not finished.
         records = {digest: count for digest, count in records.items() if digest in written}
-    elif (
-        max(records.values(), default=0) < quorum
-        and sum(not reading.sure for reading in readings) >= quorum
-        and any(reading.damaged for reading in readings)
-    ):
+    elif max(records.values(), default=0) < quorum <= unsure and damaged:
         # Another record may have been on W stores, some of which hold only damage now.
         return Unclear(tuple(sorted(records)))
+    if voted and len(records) > 1:
+        return Vacant()  # none is on all stores or settled: none was acknowledged
     return _only(records, settled_key=False)
 
 
@@ -159,13 +183,23 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
+class Divided:
+    """W votes or more are known, and they differ; the others are not known.
+
+    None of the records is on all stores. ``digest`` is the most frequent one.
+    """
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Undecided:
     """The stores that did not answer decide."""
 
 
 def contest(
     mine: str, votes: Sequence[str | None], quorum: int
-) -> Won | Beaten | Split | Undecided:
+) -> Won | Beaten | Split | Divided | Undecided:
     """The outcome of an append, after record ``mine`` was created at every store that votes.
 
     ``votes``: for each voting store the digest that it holds, or None if unknown.
@@ -176,12 +210,45 @@ def contest(
     best = winner(counts)
     if best is not None and counts[best] >= quorum:
         return Beaten(best)
-    unknown = sum(digest is None for digest in votes)
-    if best is None or counts[best] + unknown >= quorum:
-        return Undecided()
     # A split has one winner only if every vote is known: with one unknown, two writers could count
     # different votes and find different winners.
-    return Split(best) if unknown == 0 else Undecided()
+    if best is not None and counts.total() == len(votes):
+        return Split(best)
+    return Divided(best) if best is not None and counts.total() >= quorum else Undecided()
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The record ``digest`` is at the settled key of W stores: it has the position for good."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class NextRound:
+    """The round settled nothing, or what it settled is on too few stores.
+
+    ``digest`` is the record to vote for in the next round; empty if any will do.
+    """
+
+    digest: str
+
+
+def conclude(held: Sequence[str | None], quorum: int) -> Settled | NextRound | Undecided:
+    """What a round settled. ``held``: for each store the digest at the round's settled key.
+
+    Empty if the key is closed, None if unknown.
+    """
+    counts = Counter(digest for digest in held if digest)
+    best = winner(counts)
+    if best is not None and counts[best] >= quorum:
+        return Settled(best)
+    if sum(digest is not None for digest in held) < quorum:
+        return Undecided()
+    # Of W known keys at least one is among the W that a settled record needs: if none of them holds
+    # a record, none was settled. Different records at the first round's keys mean that a later
+    # round settled one of them, and then any vote will do here.
+    return NextRound(best or "")
 
 
 def winner(counts: Mapping[str, int]) -> str | None:
@@ -214,7 +281,8 @@ class StoreRecords:
     ``store_id`` is what its ``ckpt.json`` says now; empty if it has none. ``records`` and
     ``settled`` are the valid records by seq, at the first and at the settled key. ``damaged``:
     positions with other bytes. ``newer``: damaged positions that look like a newer release's
-    records. ``elsewhere``: the id of another log, if the store belongs to that one.
+    records. ``elsewhere``: the id of another log, if the store belongs to that one. ``later``: the
+    last round after the first that settled a record at a position, and that record.
     """
 
     store_id: str
@@ -223,17 +291,28 @@ class StoreRecords:
     damaged: frozenset[int] = frozenset()
     newer: frozenset[int] = frozenset()
     elsewhere: str = ""
+    later: Mapping[int, tuple[int, Record]] = field(default_factory=dict)
 
     def last(self) -> int:
         """The last position at which it holds anything; -1 for none."""
-        return max((*self.records, *self.settled, *self.damaged), default=-1)
+        return max((*self.records, *self.settled, *self.damaged, *self.later), default=-1)
+
+    def all_at(self, seq: int) -> Iterator[Record]:
+        """The valid records that it holds at one position, those of later rounds last."""
+        later = self.later.get(seq)
+        for record in (self.records.get(seq), self.settled.get(seq), later and later[1]):
+            if record is not None:
+                yield record
 
     def at(self, seq: int) -> PositionReading:
         """What it holds at one position."""
         record, settled = self.records.get(seq), self.settled.get(seq)
+        later_round, later = self.later.get(seq, (0, None))
         return PositionReading(
             record.digest if record else "",
             settled.digest if settled else "",
+            later.digest if later else "",
+            later_round,
             damaged=seq in self.damaged,
         )
 
@@ -395,7 +474,9 @@ def _readings(answers: Sequence[StoreAnswer], seq: int, members: StoreSet) -> li
 
 def _decide(answers: Sequence[StoreAnswer], seq: int, members: StoreSet) -> Position:
     followed = {record.prev for record in dict(_records_at(answers, seq + 1)).values()}
-    position = decide(_readings(answers, seq, members), members.write_quorum, followed)
+    # Makers of a log may name different stores, so they hold no further rounds.
+    voted = members.sequencer == BY_STORES and seq > 0
+    position = decide(_readings(answers, seq, members), members.write_quorum, followed, voted=voted)
     if isinstance(position, Taken) or not followed:
         return position
     # The predecessor of a record that was seen may also be on a store outside the set: one that
@@ -412,9 +493,8 @@ def _records_at(answers: Sequence[StoreAnswer], seq: int) -> Iterator[tuple[str,
     """The valid records that any store holds at a position, with their digests."""
     for answer in answers:
         if isinstance(answer, StoreRecords):
-            for record in (answer.records.get(seq), answer.settled.get(seq)):
-                if record is not None:
-                    yield record.digest, record
+            for record in answer.all_at(seq):
+                yield record.digest, record
 
 
 def _named_by(record: Record) -> StoreSet | None:

@@ -12,7 +12,14 @@ from ckpt.backends.base import Backend, Stat
 from ckpt.backends.checked import read_alone
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError
 from ckpt.format import keys
-from ckpt.format.records import RECORD_BYTES_MAX, Record, decode_record
+from ckpt.format.records import (
+    RECORD_BYTES_MAX,
+    Closed,
+    Record,
+    decode_record,
+    decode_settled,
+    is_closed,
+)
 from ckpt.log.fold import Unreadable, empty, fold
 from ckpt.log.state import LogState
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, FOLDS_KEPT, decode_fold
@@ -126,14 +133,17 @@ def _read_new_once(backend: Backend, state: LogState) -> LogState:
 
 
 def record_bytes(backend: Backend, seq: int) -> bytes:
-    """The record at ``seq`` as one store holds it; the settled key wins.
+    """The record at ``seq`` as one store holds it; the settled key wins, unless it is closed.
 
     Raises NotFoundError, IntegrityError, UnavailableError.
     """
     try:
-        return read_at(backend, seq, settled=True)
+        data = read_at(backend, seq, settled=True)
+        if not is_closed(data):
+            return data
     except NotFoundError:
-        return read_at(backend, seq, settled=False)
+        pass
+    return read_at(backend, seq, settled=False)
 
 
 def read_at(store: Backend, seq: int, *, settled: bool) -> bytes:
@@ -156,6 +166,19 @@ def read_at(store: Backend, seq: int, *, settled: bool) -> bytes:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LogObject:
+    """A listed object that holds a record, or takes the place of one.
+
+    ``round`` is None at a position's first key, else the number of the round that the record is
+    settled in. Votes of later rounds are none of these: readers need no votes but the first.
+    """
+
+    seq: int
+    round: int | None
+    stat: Stat
+
+
 def positions(store: Backend, first: int) -> Iterator[tuple[int, Stat]]:
     """The positions that ``store`` lists from ``first`` on, ascending, and the object to read at
     each.
@@ -164,32 +187,51 @@ def positions(store: Backend, first: int) -> Iterator[tuple[int, Stat]]:
     ``first``.
     """
     last: tuple[int, Stat] | None = None
-    for seq, _, stat in log_objects(store, first):
-        if last is not None and last[0] != seq:
+    for found in log_objects(store, first):
+        if found.round:
+            continue  # what a later round settled is at the settled key too, once it was told
+        if last is not None and last[0] != found.seq:
             yield last
-        last = seq, stat  # a settled key follows the first key of its position, and replaces it
+        last = (
+            found.seq,
+            found.stat,
+        )  # a settled key follows the first key of its position, and replaces it
     if last is not None:
         yield last
 
 
-def log_objects(store: Backend, first: int) -> Iterator[tuple[int, bool, Stat]]:
-    """Every listed object of positions from ``first`` on, as (seq, settled, object), in that order.
+def log_objects(store: Backend, first: int) -> Iterator[LogObject]:
+    """Every listed object of positions from ``first`` on, by position, the first key first.
 
     Key order is order of positions, but for a store from before logs had folders: its keys of one
     folder's positions come after that folder. So each folder's worth is sorted.
     """
 
-    def parsed() -> Iterator[tuple[int, bool, Stat]]:
+    def parsed() -> Iterator[LogObject]:
         for stat in store.list(keys.LOG, after=keys.log_key(first - 1) if first else ""):
-            seq = keys.parse_log_key(stat.key)
-            settled = False
-            if seq is None:
-                seq, settled = keys.parse_settled_key(stat.key), True
-            if seq is not None and seq >= first:
-                yield seq, settled, stat
+            found = _log_object(stat)
+            if found is not None and found.seq >= first:
+                yield found
 
-    for _, entries in groupby(parsed(), key=lambda entry: entry[0] // keys.LOG_FOLDER_RECORDS):
-        yield from sorted(entries, key=lambda entry: (entry[0], entry[1], entry[2].key))
+    for _, entries in groupby(parsed(), key=lambda found: found.seq // keys.LOG_FOLDER_RECORDS):
+        yield from sorted(entries, key=_in_reading_order)
+
+
+def _log_object(stat: Stat) -> LogObject | None:
+    if (seq := keys.parse_log_key(stat.key)) is not None:
+        return LogObject(seq, None, stat)
+    if (seq := keys.parse_settled_key(stat.key)) is not None:
+        return LogObject(seq, 0, stat)
+    match keys.parse_round_key(stat.key):
+        case seq, number, True:
+            return LogObject(seq, number, stat)
+        case _:
+            return None
+
+
+def _in_reading_order(found: LogObject) -> tuple[int, int, int]:
+    # The longer key is the one in a folder: it goes before one outside of folders.
+    return found.seq, -1 if found.round is None else found.round, len(found.stat.key)
 
 
 def read_listed(store: Backend, stat: Stat, *, bytes_max: int) -> bytes:
@@ -205,23 +247,27 @@ def read_listed(store: Backend, stat: Stat, *, bytes_max: int) -> bytes:
     return bytes(out)
 
 
-def listed_record(store: Backend, stat: Stat) -> Record:
-    """The record at a listed key. Raises as ``read_alone`` and ``decode_record``."""
+def listed_content(store: Backend, found: LogObject) -> Record | Closed:
+    """What is at a listed key. Raises as ``read_alone`` and ``decode_record``."""
+    decode = decode_record if found.round is None else decode_settled
     try:
-        return decode_record(read_listed(store, stat, bytes_max=RECORD_BYTES_MAX))
+        return decode(read_listed(store, found.stat, bytes_max=RECORD_BYTES_MAX))
     except IntegrityError:
         # A damaged record may have been replaced by the right one, of another length, meanwhile.
-        return decode_record(read_alone(store, stat.key, bytes_max=RECORD_BYTES_MAX))
+        return decode(read_alone(store, found.stat.key, bytes_max=RECORD_BYTES_MAX))
 
 
 def _read_record(backend: Backend, seq: int, stat: Stat) -> Record | Unreadable:
+    settled = keys.parse_settled_key(stat.key) is not None
     try:
-        record = listed_record(backend, stat)
+        content = listed_content(backend, LogObject(seq, 0 if settled else None, stat))
+        if isinstance(content, Closed):
+            content = decode_record(read_at(backend, seq, settled=False))
     except (IntegrityError, NotFoundError) as error:
         return Unreadable(seq, f"record cannot be read. key={stat.key} reason={error}")
-    if record.seq != seq:
-        return Unreadable(seq, f"record of another position. key={stat.key} seq={record.seq}")
-    return record
+    if content.seq != seq:
+        return Unreadable(seq, f"record of another position. key={stat.key} seq={content.seq}")
+    return content
 
 
 def _batches(positions: Iterable[K], size: int) -> Iterator[list[K]]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import groupby
 from typing import Protocol, TypeVar
 
-from ckpt.backends.base import Backend, Stat
+from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone
 from ckpt.errors import (
     CkptError,
@@ -30,10 +31,17 @@ from ckpt.errors import (
     UsageError,
 )
 from ckpt.format import keys
-from ckpt.format.records import RECORD_BYTES_MAX, Record
+from ckpt.format.records import RECORD_BYTES_MAX, Closed, Record
 from ckpt.format.store import JOB_BYTES_MAX, JobRecord
 from ckpt.log.quorum import NoAnswer, StoreRecords
-from ckpt.log.reader import RECORDS_AT_ONCE, listed_record, log_objects, read_all, read_at
+from ckpt.log.reader import (
+    RECORDS_AT_ONCE,
+    LogObject,
+    listed_content,
+    log_objects,
+    read_all,
+    read_at,
+)
 from ckpt.log.sequencers import KeyTaken, WriteUnknown, create_once
 from ckpt.threads import run_into_future, start_thread
 
@@ -234,6 +242,18 @@ class LogReplicas:
         answers.update(self._workers.ask(calls, lambda held: _most_copies(held) >= quorum))
         return answers
 
+    def overwrite(
+        self, key: str, data: bytes, at: Mapping[int, str], quorum: int
+    ) -> dict[int, bytes | NoAnswer]:
+        """Put ``data`` at ``key``, whatever is there: only for a record that certainly counts.
+
+        Otherwise as ``create``.
+        """
+        answers: dict[int, bytes | NoAnswer] = dict.fromkeys(at, NO_ANSWER_YET)
+        calls = {n: partial(_overwrite, self.stores[n], key, data, at[n]) for n in sorted(at)}
+        answers.update(self._workers.ask(calls, lambda held: _most_copies(held) >= quorum))
+        return answers
+
     def has_records(self, number: int) -> bool | NoAnswer:
         """Whether a store holds any record of a log."""
         calls = {number: partial(_listed, self.stores[number], keys.LOG)}
@@ -335,7 +355,7 @@ def _make_by_overwriting(store: Backend, record: JobRecord) -> JobRecord | NoAns
 
 def _read_log(store: Backend, after: int, log_id: str) -> StoreRecords | NoAnswer:
     try:
-        records, settled, damaged, newer = _records(store, after)
+        found = _records(store, after)
     except (UnavailableError, StoreDeniedError, NotFoundError) as error:
         return NoAnswer(str(error))  # NotFoundError: the bucket is missing
     # ``ckpt.json`` is read after the records: if another store came to this address in between,
@@ -345,37 +365,53 @@ def _read_log(store: Backend, after: int, log_id: str) -> StoreRecords | NoAnswe
         return job
     if job is not None and job.log_id != log_id:
         return StoreRecords("", elsewhere=job.log_id)
-    return StoreRecords(job.store_id if job is not None else "", records, settled, damaged, newer)
+    return replace(found, store_id=job.store_id if job is not None else "")
 
 
-def _records(
-    store: Backend, after: int
-) -> tuple[dict[int, Record], dict[int, Record], frozenset[int], frozenset[int]]:
-    # Each position has at most two keys.
-    entries = list(islice(log_objects(store, after + 1), 2 * RECORDS_AT_ONCE))
-    results = read_all(entries, lambda entry: _record(store, entry[2], entry[0]))
+def _records(store: Backend, after: int) -> StoreRecords:
+    """What the store holds after a position, without its id."""
+    listed = list(_first_positions(log_objects(store, after + 1), 2 * RECORDS_AT_ONCE))
+    contents = read_all(listed, lambda found: _content(store, found))
     records: dict[int, Record] = {}
     settled: dict[int, Record] = {}
+    later: dict[int, tuple[int, Record]] = {}
     damaged = set()
     newer = set()
-    for (seq, is_settled, _), record in zip(entries, results, strict=True):
-        if isinstance(record, Record):
-            (settled if is_settled else records)[seq] = record
-        else:
-            damaged.add(seq)
-            if isinstance(record, FormatVersionError):
-                newer.add(seq)
-    return records, settled, frozenset(damaged), frozenset(newer)
+    for found, content in zip(listed, contents, strict=True):
+        match content:
+            case Record() if found.round is None:
+                records[found.seq] = content
+            case Record() if found.round == 0:
+                settled[found.seq] = content
+            case Record() if found.round is not None:
+                later[found.seq] = found.round, content  # rounds are listed in order
+            case Closed():
+                pass  # as good as nothing
+            case FormatVersionError():
+                damaged.add(found.seq)
+                newer.add(found.seq)
+            case _:
+                damaged.add(found.seq)
+    return StoreRecords("", records, settled, frozenset(damaged), frozenset(newer), later=later)
 
 
-def _record(store: Backend, stat: Stat, seq: int) -> Record | FormatVersionError | None:
+def _first_positions(listed: Iterable[LogObject], count: int) -> Iterator[LogObject]:
+    """The objects of the first ``count`` positions, each with all its keys."""
+    for number, (_, found) in enumerate(groupby(listed, key=lambda found: found.seq)):
+        if number == count:
+            return
+        yield from found
+
+
+def _content(store: Backend, found: LogObject) -> Record | Closed | FormatVersionError | None:
+    """What is at a key; None if it is damaged."""
     try:
-        record = listed_record(store, stat)
+        content = listed_content(store, found)
     except (IntegrityError, NotFoundError):
         return None
     except FormatVersionError as error:
         return error  # or the version number itself is damaged
-    return record if record.seq == seq else None
+    return content if content.seq == found.seq else None
 
 
 def _listed(store: Backend, prefix: str) -> list[str] | NoAnswer:
@@ -414,8 +450,19 @@ def _create(
     NoAnswer if it was refused or unanswered: the put may have landed, or may land later.
     """
     stored = _put_or_read(store, key, data, vote=vote)
-    if isinstance(stored, NoAnswer):
-        return stored
+    return stored if isinstance(stored, NoAnswer) else _if_same_store(store, store_id, stored)
+
+
+def _overwrite(store: Backend, key: str, data: bytes, store_id: str) -> bytes | NoAnswer:
+    try:
+        store.put(key, [data])
+    except (UnavailableError, StoreFullError, StoreDeniedError, NotFoundError) as error:
+        return NoAnswer(str(error))
+    return _if_same_store(store, store_id, data)
+
+
+def _if_same_store(store: Backend, store_id: str, stored: bytes) -> bytes | NoAnswer:
+    """``stored``, if the store is still the one that was asked."""
     job = _job(store)
     if isinstance(job, NoAnswer):
         return job

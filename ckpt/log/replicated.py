@@ -21,21 +21,27 @@ from ckpt.format.records import (
     BY_ETCD,
     BY_SQLITE,
     BY_STORES,
+    Closed,
     Record,
     Stores,
     decode_record,
+    decode_settled,
     make_record,
 )
 from ckpt.log.fold import empty
 from ckpt.log.quorum import (
     Beaten,
+    Divided,
     LastRecord,
     MergedLog,
+    NextRound,
     NoAnswer,
+    Settled,
     Split,
     StoreRecords,
     Undecided,
     Won,
+    conclude,
     contest,
     is_placeholder,
     merge_stores,
@@ -63,53 +69,119 @@ class QuorumSequencer:
 
     ``full``: ids of the stores that count and answer, by number; ``absent``: how many others count.
     A store that refuses to create only once still has a vote, which is unknown: it may refuse only
-    now, or only this writer.
+    now, or only this writer. ``rounds``: a divided vote is decided in further rounds, without the
+    stores that do not answer. Only if all writers of the position vote, and agree on the stores
+    that do.
     """
 
     def __init__(
-        self, copies: LogReplicas, full: Mapping[int, str], quorum: int, *, absent: int
+        self,
+        copies: LogReplicas,
+        full: Mapping[int, str],
+        quorum: int,
+        *,
+        absent: int,
+        rounds: bool = True,
     ) -> None:
         self._replicas = copies
         self._full = dict(full)
         self._quorum = quorum
         self._absent = absent
+        self._rounds_max = ROUNDS_MAX if rounds else 1
 
     def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """Returns once all stores hold the record, or W hold it at its settled key too."""
-        answers = self._replicas.create(
-            keys.log_key(seq), data, self._full, self._quorum, vote=True
-        )
-        bytes_of = {
-            digest: answer
-            for answer in answers.values()
-            if isinstance(answer, bytes) and (digest := _digest(answer, seq))
-        }
-        mine = _digest(data, seq)
-        votes = [_digest(answer, seq) or None for answer in answers.values()]
-        match contest(mine, votes + [None] * self._absent, self._quorum):
-            case Won(sure):
-                # Settled before it is acknowledged, unless every voting store holds it: see the
-                # module ``quorum``.
-                return Appended() if sure else self._write_settled(seq, data, data)
-            case Beaten(digest):
-                return KeyTaken(bytes_of[digest])
-            case Split(digest):
-                return self._write_settled(seq, bytes_of[digest], data)
-            case Undecided():
-                return WriteUnknown(
-                    f"too few stores answered. {silent_stores(self._replicas, answers)}"
-                )
-
-    def _write_settled(
-        self, seq: int, winner: bytes, data: bytes
-    ) -> Appended | KeyTaken | WriteUnknown:
-        answers = self._replicas.create(keys.settled_key(seq), winner, self._full, self._quorum)
-        if count_copies(winner, answers) < self._quorum:
-            return WriteUnknown(
-                "the record that counts is known, but on too few stores yet. "
-                f"{silent_stores(self._replicas, answers)}"
+        mine = vote = _digest(data, seq)
+        bytes_of = {mine: data}
+        for number in range(self._rounds_max):
+            vote_key, settled_key = keys.round_keys(seq, number)
+            answers = self._replicas.create(
+                vote_key, bytes_of[vote], self._full, self._quorum, vote=True
             )
-        return Appended() if winner == data else KeyTaken(winner)
+            votes = [digest or None for digest in _learn(answers, seq, bytes_of)]
+            outcome = contest(vote, votes + [None] * self._absent, self._quorum)
+            match outcome:
+                case Won(sure=True) if number == 0:
+                    return Appended()
+                case Beaten(digest) if number == 0:
+                    return KeyTaken(bytes_of[digest])
+                case Won():
+                    digest = vote
+                case Beaten(digest) | Split(digest):
+                    pass
+                case Divided(digest) if self._rounds_max > 1:
+                    pass
+                case _:
+                    return self._unknown("too few stores answered.", answers)
+            answers = self._settle(settled_key, outcome, bytes_of[digest], seq, number)
+            held = _learn(answers, seq, bytes_of)
+            match conclude(held + [None] * self._absent, self._quorum):
+                case Settled(winner):
+                    won = bytes_of[winner]
+                    if number and (doubt := self._settle_first(seq, won)) is not None:
+                        return doubt
+                    return Appended() if won == data else KeyTaken(won)
+                case NextRound(found):
+                    vote = found or digest
+                case Undecided():
+                    return self._unknown(
+                        "the record that counts is known, but on too few stores yet.", answers
+                    )
+        return self._unknown("other writers came first in every round.", answers)
+
+    def _settle(
+        self,
+        key: str,
+        outcome: Won | Beaten | Split | Divided,
+        winner: bytes,
+        seq: int,
+        number: int,
+    ) -> dict[int, bytes | NoAnswer]:
+        """Settle the round for ``winner``, or close it if its votes are divided."""
+        if not isinstance(outcome, Divided):
+            return self._replicas.create(key, winner, self._full, self._quorum)
+        closed = Closed(job=decode_record(winner).job, seq=seq, closed_round=number).encode()
+        # Only where a key is created once: elsewhere a record could be overwritten.
+        return self._replicas.create(key, closed, self._full, self._quorum, vote=True)
+
+    def _settle_first(self, seq: int, won: bytes) -> WriteUnknown | None:
+        """Bring a record that a later round settled to W settled keys of the first round.
+
+        There readers, scrubs and releases without rounds find what was acknowledged. What is there
+        never counted.
+        """
+        answers = settle_anyway(self._replicas, seq, won, self._full, self._quorum)
+        if count_copies(won, answers) >= self._quorum:
+            return None
+        return self._unknown("the record that counts is known, but on too few stores yet.", answers)
+
+    def _unknown(self, fact: str, answers: Mapping[int, bytes | NoAnswer]) -> WriteUnknown:
+        return WriteUnknown(f"{fact} {silent_stores(self._replicas, answers)}")
+
+
+ROUNDS_MAX = 16
+"""How many rounds one append takes part in. A second one ends the vote unless writers collide in
+it too."""
+
+
+def settle_anyway(
+    replicas: LogReplicas, seq: int, data: bytes, full: Mapping[int, str], quorum: int
+) -> dict[int, bytes | NoAnswer]:
+    """Bring a record that certainly has its position to W of ``full``, at its settled key.
+
+    A record that lost there, or a closed round, gives way. Returns what each store holds, as
+    ``LogReplicas.create``.
+    """
+    key = keys.settled_key(seq)
+    answers = replicas.create(key, data, full, quorum)
+    others = {
+        number: full[number]
+        for number, answer in answers.items()
+        if answer != data and _settled_digest(answer, seq) is not None
+    }
+    if others and count_copies(data, answers) < quorum:
+        answers |= replicas.overwrite(key, data, others, len(others))
+    return answers
 
 
 class CopyingSequencer:
@@ -170,6 +242,35 @@ def silent_stores(replicas: LogReplicas, answers: Mapping[int, bytes | NoAnswer]
         )
         + "]"
     )
+
+
+def _learn(
+    answers: Mapping[int, bytes | NoAnswer], seq: int, bytes_of: dict[str, bytes]
+) -> list[str | None]:
+    """The digest that each store holds; empty for a closed round, None if it is not known.
+
+    Adds the records to ``bytes_of``.
+    """
+    found: list[str | None] = []
+    for answer in answers.values():
+        digest = _settled_digest(answer, seq)
+        if digest and isinstance(answer, bytes):
+            bytes_of[digest] = answer
+        found.append(digest)
+    return found
+
+
+def _settled_digest(answer: bytes | NoAnswer, seq: int) -> str | None:
+    """The digest of a valid record of this position, empty for a closed round; else None."""
+    if isinstance(answer, NoAnswer):
+        return None
+    try:
+        content = decode_settled(answer)
+    except (IntegrityError, FormatVersionError):
+        return None
+    if content.seq != seq:
+        return None
+    return content.digest if isinstance(content, Record) else ""
 
 
 def _digest(answer: bytes | NoAnswer, seq: int) -> str:
@@ -415,7 +516,8 @@ class ReplicatedLog:
         if tail is None:
             return None
         data = tail.record.encode()
-        if not tail.is_final and not tail.settled:
+        voted = tail.members.sequencer == BY_STORES
+        if not tail.is_final and (voted or not tail.settled):
             result = self._sequencer(tail.members, first=tail.record.seq == 0).append(
                 tail.record.seq, data
             )
@@ -438,11 +540,9 @@ class ReplicatedLog:
     def _write_settled(self, tail: LastRecord, members: StoreSet) -> WriteUnknown | None:
         """Bring a record that certainly has its position to W stores of ``members``, at its settled
         key."""
-        data = tail.record.encode()
-        answers = self._replicas.create(
-            keys.settled_key(tail.record.seq), data, self.full(members), members.write_quorum
-        )
-        if count_copies(data, answers) >= members.write_quorum:
+        data, quorum = tail.record.encode(), members.write_quorum
+        answers = settle_anyway(self._replicas, tail.record.seq, data, self.full(members), quorum)
+        if count_copies(data, answers) >= quorum:
             return None
         return WriteUnknown(
             f"the record before is on too few stores. seq={tail.record.seq} "
@@ -506,7 +606,12 @@ class ReplicatedLog:
                     f"stores={list(self._replicas.urls)} repeat later, or grant permission to "
                     "write, or take over with `ckpt stores takeover`"
                 )
-            return QuorumSequencer(self._replicas, full, members.write_quorum, absent=absent)
+            # The makers of a log may name different stores; and after a take-over, writers of the
+            # old sequencer acknowledge what W stores hold at the first key.
+            rounds = not first and not self._takeover_sequencer
+            return QuorumSequencer(
+                self._replicas, full, members.write_quorum, absent=absent, rounds=rounds
+            )
         if members.sequencer.startswith(BY_SQLITE):
             sqlite = SqliteSequencer(database_path(self._log_id), self._log_id)
             if sqlite.name != members.sequencer:

@@ -222,8 +222,15 @@ def _filled(
 ) -> str:
     """Copy to ``store`` all that the log names; its id."""
     record = _record_beside(backend, store)
+    # Confirmed: a last record that does not count in the end must not be copied to its rival's key.
     report = fill(
-        backend, store, journal.refresh, record=record, deep=False, limits=limits, emit=emit
+        backend,
+        store,
+        journal.refresh_confirmed,
+        record=record,
+        deep=False,
+        limits=limits,
+        emit=emit,
     )
     if not report.complete:
         raise UnavailableError(

@@ -94,6 +94,18 @@ def test_numbers_and_names_that_no_key_holds_are_refused() -> None:
             make()
 
 
+def test_the_keys_of_a_round_parse_back_and_stand_beside_their_position() -> None:
+    assert keys.round_keys(7, 0) == (keys.log_key(7), keys.settled_key(7))
+    vote, settled = keys.round_keys(7, 3)
+    assert keys.parse_round_key(vote) == (7, 3, False)
+    assert keys.parse_round_key(settled) == (7, 3, True)
+    assert keys.log_key(7) < settled < vote < keys.log_key(8)
+    for key in (keys.log_key(7), keys.settled_key(7), vote.replace("-03", "-00"), f"{vote}.tmp"):
+        assert keys.parse_round_key(key) is None
+    with pytest.raises(UsageError):
+        keys.round_keys(7, keys.ROUND_MAX + 1)
+
+
 def test_keys_sort_as_what_they_name() -> None:
     assert sorted(map(keys.log_key, [10, 9, 100])) == [keys.log_key(n) for n in (9, 10, 100)]
     seqs = [0, 1, 9, 999, 1000, 1001, 1999, 2000, 9_999, 10_000, 999_999, 1_000_000, 2**63 - 1]

@@ -10,14 +10,18 @@ import pytest
 from ckpt.format import keys
 from ckpt.log.quorum import (
     Beaten,
+    Divided,
+    NextRound,
     Position,
     PositionReading,
+    Settled,
     Split,
     Taken,
     Unclear,
     Undecided,
     Vacant,
     Won,
+    conclude,
     contest,
     decide,
     is_placeholder,
@@ -128,22 +132,80 @@ def test_a_store_is_sure_of_what_it_holds_where_it_answers_and_nothing_is_damage
         ([B, B, A], 2, Beaten(B)),
         ([B, B, None], 2, Beaten(B)),
         ([C, B, B, B, A], 3, Beaten(B)),
-        ([A, B, None], 2, Undecided()),
+        ([A, B, None], 2, Divided(A)),
         ([A, B], 2, Split(A)),
         ([B, C], 2, Split(B)),
         ([A, None], 2, Undecided()),
         ([A, B, C], 2, Split(A)),
         ([A, B, B, C], 3, Split(B)),
         ([A, B, B, C, C], 3, Split(B)),
-        ([A, A, B, B, None], 3, Undecided()),
-        ([A, B, C, "d" * 32, None], 3, Undecided()),
-        ([A, B, C, None, None], 3, Undecided()),
+        ([A, A, B, B, None], 3, Divided(A)),
+        ([A, B, C, "d" * 32, None], 3, Divided(A)),
+        ([A, B, C, None, None], 3, Divided(A)),
+        ([A, B, None, None, None], 3, Undecided()),
+        ([C, B, B, None], 3, Divided(B)),
     ],
 )
 def test_a_claim_is_won_lost_split_or_open(
     held: list[str | None], quorum: int, found: object
 ) -> None:
     assert contest(A, held, quorum) == found
+
+
+@pytest.mark.parametrize(
+    ("held", "quorum", "found"),
+    [
+        ([A, A, None], 2, Settled(A)),
+        ([A, A, ""], 2, Settled(A)),
+        (["", "", None], 2, NextRound("")),
+        ([A, "", None], 2, NextRound(A)),
+        ([A, None, None], 2, Undecided()),
+        (["", None, None], 2, Undecided()),
+        ([], 1, Undecided()),
+        ([A, "", "", None, None], 3, NextRound(A)),
+        ([A, A, "", None, None], 3, NextRound(A)),
+        ([A, A, A, "", ""], 3, Settled(A)),
+    ],
+)
+def test_a_round_settled_a_record_leaves_one_to_the_next_or_none(
+    held: list[str | None], quorum: int, found: object
+) -> None:
+    assert conclude(held, quorum) == found
+
+
+@pytest.mark.parametrize(
+    ("seen", "found"),
+    [
+        ([HAS_A, HAS_B, SILENT], Vacant()),
+        ([HAS_A, HAS_A, HAS_B], Taken(A, 2, False)),
+        ([HAS_A, NONE, SILENT], Taken(A, 1, False)),
+        ([HAS_A, PositionReading(B, damaged=True), SILENT], Unclear((A, B))),
+        ([HAS_A, PositionReading(B, B), SILENT], Taken(B, 1, True)),
+    ],
+)
+def test_a_divided_vote_was_told_to_nobody(seen: list[PositionReading], found: Position) -> None:
+    assert decide(seen, 2, voted=True) == found
+
+
+@pytest.mark.parametrize(
+    ("seen", "found"),
+    [
+        ([PositionReading(A, A), PositionReading(B, "", B, 1), NONE], Taken(B, 0, True)),
+        ([PositionReading(A, A), PositionReading(B, B, B, 1), HAS_B], Taken(B, 1, True)),
+        ([PositionReading(A, B, A, 1), PositionReading(B, B, B, 2), HAS_A], Taken(B, 2, True)),
+        ([PositionReading(A, "", A, 1), ROT, SILENT], Unclear((A,))),
+        ([PositionReading(A, A), ROT, SILENT], Unclear((A,))),
+        ([PositionReading(A, A), ROT, NONE], Taken(A, 1, True)),
+    ],
+)
+def test_what_the_last_round_settled_goes_before_what_earlier_ones_did(
+    seen: list[PositionReading], found: Position
+) -> None:
+    assert decide(seen, 2, voted=True) == found
+
+
+def test_what_only_a_later_round_holds_is_found_where_it_is_followed() -> None:
+    assert decide([PositionReading(A, "", B, 1), HAS_A, HAS_A], 2, {B}) == Taken(B, 0, True)
 
 
 def test_a_claim_that_has_no_valid_record_wins_nothing() -> None:
@@ -171,6 +233,8 @@ def test_no_two_claims_on_one_place_both_win_whatever_each_of_them_saw() -> None
                             winners.add(mine)
                         case Beaten(digest) | Split(digest):
                             winners.add(digest)
+                        case Divided() | Undecided():
+                            pass
             assert len(winners) <= 1, (votes, winners)
 
 

@@ -164,15 +164,24 @@ def test_damage_where_a_record_may_have_counted_is_a_hole() -> None:
     assert found.state.hole.reason.startswith("stores hold damage there, and too few answered")
 
 
-def test_two_records_that_may_both_count_are_a_hole() -> None:
+def test_two_records_of_which_none_was_told_are_as_good_as_none() -> None:
+    """Neither is on all stores nor settled: the next writer lets the stores that answer decide."""
     other = follow(LOG[:3], commit(2), by="x")[3]
     found = read(held(0, *LOG), held(1, *LOG[:3], other), LATE)
+    assert found.state == upto(3) and not found.state.stale_reason
+
+
+def test_two_records_that_may_both_count_are_a_hole() -> None:
+    """What a sequencer outside the stores gave out is told once W stores hold it."""
+    log = follow([], stores(0, 1, 2, by=FILE), Open(1, None), commit(1), commit(2))
+    other = follow(log[:3], commit(2), by="x")[3]
+    found = read(held(0, *log), held(1, *log[:3], other), LATE)
     assert found.state.hole is not None and found.state.hole.seq == 3
     assert found.state.hole.reason.startswith("stores hold different records there")
     assert found.state.hole.reason.endswith("silent=[u2: no answer]")
-    split = read(held(0, *LOG), held(1, *LOG[:3], other), held(2, *LOG[:3]))
-    assert split.state == upto(3), "with all seen, neither can count"
-    decided = read(held(0, *LOG), held(1, *LOG[:3], other, settled=(other,)), LATE)
+    split = read(held(0, *log), held(1, *log[:3], other), held(2, *log[:3]))
+    assert split.state == upto(3, log), "with all seen, neither can count"
+    decided = read(held(0, *log), held(1, *log[:3], other, settled=(other,)), LATE)
     assert decided.tail is not None and decided.tail.record == other and decided.tail.settled
     assert decided.underreplicated == (3,) and not decided.tail.is_final
 

@@ -157,19 +157,52 @@ def test_a_split_place_is_settled_for_the_same_winner_whoever_finds_it(
     assert world.at() == [SECOND, FIRST] and world.at(SETTLED) == [FIRST, FIRST]
 
 
-def test_a_split_is_not_settled_while_a_vote_is_not_known() -> None:
+@pytest.mark.parametrize("mine", [FIRST, SECOND, record(4)])
+def test_a_vote_divided_while_one_is_not_known_is_decided_by_a_further_round(mine: bytes) -> None:
     for world, absent in (
         (Stores(*THREE, silent=[2]), 0),
         (Stores(*THREE[:2]), 1),
-        (Stores(*THREE[:2], Plain), 0),
     ):
         world.give(0, SECOND)
         world.give(1, FIRST)
-        found = world.claim(FIRST, quorum=2, absent=absent)
-        assert isinstance(found, WriteUnknown) and found.reason.startswith(
-            "too few stores answered."
-        )
-        assert set(world.at(SETTLED)) == {None}
+        found = world.claim(mine, quorum=2, absent=absent)
+        assert found == (Appended() if mine == FIRST else KeyTaken(FIRST))
+        vote, settled = keys.round_keys(SEQ, 1)
+        for key in (SETTLED, vote, settled):
+            assert world.at(key)[:2] == [FIRST, FIRST]
+
+
+def test_what_a_closed_round_had_settled_is_what_the_next_one_votes_for() -> None:
+    """The silent store may hold another vote for it, so its writer may finish it."""
+    world = Stores(*THREE, silent=[2])
+    world.give(0, SECOND)
+    world.give(1, FIRST)
+    world.give(0, SECOND, key=SETTLED)
+    assert world.claim(FIRST, quorum=2) == KeyTaken(SECOND)
+    assert world.at(SETTLED)[:2] == [SECOND, SECOND]
+    assert world.at(keys.round_keys(SEQ, 1)[1])[:2] == [SECOND, SECOND]
+
+
+def test_a_divided_vote_waits_where_too_few_stores_create_only_once() -> None:
+    world = Stores(*THREE[:2], Plain)
+    world.give(0, SECOND)
+    world.give(1, FIRST)
+    assert world.claim(FIRST, quorum=2) == Appended(), "the two that do are enough"
+    world = Stores(MemoryBackend, MemoryBackend, Plain, silent=[1])
+    world.give(0, SECOND)
+    found = world.claim(FIRST, quorum=2)
+    assert isinstance(found, WriteUnknown) and found.reason.startswith("too few stores answered.")
+    assert world.at(SETTLED) == [None] * 3
+
+
+def test_the_makers_of_a_log_hold_no_further_rounds() -> None:
+    """They may differ about which stores have a vote."""
+    world = Stores(*THREE, silent=[2])
+    world.give(0, SECOND)
+    world.give(1, FIRST)
+    found = QuorumSequencer(world.copies, world.ids, 2, absent=0, rounds=False).append(SEQ, FIRST)
+    assert isinstance(found, WriteUnknown) and found.reason.startswith("too few stores answered.")
+    assert world.at(SETTLED) == [None] * 3
 
 
 def test_too_few_answers_are_unknown_and_say_who_is_silent() -> None:

@@ -27,7 +27,7 @@ from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest, PartRef
 from ckpt.format.part import decode_part
-from ckpt.format.records import Commit, Drop, Record, decode_record
+from ckpt.format.records import Commit, Drop, Record, decode_record, decode_settled
 from ckpt.format.store import JOB_BYTES_MAX, JobRecord
 from ckpt.log.reader import log_objects, read_all, read_at
 from ckpt.log.state import LogState
@@ -201,11 +201,14 @@ def _ages(answering: Sequence[ReachableStore], low: int, top: int) -> Mapping[in
     first: dict[int, list[float]] = {}
     settled: dict[int, list[float]] = {}
     for reachable in answering:
-        for seq, is_settled, stat in log_objects(reachable.store, low):
-            if seq > top:
+        for found in log_objects(reachable.store, low):
+            if found.seq > top:
                 break
-            age_s = max(0.0, reachable.now_unix_s - stat.modified_unix_s)
-            (settled if is_settled else first).setdefault(seq, []).append(age_s)
+            if found.round:
+                continue  # it is at the settled key too
+            age_s = max(0.0, reachable.now_unix_s - found.stat.modified_unix_s)
+            ages = first if found.round is None else settled
+            ages.setdefault(found.seq, []).append(age_s)
     return first | settled
 
 
@@ -235,10 +238,11 @@ def _copies(answering: Sequence[ReachableStore], seq: int) -> Iterator[Record]:
     for reachable in answering:
         for settled in (False, True):
             try:
-                record = decode_record(read_at(reachable.store, seq, settled=settled))
+                data = read_at(reachable.store, seq, settled=settled)
+                record = decode_settled(data) if settled else decode_record(data)
             except (IntegrityError, NotFoundError):
                 continue
-            if record.seq == seq:
+            if isinstance(record, Record) and record.seq == seq:
                 yield record
 
 

@@ -21,10 +21,17 @@ from ckpt.errors import (
     UnavailableError,
 )
 from ckpt.format import keys
-from ckpt.format.records import Record, Stores, decode_record
+from ckpt.format.records import Closed, Record, Stores, decode_record, decode_settled
 from ckpt.log.fold import empty, fold
 from ckpt.log.quorum import LastRecord, MergedLog, NoAnswer, StoreRecords, merge_stores
-from ckpt.log.reader import fold_seqs, log_objects, read_all, read_at
+from ckpt.log.reader import (
+    LogObject,
+    fold_seqs,
+    listed_content,
+    log_objects,
+    read_all,
+    read_at,
+)
 from ckpt.log.state import Hole, LogState
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold, encode_fold, fold_due
 from ckpt.maintenance.copies import CopyStatus
@@ -95,11 +102,15 @@ class LogFindings:
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """The seqs that one store lists: records at the first key, at the second key, and folds."""
+    """The seqs that one store lists: records at the first key, at the second key, and folds.
+
+    ``later``: the records that further rounds of a vote settled.
+    """
 
     first: frozenset[int]
     second: frozenset[int]
     folds: frozenset[int]
+    later: Sequence[LogObject] = ()
 
 
 def compare_logs(
@@ -267,8 +278,8 @@ def _chain(
             record
             for copy in copies
             if isinstance(copy, StoreRecords)
-            for record in (copy.records.get(seq), copy.settled.get(seq))
-            if record is not None and record.digest == expected
+            for record in copy.all_at(seq)
+            if record.digest == expected
         )
         chain.append(record)
         expected = record.prev
@@ -291,12 +302,7 @@ def _is_open(
     tail: LastRecord | None, records: Sequence[Record], counted_record: CountedRecord | None
 ) -> bool:
     """Whether the last record is on too few stores to be final, and the caller does not know it."""
-    if (
-        tail is None
-        or not records
-        or records[-1] is not tail.record
-        or tail.copies >= tail.members.write_quorum
-    ):
+    if tail is None or not records or records[-1] is not tail.record or tail.is_final:
         return False
     return counted_record is None or counted_record(tail.record.seq) != tail.record.encode()
 
@@ -390,9 +396,13 @@ def _check_fold(
 def _listing(store: Backend) -> _Listing:
     first: set[int] = set()
     second: set[int] = set()
-    for seq, settled, _ in log_objects(store, 0):
-        (second if settled else first).add(seq)
-    return _Listing(frozenset(first), frozenset(second), frozenset(fold_seqs(store)))
+    later: list[LogObject] = []
+    for found in log_objects(store, 0):
+        if found.round:
+            later.append(found)
+        else:
+            (first if found.round is None else second).add(found.seq)
+    return _Listing(frozenset(first), frozenset(second), frozenset(fold_seqs(store)), later)
 
 
 def _read_records(
@@ -428,12 +438,27 @@ def _read_records(
             damaged.add(seq)
             if isinstance(result, FormatVersionError):
                 newer[seq] = result
-    return StoreRecords(store_id, records, settled, frozenset(damaged))
+    later: dict[int, tuple[int, Record]] = {}
+    for found in listing.later:
+        if found.seq in seqs and found.round:
+            try:
+                content = listed_content(store, found)
+            except UnavailableError as error:
+                return NoAnswer(str(error))
+            except (IntegrityError, FormatVersionError, NotFoundError):
+                damaged.add(found.seq)
+                continue
+            if isinstance(content, Record) and content.seq == found.seq:
+                later[found.seq] = found.round, content
+    return StoreRecords(store_id, records, settled, frozenset(damaged), later=later)
 
 
 def _read(store: Backend, seq: int, settled: bool) -> Record | CkptError:
     try:
-        record = decode_record(read_at(store, seq, settled=settled))
+        data = read_at(store, seq, settled=settled)
+        record = decode_settled(data) if settled else decode_record(data)
+        if isinstance(record, Closed):
+            return NotFoundError(f"the round is closed, without a record. seq={seq}")
     except (IntegrityError, FormatVersionError, NotFoundError, UnavailableError) as error:
         return error
     if record.seq != seq:

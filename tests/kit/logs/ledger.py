@@ -7,9 +7,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from ckpt.backends.memory import MemoryBackend
-from ckpt.errors import IntegrityError
 from ckpt.format import keys
-from ckpt.format.records import BY_STORES, Record, Stores, decode_record
+from ckpt.format.records import BY_STORES, Record, Stores, decode_record, is_closed
 from ckpt.format.store import JobRecord
 from ckpt.log.fold import empty, fold
 from ckpt.log.quorum import is_placeholder
@@ -36,38 +35,59 @@ class Ledger:
         self.records: dict[str, Record] = {}
         self.states: dict[str, LogState] = {}
         self.winner: dict[int, str] = {}
-        """By place the record that counts: that was on W stores at some time."""
+        """By place the record that counts."""
         self.logs: set[str] = set()
         """The ids of all logs that any store ever belonged to."""
         self.told: list[str] = []
         """The longest history that a writer was told of."""
-        self._copies: dict[tuple[str, bool], set[Body]] = defaultdict(set)
-        self._settled: dict[int, str] = {}
+        self._copies: dict[tuple[str, int | None], set[Body]] = defaultdict(set)
+        """Who holds which record: at the first key (None), or settled in a round."""
+        self._settled: dict[tuple[int, int], str] = {}
 
     def landed(self, body: Body, key: str, data: bytes) -> None:
         """Note what a store now holds at a key."""
         known = body.first_bytes.setdefault(key, data)
-        assert known == data, f"the bytes of a key never change. key={key}"
+        if known != data:
+            self._replaced(body, key, data)
         if key == keys.JOB_KEY:
             named = JobRecord.decode(data)
             body.store_id = named.store_id
             self.logs.add(named.log_id)
-            for digest, second in list(self._copies):
-                if body in self._copies[digest, second]:  # what is here counts from now on
+            for digest, number in list(self._copies):
+                if body in self._copies[digest, number]:  # what is here counts from now on
                     self._count(self.records[digest])
-        seq = keys.parse_log_key(key)
-        second = seq is None
-        seq = keys.parse_settled_key(key) if second else seq
-        if seq is not None:
-            record = decode_record(data)
-            assert record.seq == seq
-            self._meet(record)
-            self._copies[record.digest, second].add(body)
-            if second:
-                assert self._settled.setdefault(seq, record.digest) == record.digest, (
-                    "one record is settled a place"
-                )
-            self._count(record)
+        if (seq := keys.parse_log_key(key)) is not None:
+            self._landed_record(body, seq, None, data)
+        elif (seq := keys.parse_settled_key(key)) is not None:
+            self._landed_record(body, seq, 0, data)
+        elif (later := keys.parse_round_key(key)) is not None:
+            seq, number, settled = later
+            if settled:
+                self._landed_record(body, seq, number, data)
+            else:
+                self._meet(decode_record(data))
+
+    def _landed_record(self, body: Body, seq: int, number: int | None, data: bytes) -> None:
+        if is_closed(data):
+            assert number is not None, "only what is settled is ever closed"
+            return
+        record = decode_record(data)
+        assert record.seq == seq
+        self._meet(record)
+        if number is not None and not self.counts(record.digest):
+            # What counts may replace it at the first settled key.
+            known = self._settled.setdefault((seq, number), record.digest)
+            assert known == record.digest, f"one record is settled a round. seq={seq}"
+        self._copies[record.digest, number].add(body)
+        self._count(record)
+
+    def _replaced(self, body: Body, key: str, data: bytes) -> None:
+        """Another object is at the key now: only what counts may replace what lost, or nothing."""
+        assert keys.parse_settled_key(key) is not None, f"a key's bytes never change. key={key}"
+        assert self.counts(decode_record(data).digest), "only what counts is put for good"
+        if not is_closed(body.first_bytes[key]):
+            self._copies[decode_record(body.first_bytes[key]).digest, 0].discard(body)
+        body.first_bytes[key] = data
 
     def chain(self, digest: str) -> list[str]:
         """The digests of the records up to and with this one, from the first."""
@@ -83,11 +103,10 @@ class Ledger:
         record = self.records[head]
         members = self.members_of(record)
         needed = members.write_quorum
-        real = sum(not is_placeholder(store_id) for store_id in members.ids)
         if members.sequencer == BY_STORES:
-            sure = self._on(head, True, members) >= needed or self._on(head, False, members) >= real
+            sure = self._on(head, 0, members) >= needed or self._on_all(head, members)
         else:
-            sure = max(self._on(head, key, members) for key in (False, True)) >= needed
+            sure = max(self._on(head, key, members) for key in (None, 0)) >= needed
         assert sure, f"told before it is certain. seq={record.seq}"
         shorter, longer = sorted((self.told, chain), key=len)
         assert longer[: len(shorter)] == shorter, "one history is told to all writers"
@@ -123,16 +142,22 @@ class Ledger:
         return StoreSet(body.ids, body.write_quorum, body.sequencer)
 
     def counts(self, digest: str) -> bool:
-        """Whether the record was on W stores."""
+        """Whether the record was on all stores, or settled on W in some round: or, where the stores
+        do not vote, on W."""
         members = self.members_of(self.records[digest])
-        return any(self._on(digest, key, members) >= members.write_quorum for key in (False, True))
+        numbers = {number for known, number in self._copies if known == digest}
+        if members.sequencer == BY_STORES:
+            numbers.discard(None)
+            if self._on_all(digest, members):
+                return True
+        return any(self._on(digest, number, members) >= members.write_quorum for number in numbers)
 
     def votes(self, seq: int) -> dict[str, set[Body]]:
         """Who ever held which record at the first key of a place."""
         return {
             d: bodies
-            for (d, second), bodies in self._copies.items()
-            if not second and self.records[d].seq == seq
+            for (d, number), bodies in self._copies.items()
+            if number is None and self.records[d].seq == seq
         }
 
     def _meet(self, record: Record) -> None:
@@ -149,7 +174,7 @@ class Ledger:
             after = self.states[record.prev].stores
             assert after is not None
             on = len(
-                {body.store_id for key in (False, True) for body in self._copies[record.prev, key]}
+                {body.store_id for key in (None, 0) for body in self._copies[record.prev, key]}
                 & set(after.ids)
             )
             assert on >= after.write_quorum, (
@@ -164,17 +189,10 @@ class Ledger:
         if self.counts(record.digest):
             known = self.winner.setdefault(record.seq, record.digest)
             assert known == record.digest, f"at most one record counts a place. seq={record.seq}"
-        settled = self._settled.get(record.seq)
-        if settled is not None and record.seq in self.winner:
-            assert self.winner[record.seq] == settled, "what is settled is what counts"
 
-    def _on(self, digest: str, second: bool, members: StoreSet) -> int:
-        return len({body.store_id for body in self._copies[digest, second]} & set(members.ids))
+    def _on(self, digest: str, number: int | None, members: StoreSet) -> int:
+        return len({body.store_id for body in self._copies[digest, number]} & set(members.ids))
 
-
-def record_or_none(data: bytes) -> Record | None:
-    """The record in these bytes, if they are one."""
-    try:
-        return decode_record(data)
-    except IntegrityError:
-        return None
+    def _on_all(self, digest: str, members: StoreSet) -> bool:
+        real = sum(not is_placeholder(store_id) for store_id in members.ids)
+        return self._on(digest, None, members) >= real

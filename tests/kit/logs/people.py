@@ -19,7 +19,7 @@ from ckpt.errors import (
 )
 from ckpt.format import keys
 from ckpt.format.manifest import Manifest, PartRef
-from ckpt.format.records import Stores
+from ckpt.format.records import BY_STORES, Stores
 from ckpt.format.store import JobRecord
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState, StoreSet
@@ -288,17 +288,27 @@ class Operator(Person):
         if ledger.latest.stores != members:
             self._finish_change()
             return
+        lost = [site for site in self.world.sites if site.lost]
+        if lost and dice.random() < 0.3:
+            self.world.declare_lost(dice.choice(lost))
+            return
         inside = {
             site.body.store_id: site.number
             for site in self.world.sites
-            if site.body.store_id in members.ids
+            if site.body.store_id in members.ids and not site.lost
         }
         for store_id, number in inside.items():
             if number in self.world.unfilled:
                 self._fill(number)
                 self._healed(number, store_id)
                 return
-        outside = [site.number for site in self.world.sites if site.number not in inside.values()]
+        outside = [
+            site.number
+            for site in self.world.sites
+            if site.number not in inside.values()
+            and not site.lost
+            and (site.creates or members.sequencer != BY_STORES)
+        ]
         gone = [place for place, store_id in enumerate(members.ids) if store_id not in inside]
         if outside and (gone or dice.random() < 0.5):
             self._replace(
@@ -350,7 +360,8 @@ class Operator(Person):
         """The store has all that was told, if it is still the same, and still in the set."""
         members = self.world.ledger.state.stores
         assert members is not None
-        if self.world.sites[number].body.store_id == store_id in members.ids:
+        site = self.world.sites[number]
+        if not site.lost and site.body.store_id == store_id in members.ids:
             self.world.unfilled.discard(number)
 
     def _prepare(self, number: int) -> str:
@@ -379,10 +390,11 @@ class Operator(Person):
                 way.site.body.first_bytes.get(key(record.seq))
                 for key in (keys.log_key, keys.settled_key)
             ]
-            if data not in there:
-                self._put(
-                    way, (keys.log_key if there[0] is None else keys.settled_key)(record.seq), data
-                )
+            if data not in there and there[0] is None:
+                self._put(way, keys.log_key(record.seq), data)
+            elif data not in there:
+                # Whatever was settled there lost in a later round.
+                way.put(keys.settled_key(record.seq), [data])
         for site in self.world.sites:
             for key, data in list(site.body.first_bytes.items()):
                 if key.startswith(keys.MANIFESTS) and key not in way.site.body.first_bytes:

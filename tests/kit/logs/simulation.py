@@ -59,6 +59,8 @@ class Site:
     creates: bool
     body: Body = field(default_factory=lambda: Body(MemoryBackend()))
     up: bool = True
+    lost: bool = False
+    """Never up again, until somebody puts another store there."""
     late: list[Late] = field(default_factory=list)
 
     @property
@@ -165,7 +167,8 @@ class LogSimulation:
         if dice.random() < weather.change:
             dice.choice(self.sites).up = False
         if dice.random() < 4 * weather.change:
-            dice.choice(self.sites).up = True
+            site = dice.choice(self.sites)
+            site.up = not site.lost
         if dice.random() < weather.disaster:
             self._harm()
         chance = weather.nested_in_votes if voting else weather.nested
@@ -186,15 +189,20 @@ class LogSimulation:
     def land(self, site: Site, key: str, data: bytes, *, create_only: bool) -> None:
         """A put arrives. Raises KeyExistsError."""
         site.body.memory.put(key, [data], create_only=create_only)
+        self.forget(site.body, key)
         self.ledger.landed(site.body, key, data)
         self.where[site.body.store_id] = site.number
+
+    def forget(self, body: Body, key: str) -> None:
+        """What rotted at a key is there no more."""
+        self.rotten = [one for one in self.rotten if (one[0], one[1]) != (body, key)]
 
     def calm(self) -> None:
         """From now on nothing goes wrong, all stores answer, and what was on its way has
         arrived."""
         self.weather = CALM
         for site in self.sites:
-            site.up = True
+            site.up = not site.lost
         while any(site.late for site in self.sites):
             self._land()
         while any(
@@ -210,6 +218,13 @@ class LogSimulation:
         for body, key, data in reversed(self.rotten):  # some rotted twice
             body.memory.put(key, [data])
         self.rotten.clear()
+
+    def declare_lost(self, site: Site) -> None:
+        """Somebody gives up a store that is lost, and puts an empty one at its address."""
+        self.note("declared lost")
+        site.body = Body(MemoryBackend())
+        site.lost = False
+        site.up = True
 
     def _land(self) -> None:
         sites = [site for site in self.sites if site.late]
@@ -245,8 +260,14 @@ class LogSimulation:
                 "etcd wiped"
             )  # a store that overwrites could get a record that had its place before, and one after
             self.service.wipe()
-        site = self.dice.choice(self.sites)
-        if not self.may_lose(site.number):
+        site = self.dice.choice([site for site in self.sites if not site.lost] or self.sites)
+        if site.lost or not self.may_lose(site.number):
+            return
+        if self.dice.random() < 0.3:
+            self.note("lost for good")
+            self.unfilled.add(site.number)
+            site.lost, site.up = True, False
+            site.late.clear()  # who asks will never know what became of it
             return
         if self.dice.random() < 0.5:
             self.note("wiped")
@@ -402,7 +423,11 @@ class Way:
         yield from sorted(found, key=lambda stat: stat.key)
 
     def delete(self, key: str) -> None:
-        raise AssertionError("the log deletes nothing")
+        assert keys.parse_fold_key(key) is not None, "the log deletes nothing but folds"
+        self._go()
+        self.site.body.memory.delete(key)
+        self.site.body.first_bytes.pop(key, None)
+        self.world.forget(self.site.body, key)
 
     def close(self) -> None:
         pass

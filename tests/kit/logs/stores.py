@@ -3,11 +3,13 @@ first copy that is right."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
 from ckpt.backends.checked import Check, read_alone
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError
+from ckpt.format import keys
 
 
 class SmallReplicated:
@@ -80,10 +82,17 @@ class SmallReplicated:
         raise AssertionError("the log asks each store")
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        raise AssertionError("the log asks each store")
+        assert prefix == keys.FOLDS, "the log asks each store"
+        found: dict[str, Stat] = {}
+        for store in self._stores:
+            with contextlib.suppress(UnavailableError):
+                found |= {stat.key: stat for stat in store.list(prefix, after=after)}
+        yield from sorted(found.values(), key=lambda stat: stat.key)
 
     def delete(self, key: str) -> None:
-        raise AssertionError("the log deletes nothing")
+        assert keys.parse_fold_key(key) is not None, "the log deletes nothing but folds"
+        for store in self._stores:
+            store.delete(key)
 
     def close(self) -> None:
         for store in self._stores:

@@ -139,7 +139,8 @@ def finish(scene: Scene, folder: Path) -> None:
     commits = world.counts.get("commits", 0)
     last = Writer(scene, "last", str(folder / "one"))
     for _ in range(TRIES_MAX):
-        last.everywhere = world.ledger.latest.stores != world.ledger.state.stores
+        # A change of the set that was begun may have to be finished, in the new set too.
+        last.everywhere = bool(world.ledger.told) and len(world.ledger.sets()) > 1
         last.act()
         if world.counts.get("commits", 0) > commits:
             break
@@ -152,13 +153,12 @@ def finish(scene: Scene, folder: Path) -> None:
 
 
 def _why_stuck(scene: Scene) -> str:
-    """Why no writer can get on: fewer than W stores are left, or votes that decide a place are
-    lost; empty where it can."""
+    """Why no writer can get on: fewer than W stores are left; empty where it can."""
     world = scene.world
     members = world.ledger.latest.stores
     if members is None:
         return "lost while it was made" if world.hurt else ""
-    here = {site.body.store_id: site for site in world.sites}
+    here = {site.body.store_id: site for site in world.sites if not site.lost}
     left = [here[store_id] for store_id in members.ids if store_id in here]
     able = [site for site in left if site.creates or members.sequencer != BY_STORES]
     if len(able) < members.write_quorum:
@@ -170,19 +170,6 @@ def _why_stuck(scene: Scene) -> str:
         and sum(store_id in here for store_id in told.ids) < told.write_quorum
     ):
         return "too few left of the set before"
-    # Of a place that is not told yet, and whose votes are split, nobody can know who won it once a
-    # vote is lost.
-    places = range(len(world.ledger.told), world.ledger.latest.next_seq + 2)
-    split = any(
-        sum(
-            any(site.body in bodies for site in left) for bodies in world.ledger.votes(seq).values()
-        )
-        > 1
-        for seq in places
-    )
-    lost = len(left) < len(members.ids) or not all(site.creates for site in left)
-    if split and lost:
-        return "a vote is lost"
     return "another log there" if scene.strays() else ""
 
 
