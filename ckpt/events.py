@@ -78,6 +78,7 @@ KINDS: Final[Mapping[str, str]] = {
     "membership-waits": "the membership service does not answer; tried again",
     "membership-failed": "a defect in the membership",
     "line-refused": "a connection between two nodes was refused",
+    "nodes-awaited": "for which nodes of the job this one waits",
     "node-refused": "a member gets no ranks, and why",
     "tls": "how connections between nodes are encrypted, or that a certificate expires soon",
     "peer-server-defect": "a defect in the server that serves this node's memory",

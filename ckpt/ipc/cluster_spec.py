@@ -60,6 +60,12 @@ class NodesSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     last_call_s: float = 5.0
     shrink_wait_s: float = 0.0
     agent: str = ""
+    join_s: float = 900.0
+    """How long a node waits for ranks, or for nodes that train and may need it, before its launch
+    ends."""
+    ends_after: int = -1
+    """The membership's revision when this run of the job began: the end of the job in a newer epoch
+    is this node's too, even if it joined later. -1: not known."""
 
 
 prepare_decoders(NodesSpec)

@@ -28,6 +28,8 @@ NO_LOG = "none"
 """The log id of a node that looked, and found no log at its stores."""
 
 _DIGEST_CHARS = 16
+NAMED_MAX = 5
+"""How many nodes a text names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,34 @@ def _rank_holders(view: View, *, ended: bool) -> list[Member]:
     if view.epoch is None or ended:
         return []
     return [view.by_node[place.node] for place in view.epoch.places if place.node in view.by_node]
+
+
+def awaited_nodes(
+    view: View, me: str, *, proved: AbstractSet[str], nodes_min: int, ended: bool
+) -> str:
+    """For whom a member waits before it can train or stand by, for people; "" if for nobody."""
+    holders = [member.node for member in _rank_holders(view, ended=ended)]
+    if me in holders:
+        missing = _placed(view) - view.by_node.keys()
+        if not missing or len(holders) >= nodes_min:
+            return ""
+        return f"a node in the place of {_named(missing)}: {len(holders)} of {nodes_min} are here"
+    if any(node in proved for node in holders):
+        return ""  # it stands by
+    if holders:
+        return f"a connection to a node that trains: {_named(holders)}"
+    known = {me, *(node for node in view.by_node if node in proved)}
+    strangers = view.by_node.keys() - known
+    more = f"; not connected: {_named(strangers)}" if strangers else ""
+    if len(known) >= nodes_min:
+        return f"an epoch of {len(known)} nodes{more}"
+    return f"more nodes: {len(known)} of {nodes_min} are here{more}"
+
+
+def _named(nodes: Collection[str]) -> str:
+    first = sorted(nodes)[:NAMED_MAX]
+    rest = len(nodes) - len(first)
+    return ", ".join(first) + (f" and {rest} more" if rest else "")
 
 
 def misfits(view: View, *, ended: bool = False) -> dict[str, str]:

@@ -103,6 +103,11 @@ class TlsStream:
             raise StoreDeniedError(f"TLS failed: {error.reason or error}") from error
         return self._out.read()
 
+    @property
+    def established(self) -> bool:
+        """Whether the handshake is done."""
+        return self._handshake_done
+
     def final_data(self) -> bytes:
         """The TLS alert that tells the other end why it was refused."""
         return self._out.read()
@@ -481,15 +486,31 @@ class Mesh:
 
     def _refuse(self, connection: _MeshConnection, error: CkptError) -> None:
         self.refused += 1
-        origin = "the node at" if connection.dialled else "a connection from"
-        text = f"{origin} {peer_name(connection.sock)}: {error}"
+        name = peer_name(connection.sock)
+        # A caller has another port each time; it is told once.
+        origin = (
+            f"the node at {name}"
+            if connection.dialled
+            else f"a connection from {name.rpartition(':')[0] or name}"
+        )
+        text = f"{origin}: {error}"
         # Each text once, and a bounded number of them: strangers must not fill the log.
         if text not in self._reported and len(self._reported) < UNAUTHENTICATED_MAX:
             self._reported.add(text)
             self._emit(Event("line-refused", text, {"code": error.code}, alarm=True))
-        with contextlib.suppress(OSError):  # it may have closed, or its buffer may be full
-            connection.sock.send(b"" if connection.tls is None else connection.tls.final_data())
+        self._send_last(connection)
         self._drop(connection, str(error))
+
+    def _send_last(self, connection: _MeshConnection) -> None:
+        """Send what the other end needs to learn why it is refused: this end's proof, which shows
+        it that the secrets differ, or the alert of TLS."""
+        last = connection.protocol.data_to_send()
+        if connection.tls is not None:
+            with contextlib.suppress(CkptError):  # the handshake failed: there is an alert to send
+                last = connection.tls.data_to_send(last)
+            last = last if connection.tls.established else connection.tls.final_data()
+        with contextlib.suppress(OSError):  # it may have closed, or its buffer may be full
+            connection.sock.send(last)
 
     def _send_queued(self) -> None:
         with self._lock:

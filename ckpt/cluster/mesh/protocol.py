@@ -198,7 +198,10 @@ class MeshProtocol:
                 mac = bytes(self._in[_LENGTH.size + length : stop])
                 expected = frame_mac(self._receive_key, self._received, body)
                 if not hmac.compare_digest(mac, expected):
-                    raise StoreDeniedError(f"message authentication failed. node={self.peer!r}")
+                    raise StoreDeniedError(
+                        f"message authentication failed. node={self.peer!r}; this node has another "
+                        "secret: give all nodes of the job the same file"
+                    )
                 self._received += 1
             del self._in[:stop]
             yield body

@@ -12,7 +12,12 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from ckpt.cluster.membership.admission import Admission, AdmissionVerdict, without_members
+from ckpt.cluster.membership.admission import (
+    Admission,
+    AdmissionVerdict,
+    awaited_nodes,
+    without_members,
+)
 from ckpt.cluster.membership.decide import (
     MembershipOptions,
     NewEpoch,
@@ -154,6 +159,8 @@ class Node:
         """Nodes to which a connection was up since this node last joined."""
         # Of the acting thread alone:
         self._admission = Admission(silent_s=2 * deps.ttl_s + 2.0)
+        self.awaited = ""
+        """For which nodes this one waits, for people; "" if for none."""
         self._admission_of = ""
         """The node id that it belongs to."""
         self._excluded: frozenset[str] = frozenset()
@@ -472,12 +479,13 @@ class Node:
         if self._admission_of != me.node:
             self._admission_of = me.node
             self._admission = Admission(silent_s=2 * self._deps.ttl_s + 2.0)
+        ended = epoch_note(view).end is not None
         verdict = self._admission.look(
             view,
             me.node,
             proved=self._proved,
             suspects=suspects,
-            ended=epoch_note(view).end is not None,
+            ended=ended,
             now_s=time.monotonic(),
         )
         for node, reason in verdict.excluded.items():
@@ -487,6 +495,9 @@ class Node:
         self._excluded = frozenset(verdict.excluded) - verdict.pending
         if verdict.refusal:
             self._observer.on_refused(verdict.refusal)
+        self.awaited = awaited_nodes(
+            view, me.node, proved=self._proved, nodes_min=self._options.nodes_min, ended=ended
+        )
         return verdict
 
     def _write_inventory(self, me: NodeInfo) -> None:

@@ -54,7 +54,8 @@ SETTINGS_HELP: Mapping[str, str] = {
 _TORCHS = ("timeout",)
 """Settings that torchrun adds by itself."""
 
-JOIN_S = 600.0
+JOIN_S = 900.0
+"""As torch's launcher has it, which always passes a ``timeout``."""
 CLOSE_S = 30.0
 AGENTS_SUFFIX = ".agents"
 """The agents' membership is a job beside the keepers' one, with this suffix."""
@@ -135,7 +136,7 @@ def parse_settings(
         agents_spec=_agents(nodes),
         rules=rules,
         host=host,
-        join_s=read.seconds("join_timeout", read.seconds("timeout", JOIN_S)),
+        join_s=nodes.join_s,
         close_s=read.seconds("close_timeout", CLOSE_S),
     )
 
@@ -172,6 +173,7 @@ def _spec(
         last_call_s=rules.last_call_s,
         shrink_wait_s=read.seconds("shrink_timeout", 0.0),
         grow_wait_s=read.seconds("grow_timeout", 10.0),
+        join_s=read.seconds("join_timeout", read.seconds("timeout", JOIN_S)),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 
@@ -21,12 +22,12 @@ from ckpt.cluster.mesh.messages import MeshMessage
 from ckpt.cluster.node.epochs import NodeEpoch, NodeObserver
 from ckpt.cluster.node.node import Node
 from ckpt.cluster.secret import job_secret
-from ckpt.errors import CkptError, UsageError
+from ckpt.errors import CkptError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.ipc.board import Board
 from ckpt.ipc.cluster_spec import NodesSpec, host_towards
 from ckpt.ipc.mailbox import RankMailbox
-from ckpt.ipc.messages import RankPlacement, Source, Start, StartPrepared
+from ckpt.ipc.messages import PrintLine, RankPlacement, Source, Start, StartPrepared
 from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Unreachable
 from ckpt.keeper.attempts.failures import with_global_rank
 from ckpt.keeper.cluster_view import ClusterStatus
@@ -43,6 +44,21 @@ from ckpt.values import SnapshotId
 
 LOOK_S = 1.0
 """How often the clock is checked if nothing is due."""
+TOLD_KINDS = ("line-refused", "node-refused", "nodes-awaited")
+TOLD_MAX = 20
+"""Lines that a program is told at most, whoever knocks at its ports."""
+AWAITED_FIRST_S = 10.0
+AWAITED_NEXT_S = 60.0
+"""When a program is told for which nodes it waits: first, and again."""
+
+
+@dataclass(slots=True)
+class Awaited:
+    """For whom this launch waits now, since when, and when that is told next."""
+
+    text: str = ""
+    since_s: float = 0.0
+    next_s: float = 0.0
 
 
 class Nodes:
@@ -67,6 +83,7 @@ class Nodes:
         self.view = EpochView()
         host, secret = spec.host or host_towards(spec.where), job_secret(spec)
         self._join = partial(join, spec, secret, host=host)
+        self._join_s = spec.join_s
         self._liveness = LivenessExchange(self.view, ttl_s=spec.ttl_s)
         self.uploads = ClusterUploads(state, self.view, on_other_store=self._other_store)
         self.memory = ClusterMemory(state, self.view, spec, secret, host=host, emit=self._emit)
@@ -79,6 +96,9 @@ class Nodes:
         self._ended_at_s: float | None = None
         self._all_ended = False
         self._leaving: Future[None] | None = None
+        self._told = 0
+        """How many lines the program was told."""
+        self._awaited = Awaited()
 
     # ---- what the keeper asks
 
@@ -191,6 +211,7 @@ class Nodes:
         if board is None or node is None:
             return LOOK_S
         self._extend_act_until(board, node)
+        self._check_awaited(node.awaited, now_s)
         wait_s = min(LOOK_S, self.memory.tick(now_s, placed=view.placed))
         self.standbys.tick(now_s)
         if not view.placed or not (view.others or (view.epoch is not None and view.epoch.standbys)):
@@ -214,6 +235,25 @@ class Nodes:
         node, self.view.node = self.view.node, None
         if node is not None:
             self._leaving = start_thread(node.close, name="ckpt-node-leave")
+
+    def _check_awaited(self, text: str, now_s: float) -> None:
+        """Name the nodes that are waited for; end a launch that holds no ranks in time."""
+        awaited = self._awaited
+        if not text or self._all_ended:
+            self._awaited = Awaited()
+            return
+        if not awaited.text:
+            awaited = self._awaited = Awaited(text, now_s, now_s + AWAITED_FIRST_S)
+        awaited.text = text
+        waited_s = now_s - awaited.since_s
+        if waited_s >= self._join_s and not self.view.placed:
+            text = f"no ranks for this node within {waited_s:.0f} s; it waited for {text}"
+            self._awaited = Awaited()
+            self._fail(text, UnavailableError.exit_code)
+        elif now_s >= awaited.next_s:
+            awaited.next_s = now_s + AWAITED_NEXT_S
+            text = f"waiting for {waited_s:.0f} s for {text}"
+            self._tell(Event("nodes-awaited", text, alarm=True))
 
     # ---- until when this node may act
 
@@ -388,7 +428,16 @@ class Nodes:
         self._state.post(lambda: call() if self._leaving is None else None)
 
     def _emit(self, event: Event) -> None:
-        self._state.post(lambda: self._state.emit(event))
+        self._state.post(lambda: self._tell(event))
+
+    def _tell(self, event: Event) -> None:
+        """Report an event of the nodes; to the program too if nodes do not find each other: nothing
+        else would be seen of it there."""
+        self._state.emit(event)
+        if event.kind in TOLD_KINDS and self._told < TOLD_MAX:
+            self._told += 1
+            line = PrintLine(text=event.text, alarm=True)
+            self._state.clients.broadcast("supervisor", line, rank=0)
 
     def _joined(self) -> Node:
         post = self._post

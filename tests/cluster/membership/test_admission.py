@@ -17,6 +17,7 @@ from ckpt.cluster.membership.admission import (
     Admission,
     AdmissionVerdict,
     SharedFacts,
+    awaited_nodes,
     facts_of,
     misfit,
     misfits,
@@ -212,3 +213,24 @@ def test_node_alone_leads() -> None:
         view_of("as"), "a", proved=frozenset(), suspects=["s"], ended=False, now_s=0.0
     )
     assert verdict.may_lead, "the other one is known to be dead"
+
+
+# ---- for whom a node waits
+
+
+@pytest.mark.parametrize(
+    ("view", "proved", "waits_for"),
+    [
+        (view_of("a"), "", "more nodes: 1 of 2 are here"),
+        (view_of("as"), "", "more nodes: 1 of 2 are here; not connected: s"),
+        (view_of("ab"), "b", "an epoch of 2 nodes"),
+        (view_of("abs", places="ab"), "b", ""),
+        (view_of("abc", places="bc"), "c", ""),  # it stands by
+        (view_of("abc", places="bc"), "", "a connection to a node that trains: b, c"),
+        (view_of("a", places="ab"), "", "a node in the place of b: 1 of 2 are here"),
+        (view_of("ab", places="cd"), "b", "an epoch of 2 nodes"),
+    ],
+)
+def test_whom_a_node_waits_for(view: View, proved: str, waits_for: str) -> None:
+    said = awaited_nodes(view, "a", proved=frozenset(proved), nodes_min=2, ended=False)
+    assert said == waits_for

@@ -123,9 +123,11 @@ def test_node_with_another_secret_is_told_and_never_up(node: Callable[..., Node]
     addresses = {"a": one.address, "b": stranger.address}
     one.lines.set_targets(addresses)
     stranger.lines.set_targets(addresses)
-    one.wait(lambda: one.events, "the alarm")
-    assert one.events[0].alarm
-    assert one.events[0].kind == "line-refused"
+    for end in (one, stranger):
+        end.wait(lambda end=end: end.events, "the alarm at both ends")
+        assert end.events[0].alarm
+        assert end.events[0].kind == "line-refused"
+        assert "another secret" in end.events[0].text
     assert one.ups == stranger.ups == []
 
 

@@ -17,9 +17,10 @@ from ckpt.cluster.mesh.messages import MeshMessage
 from ckpt.cluster.node.epochs import NodeEpoch, NodeObserver
 from ckpt.cluster.node.leading import EpochNote
 from ckpt.errors import UnavailableError, UsageError
+from ckpt.events import Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec
-from ckpt.ipc.messages import Message, Policy, StartPrepared
+from ckpt.ipc.messages import Message, Policy, PrintLine, StartPrepared
 from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Unreachable
 from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import LocalMailbox
@@ -44,6 +45,7 @@ class FakeNode:
         self.failures: list[said.NodeFailed] = []
         self.ends: list[int] = []
         self.closed = False
+        self.awaited = ""
         self.lease_status = LeaseStatus(LeaseState.VALID, 77.0, 1, True)
 
     def send(self, node: str, word: MeshMessage) -> bool:
@@ -245,6 +247,58 @@ def test_refused_node_ends_its_launch_with_the_status_of_wrong_options(joined: K
     (ended,) = joined.heard
     assert isinstance(ended, JobEnded)
     assert (ended.status, "a=(/x) b=(/y)" in ended.text) == (2, True)
+
+
+def told_lines(joined: Keeper, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What supervisors are told to print."""
+    lines: list[str] = []
+
+    def broadcast(role: str, message: Message, *, rank: int = -1) -> None:
+        if isinstance(message, PrintLine):
+            lines.append(message.text)
+
+    monkeypatch.setattr(joined.state.clients, "broadcast", broadcast)
+    return lines
+
+
+def test_program_is_told_of_refused_lines_and_not_without_end(
+    joined: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = told_lines(joined, monkeypatch)
+    for n in range(nodes_room.TOLD_MAX + 5):
+        joined.nodes._emit(Event("line-refused", f"another secret at port {n}"))
+    joined.nodes._emit(Event("protected", "not for the program"))
+    joined.run()
+    assert lines[0] == "another secret at port 0"
+    assert len(lines) == nodes_room.TOLD_MAX
+
+
+def test_wait_for_nodes_is_told_and_ends_in_time(
+    joined: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = told_lines(joined, monkeypatch)
+    joined.fake.awaited = "more nodes: 1 of 2 are here"
+    for now_s in (100.0, 105.0, 110.0, 120.0, 170.0):
+        joined.nodes.tick(now_s)
+    assert [line.partition(" for more")[0] for line in lines] == [
+        "waiting for 10 s",
+        "waiting for 70 s",
+    ]
+    joined.nodes.tick(100.0 + 900.0)
+    (ended,) = joined.heard
+    assert isinstance(ended, JobEnded)
+    assert (ended.status, "1 of 2 are here" in ended.text) == (11, True)
+
+
+def test_node_that_found_the_others_waits_no_more(joined: Keeper) -> None:
+    joined.fake.awaited = "more nodes"
+    joined.nodes.tick(100.0)
+    joined.fake.awaited = ""
+    joined.nodes.tick(500.0)
+    joined.fake.awaited = "a node in the place of b"
+    joined.nodes.tick(900.0)
+    joined.nodes.tick(1100.0)
+    assert not joined.heard
 
 
 def test_other_store_ends_the_job_before_it_has_begun_and_this_node_alone_after(

@@ -115,3 +115,47 @@ def other_secret(folder: Path, name: str) -> dict[str, object]:
     path.write_text(os.urandom(32).hex())
     path.chmod(0o600)
     return {"secret": str(path)}
+
+
+@pytest.mark.slow
+def test_nodes_with_different_secrets_both_say_so_at_once(
+    made: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    one = made(nodes="2")
+    for name in ("a.secret", "b.secret"):
+        one.start(*ARGUMENTS, more=other_secret(tmp_path, name))
+    for machine in one.machines:
+        wait_for(
+            lambda machine=machine: "another secret" in said(machine),
+            "a word at each program",
+            wait_s=20.0,
+            say=one.output,
+        )
+    assert not one.ended()
+
+
+@pytest.mark.slow
+def test_standby_with_the_wrong_secret_takes_no_place_and_stops_no_job(
+    made: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    one = made(nodes="2")
+    for _ in range(2):
+        one.start(*ARGUMENTS)
+    one.wait_steps(RUNNING)
+    wrong = one.start(*ARGUMENTS, more=other_secret(tmp_path, "wrong.secret"))
+    wait_for(lambda: "another secret" in said(wrong), "a word there", say=one.output)
+    one.start(*ARGUMENTS)
+    one.wait_steps(one.job.completed + RUNNING)
+    lost = one.of_rank(1)
+    lost.kill()
+    (one.results / "hurry").touch()
+    wait_for(
+        lambda: all(
+            machine.process.poll() is not None for machine in one.machines if machine is not wrong
+        ),
+        "the end of the others",
+        say=one.output,
+    )
+    newest = ckpt.Checkpointer(str(one.results / "store")).latest()
+    assert newest is not None and newest.step == STEPS, one.output()
+    assert one.job.losses[0].poll().redone <= REDONE_MAX, one.output()
