@@ -136,6 +136,18 @@ class LogAccess(Protocol):
         UnavailableError."""
         ...
 
+    def prove_stores(self, state: LogState) -> tuple[LogState, tuple[str, ...]]:
+        """``state`` and all records after it, and the ids of the stores on which objects count now.
+
+        Raises UnavailableError if a store on which objects counted since the last read is another
+        one now, or none: what it acknowledged may be nowhere.
+        """
+        ...
+
+    def members(self, state: LogState) -> tuple[tuple[str, ...], int]:
+        """The ids of the stores that hold the log, and on how many an object must be."""
+        ...
+
     def require_sequencer(self, state: LogState) -> None:
         """Raise UsageError if this process cannot append after ``state``. May query the stores."""
         ...
@@ -213,6 +225,13 @@ class SingleStoreLog:
 
     def record_at(self, seq: int) -> bytes:
         return record_bytes(self._backend, seq)
+
+    def prove_stores(self, state: LogState) -> tuple[LogState, tuple[str, ...]]:
+        require_same_store(self._backend, self._record)
+        return self.read_new(state), (self._record.store_id,)
+
+    def members(self, state: LogState) -> tuple[tuple[str, ...], int]:
+        return (self._record.store_id,), 1
 
     def require_sequencer(self, state: LogState) -> None:
         """Queried at the first write only: finding out what a store can do may write to it."""

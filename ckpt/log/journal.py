@@ -135,6 +135,19 @@ class Journal:
             f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later"
         )
 
+    def prove_stores(self) -> tuple[str, ...]:
+        """The ids of the stores on which objects count. Cost: as ``refresh``.
+
+        Raises UnavailableError if a store on which they counted at this journal's last read is
+        another one now, or none: what it acknowledged since may be nowhere.
+        """
+        with self._lock:
+            if self._state is None:
+                self.refresh()
+            assert self._state is not None, "refresh sets it"
+            self._state, ids = self._access.prove_stores(self._state)
+            return ids
+
     def append(self, body: Body, *, epoch: int, write_id: str | None = None) -> LogState:
         """Write ``body`` as the next record, for a writer of ``epoch``; the returned state includes
         it.
@@ -192,12 +205,16 @@ class Journal:
             raise InternalError(f"an open that counts is not in the state. seq={seq}")
         return number
 
-    def commit(self, manifest: Manifest, *, epoch: int) -> SnapshotInfo:
+    def commit(
+        self, manifest: Manifest, *, epoch: int, proven: Sequence[Sequence[str]] | None = None
+    ) -> SnapshotInfo:
         """Make the snapshot exist: store its manifest, then the commit record.
 
-        All its parts must be stored before. Repeating the call with an equal manifest is always
-        harmless. Raises as ``append`` does; UnavailableError if the manifest could not be stored
-        (then nothing is committed).
+        All its parts must be stored before. ``proven``: for each node, the ids of the stores that
+        took its objects (None: the caller wrote all of them through this journal's stores).
+        Repeating the call with an equal manifest is always harmless. Raises as ``append`` does;
+        UnavailableError if the manifest could not be stored, or if a node's objects are on stores
+        that do not hold the log (then nothing is committed).
         """
         if manifest.job != self.job:
             raise UsageError(
@@ -211,6 +228,8 @@ class Journal:
             # a record that counts never names bytes that were not stored.
             state = self._before_commit(body, epoch)
             if not _committed(state, body):
+                for ids in proven or ():
+                    self._require_members(state, ids)
                 self._put_manifest(keys.manifest_key(manifest.snapshot, digest), data)
                 state = self._commit_record(body, epoch)
         return info_of(manifest, state)
@@ -288,6 +307,17 @@ class Journal:
         raise ConflictError(
             f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later"
         )
+
+    def _require_members(self, state: LogState, ids: Sequence[str]) -> None:
+        """Raise UnavailableError unless objects on the stores ``ids`` are as durable as this log
+        promises."""
+        members, needed = self._access.members(state)
+        if len(ids) < needed or not set(ids) <= set(members):
+            raise UnavailableError(
+                "a node wrote its share to stores that do not hold this log, or to too few. "
+                f"its_stores={list(ids)} stores={list(members)} needed={needed}; mount the right "
+                "store there, or name the same stores on all nodes; the next snapshot tries again"
+            )
 
     def _commit_record(self, body: Commit, epoch: int) -> LogState:
         try:
@@ -417,6 +447,44 @@ class Journal:
         except CkptError as error:
             # They cost space alone; whoever stores the next fold tries again.
             self._notes.append(LogNote("old folds not deleted", keys.FOLDS, str(error)))
+
+
+class StoreProof:
+    """Which stores take the objects of one node. Thread-safe.
+
+    A disk that was unmounted leaves an empty place that takes objects like the store did. So the
+    stores are looked at before the first object is written, which also excludes those that do not
+    count, and again after each part. ``journal``: the node's access to the log, if it has one; else
+    one is opened on ``backend``.
+    """
+
+    __slots__ = ("_backend", "_journal", "_lock", "_looked")
+
+    def __init__(self, backend: Backend, journal: Journal | None = None) -> None:
+        self._backend = backend
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._looked = journal is not None
+        """A writing journal has read the log: it opened the epoch."""
+
+    def begin(self) -> None:
+        """Before objects are written: learn which stores count. Costs a read of the log once."""
+        if not self._looked:
+            with self._lock:
+                if not self._looked:
+                    self._log().refresh()
+                    self._looked = True
+
+    def finish(self) -> tuple[str, ...]:
+        """After objects were written: the ids of the stores that took them. See
+        ``Journal.prove_stores``."""
+        self.begin()
+        return self._log().prove_stores()
+
+    def _log(self) -> Journal:
+        if self._journal is None:
+            self._journal = Journal.open(self._backend)
+        return self._journal
 
 
 def new_write_id() -> str:

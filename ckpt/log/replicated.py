@@ -300,7 +300,8 @@ class ReplicatedLog:
         self._job = job
         self._log_id = log_id
         self._ids: tuple[str, ...] = ("",) * len(copies.stores)
-        self._silent = self._counting = frozenset(range(len(copies.stores)))
+        self._silent = frozenset(range(len(copies.stores)))
+        self._counted = dict.fromkeys(range(len(copies.stores)), "")
         self._tail: LastRecord | None = None
         self._before_tail: LogState | None = None
         self._takeover_sequencer = ""
@@ -392,8 +393,9 @@ class ReplicatedLog:
                 continue  # see HOLE_READS_MAX
             # A store that counted and is silent now still takes objects: it may be back before the
             # log is read again, and must not lack them then.
-            self._counting = merged.full | (self._counting & self._silent)
-            self._backend.count_only(merged.full, silent=self._counting - merged.full)
+            was = {n: store_id for n, store_id in self._counted.items() if n in self._silent}
+            self._counted = was | {number: self._ids[number] for number in merged.full}
+            self._backend.count_only(merged.full, silent=frozenset(was) - merged.full)
             if merged.tail is not None or redecide:
                 self._tail, self._before_tail, redecide = merged.tail, merged.before, False
             if (
@@ -414,6 +416,31 @@ class ReplicatedLog:
             if counts:
                 return max(counts, key=lambda data: (counts[data], data))
         raise NotFoundError(f"no store that answers has this record. key={keys.log_key(seq)}")
+
+    def prove_stores(self, state: LogState) -> tuple[LogState, tuple[str, ...]]:
+        """A store that does not answer keeps the id under which it counted."""
+        before = self._counted
+        state = self.read_new(state)
+        changed = [
+            number
+            for number, store_id in before.items()
+            # Of a store that has never answered no id is known.
+            if number not in self._counted or store_id not in ("", self._counted[number])
+        ]
+        if changed:
+            raise UnavailableError(
+                "a store that took objects is another one now, or none, so they may be nowhere. "
+                f"stores={[self._replicas.urls[number] for number in changed]} "
+                f"expected={[before[number] for number in changed]} "
+                f"found={[self._ids[number] for number in changed]}; mount it or move it back"
+            )
+        return state, tuple(sorted(filter(None, self._counted.values())))
+
+    def members(self, state: LogState) -> tuple[tuple[str, ...], int]:
+        """Before the first record any store counts, and none can be lacking."""
+        if state.stores is None:
+            return tuple(filter(None, self._ids)), self._backend.write_quorum
+        return state.stores.ids, state.stores.write_quorum
 
     def require_sequencer(self, state: LogState) -> None:
         if state.stores is not None:

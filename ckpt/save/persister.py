@@ -26,7 +26,7 @@ from ckpt.format.manifest import Manifest
 from ckpt.format.part import Part
 from ckpt.ipc.mailbox import STOP_LOOK_S, RankMailbox, StayingMailbox, wait_for_message
 from ckpt.ipc.messages import RemoteError, from_error, to_error
-from ckpt.log.journal import Journal
+from ckpt.log.journal import Journal, StoreProof
 from ckpt.save.chunks import Compression, default_budget_bytes, plan_repacking
 from ckpt.save.packs import PackSizes, pack_numbers_max, persist, put_part
 from ckpt.save.receipts import (
@@ -194,6 +194,8 @@ class SaveTarget:
     """
     journal: Journal | None
     """The commit log, on rank 0; None on the other ranks."""
+    proof: StoreProof | None = None
+    """Which stores take the node's objects, shared by its ranks; None: this rank's own."""
 
 
 class _ShareWriter:
@@ -202,6 +204,7 @@ class _ShareWriter:
     def __init__(
         self,
         target: SaveTarget,
+        proof: StoreProof,
         rank: int,
         *,
         compression: Compression,
@@ -213,6 +216,7 @@ class _ShareWriter:
         self.base = base
         self.stored_chunks = stored_chunks
         self._backend = target.backend
+        self._proof = proof
         self._rank = rank
         self._compression = compression
         self._verify = verify
@@ -234,6 +238,7 @@ class _ShareWriter:
         index = staged.index
         size_bytes = sum(shard.size_bytes for shard in index.shards)
         try:
+            self._proof.begin()
             persisted = persist(
                 index,
                 staged.data,
@@ -305,9 +310,11 @@ class Persister:
         self._leads: tuple[int, ...] = ()
         """On rank 0: the ranks that posted the receipts gathered last."""
         self._target = target
+        self._proof = target.proof or StoreProof(target.backend, target.journal)
         self._emit = emit
         self._share_writer = _ShareWriter(
             target,
+            self._proof,
             channel.rank,
             compression=compression,
             verify=verify,
@@ -531,7 +538,8 @@ class Persister:
                 return receipt
             parts = [share.part for share in shares if share.part is not None]
             ref = put_part(parts, backend=self._target.backend, writer=self._share_writer.writer)
-            return structs.replace(receipt, refs=(ref,))
+            # After the last object: what a store acknowledged before it vanished is in doubt.
+            return structs.replace(receipt, refs=(ref,), stores=(self._proof.finish(),))
         except CkptError as error:
             return Receipt(
                 snapshot=snapshot, rank=rank, ranks=ranks, error=from_error(error, rank=rank)
@@ -605,7 +613,7 @@ class Persister:
             created_unix_s=time.time(),
             metadata=index.metadata,
         )
-        return journal.commit(manifest, epoch=self._target.epoch())
+        return journal.commit(manifest, epoch=self._target.epoch(), proven=whole.stores)
 
     def _tagged(self, info: SnapshotInfo, tags: tuple[str, ...]) -> SaveOutcome:
         """Tag the committed snapshot. It stays durable if a tag fails."""

@@ -39,7 +39,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     ``snapshot``: the pair that they captured, the least if they captured several. ``refs``: their
     parts, in rank order. ``base``: the snapshot whose chunks they refer to. ``shared``: their
     groups of replicas; ``complete``: whether all of them reported these. ``passed``: whether all
-    are known to have passed that step.
+    are known to have passed that step. ``stores``: the ids of the stores that took the objects, a
+    tuple for each different set of them.
     """
 
     snapshot: SnapshotId
@@ -53,6 +54,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     shared: Mapping[str, ReplicaGroup] = {}
     complete: bool = True
     passed: bool = True
+    stores: tuple[tuple[str, ...], ...] = ()
 
 
 class SaveOutcome(msgspec.Struct, frozen=True):
@@ -98,6 +100,7 @@ def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
         new_bytes=sum(receipt.new_bytes for receipt in receipts),
         complete=all(receipt.complete for receipt in receipts),
         passed=all(receipt.passed for receipt in receipts),
+        stores=_proven(receipts),
     )
     error = next((receipt.error for receipt in receipts if receipt.error is not None), None)
     if error is not None:
@@ -138,6 +141,15 @@ def common_base(bases: Sequence[SnapshotId | None]) -> SnapshotId | None:
             f"bases={', '.join(map(str, sorted(different)))}; the next snapshot refers to none"
         )
     return next(iter(different), None)
+
+
+def _proven(receipts: Sequence[Receipt]) -> tuple[tuple[str, ...], ...]:
+    """The different sets of stores. A part whose receipt names none is on stores that nobody
+    proved."""
+    sets = {ids for receipt in receipts for ids in receipt.stores}
+    if any(receipt.refs and not receipt.stores for receipt in receipts):
+        sets.add(())
+    return tuple(sorted(sets))
 
 
 def _check_captured(receipts: Sequence[Receipt]) -> None:

@@ -130,6 +130,15 @@ def test_unforeseen_error_of_a_store_fails_on_all_ranks_instead_of_hanging_them(
                 raise ZeroDivisionError("a bug in a vendor's client")
             job.store.put(key, data, create_only=create_only)
 
+        def read_into(self, key, out, *, offset_bytes: int = 0) -> None:
+            job.store.read_into(key, out, offset_bytes=offset_bytes)
+
+        def stat(self, key):
+            return job.store.stat(key)
+
+        def list(self, prefix, *, after: str = ""):
+            return job.store.list(prefix, after=after)
+
     broken = Broken()
     ranks = job.ranks(2, backends={1: broken})
     errors = _save_all(run_ranks, ranks, 1)

@@ -29,6 +29,7 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
+from ckpt.format.keys import JOB_KEY
 
 # ---- Paths: from keys to paths below one root, and back.
 
@@ -211,7 +212,13 @@ class FileBackend:
     file system allows it (``direct_io``). The first put of each backend makes the folder and sweeps
     what dead writers left in ``.tmp``. A delete is not synced: a power cut may undo it.
 
-    Keeps no files open, and no state that another process or a fork could make stale.
+    Once the store's ``ckpt.json`` was read or written here, objects are put only into that very
+    folder: device and inode are remembered. A disk that is unmounted leaves its mount point, a bare
+    folder that would take objects as the store did. A folder that took the place of the store is
+    neither written to nor made anew until a ``ckpt.json`` was read there; whose that is, the log
+    decides. Puts raise UnavailableError meanwhile.
+
+    Keeps no files open.
     """
 
     def __init__(
@@ -222,6 +229,8 @@ class FileBackend:
         self._direct_io = direct_io
         self._swept = False
         self._probed: FileSystemSupport | None = None
+        self._home: tuple[int, int] | None = None
+        """Device and inode of the folder in which ``ckpt.json`` was last seen."""
 
     @property
     def url(self) -> str:
@@ -267,6 +276,7 @@ class FileBackend:
         self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool
     ) -> None:
         path = locate(self._root, key)
+        self._require_home(key)
         pieces = [memoryview(buffer).cast("B") for buffer in data]
         create = self._probe().create_method if create_only else None
         if create_only and create is None:
@@ -291,6 +301,10 @@ class FileBackend:
                     self._sync_names(path)
                     raise _taken(path, key, error) from error
                 self._sync_names(path)
+        # Again after the name: the folder may have been exchanged while the bytes were written.
+        self._require_home(key)
+        if key == JOB_KEY:
+            self._home = _identity(self._root)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """Reads through the page cache straight into ``out``."""
@@ -300,6 +314,7 @@ class FileBackend:
                 f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more"
             )
         with translate_os_errors("read", path):
+            home = _identity(self._root) if key == JOB_KEY else None
             fd = self._open_object(path, key)
             try:
                 filled_bytes = _read_fully(fd, out.cast("B"), offset_bytes)
@@ -310,6 +325,8 @@ class FileBackend:
                 f"the object ends too early. path={path} offset_bytes={offset_bytes} "
                 f"wanted_bytes={len(out)} got_bytes={filled_bytes}; read another copy"
             )
+        if home is not None and home == _identity(self._root):
+            self._home = home
 
     def stat(self, key: str) -> Stat | None:
         path = locate(self._root, key)
@@ -345,6 +362,18 @@ class FileBackend:
 
     def close(self) -> None:
         """No handles are held open."""
+
+    def _require_home(self, key: str) -> None:
+        """Raise UnavailableError if another folder, or none, is where ``ckpt.json`` was seen.
+
+        ``ckpt.json`` itself may be put into another folder: that makes it a store.
+        """
+        if self._home is None or key == JOB_KEY or _identity(self._root) == self._home:
+            return
+        raise UnavailableError(
+            f"another folder, or none, is in the place of the store. store={self._root} key={key}; "
+            "mount the store or move it back, then repeat"
+        )
 
     def _probe(self) -> FileSystemSupport:
         if self._probed is None:
@@ -455,6 +484,19 @@ def _read_fully(fd: int, out: memoryview, offset_bytes: int) -> int:
             break
         filled_bytes += read
     return filled_bytes
+
+
+def _identity(root: str) -> tuple[int, int] | None:
+    """Device and inode of the folder ``root``; None if it holds no ``ckpt.json``.
+
+    The inode alone does not tell: that of a deleted folder may be given to the next one made.
+    """
+    try:
+        facts = os.stat(root)  # noqa: PTH116
+        os.stat(f"{root}/{JOB_KEY}")  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return facts.st_dev, facts.st_ino
 
 
 def _make_folders(ops: FileOps, path: str) -> None:

@@ -17,6 +17,7 @@ from ckpt.format.keys import writer_name
 from ckpt.ipc.mailbox import InProcessMailbox, InProcessRoom, RankMailbox
 from ckpt.keeper.uploads.store_log import StoreLog
 from ckpt.keeper.uploads.submissions import Submission, Submissions
+from ckpt.log.journal import StoreProof
 from ckpt.save.chunks import Compression
 from ckpt.save.persister import LocalRanks, Persister, SaveTarget
 from ckpt.save.sealed import SealedSlot
@@ -70,12 +71,15 @@ class Persisters:
         ]
         local_ranks = LocalRanks(channels[0].rank, self._ranks)
         self._epoch = _Epoch(log.writer_epoch)
+        writes_log = channels[0].rank == 0
+        proof = StoreProof(log.backend, log.journal if writes_log else None)
         for rank, channel in enumerate(channels):
             target = SaveTarget(
                 backend=log.backend,
                 writer=_new_writer(),
                 epoch=self._epoch,
                 journal=log.journal if channel.rank == 0 else None,
+                proof=proof,
             )
             self._persisters.append(
                 Persister(

@@ -165,6 +165,12 @@ class FencedLogAccess:
     def record_at(self, seq: int) -> bytes:
         return self._inner.record_at(seq)
 
+    def prove_stores(self, state: LogState) -> tuple[LogState, tuple[str, ...]]:
+        return self._inner.prove_stores(state)
+
+    def members(self, state: LogState) -> tuple[tuple[str, ...], int]:
+        return self._inner.members(state)
+
     def require_sequencer(self, state: LogState) -> None:
         self._inner.require_sequencer(state)
 
