@@ -8,6 +8,7 @@ ever used for two contents.
 from __future__ import annotations
 
 import re
+from typing import NewType
 
 from ckpt.errors import UsageError
 from ckpt.values import SnapshotId
@@ -53,6 +54,18 @@ _SETTLED_RE = re.compile(r"log/(?:(\d{17})/(?=\1))?(\d{20})\.settled\.json", re.
 _ROUND_RE = re.compile(r"log/(?:(\d{17})/(?=\1))?(\d{20})\.(vote|settled)-(\d{2})\.json", re.ASCII)
 _FOLD_RE = re.compile(r"folds/(\d{20})\.json", re.ASCII)
 _HEX_RE = re.compile(r"[0-9a-f]{32}", re.ASCII)
+
+
+SharedKey = NewType("SharedKey", str)
+"""A key whose object is the same in all stores, so that any right copy may replace any other."""
+
+
+def shared_key(key: str) -> SharedKey | None:
+    """``key`` as a shared one; None for ``ckpt.json`` and for keys of the log.
+
+    There each store has an object of its own: its id, and its votes.
+    """
+    return None if key == JOB_KEY or key.startswith(LOG) else SharedKey(key)
 
 
 def writer_name(node: str, incarnation: str) -> str:

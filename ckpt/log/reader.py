@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ckpt.backends.base import Backend, Stat
 from ckpt.backends.checked import read_alone
-from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError
+from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UnavailableError
 from ckpt.format import keys
 from ckpt.format.records import (
     RECORD_BYTES_MAX,
@@ -130,6 +130,51 @@ def _read_new_once(backend: Backend, state: LogState) -> LogState:
         if state.hole is not None:
             return state
     return state
+
+
+def records_back(stores: Sequence[Backend], seqs: Sequence[int], digest: str) -> list[Record]:
+    """The records at ``seqs``, which descend without a gap; ``digest`` is the first one's.
+
+    Each record names the digest of the one below it, so one that lost a race is never taken. Each
+    store is asked by itself: nothing is repaired. Raises IntegrityError if no store has the right
+    record, and UnavailableError if one that does not answer may have it. Cost: reads each record
+    once, unless stores differ.
+    """
+    chain: list[Record] = []
+    guesses = read_all(seqs, lambda seq: next(_held(stores, seq, []), None))
+    for guess, seq in zip(guesses, seqs, strict=True):
+        silent: list[UnavailableError] = []
+        record = guess
+        if record is None or record.digest != digest:
+            held = _held(stores, seq, silent)
+            record = next((copy for copy in held if copy.digest == digest), None)
+        if record is None:
+            if silent:
+                raise silent[0]
+            raise IntegrityError(
+                f"a log record is no longer found. key={keys.log_key(seq)} digest={digest}; run "
+                "this again, and examine the stores with ckpt doctor"
+            )
+        chain.append(record)
+        digest = record.prev
+    return chain
+
+
+def _held(stores: Sequence[Backend], seq: int, silent: list[UnavailableError]) -> Iterator[Record]:
+    """The valid records that the stores hold at a position; who does not answer goes to
+    ``silent``."""
+    for store in stores:
+        for settled in (False, True):
+            try:
+                data = read_at(store, seq, settled=settled)
+                content = decode_settled(data) if settled else decode_record(data)
+            except (IntegrityError, NotFoundError):
+                continue
+            except UnavailableError as error:
+                silent.append(error)
+                break
+            if isinstance(content, Record) and content.seq == seq:
+                yield content
 
 
 def record_bytes(backend: Backend, seq: int) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 
 from ckpt.backends.checked import MultiStoreBackend
@@ -364,13 +365,7 @@ class ReplicatedLog:
 
     def _record_digests(self, seq: int) -> set[str]:
         """The digests of the records that stores hold at a position."""
-        digests = set()
-        for settled in (True, False):
-            for answer in self._replicas.read_position(seq, settled=settled):
-                if isinstance(answer, bytes):
-                    with suppress(IntegrityError, FormatVersionError):  # a damaged copy
-                        digests.add(decode_record(answer).digest)
-        return digests
+        return set(self._records_at(seq))
 
     def read_new(self, state: LogState) -> LogState:
         """Cost: for each store one list, one small read and one read per new record; stores in
@@ -406,16 +401,28 @@ class ReplicatedLog:
             state = merged.state
 
     def record_at(self, seq: int) -> bytes:
+        held = self._records_at(seq)
+        if not held:
+            raise NotFoundError(f"no store that answers has this record. key={keys.log_key(seq)}")
+        if len(held) > 1:
+            # Writers met here. What follows says which one counts; nothing follows the last record,
+            # of which the settled copies come first.
+            followed = {record.prev for record in self._records_at(seq + 1).values()}
+            held = {digest: record for digest, record in held.items() if digest in followed} or held
+        return next(iter(held.values())).encode()
+
+    def _records_at(self, seq: int) -> dict[str, Record]:
+        """The valid records that stores hold at a position by digest: settled ones first, then
+        those with most copies."""
+        copies: Counter[tuple[bool, str]] = Counter()
+        records: dict[str, Record] = {}
         for settled in (True, False):
-            # Only the record that counts is at the settled key. At the first key it is the one that
-            # most stores hold.
-            counts: dict[bytes, int] = {}
             for answer in self._replicas.read_position(seq, settled=settled):
-                if isinstance(answer, bytes):
-                    counts[answer] = counts.get(answer, 0) + 1
-            if counts:
-                return max(counts, key=lambda data: (counts[data], data))
-        raise NotFoundError(f"no store that answers has this record. key={keys.log_key(seq)}")
+                if (digest := _settled_digest(answer, seq)) and isinstance(answer, bytes):
+                    records[digest] = decode_record(answer)
+                    copies[settled, digest] += 1
+        best_first = sorted(copies, key=lambda held: (held[0], copies[held], held[1]), reverse=True)
+        return {digest: records[digest] for _, digest in best_first}
 
     def prove_stores(self, state: LogState) -> tuple[LogState, tuple[str, ...]]:
         """A store that does not answer keeps the id under which it counted."""

@@ -35,6 +35,7 @@ from ckpt.backends.replicated.policy import (
 from ckpt.backends.replicated.store_threads import StoreThreads
 from ckpt.errors import CkptError, StoreDeniedError, StoreFullError, UnavailableError
 from ckpt.events import Emit, Event
+from ckpt.format.keys import shared_key
 
 # ---- Answers: from the threads of stores to the one thread that asked them.
 
@@ -340,8 +341,11 @@ class RepairBacklog:
 
         With ``alarm``, the first need of a store is reported as an alarm. For a store that does not
         count the need is put aside until it does, the newest ``keys_max`` of them; a fill covers
-        the rest.
+        the rest. A key at which each store has an object of its own is left as it is.
         """
+        shared = shared_key(key)
+        if shared is None:
+            return  # its "copies" may be rivals' votes: only who knows the log may write them
         with self.change:
             if index not in self._voters:
                 aside = self._set_aside[index]
@@ -351,7 +355,7 @@ class RepairBacklog:
                 return
             scrub = self._ledger.scrub[index]
             self._ledger = ledgers.with_need(
-                self._ledger, index, key, need, keys_max=self._limits.keys_max
+                self._ledger, index, shared, need, keys_max=self._limits.keys_max
             )
             # One alarm per store until all its needs are met, not one per object.
             first = index not in self._alarmed

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ckpt.backends.replicated.policy import Quorum, ReplicationLimits, backoff_s
+from ckpt.format.keys import SharedKey
 from ckpt.values import Digest
 
 # ---- Ledger: which objects are missing or damaged in which store. Bounded: a scrub finds the rest.
@@ -80,9 +81,9 @@ def empty_ledger(stores: int) -> RepairLedger:
 
 
 def with_need(
-    ledger: RepairLedger, index: int, key: str, need: RepairNeed, *, keys_max: int
+    ledger: RepairLedger, index: int, key: SharedKey, need: RepairNeed, *, keys_max: int
 ) -> RepairLedger:
-    """The ledger with ``need`` of ``key`` in store ``index``.
+    """The ledger with ``need`` of ``key`` in store ``index``. The only way into a ledger.
 
     A need with a verified range is not replaced by one without: the range is what allows a repair.
     """

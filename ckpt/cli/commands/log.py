@@ -7,13 +7,11 @@ from dataclasses import dataclass
 import click
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import read_alone
+from ckpt.backends.checked import stores_of
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import table
 from ckpt.cli.store_options import StoreChoice, id_json, open_store, store_command
-from ckpt.format.keys import log_key
 from ckpt.format.records import (
-    RECORD_BYTES_MAX,
     Body,
     Commit,
     Drop,
@@ -22,10 +20,9 @@ from ckpt.format.records import (
     Stores,
     Tag,
     Untag,
-    decode_record,
 )
 from ckpt.log.fold import empty, fold
-from ckpt.log.reader import read_all
+from ckpt.log.reader import records_back
 from ckpt.log.state import RECENT_MAX, LogState, Void
 
 
@@ -38,23 +35,20 @@ class LogEntry:
 
 
 def history(backend: Backend, state: LogState) -> list[LogEntry]:
-    """All records that ``state`` folded, oldest first. Reads each of them.
+    """All records that ``state`` folded, oldest first. Reads each of them, and writes nothing.
 
-    Raises NotFoundError or IntegrityError if a record below a stored fold is missing or damaged.
+    Raises IntegrityError if a record below a stored fold is missing or damaged.
     """
+    seqs = range(state.next_seq - 1, -1, -1)
+    records = records_back(stores_of(backend), seqs, state.head_digest)[::-1]
     entries: list[LogEntry] = []
     state_so_far = empty(state.job)
     # A state remembers the last RECENT_MAX void records: a batch has no more than that.
     for start in range(0, state.next_seq, RECENT_MAX):
-        seqs = range(start, min(state.next_seq, start + RECENT_MAX))
-        records = read_all(seqs, lambda seq: _record(backend, seq))
-        state_so_far = fold(state_so_far, records)
-        entries += [LogEntry(record, state_so_far.void_at(record.seq)) for record in records]
+        batch = records[start : start + RECENT_MAX]
+        state_so_far = fold(state_so_far, batch)
+        entries += [LogEntry(record, state_so_far.void_at(record.seq)) for record in batch]
     return entries
-
-
-def _record(backend: Backend, seq: int) -> Record:
-    return decode_record(read_alone(backend, log_key(seq), bytes_max=RECORD_BYTES_MAX))
 
 
 _EPILOG = """\b

@@ -27,9 +27,9 @@ from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest, PartRef
 from ckpt.format.part import decode_part
-from ckpt.format.records import Commit, Drop, Record, decode_record, decode_settled
+from ckpt.format.records import Commit, Drop
 from ckpt.format.store import JOB_BYTES_MAX, JobRecord
-from ckpt.log.reader import log_objects, read_all, read_at
+from ckpt.log.reader import log_objects, read_all, records_back
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.plan import PREFIXES, GarbageClassifier, ObjectStatus, SnapshotReferences
 from ckpt.values import SnapshotId
@@ -79,7 +79,8 @@ def dropped_within(
     while top >= 0:
         low = max(0, top - WINDOW + 1)
         young = _young(answering, low, top, grace_s=grace_s, write_quorum=write_quorum)
-        for record in _chain(answering, young, expected):
+        stores = [reachable.store for reachable in answering]
+        for record in records_back(stores, young, expected):
             expected = record.prev
             match record.body:
                 case Drop(snapshots, _):
@@ -210,40 +211,6 @@ def _ages(answering: Sequence[ReachableStore], low: int, top: int) -> Mapping[in
             ages = first if found.round is None else settled
             ages.setdefault(found.seq, []).append(age_s)
     return first | settled
-
-
-def _chain(answering: Sequence[ReachableStore], seqs: Sequence[int], expected: str) -> list[Record]:
-    """The records at ``seqs``, descending; ``expected`` is the first one's digest.
-
-    Each record names the digest of the one below it, so a record that lost a race is not taken.
-    """
-    chain: list[Record] = []
-    guesses = read_all(seqs, lambda seq: next(_copies(answering, seq), None))
-    for guess, seq in zip(guesses, seqs, strict=True):
-        record = guess if guess is not None and guess.digest == expected else None
-        record = record or next(
-            (copy for copy in _copies(answering, seq) if copy.digest == expected), None
-        )
-        if record is None:
-            raise IntegrityError(
-                f"a log record is no longer found. key={keys.log_key(seq)} digest={expected}; run "
-                "this again, and examine the stores with ckpt doctor"
-            )
-        chain.append(record)
-        expected = record.prev
-    return chain
-
-
-def _copies(answering: Sequence[ReachableStore], seq: int) -> Iterator[Record]:
-    for reachable in answering:
-        for settled in (False, True):
-            try:
-                data = read_at(reachable.store, seq, settled=settled)
-                record = decode_settled(data) if settled else decode_record(data)
-            except (IntegrityError, NotFoundError):
-                continue
-            if isinstance(record, Record) and record.seq == seq:
-                yield record
 
 
 # ---- a store's own clock: it stamped the objects, so only it can tell their age
