@@ -10,7 +10,8 @@
      ├─ ConflictError                another write came first: read, then decide          exit 12
      │   ├─ KeyExistsError           a create-once key already holds other bytes
      │   ├─ NewerSnapshotError       a newer snapshot became durable: choose again
-     │   └─ FencedError              a newer epoch is open: this writer must stop
+     │   ├─ FencedError              a newer epoch is open: this writer must stop
+     │   └─ SupersededError          the job's nodes have another writer now: look who is who
      ├─ CommitUnknownError           the reply was lost: repeat the same bytes, same key  exit 13
      ├─ IntegrityError               bytes differ from their digest, or are inconsistent  exit 20
      └─ InternalError                a bug in ckpt                                        exit 70
@@ -98,6 +99,13 @@ class FencedError(ConflictError):
     """A newer epoch is open, so records of this writer are void."""
 
     code = "fenced"
+
+
+class SupersededError(ConflictError):
+    """A later membership epoch of the same job has its own writer: this node's attempt is over, the
+    program is not."""
+
+    code = "superseded"
 
 
 class CommitUnknownError(CkptError):

@@ -40,6 +40,19 @@ class SnapshotId:
 
 
 @dataclass(frozen=True, slots=True)
+class MembershipEpoch:
+    """An epoch of a job's membership, as the log names it. Numbers of one ``line`` grow and are
+    comparable; another line is another membership, perhaps another job's."""
+
+    line: str
+    number: int
+
+    def supersedes(self, other: MembershipEpoch | None) -> bool:
+        """Whether this is a later epoch of the line of ``other``."""
+        return other is not None and other.line == self.line and other.number < self.number
+
+
+@dataclass(frozen=True, slots=True)
 class Box:
     """A rectangular region of a tensor: per dimension an offset and a size, in elements."""
 

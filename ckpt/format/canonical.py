@@ -76,8 +76,16 @@ def seal(value: msgspec.Struct, *, label: str, bytes_max: int) -> tuple[bytes, s
     return data, value_digest
 
 
-def unseal(data: bytes, kind: type[T], *, label: str, version: int, bytes_max: int) -> T:
-    """The value whose sealed bytes are ``data``.
+def unseal(
+    data: bytes,
+    kind: type[T],
+    *,
+    label: str,
+    version: int,
+    bytes_max: int,
+    older_versions: tuple[int, ...] = (),
+) -> T:
+    """The value whose sealed bytes are ``data``, of ``version`` or one of ``older_versions``.
 
     Raises FormatVersionError if they are of another format version, IntegrityError for anything
     else that is not exactly what ``seal`` gives.
@@ -91,7 +99,8 @@ def unseal(data: bytes, kind: type[T], *, label: str, version: int, bytes_max: i
         # The version is read first: a newer release's record may have other members, and would
         # look like damage.
         written = _version(data, field)
-        check_version(written, supported=version, label=label)
+        if written not in older_versions:
+            check_version(written, supported=version, label=label)
         value = msgspec.json.decode(data, type=kind)
         spelled, value_digest = _spell(value)
     except (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError) as error:

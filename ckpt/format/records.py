@@ -11,9 +11,12 @@ from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.format import keys
 from ckpt.format.canonical import prepare_decoders, seal, unseal
 from ckpt.format.manifest import is_job_name
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
 
 RECORD_VERSION = 1
+MEMBERSHIP_VERSION = 3
+"""The version of an ``open`` that carries a membership epoch: a release that does not know the rule
+about it must not fold it."""
 RECORD_BYTES_MAX = 1 << 20
 DROPS_MAX = 10_000
 """How many snapshots one drop record may name."""
@@ -31,14 +34,23 @@ _SEQUENCER_RE = re.compile(r"stores|sqlite:[0-9a-f]{32}|etcd:[0-9A-Za-z_.:/-]{1,
 _WRITE_ID_RE = re.compile(r"[0-9a-zA-Z_-]{1,64}", re.ASCII)
 
 
-class Open(msgspec.Struct, frozen=True, tag_field="kind", tag="open", rename={"resume": "from"}):
+class Open(
+    msgspec.Struct,
+    frozen=True,
+    tag_field="kind",
+    tag="open",
+    rename={"resume": "from"},
+    omit_defaults=True,
+):
     """A new epoch, and the pair that its training resumed (None: it starts afresh).
 
-    JSON calls ``resume`` "from".
+    JSON calls ``resume`` "from". ``membership``: of a job with several nodes, the membership epoch
+    in whose name it was opened.
     """
 
     epoch: int
     resume: SnapshotId | None
+    membership: MembershipEpoch | None = None
 
 
 class Commit(msgspec.Struct, frozen=True, tag_field="kind", tag="commit"):
@@ -159,7 +171,7 @@ def is_closed(data: bytes) -> bool:
 def make_record(body: Body, *, job: str, seq: int, epoch: int, write_id: str, prev: str) -> Record:
     """A record with its digest. Raises UsageError that names a field out of range."""
     draft = Record(
-        v=RECORD_VERSION,
+        v=_version_of(body),
         job=job,
         seq=seq,
         epoch=epoch,
@@ -176,7 +188,12 @@ def make_record(body: Body, *, job: str, seq: int, epoch: int, write_id: str, pr
 def decode_record(data: bytes) -> Record:
     """The record in untrusted ``data``. Raises IntegrityError or FormatVersionError."""
     record = unseal(
-        data, Record, label="log record", version=RECORD_VERSION, bytes_max=RECORD_BYTES_MAX
+        data,
+        Record,
+        label="log record",
+        version=MEMBERSHIP_VERSION,
+        older_versions=(RECORD_VERSION,),
+        bytes_max=RECORD_BYTES_MAX,
     )
     if reason := problem(record):
         raise IntegrityError(f"log record contradicts itself: {reason}")
@@ -185,6 +202,8 @@ def decode_record(data: bytes) -> Record:
 
 def problem(record: Record) -> str | None:
     """What makes a record's fields invalid, whatever the log says, or None."""
+    if record.v != _version_of(record.body):
+        return f"not this record's format version. v={record.v}"
     if not is_job_name(record.job):
         return f"not a job name. job={record.job!r}"
     if not 0 <= record.seq <= keys.SEQ_MAX:
@@ -207,10 +226,10 @@ def is_tag_name(name: str) -> bool:
 
 def _body_problem(body: Body) -> str | None:
     match body:
-        case Open(epoch, resume):
+        case Open(epoch, resume, membership):
             if not 1 <= epoch <= keys.EPOCH_MAX:
                 return f"epoch out of range. epoch={epoch} (1..{keys.EPOCH_MAX})"
-            return _pairs_problem((resume,))
+            return _pairs_problem((resume,)) or membership_problem(membership)
         case Commit(snapshot, manifest_digest, base):
             if not keys.is_digest_hex(manifest_digest):
                 return f"not a digest. manifest_digest={manifest_digest[:80]!r}"
@@ -240,6 +259,20 @@ def _pairs_problem(pairs: tuple[SnapshotId | None, ...]) -> str | None:
         if pair is not None and not keys.is_snapshot_id(pair):
             return f"epoch or step out of range. epoch={pair.epoch} step={pair.step}"
     return None
+
+
+def membership_problem(membership: MembershipEpoch | None) -> str | None:
+    """What makes a membership epoch invalid, or None."""
+    if membership is None or (
+        _WRITE_ID_RE.fullmatch(membership.line) and 1 <= membership.number <= keys.EPOCH_MAX
+    ):
+        return None
+    return f"not a membership epoch. line={membership.line[:80]!r} number={membership.number}"
+
+
+def _version_of(body: Body) -> int:
+    carries = isinstance(body, Open) and body.membership is not None
+    return MEMBERSHIP_VERSION if carries else RECORD_VERSION
 
 
 def _tag_problem(name: str) -> str | None:

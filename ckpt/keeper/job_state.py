@@ -77,6 +77,9 @@ class JobUploads:
         self._emit = emit
         self.current: Uploads | None = None
         """None while nothing needed uploads since the number of ranks changed."""
+        self.on_superseded: Callable[[str], object] = lambda text: None
+        """Called if a later membership epoch of this job writes the log: this node's attempt is
+        over. Set by the cluster side of a launch."""
         self.fenced = ""
         """Why this launch may write no more to the log; "" while it may."""
         self._flushing: SnapshotId | None = None
@@ -94,6 +97,7 @@ class JobUploads:
                 on_fenced_text=self._fenced,
                 emit=self._emit,
             )
+            self.current.on_superseded = self._superseded
             # Before anything is submitted: persisters look the channels up when they start.
             self.current.use_channels(self._launch.cluster.channel_of)
         return self.current
@@ -120,6 +124,12 @@ class JobUploads:
         self.fenced = ""
         if self.current is not None:
             self.current.new_generation(root=rank0_here)
+
+    def end_term(self) -> None:
+        """This node is no member any more: it opens no epoch of the log before it has ranks
+        again."""
+        if self.current is not None:
+            self.current.end_term()
 
     def attempt_ended(self) -> None:
         """No trainer of the attempt is left: submit for each rank what other ranks submitted."""
@@ -180,6 +190,9 @@ class JobUploads:
         self._clients.broadcast(
             "events", Outcome(snapshot=snapshot, info=info, error=error), rank=rank
         )
+
+    def _superseded(self, text: str) -> None:
+        self.on_superseded(text)
 
     def _fenced(self, text: str) -> None:
         self.fenced = text

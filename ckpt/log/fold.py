@@ -5,6 +5,8 @@ but changes nothing. ``void_reason`` holds the rules; what they guarantee:
 
 * An ``open`` exceeds all epochs before it, and fences the writers of lower epochs: their later
   commits are void. So a writer that was paused and resumed can write bytes, but they do not count.
+* Of a job with several nodes, an ``open`` of a membership epoch below the last that opened one is
+  void: the nodes have another writer by then.
 * A commit refers only to a base that exists at its position. Dropping the base of a snapshot that
   is already committed is allowed: references lead straight to packs, and a pack is kept by any
   snapshot that refers to it.
@@ -18,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ckpt.errors import ConflictError, FencedError
+from ckpt.errors import ConflictError, FencedError, SupersededError
 from ckpt.format.records import Commit, Drop, Open, Record, Stores, Tag, Untag
 from ckpt.log.state import (
     RECENT_MAX,
@@ -31,8 +33,9 @@ from ckpt.log.state import (
     TagEntry,
     Void,
     VoidCode,
+    superseded,
 )
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
 
 __all__ = [
     "LogState",
@@ -158,6 +161,11 @@ class FoldBuilder:
         del self.snapshots[pair]
         del self.steps[pair.epoch][pair.step]
 
+    def last_membership(self) -> MembershipEpoch | None:
+        """The last membership epoch that opened an epoch here."""
+        every = (opened.membership for opened in reversed(self.opens.values()))
+        return next((membership for membership in every if membership is not None), None)
+
     def protected_snapshot(self) -> SnapshotId | None:
         """The snapshot that no drop may remove: the newest on the lineage, or the greatest of all.
 
@@ -219,8 +227,8 @@ def void_reason(log: FoldBuilder, record: Record) -> VoidReason | None:
 def apply(log: FoldBuilder, record: Record) -> None:
     """Change ``log`` by a record that counts."""
     match record.body:
-        case Open(epoch, resume):
-            log.open(OpenedEpoch(epoch, record.seq, resume))
+        case Open(epoch, resume, membership):
+            log.open(OpenedEpoch(epoch, record.seq, resume, membership=membership))
         case Commit(snapshot, manifest_digest, base):
             log.commit(Committed(snapshot, manifest_digest, base, record.seq, record.epoch))
         case Drop(snapshots, floor):
@@ -245,6 +253,13 @@ def _refuse_open(log: FoldBuilder, writer_epoch: int, body: Open) -> VoidReason 
             "epoch-not-new",
             f"opened by a writer of another epoch. epoch={body.epoch} writer={writer_epoch}",
         )
+    last = log.last_membership() if body.membership is not None else None
+    if last is not None and last.supersedes(body.membership):
+        # Its writer was paused, or waited for the store, while the job's nodes got another one.
+        return (
+            "superseded",
+            f"a later membership epoch opened one. membership={body.membership} newest={last}",
+        )
     if body.epoch <= log.epoch:
         return (
             "epoch-not-new",
@@ -263,7 +278,10 @@ def _refuse_commit(log: FoldBuilder, writer_epoch: int, body: Commit) -> VoidRea
     # durable after it. Only the writer is fenced.
     pair = body.snapshot
     if writer_epoch < log.epoch:
-        return "fenced", f"a newer epoch is open. writer={writer_epoch} newest={log.epoch}"
+        return (
+            "superseded" if superseded(log.opens, writer_epoch, log.epoch) else "fenced",
+            f"a newer epoch is open. writer={writer_epoch} newest={log.epoch}",
+        )
     if writer_epoch > log.epoch:
         return (
             "epoch-not-open",
@@ -399,10 +417,13 @@ def _hole(job: str, log: FoldBuilder, record: Record | Unreadable) -> Hole | Non
 
 
 def void_error(void: Void) -> ConflictError:
-    """The error for a void record: FencedError if its writer must stop, else ConflictError."""
+    """The error for a void record: FencedError if its writer must stop, SupersededError if it must
+    look who the writer is now, else ConflictError."""
     match void.code:
         case "fenced":
             return FencedError(f"{void.reason} stop this writer: a newer one is active")
+        case "superseded":
+            return SupersededError(f"{void.reason} this node's attempt is over")
         case "base-gone":
             return ConflictError(f"{void.reason} snapshot again without that base")
         case "newest-kept" | "tag-kept":

@@ -20,6 +20,7 @@ from ckpt.errors import (
     IntegrityError,
     InternalError,
     NotFoundError,
+    SupersededError,
     UnavailableError,
     UsageError,
 )
@@ -47,7 +48,7 @@ from ckpt.log.select import ResumeChoice, require_newest
 from ckpt.log.sequencers import Appended, KeyTaken, WriteUnknown
 from ckpt.log.state import LogState, StoreSet
 from ckpt.log.stored_fold import encode_fold, fold_due
-from ckpt.values import SnapshotId, SnapshotInfo
+from ckpt.values import MembershipEpoch, SnapshotId, SnapshotInfo
 
 RACES_MAX = 64
 """How many other writers' records one append lets pass before it gives up."""
@@ -148,7 +149,14 @@ class Journal:
             self._state, ids = self._access.prove_stores(self._state)
             return ids
 
-    def append(self, body: Body, *, epoch: int, write_id: str | None = None) -> LogState:
+    def append(
+        self,
+        body: Body,
+        *,
+        epoch: int,
+        write_id: str | None = None,
+        before_claim: Callable[[], object] = lambda: None,
+    ) -> LogState:
         """Write ``body`` as the next record, for a writer of ``epoch``; the returned state includes
         it.
 
@@ -156,9 +164,14 @@ class Journal:
         that must happen before 1,024 other records are written. Raises FencedError if a newer epoch
         is open, ConflictError if the record would be void for another reason, CommitUnknownError if
         the store did not answer, IntegrityError if the log has a hole, UsageError if this process
-        cannot append.
+        cannot append. ``before_claim``: see ``open_epoch``.
         """
-        state, seq = self._append(lambda _: (body, epoch), write_id or new_write_id())
+
+        def draft(_: LogState) -> tuple[Body, int]:
+            before_claim()
+            return body, epoch
+
+        state, seq = self._append(draft, write_id or new_write_id())
         require_counted(state, seq)
         return state
 
@@ -183,6 +196,8 @@ class Journal:
         resume: SnapshotId | None,
         write_id: str | None = None,
         choice: ResumeChoice | None = None,
+        membership: MembershipEpoch | None = None,
+        before_claim: Callable[[], object] = lambda: None,
     ) -> int:
         """Open the next epoch, whose training resumes ``resume`` (None: starts afresh); returns its
         number.
@@ -190,13 +205,16 @@ class Journal:
         If several writers open one at the same time, each gets its own number and the greater
         fences the lower. Give a ``write_id`` if the call may be repeated, as for ``append``.
         ``choice``: when ``resume`` was chosen as the newest; raises NewerSnapshotError, and writes
-        nothing, if a newer snapshot was committed since.
+        nothing, if a newer snapshot was committed since. ``membership``: of a job with several
+        nodes; raises SupersededError if a later one has opened an epoch. ``before_claim`` is called
+        right before each try to take a position in the log, and may raise.
         """
 
         def draft(state: LogState) -> tuple[Body, int]:
             require_newest(state, resume, choice)
+            before_claim()
             epoch = state.epoch + 1
-            return Open(epoch, resume), epoch
+            return Open(epoch, resume, membership), epoch
 
         state, seq = self._append(draft, write_id or new_write_id())
         require_counted(state, seq)
@@ -274,7 +292,8 @@ class Journal:
 
         def draft(state: LogState) -> tuple[Body, int]:
             if epoch is not None and epoch < state.epoch:
-                raise FencedError(
+                kind = SupersededError if state.superseded_since(epoch) else FencedError
+                raise kind(
                     f"a newer epoch is open. writer={epoch} newest={state.epoch} tag={name!r} stop "
                     "this writer: a newer one is active"
                 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ckpt.format.records import BY_STORES
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
 
 RECENT_MAX = 1024
 """How many write ids of the last records a state remembers, and how many voids.
@@ -21,6 +21,7 @@ A write whose reply was lost must be repeated within that many records; later it
 VoidCode = Literal[
     "repeat",
     "fenced",
+    "superseded",
     "epoch-not-open",
     "epoch-not-new",
     "resume-unknown",
@@ -61,13 +62,14 @@ class Hole:
 
 @dataclass(frozen=True, slots=True)
 class OpenedEpoch:
-    """A counted ``open``: the epoch, its record's seq, the pair it resumed, and its last committed
-    step."""
+    """A counted ``open``: the epoch, its record's seq, the pair it resumed, its last committed
+    step, and the membership epoch in whose name it was opened, if it named one."""
 
     epoch: int
     seq: int
     resume: SnapshotId | None
     last_step: int | None = None
+    membership: MembershipEpoch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,11 @@ class LogState:
         """The newest open epoch, or 0."""
         return self.opens[-1].epoch if self.opens else 0
 
+    def superseded_since(self, epoch: int) -> bool:
+        """Whether the newest epoch belongs to a later membership epoch of the job that opened
+        ``epoch``."""
+        return superseded(self.index.opens, epoch, self.epoch)
+
     @property
     def tags(self) -> dict[str, SnapshotId]:
         """Tag names and the snapshots that they name."""
@@ -265,6 +272,14 @@ class LogState:
         For a reader that looks again: the hole may have been repaired, or more stores may answer.
         """
         return replace(self, hole=None, short="")
+
+
+def superseded(opens: Mapping[int, OpenedEpoch], epoch: int, newest: int) -> bool:
+    """Whether ``newest`` belongs to a later membership epoch of the job that opened ``epoch``."""
+    if epoch not in opens or newest not in opens:
+        return False
+    later = opens[newest].membership
+    return later is not None and later.supersedes(opens[epoch].membership)
 
 
 def whole_epoch(epoch: int) -> LineageSegment:

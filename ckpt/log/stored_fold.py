@@ -8,9 +8,9 @@ from ckpt.errors import IntegrityError
 from ckpt.format import keys
 from ckpt.format.canonical import prepare_decoders, seal, unseal
 from ckpt.format.manifest import is_job_name
-from ckpt.format.records import is_sequencer_name, is_tag_name
+from ckpt.format.records import is_sequencer_name, is_tag_name, membership_problem
 from ckpt.log.state import RECENT_MAX, Committed, LogState, OpenedEpoch, StoreSet, TagEntry, Void
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
 
 FOLD_VERSION = 1
 FOLD_EVERY = 64
@@ -40,7 +40,7 @@ def encode_fold(state: LogState) -> bytes:
         job=state.job,
         seq=state.next_seq - 1,
         head_digest=state.head_digest,
-        opens=list(state.opens),
+        opens=[_Opened.of(opened) for opened in state.opens],
         snapshots=list(state.snapshots),
         tags=list(state.tagged),
         floor=state.floor,
@@ -61,7 +61,7 @@ def decode_fold(data: bytes) -> LogState:
         job=wire.job,
         next_seq=wire.seq + 1,
         head_digest=wire.head_digest,
-        opens=tuple(wire.opens),
+        opens=tuple(entry.opened for entry in wire.opens),
         snapshots=tuple(wire.snapshots),
         tagged=tuple(wire.tags),
         floor=wire.floor,
@@ -75,12 +75,36 @@ def decode_fold(data: bytes) -> LogState:
     return state
 
 
+class _Opened(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """As ``OpenedEpoch``; without ``membership`` as older releases wrote and read it."""
+
+    epoch: int
+    seq: int
+    resume: SnapshotId | None
+    last_step: int | None
+    membership: MembershipEpoch | None = None
+
+    @classmethod
+    def of(cls, opened: OpenedEpoch) -> _Opened:
+        return cls(
+            epoch=opened.epoch,
+            seq=opened.seq,
+            resume=opened.resume,
+            last_step=opened.last_step,
+            membership=opened.membership,
+        )
+
+    @property
+    def opened(self) -> OpenedEpoch:
+        return OpenedEpoch(self.epoch, self.seq, self.resume, self.last_step, self.membership)
+
+
 class _Wire(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     format_version: int
     job: str
     seq: int
     head_digest: str
-    opens: list[OpenedEpoch]
+    opens: list[_Opened]
     snapshots: list[Committed]
     tags: list[TagEntry]
     floor: SnapshotId | None
@@ -122,6 +146,8 @@ def _opens_problem(state: LogState) -> str | None:
             return f"resumes an epoch that was never opened. epoch={entry.epoch}"
         if entry.last_step is not None and not 0 <= entry.last_step <= keys.STEP_MAX:
             return f"step out of range. epoch={entry.epoch} step={entry.last_step}"
+        if membership_problem(entry.membership):
+            return f"not a membership epoch. epoch={entry.epoch}"
         opened.add(entry.epoch)
         last_epoch, last_seq = entry.epoch, entry.seq
     return None

@@ -25,7 +25,7 @@ from ckpt.format.records import (
     make_record,
 )
 from ckpt.format.store import JobRecord
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
 
 WRITER = keys.writer_name("node", "0123456789abcdef")
 pairs = st.builds(SnapshotId, st.integers(0, keys.EPOCH_MAX), st.integers(0, keys.STEP_MAX))
@@ -271,7 +271,7 @@ def test_the_writer_refuses_what_the_reader_would() -> None:
 def test_a_newer_version_names_both_and_the_remedy() -> None:
     record = make_record(Open(1, None), job="j", seq=0, epoch=1, write_id="w", prev="").encode()
     for decode, data in (
-        (decode_record, resealed(record, v=2, novel=1)),
+        (decode_record, resealed(record, v=4, novel=1)),
         (Manifest.decode, resealed(make_manifest().encode(), format_version=3, parts="elsewhere")),
         (
             JobRecord.decode,
@@ -279,7 +279,7 @@ def test_a_newer_version_names_both_and_the_remedy() -> None:
         ),
     ):
         with pytest.raises(
-            FormatVersionError, match=r"found=(2 known=1|3 known=2) upgrade torch-ckpt"
+            FormatVersionError, match=r"found=(2 known=1|3 known=2|4 known=3) upgrade torch-ckpt"
         ):
             decode(data)
 
@@ -374,3 +374,23 @@ def test_a_job_record_comes_back_and_a_foreign_grid_is_refused() -> None:
         JobRecord.decode(resealed(record.encode(), store_id="../x"))
     with pytest.raises(UsageError):
         JobRecord(job="", store_id="0" * 32).encode()
+
+
+def test_membership_epoch_in_an_open_is_another_format_version_and_its_absence_the_old_bytes() -> (
+    None
+):
+    plain = make_record(Open(1, None), job="j", seq=0, epoch=1, write_id="w", prev="")
+    assert plain.v == 1 and b"membership" not in plain.encode()
+    body = Open(1, None, MembershipEpoch("node-1", 7))
+    data = make_record(body, job="j", seq=0, epoch=1, write_id="w", prev="").encode()
+    assert decode_record(data).body == body and b'"v":3' in data
+    with pytest.raises(IntegrityError, match="format version"):
+        decode_record(resealed(data, v=1))
+    with pytest.raises(IntegrityError, match="format version"):
+        decode_record(resealed(plain.encode(), v=3))
+    for other in (2, 4):
+        with pytest.raises(FormatVersionError):
+            decode_record(resealed(data, v=other))
+    for wrong in (MembershipEpoch("", 7), MembershipEpoch("a/b", 7), MembershipEpoch("a", 0)):
+        with pytest.raises(UsageError, match="membership epoch"):
+            make_record(Open(1, None, wrong), job="j", seq=0, epoch=1, write_id="w", prev="")

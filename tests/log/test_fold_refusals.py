@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.errors import ConflictError, FencedError
+from ckpt.errors import ConflictError, FencedError, SupersededError
 from ckpt.format.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, make_record
 from ckpt.log.fold import Unreadable, empty, fold, require_counted, void_error, void_if_appended
 from ckpt.log.state import LogState, Void, VoidCode
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
 
 A, B = "a" * 32, "b" * 32
 
@@ -138,3 +138,44 @@ def test_only_the_writer_of_a_void_record_is_told() -> None:
         require_counted(state, 4)
     require_counted(state, 3)
     require_counted(state, 5)
+
+
+def _open_by(epoch: int, line: str, number: int) -> tuple[int, Body]:
+    return epoch, Open(epoch, None, MembershipEpoch(line, number))
+
+
+def test_an_open_of_a_membership_epoch_below_one_already_seen_is_void_and_fences_nobody() -> None:
+    state = folded(
+        _open_by(1, "a", 5),
+        _open_by(2, "a", 6),
+        _open_by(3, "a", 5),  # paused right before its open, or waiting for the store
+        (2, commit(2, 1)),
+    )
+    assert codes(state) == [(2, "superseded")]
+    assert (state.epoch, state.newest()) == (2, pair(2, 1))
+    with pytest.raises(SupersededError):
+        require_counted(state, 2)
+
+
+def test_membership_epochs_are_compared_within_one_line_only() -> None:
+    state = folded(
+        _open_by(1, "a", 5),
+        _open_by(2, "a", 5),  # the next attempt's first try, by the same node
+        _open_by(3, "b", 1),  # the membership lost its data, or it is another job's
+        (4, Open(4, None)),  # one node alone
+        _open_by(5, "b", 2),
+    )
+    assert (codes(state), state.epoch) == ([], 5)
+    assert codes(folded(_open_by(1, "a", 5), (2, Open(2, None)), _open_by(3, "a", 4))) == [
+        (2, "superseded")
+    ]
+
+
+@pytest.mark.parametrize(("line", "code"), [("a", "superseded"), ("b", "fenced")])
+def test_commit_of_a_writer_that_its_own_job_replaced_is_no_fence(line: str, code: str) -> None:
+    state = folded(_open_by(1, "a", 5), _open_by(2, line, 6), (1, commit(1, 1)))
+    assert codes(state) == [(2, code)]
+    assert state.superseded_since(1) == (code == "superseded")
+    error = void_error(state.voids[0])
+    assert isinstance(error, SupersededError if code == "superseded" else FencedError)
+    assert isinstance(error, FencedError) == (code == "fenced")

@@ -366,8 +366,8 @@ def test_a_hole_stops_writers_and_flags_readers(store: MemoryBackend, log: Journ
 
 def test_a_record_of_a_newer_release_is_a_version_error(store: MemoryBackend, log: Journal) -> None:
     log.open_epoch(resume=None)
-    store.put(keys.log_key(1), [b'{"v":2,"novel":true}'])
-    with pytest.raises(FormatVersionError, match="found=2 known=1"):
+    store.put(keys.log_key(1), [b'{"v":4,"novel":true}'])
+    with pytest.raises(FormatVersionError, match="found=4 known=3"):
         log.refresh()
 
 

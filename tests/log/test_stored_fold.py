@@ -14,7 +14,7 @@ from ckpt.format.canonical import seal
 from ckpt.log import stored_fold as folds
 from ckpt.log.state import RECENT_MAX, Committed, LogState, OpenedEpoch, StoreSet, TagEntry, Void
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold, encode_fold
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
 NEXT = 100
@@ -55,6 +55,17 @@ def believed(state: LogState) -> bool:
         return False
     assert found == state
     return True
+
+
+def test_fold_keeps_membership_epochs_and_without_them_the_bytes_of_older_releases() -> None:
+    assert b"membership" not in encode_fold(STATE)
+    named = replace(OPENS[0], membership=MembershipEpoch("a", 3))
+    state = replace(STATE, opens=(named, *OPENS[1:]))
+    assert decode_fold(encode_fold(state)) == state
+    broken = replace(
+        STATE, opens=(replace(OPENS[0], membership=MembershipEpoch("", 3)), *OPENS[1:])
+    )
+    assert not believed(broken)
 
 
 def test_a_fold_comes_back_as_it_was() -> None:

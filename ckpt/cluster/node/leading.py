@@ -31,7 +31,9 @@ class EpochNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``completed``, ``overdue``: the fields of the keeper's FailureHistory; they travel here so that
     the next leader decides as this one would have. ``end``: all nodes leave the job with that
     status. ``era``: the placement generation, named by the first of the epochs in a row with the
-    same nodes in the same places; submissions of snapshots continue within it.
+    same nodes in the same places; submissions of snapshots continue within it. ``line``: the row of
+    epochs whose numbers can be compared, named by the node that published the first of them; it
+    goes on from launch to launch, until no epoch and no member remembers it.
     """
 
     why: str = ""
@@ -43,6 +45,7 @@ class EpochNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     overdue: int = 0
     end: int | None = None
     era: int = 0
+    line: str = ""
 
 
 prepare_decoders(EpochNote)
@@ -147,6 +150,10 @@ FLOOR_CAPABILITY = "attempt="
 epoch exceeds it, even if the membership's data were lost."""
 
 
+LINE_CAPABILITY = "line="
+"""Prefix of the capability that names the line of epochs that a node's keeper has seen last."""
+
+
 @dataclass(frozen=True, slots=True)
 class FailureDecision:
     """What follows from failures: ``note`` of the next epoch (None: no reason for one), or decide
@@ -197,6 +204,15 @@ def epoch_note(view: View) -> EpochNote:
 def epoch_floor(view: View) -> int:
     """The greatest attempt that a member's keeper knows of."""
     return max((_floor(member.info) for member in view.members), default=0)
+
+
+def line_of(view: View) -> str:
+    """The line that the next epoch goes on with: the epoch's, else that of the member which knows
+    the greatest attempt; "": none is known."""
+    known = [
+        (_floor(member.info), _capability(member.info, LINE_CAPABILITY)) for member in view.members
+    ]
+    return epoch_note(view).line or max(known, default=(0, ""))[1]
 
 
 def peer_address(info: NodeInfo) -> str:
@@ -267,7 +283,8 @@ def _next(
     old = view.epoch
     same = old is not None and old.places == record.places
     era = (epoch_note(view).era or old.number) if same and old is not None else record.number
-    return NextEpoch(record, msgspec.structs.replace(note, why=why, era=era), remove)
+    note = msgspec.structs.replace(note, why=why, era=era, line=line_of(view) or record.leader)
+    return NextEpoch(record, note, remove)
 
 
 def _repeated(view: View, epoch: EpochRecord) -> EpochRecord:

@@ -140,7 +140,8 @@ class GatheringTimedOut:
 
 @dataclass(frozen=True, slots=True)
 class Rank0Unreachable:
-    """Of a job with several nodes: this node lost its connection to the node of rank 0."""
+    """Of a job with several nodes: this node lost its connection to the node of rank 0, or found
+    that a later membership epoch writes the log."""
 
     attempt: int
     text: str

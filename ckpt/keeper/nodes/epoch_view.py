@@ -9,6 +9,7 @@ from ckpt.cluster.node.node import Node
 from ckpt.ipc.messages import RankPlacement
 from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox
 from ckpt.keeper.nodes.remote_mailbox import RemoteMailbox, RemoteMailboxes
+from ckpt.values import MembershipEpoch
 
 
 class EpochView:
@@ -38,6 +39,14 @@ class EpochView:
     def number(self) -> int:
         """The number of the newest epoch; 0 before the first."""
         return self.epoch.number if self.epoch is not None else 0
+
+    @property
+    def membership(self) -> MembershipEpoch | None:
+        """The newest epoch as the log names it; None before the first, or if its leader named no
+        line."""
+        if self.epoch is None or not self.epoch.note.line:
+            return None
+        return MembershipEpoch(self.epoch.note.line, self.epoch.number)
 
     @property
     def has_rank0(self) -> bool:

@@ -20,7 +20,13 @@ from ckpt.cluster.membership.transactions import agent_fact
 from ckpt.cluster.mesh import messages as mesh
 from ckpt.cluster.mesh.connections import Mesh, MeshObserver
 from ckpt.cluster.node.epochs import NodeDeps, NodeObserver
-from ckpt.cluster.node.leading import FLOOR_CAPABILITY, PEER_CAPABILITY, EpochNote, FailureDecision
+from ckpt.cluster.node.leading import (
+    FLOOR_CAPABILITY,
+    LINE_CAPABILITY,
+    PEER_CAPABILITY,
+    EpochNote,
+    FailureDecision,
+)
 from ckpt.cluster.node.node import Node
 from ckpt.cluster.tls import check_network, check_tls, job_tls
 from ckpt.errors import UsageError
@@ -40,6 +46,7 @@ from ckpt.keeper.attempts.failures import (
 from ckpt.keeper.cluster_view import free_port
 from ckpt.keeper.job_state import JobState
 from ckpt.keyspace.address import ETCD_SCHEME, keyspace_location
+from ckpt.values import MembershipEpoch
 
 VALID_S_WANTED = 86_400.0
 """A certificate that ends sooner is an alarm: connections that are made after its end fail."""
@@ -66,7 +73,7 @@ def join(
     *,
     host: str,
     state: JobState,
-    attempt: Callable[[], int],
+    seen: Callable[[], MembershipEpoch],
     peer_port: int,
     observer: NodeObserver,
     emit: Emit,
@@ -74,8 +81,9 @@ def join(
     """Join as a node that serves its memory at ``peer_port``. Returns at once; threads do the
     rest.
 
-    ``attempt`` returns the greatest attempt that this keeper knows of. The threads call it, look
-    which log the stores hold, and read policy and progress from ``state``, whenever they need them.
+    ``seen`` returns the greatest attempt that this keeper knows of, and the line of the membership
+    epochs that it has seen. The threads call it, look which log the stores hold, and read policy
+    and progress from ``state``, whenever they need them.
     """
     witnesses = _witnesses_min(spec)
     tls = job_tls(spec)
@@ -94,7 +102,7 @@ def join(
 
     def info() -> NodeInfo:
         log_id = import_module("ckpt.keeper.uploads.store_log").log_id_of(state.spec, emit)
-        name = socket.gethostname()
+        name, known = socket.gethostname(), seen()
         return NodeInfo(
             # A new id for each join, which tells a node from its earlier self that was lost.
             node=f"{_printable(name)}-{os.urandom(6).hex()}",
@@ -104,7 +112,8 @@ def join(
             address=host,
             capabilities=(
                 f"{PEER_CAPABILITY}{memory_address(host, peer_port)}",
-                f"{FLOOR_CAPABILITY}{attempt()}",
+                f"{FLOOR_CAPABILITY}{known.number}",
+                f"{LINE_CAPABILITY}{known.line}",
                 *said_by(state.spec, spec, log_id).capabilities(),
             ),
         )

@@ -40,7 +40,7 @@ from ckpt.keeper.nodes.progress import LivenessExchange, ProgressExchange, Stand
 from ckpt.keeper.nodes.remote_mailbox import attempt_mailbox
 from ckpt.keeper.nodes.uploads import ClusterUploads
 from ckpt.threads import start_thread
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
 
 LOOK_S = 1.0
 """How often the clock is checked if nothing is due."""
@@ -84,6 +84,7 @@ class Nodes:
         host, secret = spec.host or host_towards(spec.where), job_secret(spec)
         self._join = partial(join, spec, secret, host=host)
         self._join_s = spec.join_s
+        state.uploads.on_superseded = lambda text: self._post(lambda: self._cut(text))
         self._liveness = LivenessExchange(self.view, ttl_s=spec.ttl_s)
         self.uploads = ClusterUploads(state, self.view, on_other_store=self._other_store)
         self.memory = ClusterMemory(state, self.view, spec, secret, host=host, emit=self._emit)
@@ -91,6 +92,8 @@ class Nodes:
         self.standbys = Standbys(self.view, self.memory, put_inventory=self._put_inventory)
         self._attempt = 0
         """The greatest attempt that this node knows of: the next epoch's number must be greater."""
+        self._line = ""
+        """The line of membership epochs that this node has seen last."""
         self._prepared_in = 0
         """The last epoch in which the supervisors here were told to start the prepared trainers."""
         self._ended_at_s: float | None = None
@@ -283,6 +286,7 @@ class Nodes:
         view, before = self.view, self.view.epoch
         view.epoch, view.out = epoch, False
         self._attempt = max(self._attempt, epoch.number)
+        self._line = epoch.note.line or self._line
         if epoch.note.end is not None:
             self._all_ended = True
             self._on(JobEnded(epoch.note.end, epoch.note.why, time.monotonic()))
@@ -334,6 +338,7 @@ class Nodes:
         """An epoch without a place for this node ends the attempt; the real next epoch has the same
         number at least."""
         self.view.out = True
+        self._state.uploads.end_term()
         number = self.view.epoch.number + 1 if self.view.epoch is not None else 1
         text = f"this node lost its membership in the job, and joins anew: {reason}"
         self._state.emit(Event("out", text, alarm=True))
@@ -380,12 +385,15 @@ class Nodes:
     def _report_unreachable(self, reason: str) -> None:
         """Without rank 0's node the ranks here can't agree on anything, and messages to it may be
         lost."""
+        self._cut(f"the connection to the node of rank 0 is broken: {reason}")
+
+    def _cut(self, text: str) -> None:
+        """What this node's attempt went by may have changed elsewhere: it ends, and the membership
+        tells who is who."""
         epoch = self.view.epoch
         assert epoch is not None, "an epoch"
-        text = f"the connection to the node of rank 0 is broken: {reason}"
-        self._on(
-            Rank0Unreachable(epoch.number, text, time.monotonic(), self._state.memory.completed())
-        )
+        completed = self._state.memory.completed()
+        self._on(Rank0Unreachable(epoch.number, text, time.monotonic(), completed))
 
     def _receive(self, node: str, message: MeshMessage) -> None:
         board = self._state.memory.board
@@ -453,7 +461,7 @@ class Nodes:
         )
         return self._join(
             state=self._state,
-            attempt=lambda: self._attempt,
+            seen=lambda: MembershipEpoch(self._line, self._attempt),
             peer_port=self.memory.port,
             observer=observer,
             emit=self._emit,

@@ -101,6 +101,7 @@ class ClusterUploads:
         assert self._view.epoch is not None, "an epoch with ranks here"
         uploads = self._state.uploads.need()
         uploads.use_channels(self.channel_of)  # an earlier launch of the program had other nodes
+        uploads.begin_attempt(self._view.membership, self._may_act)
         count, entries = uploads.submitted
         self._own = mesh.NodeSubmissions(attempt=attempt, count=count, turns=entries)
         self._begun, self._opened = attempt, None
@@ -145,6 +146,13 @@ class ClusterUploads:
             self._send_own()
             for channel in self._channels:
                 channel.repeat()
+
+    def _may_act(self) -> bool:
+        """Whether this node may act now, by the same word that its supervisors obey. In any
+        thread."""
+        board = self._state.memory.board
+        until_ns = board.act_until_ns if board is not None else 0
+        return not until_ns or time.clock_gettime_ns(time.CLOCK_BOOTTIME) < until_ns
 
     def _send_own(self) -> None:
         epoch = self._view.epoch

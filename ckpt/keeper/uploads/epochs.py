@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
+from ckpt.errors import CkptError, FencedError, SupersededError, UnavailableError, UsageError
 from ckpt.events import Emit, Event
 from ckpt.ipc.messages import Choice
 from ckpt.keeper.slots import PostToLoop
@@ -20,10 +20,17 @@ from ckpt.keeper.uploads.choices import STAGED
 from ckpt.keeper.uploads.log_view import LogView
 from ckpt.keeper.uploads.persisters import Persisters, error_of
 from ckpt.keeper.uploads.retry import Retries
-from ckpt.keeper.uploads.store_log import FirstOpen, FirstOpened, LogReading, StoreLog, new_origin
+from ckpt.keeper.uploads.store_log import (
+    FirstOpen,
+    FirstOpened,
+    LogReading,
+    StoreLog,
+    Term,
+    new_origin,
+)
 from ckpt.log.select import ResumeChoice
 from ckpt.threads import CallQueue
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
 
 T = TypeVar("T")
 
@@ -41,7 +48,8 @@ class LogEpochs:
     """The log as the loop knows it, and the epochs issued from it. Lives over any number of
     launches and attempts.
 
-    ``on_fenced`` is called once a launch, if another writer opened a newer epoch;
+    ``on_fenced`` is called if another writer opened a newer epoch: once a launch with FencedError,
+    with SupersededError if that writer is the job's own, of a later membership epoch;
     ``on_store_changed`` if the store is another one than in the launch before, or gone.
 
     It has more attributes than usual: collaborators and callbacks aside, each is one fact about the
@@ -57,7 +65,7 @@ class LogEpochs:
         store: str,
         post: PostToLoop,
         emit: Emit,
-        on_fenced: Callable[[FencedError], object],
+        on_fenced: Callable[[FencedError | SupersededError], object],
         on_store_changed: Callable[[], object],
     ) -> None:
         self._log = log
@@ -76,6 +84,8 @@ class LogEpochs:
         self.fenced: FencedError | None = None
         """Why nothing more may be written; None while this keeper is the log's writer, or may
         become it."""
+        self.term = Term()
+        """In which epochs are opened now."""
         self._fresh = True
         """Whether the launch has opened no epoch yet: then another writer's is no rival."""
         self._beginning = False
@@ -131,7 +141,7 @@ class LogEpochs:
         if self._beginning:  # trainers are back
             failed(UnavailableError("an epoch is being opened."))
             return
-        opening = FirstOpen(snapshot, {snapshot: origin}, True, new_origin())
+        opening = FirstOpen(snapshot, {snapshot: origin}, True, new_origin(), term=self.term)
         self._beginning = True
 
         def begun(done: FirstOpened) -> None:
@@ -174,10 +184,11 @@ class LogEpochs:
                 failed(UnavailableError(f"store identity changed. store={self._store}"))
                 return
             self._see_store(reading.log_id)
+            foreign: CkptError | None = None
             if self.view.update(reading, before) and not self._fresh:
-                self.fence(self.view.fenced())
-            if self.fenced is not None:
-                failed(self.fenced)
+                self.fence(foreign := self.view.fenced(self.term.membership))
+            if (error := self.fenced or foreign) is not None:
+                failed(error)
             else:
                 then()
 
@@ -197,16 +208,23 @@ class LogEpochs:
                 then(call.result())
                 return
             # A call of an earlier placement generation was fenced as it should be: no rival now.
-            if isinstance(error, FencedError) and generation == self._generations:
+            if generation == self._generations:
                 self.fence(error)
             failed(error)
 
         call.add_done_callback(lambda _: self._post(done))
 
-    def fence(self, error: FencedError) -> None:
-        """Another writer opened a newer epoch: write nothing more. No effect before this launch has
-        opened an epoch of its own."""
-        if self.fenced is None and not self._fresh:
+    def fence(self, error: CkptError) -> None:
+        """A call failed. If another writer opened a newer epoch: write nothing more, unless this
+        launch has opened no epoch of its own yet.
+
+        If that writer is the job's own, of a later membership epoch, this node only missed who is
+        who: its attempt ends, the program does not.
+        """
+        if isinstance(error, SupersededError):
+            self.term.end()
+            self._on_fenced(error)
+        elif isinstance(error, FencedError) and self.fenced is None and not self._fresh:
             self.fenced = error
             self._on_fenced(error)
 
@@ -218,8 +236,11 @@ class LogEpochs:
 
     def new_generation(self, *, root: bool) -> None:
         """Other nodes or placements than before: see ``Uploads.new_generation``. Epochs asked for
-        and not yet open fail."""
+        and not yet open fail, and are not opened later: what waits for a store ends at its next
+        claim."""
         self._generations += 1
+        self.term.end()
+        self.term = Term()
         for kind in ("choices-wait", "open-waits"):
             self._retries.cancel(kind)
         waiting, self._waiting, self._beginning = self._waiting, [], False
@@ -229,6 +250,12 @@ class LogEpochs:
         self.new_launch()
         if not root:
             self.view.staged = {}
+
+    def begin_attempt(
+        self, membership: MembershipEpoch | None, may_act: Callable[[], bool]
+    ) -> None:
+        """See ``Uploads.begin_attempt``."""
+        self.term.begin_attempt(membership, may_act)
 
     def stop(self) -> None:
         """What is in flight fails from now on."""
@@ -279,7 +306,9 @@ class LogEpochs:
         else:
             self._beginning = True
             self._open_first(
-                FirstOpen(asked.resume, self.view.staged, False, new_origin(), asked.chosen),
+                FirstOpen(
+                    asked.resume, self.view.staged, False, new_origin(), asked.chosen, self.term
+                ),
                 asked.answer,
             )
 
@@ -355,7 +384,8 @@ class LogEpochs:
         except UsageError as error:
             asked.answer.set_exception(error)
             return
-        recorded = self._persisters.call(lambda: self._log.record(issued))
+        term = self.term
+        recorded = self._persisters.call(lambda: self._log.record(issued, term))
         facts = {"epoch": issued.epoch}
         self.when_done(
             recorded,

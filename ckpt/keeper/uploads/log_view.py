@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from ckpt.errors import FencedError, InternalError, UsageError
+from ckpt.errors import FencedError, InternalError, SupersededError, UsageError
 from ckpt.ipc.messages import Choice
 from ckpt.keeper.uploads.choices import (
     NOT_WRITTEN,
@@ -19,7 +19,7 @@ from ckpt.keeper.uploads.choices import (
 )
 from ckpt.keeper.uploads.store_log import FirstOpened, IssuedEpoch, LogReading, new_origin
 from ckpt.log.state import LogState, OpenedEpoch
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
 
 
 @dataclass(slots=True)
@@ -87,9 +87,15 @@ class LogView:
         self._ids.update(reading.ids)
         return foreign
 
-    def fenced(self) -> FencedError:
-        """The error of a writer that finds a foreign epoch."""
-        newest = self.state.epoch
+    def fenced(self, mine: MembershipEpoch | None) -> FencedError | SupersededError:
+        """The error of a writer, of the membership epoch ``mine``, that finds a foreign epoch."""
+        newest, opens = self.state.epoch, self.state.opens
+        later = opens[-1].membership if opens else None
+        if later is not None and later.supersedes(mine):
+            return SupersededError(
+                "a later membership epoch has opened an epoch of the log. "
+                f"membership={mine} newest={later} this node's attempt is over"
+            )
         return FencedError(
             f"another writer opened an epoch of this job. newest={newest} mine={self.epoch} stop "
             "this one"

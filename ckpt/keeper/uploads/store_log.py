@@ -7,8 +7,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import TimeoutError as WaitTimeoutError
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from typing import TypeVar
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import MultiStoreBackend
@@ -18,6 +19,7 @@ from ckpt.errors import (
     FencedError,
     InternalError,
     NotFoundError,
+    SupersededError,
     UnavailableError,
     UsageError,
 )
@@ -41,7 +43,9 @@ from ckpt.maintenance.caretaker import StoreCaretaker
 from ckpt.maintenance.gc.rounds import GcRounds, RetentionSettings
 from ckpt.maintenance.retention import parse_policy
 from ckpt.threads import start_thread
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
+
+T = TypeVar("T")
 
 RETRY_FIRST_S = 1.0
 RETRY_LAST_S = 30.0
@@ -74,13 +78,64 @@ class LogReading:
     log_id: str
 
 
+class Term:
+    """While this keeper may open epochs of the log: on one node always, with several nodes as long
+    as the same nodes hold the same ranks and this one may act. Thread-safe.
+
+    ``membership``: the newest membership epoch of the term, None on one node.
+    """
+
+    def __init__(self) -> None:
+        self.membership: MembershipEpoch | None = None
+        self._may_act: Callable[[], bool] = lambda: True
+        self._over = False
+        self._lock = threading.Lock()
+
+    def begin_attempt(
+        self, membership: MembershipEpoch | None, may_act: Callable[[], bool]
+    ) -> None:
+        """The term goes on in a later membership epoch. ``may_act``: whether this node may act now;
+        asked in any thread."""
+        self.membership, self._may_act = membership, may_act
+
+    def end(self) -> None:
+        """Nothing may be opened in this term any more."""
+        with self._lock:
+            self._over = True
+
+    def require(self) -> None:
+        """To be called right before each claim of a position in the log.
+
+        Raises SupersededError once the term is over, UnavailableError while this node may not act.
+        """
+        if self._over:
+            raise SupersededError(
+                "cluster membership changed; the attempt that opens an epoch is over. "
+                f"membership={self.membership}"
+            )
+        if not self._may_act():
+            raise UnavailableError(
+                "this node may not act now, as its lease was not renewed in time. "
+                f"membership={self.membership} wait"
+            )
+
+    def while_lasting(self, do: Callable[[], T]) -> T:
+        """The result of ``do``, which is quick, unless the term is over: it does not end
+        meanwhile."""
+        with self._lock:
+            if self._over:
+                raise SupersededError("cluster membership changed meanwhile.")
+            return do()
+
+
 @dataclass(frozen=True, slots=True)
 class FirstOpen:
     """The first epoch of a launch, as it is asked for: what it continues from, and what is staged,
     with origins.
 
     ``settling``: no trainer runs, and it is opened only to commit the staged ``resume``.
-    ``write_id`` makes repeating it harmless. ``chosen``: see ``Journal.open_epoch``.
+    ``write_id`` makes repeating it harmless. ``chosen``: see ``Journal.open_epoch``. ``term``: in
+    which it may be opened.
     """
 
     resume: SnapshotId | None
@@ -88,6 +143,7 @@ class FirstOpen:
     settling: bool
     write_id: str
     chosen: ResumeChoice | None = None
+    term: Term = field(default_factory=Term)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +226,7 @@ class StoreLog:
         self._recheck = threading.Event()
         self._renewing = threading.Lock()
         self._tidying = threading.Lock()
-        self._due: deque[IssuedEpoch] = deque()
+        self._due: deque[tuple[IssuedEpoch, Term]] = deque()
         self._recorded = 0
         self._stopped = threading.Event()
         self._caretaker: StoreCaretaker | None = None
@@ -261,9 +317,12 @@ class StoreLog:
         snapshot of its lineage; if it committed a newer one (NewerSnapshotError); and if the store
         is another one.
         """
+        term = opening.term
+        term.require()
         if self._renew():
             opening = replace(opening, staged={})  # staged for another store, under its epochs
-        self._due.clear()  # epochs of an earlier launch, which must not be written any more
+        # Epochs of an earlier launch, which must not be written any more.
+        term.while_lasting(self._due.clear)
         if self._writer is None:
             self._writer = self._open_to_write(create=not opening.settling)
         journal = self._writer
@@ -282,33 +341,43 @@ class StoreLog:
         # In order, before the new epoch: an open record must not precede those below it.
         for opened in missing:
             journal.append(
-                Open(opened.epoch, opened.resume),
+                Open(opened.epoch, opened.resume, term.membership),
                 epoch=opened.epoch,
                 write_id=named.get(opened.epoch),
+                before_claim=term.require,
             )
         if opening.settling and not again:
             # Exactly the next epoch after the log as it was read: if another writer opened one in
             # between, it trains, and this append must fail instead of fencing it.
             epoch = max(reading.state.epoch, *(opened.epoch for opened in missing), 0) + 1
-            journal.append(Open(epoch, resume), epoch=epoch, write_id=opening.write_id)
+            journal.append(
+                Open(epoch, resume, term.membership),
+                epoch=epoch,
+                write_id=opening.write_id,
+                before_claim=term.require,
+            )
         else:
             epoch = journal.open_epoch(
-                resume=resume, write_id=opening.write_id, choice=opening.chosen
+                resume=resume,
+                write_id=opening.write_id,
+                choice=opening.chosen,
+                membership=term.membership,
+                before_claim=term.require,
             )
-        self._recorded = epoch
+        term.while_lasting(lambda: self._set_recorded(epoch))
         self._start_maintenance()
         ids = _read_log(journal, epochs | {epoch}).ids
         return FirstOpened(reading, (*missing, OpenedEpoch(epoch, NOT_WRITTEN, resume)), ids)
 
-    def record(self, issued: IssuedEpoch) -> None:
-        """Write the record of an epoch that was issued. Repeated, with an alarm, until the store
-        takes it.
+    def record(self, issued: IssuedEpoch, term: Term) -> None:
+        """Write the record of an epoch that was issued in ``term``. Repeated, with an alarm, until
+        the store takes it or the term is over.
 
-        Raises FencedError if another writer opened an epoch in between. An error that repeating
-        can't help (a hole in the log) is raised too, and the record is tried again before the next
-        one.
+        Raises FencedError if another writer opened an epoch in between, SupersededError if the
+        job's nodes have another one now. An error that repeating can't help (a hole in the log) is
+        raised too, and the record is tried again before the next one.
         """
-        self._due.append(issued)
+        term.while_lasting(lambda: self._due.append((issued, term)))
         self._record_due()
 
     def writer_epoch(self) -> int:
@@ -410,14 +479,24 @@ class StoreLog:
 
     def _record_due(self) -> None:
         while self._due:
-            self._record(self._due[0])
-            self._recorded = self._due.popleft().epoch
+            issued, term = self._due[0]
+            self._record(issued, term)
 
-    def _record(self, issued: IssuedEpoch) -> None:
+            def recorded(epoch: int = issued.epoch) -> None:
+                self._due.popleft()
+                self._set_recorded(epoch)
+
+            # In another term the queue is another thread's, whose first epoch emptied it.
+            term.while_lasting(recorded)
+
+    def _set_recorded(self, epoch: int) -> None:
+        self._recorded = epoch
+
+    def _record(self, issued: IssuedEpoch, term: Term) -> None:
         pause_s, reported = self._retry_first_s, ""
         while True:
             try:
-                self._append(issued)
+                self._append(issued, term)
                 return
             except CkptError as error:
                 if not error.retry:
@@ -443,11 +522,16 @@ class StoreLog:
                 )
             pause_s = min(2 * pause_s, RETRY_LAST_S)
 
-    def _append(self, issued: IssuedEpoch) -> None:
+    def _append(self, issued: IssuedEpoch, term: Term) -> None:
         try:
             self.journal.append(
-                Open(issued.epoch, issued.resume), epoch=issued.epoch, write_id=issued.write_id
+                Open(issued.epoch, issued.resume, term.membership),
+                epoch=issued.epoch,
+                write_id=issued.write_id,
+                before_claim=term.require,
             )
+        except SupersededError:
+            raise
         except ConflictError as error:
             newest = self.journal.refresh().epoch
             if newest < issued.epoch:

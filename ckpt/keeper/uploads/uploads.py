@@ -15,7 +15,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Backend
-from ckpt.errors import CkptError, FencedError, NotFoundError, UnavailableError, UsageError
+from ckpt.errors import (
+    CkptError,
+    FencedError,
+    NotFoundError,
+    SupersededError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.mailbox import RankMailbox
@@ -29,7 +36,7 @@ from ckpt.keeper.uploads.store_log import RETRY_FIRST_S, StoreLog, open_job_of
 from ckpt.keeper.uploads.submissions import Submission, SubmissionEntry, Submissions
 from ckpt.save.chunks import Compression
 from ckpt.save.sealed import SealedSlot
-from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+from ckpt.values import ChunkLocation, Digest, MembershipEpoch, SnapshotId, SnapshotInfo
 
 OutcomeObserver = Callable[[int, SnapshotId, SnapshotInfo | None, RemoteError | None], None]
 """A rank's snapshot is done: its facts, or why it failed; both if it is durable and could not be
@@ -93,6 +100,9 @@ class Uploads:
         self._post = post
         self._outcome = on_outcome
         self._on_fenced_text = on_fenced_text
+        self.on_superseded: Callable[[str], object] = lambda text: None
+        """Called if the writer that fences this one is the job's own, of a later membership
+        epoch."""
         self._emit_now = emit
         self._emit: Emit = lambda event: post(lambda: emit(event))
         self._log = StoreLog(
@@ -307,6 +317,17 @@ class Uploads:
         self._drop_early()
         self._until_opened = []
 
+    def begin_attempt(
+        self, membership: MembershipEpoch | None, may_act: Callable[[], bool]
+    ) -> None:
+        """The attempt of a membership epoch begins: epochs of the log are opened in its name, and
+        only while ``may_act`` says so. It is asked in any thread."""
+        self._epochs.begin_attempt(membership, may_act)
+
+    def end_term(self) -> None:
+        """This node is no member any more: it opens no epoch before another generation begins."""
+        self._epochs.term.end()
+
     def epoch_opened(
         self,
         entries: Sequence[SubmissionEntry],
@@ -496,9 +517,12 @@ class Uploads:
 
     # ---- called by the epochs and persisters, in the loop
 
-    def _fenced(self, error: FencedError) -> None:
+    def _fenced(self, error: FencedError | SupersededError) -> None:
         self._final_flush.stop()
-        self._on_fenced_text(str(error))
+        if isinstance(error, FencedError):
+            self._on_fenced_text(str(error))
+        else:
+            self.on_superseded(str(error))
 
     def _store_changed(self) -> None:
         self._final_flush.stop()
@@ -518,12 +542,7 @@ class Uploads:
             self.durable = info
             self._epochs.view.committed(info.id)
             self._log.committed()
-        if (
-            rank == 0
-            and isinstance(error, FencedError)
-            and submitted
-            and submission.n >= self._generation_from
-        ):
+        if rank == 0 and error is not None and submitted and submission.n >= self._generation_from:
             # Only rank 0 writes the log. Other ranks report it later, perhaps after a new launch
             # began.
             self._epochs.fence(error)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt.cluster.membership.decide import NewEpoch
 from ckpt.cluster.membership.records import (
     EpochRecord,
     Leader,
@@ -16,12 +19,19 @@ from ckpt.cluster.membership.records import (
     ViewScope,
 )
 from ckpt.cluster.node.leading import (
+    FLOOR_CAPABILITY,
     FULL_MESH_NODES_MAX,
+    LINE_CAPABILITY,
     NOTE_CHARS_MAX,
     EpochNote,
+    EpochProblems,
+    EpochReports,
+    FailureDecision,
     decode_note,
     encode_note,
+    line_of,
     mesh_topology,
+    next_epoch,
 )
 from ckpt.errors import IntegrityError
 
@@ -35,6 +45,7 @@ notes = st.builds(
     completed=st.integers(-1, 10**9),
     end=st.none() | st.integers(0, 255),
     era=st.integers(0, 10**6),
+    line=st.text(max_size=64),
 )
 
 
@@ -80,6 +91,24 @@ def view(count: int, *, leader: int = 0, root: int = 1) -> View:
         epoch_revision=1,
         members=members,
     )
+
+
+def test_line_of_epochs_goes_on_from_the_epoch_or_from_who_has_seen_most() -> None:
+    def member(node: str, *, seen: int, line: str) -> Member:
+        said = (f"{FLOOR_CAPABILITY}{seen}", f"{LINE_CAPABILITY}{line}")
+        return Member(NodeInfo(node=node, host="h", slots=1, capabilities=said), 1, 1)
+
+    members = (member("a", seen=0, line=""), member("b", seen=7, line="old"))
+    one = replace(view(3), members=members)
+    assert line_of(one) == "old", "an epoch that named none: the membership lost its data"
+    assert one.epoch is not None
+    named = replace(one.epoch, note=encode_note(EpochNote(line="kept")))
+    assert line_of(replace(one, epoch=named)) == "kept"
+    assert line_of(replace(one, epoch=None, members=members[:1])) == ""
+    new = NewEpoch(replace(one.epoch, number=2, leader="a"), (), "first")
+    none = EpochProblems(EpochReports({}, {}, frozenset()), {})
+    begun = next_epoch(replace(one, epoch=None, members=members[:1]), new, FailureDecision(), none)
+    assert begun is not None and begun.note.line == "a", "named by who publishes the first"
 
 
 def test_few_nodes_all_know_each_other() -> None:

@@ -3,6 +3,7 @@ of them."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.messages import MeshMessage
 from ckpt.cluster.node.epochs import NodeEpoch, NodeObserver
 from ckpt.cluster.node.leading import EpochNote
-from ckpt.errors import UnavailableError, UsageError
+from ckpt.errors import SupersededError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec
@@ -28,7 +29,7 @@ from ckpt.keeper.nodes import nodes as nodes_room
 from ckpt.keeper.nodes.join import check_spec, memory_address
 from ckpt.keeper.nodes.nodes import Nodes
 from ckpt.keeper.nodes.remote_mailbox import RemoteMailbox
-from ckpt.values import SnapshotId
+from ckpt.values import MembershipEpoch, SnapshotId
 
 PAIR = SnapshotId(1, 5)
 DIED = Failure(1, "died", "rank 1 died of SIGKILL", -9, 1.0)
@@ -37,8 +38,8 @@ DIED = Failure(1, "died", "rank 1 died of SIGKILL", -9, 1.0)
 class FakeNode:
     """What a keeper asks of its node; ``reached``: to whom it has lines."""
 
-    def __init__(self, told: NodeObserver, attempt: Callable[[], int]) -> None:
-        self.told, self.attempt = told, attempt
+    def __init__(self, told: NodeObserver, seen: Callable[[], MembershipEpoch]) -> None:
+        self.told, self.seen = told, seen
         self.node_id = "me"
         self.reached = {"root", "other"}
         self.said: list[tuple[str, MeshMessage]] = []
@@ -85,11 +86,11 @@ class Keeper:
         self.refuses: Exception | None = None
 
         def join(
-            *_: object, observer: NodeObserver, attempt: Callable[[], int], **__: object
+            *_: object, observer: NodeObserver, seen: Callable[[], MembershipEpoch], **__: object
         ) -> FakeNode:
             if self.refuses is not None:
                 raise self.refuses
-            self.node = FakeNode(observer, attempt)
+            self.node = FakeNode(observer, seen)
             return self.node
 
         monkeypatch.setattr(nodes_room, "join", join)
@@ -118,6 +119,7 @@ class Keeper:
         era: int = 1,
         why: str = "why",
         completed: int = -1,
+        line: str = "",
     ) -> None:
         """An epoch of those nodes, two ranks each."""
         places = tuple(NodePlacement(name, 2) for name in order)
@@ -132,7 +134,7 @@ class Keeper:
         self.fake.told.on_epoch(
             NodeEpoch(
                 record,
-                EpochNote(why=why, end=end, era=era, completed=completed),
+                EpochNote(why=why, end=end, era=era, completed=completed, line=line),
                 {},
                 {},
                 {},
@@ -228,7 +230,7 @@ def test_failure_is_told_of_a_rank_of_the_whole_job(joined: Keeper) -> None:
         -9,
         7,
     )
-    assert joined.fake.attempt() == 3
+    assert joined.fake.seen() == MembershipEpoch("", 3)
 
 
 def test_node_that_can_not_join_ends_the_launch_and_says_why(keeper: Keeper) -> None:
@@ -361,6 +363,34 @@ def test_broken_line_to_the_node_of_rank_0_cuts_the_attempt(joined: Keeper) -> N
     joined.run()
     assert isinstance(joined.heard[-1], Rank0Unreachable)
     assert joined.heard[-1].attempt == 3
+
+
+def test_writer_that_replaced_this_one_within_the_job_cuts_the_attempt_only(joined: Keeper) -> None:
+    joined.come(3, "me", "other")
+    joined.state.uploads.on_superseded("a later membership epoch opened one")
+    joined.run()
+    cut = joined.heard[-1]
+    assert isinstance(cut, Rank0Unreachable)
+    assert (cut.attempt, joined.state.uploads.fenced) == (3, "")
+
+
+def test_epochs_of_the_log_are_opened_in_the_name_of_the_membership_epoch(joined: Keeper) -> None:
+    joined.come(3, "me", "other", line="first")
+    assert joined.nodes.view.membership == MembershipEpoch("first", 3)
+    joined.nodes.begin(3, LocalMailbox())
+    term = joined.state.uploads.need()._epochs.term
+    assert term.membership == MembershipEpoch("first", 3)
+    with pytest.raises(UnavailableError, match="may not act"):
+        term.require()  # the lease of this fake node ended long ago
+    board = joined.state.memory.board
+    assert board is not None
+    board.extend_act_until(time.clock_gettime_ns(time.CLOCK_BOOTTIME) + 60 * 10**9)
+    term.require()
+    joined.fake.told.on_membership_lost("its lease expired")
+    joined.run()
+    with pytest.raises(SupersededError):
+        term.require()
+    assert joined.fake.seen() == MembershipEpoch("first", 3)
 
 
 def test_line_that_broke_before_the_attempt_began_cuts_it_as_well(joined: Keeper) -> None:
