@@ -209,18 +209,19 @@ class SingleStoreLog:
         return read_start(self._backend, self._record.job)
 
     def read_new(self, state: LogState) -> LogState:
-        """If the log is on several stores, one alone cannot tell what is newest: ``short`` is
-        set."""
+        """If the log is on several stores, one alone cannot tell what counts: ``short`` is set."""
         state = read_new(self._backend, state)
-        if state.stores is None or state.stores.answers_min == 1:
-            return state
-        return replace(
-            state,
-            short=(
-                f"one of the log's {len(state.stores.ids)} stores was asked, "
-                f"{state.stores.answers_min} are needed to know what is newest. "
-                f"store={self._backend.url} name the others too"
-            ),
+        return replace(state, short=self._short(state))
+
+    def _short(self, state: LogState) -> str:
+        if state.stores is None or len(state.stores.ids) == 1:
+            return ""
+        # Also if every store has everything that was told: what one holds beyond that may lose its
+        # place to what the others hold.
+        needed = max(state.stores.answers_min, 2)
+        return (
+            f"one of the log's {len(state.stores.ids)} stores was asked, {needed} are needed to "
+            f"know what is newest. store={self._backend.url} name the others too"
         )
 
     def record_at(self, seq: int) -> bytes:
@@ -257,7 +258,8 @@ class SingleStoreLog:
         return self._sequencer.append(record.seq, record.encode())
 
     def confirm_last(self, state: LogState) -> KeyTaken | WriteUnknown | None:
-        return None  # on one store, what is there counts
+        short = self._short(state)
+        return WriteUnknown(short) if short else None  # on one store, what is there counts
 
     def put_fold(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         return create_once(self._backend, key, data, bytes_max=len(data) + 1)

@@ -12,9 +12,12 @@ import pytest
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.replicated.open import open_stores
 from ckpt.cli.main import run
+from ckpt.errors import CommitUnknownError, UnavailableError
 from ckpt.format import keys
+from ckpt.format.records import Drop, make_record
 from ckpt.log.journal import Journal
 from ckpt.maintenance.gc.plan import PREFIXES
+from ckpt.maintenance.gc.sweep import sweep
 from ckpt.testing.sample import damage, write_sample_store
 from ckpt.values import SnapshotId
 
@@ -185,3 +188,35 @@ def test_off_the_line_is_marked(ckpt, store) -> None:
     writer.open_epoch(resume=SnapshotId(1, 20))
     done = ckpt("gc", store.url, "--dry-run")
     assert [line.split()[0] for line in done.out.splitlines()[1:3]] == ["-", "-"]
+
+
+@pytest.mark.parametrize("grace", ["0s", "1m"])
+def test_one_store_of_several_never_deletes_what_a_drop_on_it_alone_names(
+    ckpt, tmp_path: Path, grace: str
+) -> None:
+    """Both stores must hold a record, so each has all that was told. A drop of a dead writer is on
+    one of them; the other's record has its place."""
+    urls = [str(tmp_path / name) for name in ("a", "b")]
+    stores = open_stores(urls, write_quorum=2, emit=lambda event: None)
+    write_sample_store(stores, steps=(10, 20, 30, 40))
+    journal = Journal.open(stores)
+    state = journal.refresh()
+    drop = make_record(
+        Drop((SnapshotId(1, 10), SnapshotId(1, 20)), None),
+        job=state.job,
+        seq=state.next_seq,
+        epoch=1,
+        write_id="dead",
+        prev=state.head_digest,
+    )
+    one = FileBackend(urls[0])
+    one.put(keys.log_key(drop.seq), [drop.encode()], create_only=True)
+    before = everything(one)
+    done = ckpt("gc", urls[0], "--yes", "--grace", grace, "--keep", "last=4")
+    assert done.code != 0 and "2 stores was asked" in done.err
+    assert everything(one) == before
+    with pytest.raises(CommitUnknownError, match="name the others too"):
+        Journal.open(one).refresh_confirmed()
+    with pytest.raises(UnavailableError, match="nothing is deleted"):
+        sweep(one, Journal.open(one).refresh(), grace_s=0.0)
+    stores.close()
