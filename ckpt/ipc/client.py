@@ -128,8 +128,8 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
         Ranks of one launch may differ in it: each may hold a token of its own. Reads small files.
         """
         variables = os.environ if environment is None else environment
-        # The agent is another one with each launch, and is sent with the hello.
-        nodes = None if self.nodes is None else msgspec.structs.replace(self.nodes, agent="")
+        # These two are others with each launch, and are sent with the hello.
+        nodes = self.nodes and msgspec.structs.replace(self.nodes, agent="", ends_after=-1)
         options = (self.storage_options, self.compression, self.scrub_every_s, nodes)
         return _digest(msgspec.json.encode(options), *_access_of(self, variables))
 

@@ -282,7 +282,8 @@ class Hello(Message, frozen=True, kw_only=True, tag="Hello"):
 
     ``holds``: a supervisor kept slots or a board of an earlier keeper, and sends them before
     ``Killed``. ``agent`` is the name of torchrun's agent on this node (``NodesSpec.agent``). The
-    supervisor sends it because a keeper may outlive the launch that started it.
+    supervisor sends it because a keeper may outlive the launch that started it; ``ends_after``
+    (``NodesSpec.ends_after``) likewise.
 
     ``stores`` and ``access`` are digests of the peer's settings (``KeeperSpec.stores_digest`` and
     ``access_digest``); "" if it sends none. A keeper of other settings serves no new launch.
@@ -300,6 +301,7 @@ class Hello(Message, frozen=True, kw_only=True, tag="Hello"):
     agent: str = ""
     stores: str = ""
     access: str = ""
+    ends_after: int = -1
 
 
 class Settings(Message, frozen=True, kw_only=True, tag="Settings"):

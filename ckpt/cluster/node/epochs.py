@@ -73,13 +73,15 @@ class NodeDeps:
 
     ``pick_meeting`` picks host and port at which the trainers of an epoch meet. ``agent``: the
     launcher's agent on this machine, which may live under this node's lease; "": none. ``ttl_s``:
-    how long a silent node counts as a member.
+    how long a silent node counts as a member. ``ends_after``: the end of a job in an epoch of a
+    greater revision concerns this node, even if it joins later; -1: not known.
     """
 
     open_mesh: Callable[[str, MeshObserver], Mesh]
     pick_meeting: Callable[[], tuple[str, int]]
     agent: str = ""
     ttl_s: float = 5.0
+    ends_after: int = -1
 
 
 class EpochTracker:
@@ -134,9 +136,9 @@ class EpochTracker:
     def observe(self, view: View, me: NodeInfo, *, joined_at: int, began_at: int) -> bool:
         """Take the view's epoch, and report changed standbys. True: it is new; call ``report``.
 
-        This node joined at revision ``joined_at``, the first time at ``began_at``. An epoch
-        published before it joined is not its own; but the end of a job concerns each node that was
-        in the job.
+        This node joined at revision ``joined_at``, and was in the job from ``began_at`` on. An
+        epoch published before it joined is not its own; but the end of a job concerns each node
+        that was in the job.
         """
         record, note = view.epoch, epoch_note(view)
         with self._lock:

@@ -148,8 +148,9 @@ class Node:
         self._me: NodeInfo | None = None
         self._joining: NodeInfo | None = None
         """Joined, but the view after it has not been read yet: read it again, don't join again."""
-        self._began_at = self._joined_at = 0
-        """Revisions at which this node joined first and last."""
+        self._began_at, self._joined_at = max(0, deps.ends_after + 1), 0
+        """Revisions from which on this node is in the job, 0 until it joined if that is not known,
+        and at which it joined last."""
         self._view: View | None = None
         self._reports = NodeReports()
         self._own_report: NodeFailed | NodeEnded | None = None

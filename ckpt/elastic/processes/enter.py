@@ -243,6 +243,7 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerP
         ranks=local_rank_count() or 1,
         policy=policy,
         agent=spec.nodes.agent if spec.nodes is not None else "",
+        ends_after=spec.nodes.ends_after if spec.nodes is not None else -1,
     )
     emit = emit_to_logging(rank)
     if isinstance(start, Spawn):

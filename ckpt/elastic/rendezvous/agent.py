@@ -457,13 +457,23 @@ class RendezvousAgent:
             leader=self._node,
             nodes_min=min(rules.agents_min, len(places)),
             nodes_max=rules.agents_max,
-            note=encode_round_note(lease),
+            note=encode_round_note(lease, self._ends_after(agents)),
         )
         if not isinstance(self._member.publish(record, agents.view), Published):
             return  # the next view shows the result
         self._report("round", f"round {record.number}: {reason}")
         if before is not None and not agents.kept_by_keepers:  # no agent runs it any more
             self.keyspace.revoke(before.lease)
+
+    def _ends_after(self, agents: AgentsView) -> int:
+        """See ``RendezvousRound``. While keepers hold the job together, nothing begins anew."""
+        if self._keepers is None:
+            return -1
+        if agents.kept_by_keepers:
+            return -1 if agents.round is None else agents.round.ends_after
+        reads = (Keys(transactions.EPOCH, values=False),)
+        (found,) = self._keepers.transact(Transaction(reads=reads)).found
+        return found[0].changed if found else 0
 
     def _renew(self) -> None:
         own_round = self.own_round

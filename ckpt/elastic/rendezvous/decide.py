@@ -42,6 +42,7 @@ class AgentStatus(msgspec.Struct, frozen=True):
 
 class _Note(msgspec.Struct, frozen=True):
     lease: int
+    ends_after: int = -1
 
 
 prepare_decoders(AgentStatus, _Note)
@@ -72,17 +73,21 @@ def agent_of(node: str) -> str:
 class RendezvousRound:
     """A numbered world of agents, in the order of their ranks.
 
-    ``lease`` keeps the keys of its store.
+    ``lease`` keeps the keys of its store. ``ends_after``: the revision of the keepers' newest
+    epoch when agents that ran nothing made it, 0 if there was none, -1 if it is not known. So the
+    end of the keepers' job in a newer epoch is the end of what began with this round, and an older
+    one is that of an earlier run.
     """
 
     number: int
     agents: tuple[str, ...]
     lease: int
+    ends_after: int = -1
 
 
-def encode_round_note(lease: int) -> str:
+def encode_round_note(lease: int, ends_after: int) -> str:
     """The note in the epoch's record."""
-    return msgspec.json.encode(_Note(lease)).decode()
+    return msgspec.json.encode(_Note(lease, ends_after)).decode()
 
 
 def round_of(record: EpochRecord) -> RendezvousRound:
@@ -94,7 +99,10 @@ def round_of(record: EpochRecord) -> RendezvousRound:
             f"an epoch that no agent wrote. job={record.job} epoch={record.number}"
         ) from error
     return RendezvousRound(
-        record.number, tuple(agent_of(place.node) for place in record.places), note.lease
+        record.number,
+        tuple(agent_of(place.node) for place in record.places),
+        note.lease,
+        note.ends_after,
     )
 
 

@@ -122,7 +122,7 @@ class Rendezvous(RendezvousHandler):
         this agent.
         """
         agent, settings = self._agent, self._settings
-        self._export_nodes(settings.rules.last_call_s)
+        self._export_nodes(settings.rules.last_call_s, None)
         agent.wait_for_round(self._last)
         agent.start()
         began_s = time.monotonic()
@@ -141,7 +141,7 @@ class Rendezvous(RendezvousHandler):
                             return info
                         stood_by = False
                     case RunUnranked(reason):
-                        return self._run_unranked(reason)
+                        return self._run_unranked(reason, view.round)
                     case StandBy():
                         stood_by = True
                         until_s = time.monotonic() + settings.join_s
@@ -256,13 +256,14 @@ class Rendezvous(RendezvousHandler):
         agent.run_round(round_)
         rules = self._settings.rules
         self._export_nodes(
-            rules.last_call_s if len(round_.agents) == rules.agents_max else KEEPERS_S
+            rules.last_call_s if len(round_.agents) == rules.agents_max else KEEPERS_S, round_
         )
         info = RendezvousStoreInfo(store.get(address).decode(), int(store.get(port)))
         return RendezvousInfo(store, rank, len(round_.agents), info)
 
-    def _run_unranked(self, reason: str) -> RendezvousInfo:
+    def _run_unranked(self, reason: str, round_: RendezvousRound | None) -> RendezvousInfo:
         """Start workers without ranks: their keeper gives them ranks, or they refuse to train."""
+        self._export_nodes(self._settings.rules.last_call_s, round_)
         self._report("apart", f"this node starts its workers without ranks: {reason}")
         self._agent.run_unranked()
         # At least 2, so that a program which skips the process group in a world of one cannot
@@ -272,14 +273,19 @@ class Rendezvous(RendezvousHandler):
         info = RendezvousStoreInfo(self._settings.host, cast(int, NO_PORT))
         return RendezvousInfo(UnrankedStore(agents), agents, agents, info)
 
-    def _export_nodes(self, last_call_s: float) -> None:
-        """Set the environment from which workers inherit how keepers find each other."""
+    def _export_nodes(self, last_call_s: float, round_: RendezvousRound | None) -> None:
+        """Set the environment from which workers inherit how keepers find each other, and which
+        end of the job is that of ``round_``."""
         nodes = self._settings.nodes
         if nodes is not None:
             agent = self._agent.name if self._settings.shares_service else ""
-            os.environ.update(
-                nodes_to_environment(structs.replace(nodes, last_call_s=last_call_s, agent=agent))
+            spec = structs.replace(
+                nodes,
+                last_call_s=last_call_s,
+                agent=agent,
+                ends_after=-1 if round_ is None else round_.ends_after,
             )
+            os.environ.update(nodes_to_environment(spec))
 
     def _round_problem(self, round_: RendezvousRound) -> str:
         view = self._agent.latest_view()

@@ -131,7 +131,7 @@ class Supervisors:
                 state.memory.ranks,
                 state.launch.policy,
                 attempt=self._attempt,
-                shared=self._enter_cluster(hello.agent),
+                shared=self._enter_cluster(hello),
             )
             self._cut_off = False
             self._grace_until_s = self._leaving = None
@@ -355,14 +355,16 @@ class Supervisors:
             state.memory.slots.sync_board()
             state.uploads.attempt_ended()
 
-    def _enter_cluster(self, agent: str) -> bool:
-        """Enter the cluster anew if the job may have several nodes; whether it may. ``agent``: what
-        launched it here."""
+    def _enter_cluster(self, hello: Hello) -> bool:
+        """Enter the cluster anew if the job may have several nodes; whether it may. ``hello`` says
+        what launched it here."""
         spec = self._state.spec.nodes
         if spec is None:
             return False
         self._state.launch.enter_cluster(
-            lambda: self._make_nodes(structs.replace(spec, agent=agent))
+            lambda: self._make_nodes(
+                structs.replace(spec, agent=hello.agent, ends_after=hello.ends_after)
+            )
         )
         return True
 

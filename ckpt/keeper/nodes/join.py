@@ -148,7 +148,9 @@ def join(
         decide_failures=decide_failures,
         observer=observer,
         emit=emit,
-        deps=NodeDeps(open_mesh, lambda: (host, free_port(host)), spec.agent, spec.ttl_s),
+        deps=NodeDeps(
+            open_mesh, lambda: (host, free_port(host)), spec.agent, spec.ttl_s, spec.ends_after
+        ),
         grow_wait_s=spec.grow_wait_s,
     )
 

@@ -110,6 +110,7 @@ class NodesOfOneJob:
         one = One(name)
         attempt = more.pop("attempt", 0)
         ttl_s = float(more.pop("ttl_s", TTL_S))  # type: ignore[arg-type]
+        ends_after = int(more.pop("ends_after", -1))  # type: ignore[call-overload]
         blind = int(more.pop("blind", 0))  # type: ignore[call-overload]
 
         def note(kept: list, said: object) -> None:  # type: ignore[type-arg]
@@ -166,7 +167,13 @@ class NodesOfOneJob:
                 on_disconnected=lambda node, why: None,
             ),
             emit=lambda event: note(one.events, event),
-            deps=NodeDeps(lines, lambda: ("127.0.0.1", 1000 + next(self.ids)), agent),
+            deps=NodeDeps(
+                lines,
+                lambda: ("127.0.0.1", 1000 + next(self.ids)),
+                agent,
+                ttl_s,
+                ends_after,
+            ),
             grow_wait_s=grow_wait_s,
         )
         self.made.append(one)
@@ -357,6 +364,27 @@ def test_job_ends_everywhere_once_all_have_ended_and_a_new_launch_begins_after_i
     assert [one.number for one in anew[0].epochs] == [3], "the end of the last launch is not theirs"
     assert [one.number for one in nodes[0].epochs] == [1, 2]
     assert not nodes[0].outs
+
+
+@pytest.mark.slow
+def test_node_that_joins_after_the_end_of_its_own_run_hears_of_it(world: NodesOfOneJob) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    world.epoch(*nodes)
+    for one in nodes:
+        one.node.report_ended(1)
+    end = world.epoch(*nodes, beyond=1)
+    published = world.made[0].node._view.epoch_revision  # type: ignore[union-attr]
+    world.until(
+        lambda: all(one.node._over for one in nodes), "that all have left the empty membership"
+    )
+    late = world.node("c", ends_after=published - 1)
+    assert world.epoch(late).note.end == end.note.end == 0
+    next_run = world.node("d", ends_after=published)
+    world.until(
+        lambda: any(event.kind == "leads" for event in next_run.events), "that it leads a new run"
+    )
+    assert next_run.node.awaited == "more nodes: 1 of 2 are here"
+    assert not next_run.epochs
 
 
 @pytest.mark.slow

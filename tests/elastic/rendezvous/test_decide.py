@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +23,7 @@ from ckpt.elastic.rendezvous.decide import (
     HoldRound,
     PlacedInRound,
     PublishRound,
+    RendezvousRound,
     RendezvousRules,
     RendezvousShut,
     RoundPending,
@@ -75,7 +77,7 @@ def look(
         leader="a-1",
         nodes_min=1,
         nodes_max=3,
-        note=encode_round_note(5),
+        note=encode_round_note(5, 3),
     )
     view = View(
         job="j",
@@ -288,3 +290,17 @@ def test_words_that_are_none() -> None:
     )
     with pytest.raises(IntegrityError):
         round_of(record)
+
+
+def test_round_of_an_older_release_does_not_say_which_end_is_its_own() -> None:
+    record = EpochRecord(
+        job="j",
+        number=4,
+        places=(NodePlacement("a-1", 1),),
+        leader="a-1",
+        nodes_min=1,
+        nodes_max=1,
+        note='{"lease":5}',
+    )
+    assert round_of(record) == RendezvousRound(4, ("a",), 5, -1)
+    assert round_of(replace(record, note=encode_round_note(5, 7))).ends_after == 7

@@ -23,6 +23,7 @@ from ckpt.elastic.rendezvous import plugin as rendezvous_handler
 from ckpt.elastic.rendezvous.plugin import StandbyReleased
 from ckpt.errors import UsageError
 from ckpt.ipc.cluster_spec import nodes_from_environment
+from ckpt.keyspace.base import Put, Transaction
 
 Make = Callable[..., Agents]
 
@@ -274,6 +275,22 @@ def test_keepers_learn_where_they_meet(agents: Make, endpoint: str) -> None:
         2,
         3.0,
     )
+
+
+@pytest.mark.slow
+def test_workers_learn_which_end_of_the_job_is_theirs_wherever_they_come_in(agents: Make) -> None:
+    job = agents(2, 2, standby="warm")
+    handlers = [job.make() for _ in range(3)]
+    keepers = handlers[0]._agent._keepers
+    # The end of an earlier run of the job.
+    before = keepers.transact(Transaction(then=(Put("epoch", b"an earlier end"),))).revision
+    waiting = [Waiting(handler) for handler in handlers[:2]]
+    assert [one.info.world_size for one in waiting] == [2, 2]
+    assert nodes_from_environment().ends_after == before
+    # This run's end comes as a late node starts: it is newer than what its round says.
+    ended = keepers.transact(Transaction(then=(Put("epoch", b"this end"),))).revision
+    assert Waiting(handlers[2]).info.rank >= 2
+    assert nodes_from_environment().ends_after == before < ended
 
 
 def test_one_node_alone_leaves_nothing_behind(

@@ -244,6 +244,23 @@ def test_more_nodes_lost_than_mirrors_goes_back_to_the_store_and_says_what_was_l
 
 
 @pytest.mark.slow
+def test_node_that_arrives_as_the_job_ends_or_after_it_ends_well_too(
+    made: Callable[..., Cluster],
+) -> None:
+    one = made(nodes="2")
+    began: dict[str, object] = {"ends_after": 0}  # no epoch was there when the job's run began
+    for _ in range(2):
+        one.start(*ARGUMENTS, more=began)
+    one.wait_steps(KILL_AT // 3)
+    (one.results / "hurry").touch()
+    one.start(*ARGUMENTS, more=began)
+    assert set(one.wait_end().values()) == {0}, one.output()
+    one.wait_gone()
+    one.start(*ARGUMENTS, more=began)
+    assert set(one.wait_end(30.0).values()) == {0}, one.output()
+
+
+@pytest.mark.slow
 def test_same_exception_at_the_same_step_twice_ends_all_nodes(made: Callable[..., Cluster]) -> None:
     one = made(nodes="2")
     for _ in range(3):
