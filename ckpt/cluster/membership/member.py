@@ -92,6 +92,8 @@ class Keepalive:
         self._lease_ids = {ticket.lease_id}
         """The leases that the node's key may be under: two while it moves to another one."""
         self._epoch = (0, 0)
+        self._revision = 0
+        """The greatest that the keyspace has answered with."""
         self._placed = False
         self._epoch_problem = ""
         self._stopping = threading.Event()
@@ -122,6 +124,7 @@ class Keepalive:
         )
         with self._lock:
             successor._epoch, successor._placed = self._epoch, self._placed
+            successor._revision = self._revision
         return successor
 
     def expect_lease(self, lease_id: int) -> None:
@@ -156,6 +159,27 @@ class Keepalive:
         with self._lock:
             return self._epoch
 
+    def read(self, transaction: Transaction) -> TransactionResult:
+        """Do a transaction. Raises FencedError, and the status is LOST, if the keyspace went back
+        to an earlier revision than it has answered with: its data come from a backup.
+
+        What this node knows is then of a history that did not happen: revisions that it waits for
+        come again with other changes, or never.
+        """
+        with self._lock:
+            before = self._revision
+        result = self._keyspace.transact(transaction)
+        if result.revision < before:
+            reason = (
+                "the membership's data went back to an earlier revision. "
+                f"revision={result.revision} before={before}"
+            )
+            self.mark_lost(reason)
+            raise FencedError(f"{reason} join under a new node id")
+        with self._lock:
+            self._revision = max(self._revision, result.revision)
+        return result
+
     def record_epoch(self, record: EpochRecord, revision: int) -> None:
         """Remember an epoch that this node has read."""
         with self._lock:
@@ -179,12 +203,14 @@ class Keepalive:
                 return LeaseGone("the lease has expired")
             # After the renewal: a leader of etcd that is cut off may still renew a lease, but it
             # can't answer a linearizable read.
-            own, epoch = self._keyspace.transact(transactions.read_keepalive(self.ticket)).found
+            own, epoch = self.read(transactions.read_keepalive(self.ticket)).found
             if not own or own[0].lease_id not in self._lease_ids:
                 return LeaseGone("this node was removed")
             if epoch and epoch[0].changed != self.epoch()[1]:
                 self._read_epoch()
             return LeaseSeen(sent_s) if self.borrowed else Renewed(sent_s, left_s)
+        except FencedError as error:
+            return LeaseGone(str(error))
         except UnavailableError as error:
             return LeaseSilent(sent_s, str(error))
 
@@ -418,12 +444,16 @@ class KeyspaceMembership:
         )
 
     def view(self, scope: ViewScope = ViewScope.ALL) -> View:
-        """The job at one revision, read linearizably. Raises IntegrityError if the epoch is
-        unreadable."""
-        result = self._keyspace.transact(transactions.read_view(scope))
-        view = transactions.view_of(self._job, scope, result)
+        """The job at one revision, read linearizably.
+
+        Raises IntegrityError if the epoch is unreadable, FencedError if this node is a member of a
+        history that the keyspace has lost: it must join anew.
+        """
         with self._lock:
             joined = self._joined
+        read = self._keyspace.transact if joined is None else joined[1].read
+        result = read(transactions.read_view(scope))
+        view = transactions.view_of(self._job, scope, result)
         if joined is not None and view.epoch is not None:
             joined[1].record_epoch(view.epoch, view.epoch_revision)
         return view

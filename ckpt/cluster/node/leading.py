@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -76,11 +76,13 @@ def decode_note(text: str) -> EpochNote:
 @dataclass(frozen=True, slots=True)
 class EpochReports:
     """The reports of one epoch: failures by node, when each arrived, and the nodes of which all
-    ranks ended successfully."""
+    ranks ended successfully; ``over``: those of them that did so in an earlier epoch, and when the
+    report arrived."""
 
     failures: Mapping[str, NodeFailed]
     received_s: Mapping[str, float]
     ended: frozenset[str]
+    over: Mapping[str, float] = field(default_factory=dict)
 
 
 class NodeReports:
@@ -91,7 +93,7 @@ class NodeReports:
 
     def __init__(self) -> None:
         self._failures: dict[str, tuple[NodeFailed, float]] = {}
-        self._ended: dict[str, int] = {}
+        self._ended: dict[str, tuple[int, float]] = {}
 
     def add(self, node: str, message: NodeFailed | NodeEnded, now_s: float) -> None:
         """Add a report, unless one as new or newer of that node is there."""
@@ -101,14 +103,20 @@ class NodeReports:
                 if newest is None or _age(newest[0]) < _age(message):
                     self._failures[node] = (message, now_s)
             case NodeEnded():
-                self._ended[node] = max(message.attempt, self._ended.get(node, 0))
+                if node not in self._ended or self._ended[node][0] < message.attempt:
+                    self._ended[node] = (message.attempt, now_s)
 
     def for_epoch(self, record: EpochRecord) -> EpochReports:
         """The reports of an epoch's nodes.
 
         A node that can't continue sends one final failure, which counts in each later epoch that
-        still places the node.
+        still places the node. So does the end of a node's ranks, which are never started again.
         """
+        ended = {
+            node: self._ended[node]
+            for node in record.ranks
+            if node in self._ended and self._ended[node][0] <= record.number
+        }
         failures = {
             node: self._failures[node]
             for node in record.ranks
@@ -117,7 +125,8 @@ class NodeReports:
         return EpochReports(
             {node: message for node, (message, _) in failures.items()},
             {node: at_s for node, (_, at_s) in failures.items()},
-            frozenset(node for node in record.ranks if self._ended.get(node) == record.number),
+            frozenset(ended),
+            {node: at_s for node, (attempt, at_s) in ended.items() if attempt < record.number},
         )
 
     def forget(self, view: View) -> None:
@@ -128,7 +137,11 @@ class NodeReports:
             for node, (message, at_s) in self._failures.items()
             if message.attempt >= number or (message.final and node in view.by_node)
         }
-        self._ended = {node: attempt for node, attempt in self._ended.items() if attempt >= number}
+        self._ended = {
+            node: (attempt, at_s)
+            for node, (attempt, at_s) in self._ended.items()
+            if attempt >= number or node in view.by_node
+        }
 
 
 def _age(message: NodeFailed) -> tuple[int, bool]:
@@ -142,6 +155,9 @@ def _concerns(message: NodeFailed, number: int) -> bool:
 # ---- the next epoch
 
 ALL_ENDED = "all ranks ended"
+OVER_WAIT_S = 1.0
+"""How long the reports of other nodes are waited for, once an epoch is known to place a node whose
+ranks had ended before."""
 
 PEER_CAPABILITY = "peer="
 """Prefix of the capability that names the address at which a node serves memory."""
@@ -246,6 +262,15 @@ def assess(
         return FailureDecision(EpochNote(why=ALL_ENDED, end=0))
     if _none_left(record, problems):
         return FailureDecision()
+    if reported.over:
+        # The epoch was published before its leader knew. Those nodes start nothing, and the others
+        # would wait for them for ever; the end of these may only not have been heard of yet.
+        until_s = max(reported.over.values()) + OVER_WAIT_S
+        if now_s < until_s:
+            return FailureDecision(until_s=until_s)
+        names = ", ".join(sorted(reported.over))
+        why = f"the ranks of {names} had ended before this epoch began, and are not started again"
+        return FailureDecision(msgspec.structs.replace(note, why=why, end=1))
     return decide_failures(
         note, reported.failures, problems.lost, reported.ended, reported.received_s, now_s
     )

@@ -18,15 +18,19 @@ from ckpt.cluster.membership.records import (
     View,
     ViewScope,
 )
+from ckpt.cluster.mesh.messages import NodeEnded
 from ckpt.cluster.node.leading import (
     FLOOR_CAPABILITY,
     FULL_MESH_NODES_MAX,
     LINE_CAPABILITY,
     NOTE_CHARS_MAX,
+    OVER_WAIT_S,
     EpochNote,
     EpochProblems,
     EpochReports,
     FailureDecision,
+    NodeReports,
+    assess,
     decode_note,
     encode_note,
     line_of,
@@ -109,6 +113,27 @@ def test_line_of_epochs_goes_on_from_the_epoch_or_from_who_has_seen_most() -> No
     none = EpochProblems(EpochReports({}, {}, frozenset()), {})
     begun = next_epoch(replace(one, epoch=None, members=members[:1]), new, FailureDecision(), none)
     assert begun is not None and begun.note.line == "a", "named by who publishes the first"
+
+
+def test_epoch_that_places_a_node_whose_ranks_had_ended_ends_the_job() -> None:
+    def judged(reports: NodeReports, at_s: float) -> FailureDecision:
+        problems = EpochProblems(reports.for_epoch(record), {})
+        return assess(one, problems, lambda *_: FailureDecision(), at_s)
+
+    one = view(2, root=0)
+    record = replace(one.epoch, number=5)
+    one = replace(one, epoch=record)
+    reports = NodeReports()
+    reports.add("n000", NodeEnded(attempt=4), 10.0)
+    reports.forget(one)
+    waits = judged(reports, 10.5)
+    assert (waits.note, waits.until_s) == (None, 10.0 + OVER_WAIT_S)
+    ends = judged(reports, 10.0 + OVER_WAIT_S)
+    assert ends.note is not None and ends.note.end == 1
+    assert "n000" in ends.note.why
+    reports.add("n001", NodeEnded(attempt=4), 10.6)
+    all_ended = judged(reports, 10.7).note
+    assert all_ended is not None and all_ended.end == 0, "only its word came late"
 
 
 def test_few_nodes_all_know_each_other() -> None:

@@ -131,7 +131,8 @@ class NodesOfOneJob:
             return made
 
         def info() -> NodeInfo:
-            capabilities = (f"{PEER_CAPABILITY}127.0.0.1:1", f"{FLOOR_CAPABILITY}{attempt}")
+            known = max(attempt, *(epoch.number for epoch in one.epochs), 0)  # type: ignore[call-overload]
+            capabilities = (f"{PEER_CAPABILITY}127.0.0.1:1", f"{FLOOR_CAPABILITY}{known}")
             return NodeInfo(
                 node=f"{name}-{next(self.ids)}",
                 host=name,
@@ -542,6 +543,43 @@ def test_node_that_was_taken_out_is_told_and_joins_anew(world: NodesOfOneJob) ->
     assert len(nodes[1].outs) == 1
     nodes[1].fail(2, completed=50)
     assert world.epoch(*nodes, beyond=2).note.completed == 50
+
+
+@pytest.mark.slow
+def test_nodes_find_out_that_the_membership_came_back_from_a_backup(world: NodesOfOneJob) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    world.epoch(*nodes)
+    backup = world.server.backup()
+    for number in (1, 2):
+        nodes[0].fail(number, completed=10 * number)
+        world.epoch(*nodes, beyond=number)
+    before = {one.id for one in nodes}
+    world.server.restore(backup)
+    for one in nodes:
+        world.until(lambda one=one: one.outs, f"that {one.name} notices")
+        assert "earlier revision" in one.outs[0]
+        assert [out for out in one.outs[1:] if "earlier revision" in out] == [], "it noticed once"
+    again = world.epoch(*nodes, beyond=3)
+    assert set(again.record.ranks) == {one.id for one in nodes}
+    assert not before & set(again.record.ranks)
+    nodes[1].fail(again.number, completed=50)
+    assert world.epoch(*nodes, beyond=again.number).note.completed == 50
+
+
+@pytest.mark.slow
+def test_node_whose_ranks_ended_and_that_is_placed_again_ends_the_job_with_a_word(
+    world: NodesOfOneJob,
+) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    first = world.epoch(*nodes)
+    leader, other = nodes if first.record.leader == nodes[0].id else nodes[::-1]
+    leader.fail(1)
+    second = world.epoch(*nodes, beyond=1)
+    assert second.note.end is None
+    other.node.report_ended(1)  # as if the leader had heard it too late
+    end = world.epoch(*nodes, beyond=2)
+    assert end.note.end == 1
+    assert other.id in end.note.why and "ended before" in end.note.why
 
 
 @pytest.mark.slow

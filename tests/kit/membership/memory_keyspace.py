@@ -74,6 +74,23 @@ class MemoryServer:
             self.expire()
             self._end(lease_id)
 
+    def backup(self) -> tuple[int, dict[str, KeyValue], dict[int, tuple[float, float]]]:
+        """All that ``restore`` needs."""
+        with self.lock:
+            return self.revision, dict(self.keys), dict(self.leases)
+
+    def restore(
+        self, backup: tuple[int, dict[str, KeyValue], dict[int, tuple[float, float]]]
+    ) -> None:
+        """Go back to a backup, revisions too; leases begin anew, as etcd's do."""
+        with self.lock:
+            self.revision, keys, leases = backup
+            self.keys, self.sorted = dict(keys), sorted(keys)
+            self.leases = {
+                lease_id: (ttl_s, self.clock() + ttl_s) for lease_id, (ttl_s, _) in leases.items()
+            }
+            self.changes = [change for change in self.changes if change[0] <= self.revision]
+
     def expire(self) -> None:
         now_s = self.clock()
         for lease_id in [
