@@ -100,7 +100,14 @@ class JobUploads:
             self.current.on_superseded = self._superseded
             # Before anything is submitted: persisters look the channels up when they start.
             self.current.use_channels(self._launch.cluster.channel_of)
+            self.slots_came()
         return self.current
+
+    def slots_came(self) -> None:
+        """Slots may have come that hold what was handed in to an earlier keeper."""
+        slots, ranks = self._memory.slots, self._memory.ranks
+        if self.current is not None and slots is not None and slots.handed_in_marks():
+            self.current.slots_came(lambda: slots.handed_in(ranks), slots.hold_snapshot)
 
     @property
     def idle(self) -> bool:

@@ -18,6 +18,7 @@ from ckpt.staging.header import (
     Header,
     SlotSummary,
     generation_of,
+    handed_in,
     header_bytes_of,
     read_slot,
     read_summary,
@@ -69,6 +70,13 @@ class HeldSlot:
         """What is sealed, and its generation; None if nothing is, or the header is damaged."""
         try:
             return read_slot(self.memory)
+        except IntegrityError:
+            return None
+
+    def handed_in(self) -> tuple[str, ...] | None:
+        """The tags of what is sealed, if it was handed in to a keeper; else None."""
+        try:
+            return handed_in(self.memory)
         except IntegrityError:
             return None
 
@@ -182,6 +190,23 @@ class SlotTable:
                 self._board.rank(slot.rank).clear(slot.index)
             elif (entry.snapshot, entry.generation) != (summary[0].snapshot, summary[1]):
                 self._board.rank(slot.rank).publish(slot.index, summary[0].snapshot, summary[1])
+
+    def handed_in_marks(self) -> bool:
+        """Whether any slot holds a snapshot that was handed in."""
+        return any(slot.handed_in() is not None for slot in self)
+
+    def handed_in(self, ranks: int) -> dict[SnapshotId, tuple[str, ...]]:
+        """The snapshots that all ranks hold and that some rank handed in to a keeper, with their
+        tags; oldest first."""
+        marked: dict[SnapshotId, tuple[str, ...]] = {}
+        for slot in self:
+            summary, tags = slot.summary(), slot.handed_in()
+            if summary is not None and tags is not None:
+                marked[summary[0].snapshot] = tags
+        if not marked:
+            return {}
+        complete = self.complete_snapshots(ranks)
+        return {pair: marked[pair] for pair in sorted(complete) if pair in marked}
 
     def discard_after(self, resume: SnapshotId | None) -> None:
         """Training continues from ``resume``: captures after it (None: all) are on no lineage, and

@@ -143,6 +143,8 @@ class TrainerCalls:
                     client.send_error(message.id, error)
                     return
                 client.send(Done(id=message.id))
+                if slot.handed_in() is not None:
+                    self._state.uploads.slots_came()
                 keep = Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes)
                 # Every supervisor holds every slot: the memory outlives the keeper and any one
                 # supervisor.

@@ -30,6 +30,7 @@ from ckpt.errors import (
 from ckpt.events import Emit, Event
 from ckpt.format.canonical import prepare_decoders
 from ckpt.ipc.mailbox import wait_for_message
+from ckpt.ipc.messages import Refuse, RemoteError, from_error
 from ckpt.log.state import LogState
 from ckpt.session.decisions import Decisions, RankDecisions, SoloDecisions
 from ckpt.session.keeper.attachment import KeeperAttachment
@@ -156,12 +157,18 @@ class ConnectedSession:
 
 
 class _EpochChange(msgspec.Struct, frozen=True):
-    """From the snapshot of ``at_step`` on, ``epoch`` counts. ``alone``: it has no keeper."""
+    """From the snapshot of ``at_step`` on, ``epoch`` counts. ``alone``: it has no keeper.
+
+    ``again``: what rank 0 had handed to the lost keeper without an outcome, in order;
+    ``committed``: what the log has of that.
+    """
 
     epoch: int
     origin: str
     at_step: int
     alone: bool
+    again: tuple[SnapshotId, ...] = ()
+    committed: tuple[SnapshotInfo, ...] = ()
 
 
 class KeeperFailover:
@@ -185,6 +192,8 @@ class KeeperFailover:
         self._under_way = False
         self._submitted: list[int] = []
         self._bases: dict[int, SnapshotId | None] = {}
+        self.counts_from = 0
+        """The first step of the epoch that the last failover opened."""
 
     @property
     def needed(self) -> bool:
@@ -212,25 +221,37 @@ class KeeperFailover:
             attachment.detach(slots)
         elif self.needed:
             attachment.reconnect(slots)
-        self._under_way, self._submitted = False, []
+        self._under_way, self._submitted, self.counts_from = False, [], 0
 
-    def fail_over(self, step: int, *, epoch: int, base: SnapshotId | None) -> int | None:
+    def fail_over(
+        self, step: int, *, epoch: int, base: SnapshotId | None, wait_s: float = 0.0
+    ) -> int | None:
         """Before the snapshot of ``step``, if ``needed``: the epoch that counts from now on, or
         None if there is none yet.
 
-        ``epoch`` is the one before, which continued from ``base``. Raises FencedError if another
-        writer opened a newer one, ConflictError if the next keeper serves another launch,
-        UnavailableError if the store does not answer: the next snapshot tries again.
+        ``epoch`` is the one before, which continued from ``base``. ``wait_s``: no snapshot is to be
+        taken now, and so ranks other than rank 0 may wait that long for its message.
+
+        Raises FencedError if another writer opened a newer epoch, ConflictError if the next keeper
+        serves another launch, UnavailableError if the store does not answer: the next snapshot
+        tries again.
         """
         if self._connected.mailbox.rank == 0:
             change = self._decide(step, epoch, self._bases.get(epoch, base))
         else:
-            body = self._connected.mailbox.peek(f"mended/{self._completed}")
+            key = f"mended/{self._completed}"
+            body = (
+                wait_for_message(
+                    self._connected.mailbox, key, timeout_s=wait_s, awaited="the next keeper"
+                )
+                if wait_s
+                else self._connected.mailbox.peek(key)
+            )
             if body is None:
                 return None
             change = msgspec.json.decode(body, type=_EpochChange)
-            if change.at_step > step:  # rank 0 submitted this step to the old epoch
-                return None
+            if change.at_step > step and not wait_s:
+                return None  # rank 0 submitted this step to the old epoch
         self._follow(change, after=step - 1)
         return change.epoch
 
@@ -245,7 +266,12 @@ class KeeperFailover:
             )
         resume = self._newest_of(epoch) or base
         number, origin = self._open_epoch(resume)
-        change = _EpochChange(number, origin, step, self._connected.attachment.link is None)
+        again = self._connected.saving.handed_in
+        committed = self._log.infos(again)  # after the open: no commit of the lost keeper follows
+        alone = self._connected.attachment.link is None
+        if alone:
+            self._tag_committed(committed, epoch=number)
+        change = _EpochChange(number, origin, step, alone, again, committed)
         self._bases[change.epoch] = resume
         if self._connected.mailbox.size > 1:
             self._connected.mailbox.post(f"mended/{self._completed}", msgspec.json.encode(change))
@@ -256,6 +282,14 @@ class KeeperFailover:
             )
         )
         return change
+
+    def _tag_committed(self, committed: Sequence[SnapshotInfo], *, epoch: int) -> None:
+        """The lost keeper may have died between a commit and its tags."""
+        keeper = self._connected.saving.through_keeper
+        for info in committed:
+            found = keeper.staged(info.id) if keeper is not None else None
+            for tag in found[1] if found is not None else ():
+                self._log.tag(tag, info.id, epoch=epoch)
 
     def _newest_of(self, epoch: int) -> SnapshotId | None:
         """The newest snapshot of ``epoch`` that the slots of all ranks hold, or that is durable."""
@@ -287,26 +321,57 @@ class KeeperFailover:
 
     def _follow(self, change: _EpochChange, *, after: int) -> None:
         attachment, saving = self._connected.attachment, self._connected.saving
+        committed = {info.id: info for info in change.committed}
+        again = tuple(pair for pair in change.again if pair not in committed)
         if not change.alone:
-            attachment.reconnect(saving.slots)
-            saving.write_through_keeper(
-                attachment.persister(change.epoch), origin=change.origin, after=after
-            )
+            self._go_on(change, again, committed, after=after)
         else:
+            submit_again = saving.hand_back(again)
             if attachment.link is not None:
                 attachment.detach(saving.slots)
             target = self._log.save_target(change.epoch, rank=self._connected.mailbox.rank)
             saving.write_locally(target, base=None, known_chunks=dict, after=after)
             if attachment.regions is not None:
                 attachment.regions.epoch = change.epoch
+            submit_again(committed)
         self._completed += 1
         self._under_way = False
+        self.counts_from = change.at_step
         missed, self._submitted = [step for step in self._submitted if step >= change.at_step], []
         for step in missed:
             saving.refuse(
                 SnapshotId(change.epoch, step),
                 UnavailableError("the keeper was lost when the snapshot was submitted"),
             )
+
+    def _go_on(
+        self,
+        change: _EpochChange,
+        again: Sequence[SnapshotId],
+        committed: Mapping[SnapshotId, SnapshotInfo],
+        *,
+        after: int,
+    ) -> None:
+        """Hand the slots to the next keeper, which goes on with what was handed in: slots are
+        marked with that.
+        """
+        attachment, saving = self._connected.attachment, self._connected.saving
+        attachment.reconnect(saving.slots)
+        keeper = saving.through_keeper
+        assert keeper is not None and attachment.link is not None, "the keeper was replaced"
+        attachment.go_on_in(change.epoch)
+        saving.go_on_through_keeper(origin=change.origin, after=after)
+        for pair in again:
+            if all(slot.snapshot != pair for slot in saving.slots):
+                attachment.link.send(
+                    Refuse(snapshot=pair, error=_missing_here(attachment.link.rank))
+                )
+        keeper.take_up(again, committed)
+
+
+def _missing_here(rank: int) -> RemoteError:
+    error = UnavailableError("the keeper was lost before this rank had staged the snapshot")
+    return from_error(error, rank=rank)
 
 
 class SessionEpochs:
@@ -324,6 +389,7 @@ class SessionEpochs:
         self._lineage = lineage
         self._log = log
         self._failover = KeeperFailover(connected, open_epoch=lineage.open_next, log=log)
+        connected.saving.replace_keeper = self._replace_keeper
         self._tries = 0  # names the message about the next epoch
         self._verified = False
         self.epoch = 0
@@ -416,7 +482,22 @@ class SessionEpochs:
         if self._failover.needed:
             base = self.restored.id if self.restored is not None else None
             self.epoch = self._failover.fail_over(step, epoch=self.epoch, base=base) or self.epoch
+        if step < self._failover.counts_from:
+            raise UnavailableError(
+                "rank 0 handed this step to a keeper that was lost. "
+                f"step={step} next={self._failover.counts_from}"
+            )
         self._failover.record_submitted(step)
+
+    def _replace_keeper(self) -> None:
+        """While nothing is submitted: have another keeper go on with what the lost one had."""
+        last_step = self._connected.saving.last_step
+        base = self.restored.id if self.restored is not None else None
+        step = 0 if last_step is None else last_step + 1
+        self.epoch = (
+            self._failover.fail_over(step, epoch=self.epoch, base=base, wait_s=OPEN_WAIT_S)
+            or self.epoch
+        )
 
 
 prepare_decoders(_EpochChange)

@@ -31,7 +31,7 @@ from ckpt.ipc.messages import (
     to_error,
 )
 from ckpt.ipc.runtime_dir import JobFolder
-from ckpt.log.catalog import candidates
+from ckpt.log.catalog import candidates, info_of, load_manifest
 from ckpt.log.journal import Journal
 from ckpt.log.select import ResumeChoice
 from ckpt.log.state import LogState
@@ -39,7 +39,7 @@ from ckpt.save.persister import SaveTarget
 from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.options import SessionOptions, retention_of
 from ckpt.session.restoring import RestoreCandidate
-from ckpt.values import SnapshotId
+from ckpt.values import SnapshotId, SnapshotInfo
 
 
 class SessionLog:
@@ -73,6 +73,17 @@ class SessionLog:
             return any(entry.snapshot == snapshot for entry in self.state().snapshots)
         except CkptError:
             return False
+
+    def infos(self, snapshots: Sequence[SnapshotId]) -> tuple[SnapshotInfo, ...]:
+        """The facts of those of ``snapshots`` that the log has committed."""
+        if not snapshots:
+            return ()
+        state = self.state()
+        return tuple(
+            info_of(load_manifest(self._backend, state, snapshot), state)
+            for snapshot in snapshots
+            if state.find(snapshot) is not None
+        )
 
     def open_epoch(self, resume: SnapshotId | None, *, chosen: ResumeChoice | None = None) -> int:
         """Open the next epoch as the continuation of ``resume``; returns its number. Makes the

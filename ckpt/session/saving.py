@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
 
 import msgspec
 import torch
@@ -22,10 +23,18 @@ from ckpt.save.persister import Persister, SaveTarget
 from ckpt.session.agreement import Skip, Take, take_or_skip
 from ckpt.session.keeper.persister import KeeperPersister
 from ckpt.session.options import SessionOptions, check_metadata
-from ckpt.session.staging import COMPARE_WAIT_S, SLOT_WAIT_S, Stager, compare_replicas
+from ckpt.session.staging import (
+    COMPARE_WAIT_S,
+    SLOT_WAIT_S,
+    Stager,
+    compare_replicas,
+    sealed_again,
+)
 from ckpt.staging.devices import HostCopies
 from ckpt.staging.slot import Regions, Slot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+
+AwaitOutcome = Callable[[Future[SnapshotInfo], float | None], None]
 
 
 class Pending:
@@ -35,11 +44,19 @@ class Pending:
     One object for each save. Thread-safe. Dropping it loses nothing.
     """
 
-    __slots__ = ("_future", "_snapshot")
+    __slots__ = ("_await", "_future", "_snapshot")
 
-    def __init__(self, snapshot: SnapshotId, future: Future[SnapshotInfo]) -> None:
+    def __init__(
+        self,
+        snapshot: SnapshotId,
+        future: Future[SnapshotInfo],
+        *,
+        await_outcome: AwaitOutcome | None = None,
+    ) -> None:
+        """``await_outcome``: waits for the future, and replaces a lost keeper meanwhile."""
         self._snapshot = snapshot
         self._future = future
+        self._await = await_outcome
 
     @property
     def step(self) -> int:
@@ -60,10 +77,15 @@ class Pending:
 
         Raises what made it fail (StoreFullError, StoreDeniedError, FencedError, ...), and
         UnavailableError after ``timeout_s`` seconds without an outcome. The save then still goes on
-        and may be waited for again.
+        and may be waited for again. If the keeper that has it dies, the thread that saves has
+        another one started, which goes on with it.
         """
+        began_s = time.monotonic()
+        if self._await is not None:
+            self._await(self._future, timeout_s)
         try:
-            return self._future.result(timeout_s)
+            left_s = None if timeout_s is None else timeout_s - (time.monotonic() - began_s)
+            return self._future.result(left_s if left_s is None else max(0.0, left_s))
         except CancelledError as error:
             raise self._abandoned() from error
         except FutureTimeoutError as error:
@@ -138,6 +160,10 @@ class Saving:
         self._reserved = 0
         self._pendings: list[Pending] = []
         self._began_s = time.monotonic()
+        self._saves_in = threading.get_ident()
+        """The thread that took the last snapshot: the only one that may replace a keeper."""
+        self.replace_keeper: Callable[[], None] | None = None
+        """Has another keeper go on with what a lost one had, or raises why none can."""
 
     def prepare(self, items: Mapping[str, object]) -> None:
         """Lay out and pre-fault the slots in the background. Every rank calls it, and all raise the
@@ -212,6 +238,77 @@ class Saving:
         self._last_step = self._staged_step = after
         self._persister = persister
 
+    def go_on_through_keeper(self, *, origin: str, after: int) -> None:
+        """Another keeper has replaced a lost one, and a new epoch is open: what is in flight goes
+        on.
+        """
+        self._stager.origin = origin
+        self._last_step = self._staged_step = after
+
+    def hand_back(
+        self, again: Sequence[SnapshotId]
+    ) -> Callable[[Mapping[SnapshotId, SnapshotInfo]], None]:
+        """The keeper is lost and none follows. To be called before ``write_locally``; what it
+        returns after that: it submits ``again``, on all ranks alike. ``committed`` is in the log.
+        """
+        before, self._persister = self._persister, None
+
+        def submit(committed: Mapping[SnapshotId, SnapshotInfo]) -> None:
+            assert isinstance(self._persister, Persister), "written locally from here on"
+            outcomes: dict[SnapshotId, Future[SnapshotInfo]] = {}
+            for snapshot in again:
+                found = before.staged(snapshot) if isinstance(before, KeeperPersister) else None
+                if found is None:
+                    lost = UnavailableError("the keeper was lost when the snapshot was submitted")
+                    self._persister.submit_failure(snapshot, lost)
+                    continue
+                slot, tags = found
+                outcomes[snapshot] = self._persister.submit(sealed_again(slot), tags=tags)
+            if isinstance(before, KeeperPersister):
+                before.leave(outcomes, committed)
+
+        return submit
+
+    @property
+    def handed_in(self) -> tuple[SnapshotId, ...]:
+        """What a keeper was handed in and has given no outcome of."""
+        keeper = self._persister
+        return keeper.unsettled if isinstance(keeper, KeeperPersister) else ()
+
+    @property
+    def through_keeper(self) -> KeeperPersister | None:
+        """The persister that hands snapshots to a keeper, if there is one."""
+        return self._persister if isinstance(self._persister, KeeperPersister) else None
+
+    @property
+    def last_step(self) -> int | None:
+        """The step that was staged last, to become durable."""
+        return self._last_step
+
+    def await_outcome(self, future: Future[SnapshotInfo], timeout_s: float | None) -> None:
+        """Wait until a snapshot has an outcome, ``timeout_s`` seconds at most. The thread that
+        saves replaces a lost keeper meanwhile; any other one just waits.
+
+        Raises nothing: if no keeper follows, what is in flight has failed.
+        """
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while not future.done() and threading.get_ident() == self._saves_in:
+            keeper, replace_keeper = self.through_keeper, self.replace_keeper
+            if keeper is None or replace_keeper is None:
+                return
+            left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
+            either: list[Future[Any]] = [future, keeper.lost]
+            wait(either, timeout=left_s, return_when=FIRST_COMPLETED)
+            if future.done() or not keeper.lost.done():
+                return
+            self._replace(keeper, replace_keeper)
+
+    def _replace(self, keeper: KeeperPersister, replace_keeper: Callable[[], None]) -> None:
+        try:
+            replace_keeper()
+        except CkptError as error:
+            keeper.fail(error)
+
     def use_regions(self, regions: Regions) -> None:
         """Take the slots' memory from ``regions``. Once, before anything is laid out."""
         self._stager.use_regions(regions)
@@ -251,6 +348,7 @@ class Saving:
         """
         persister = self._persister
         assert persister is not None, "an epoch is open"
+        self._saves_in = threading.get_ident()
         failure = self.last_failure_of(snapshot.epoch)
         if isinstance(failure, FencedError):
             persister.submit_failure(
@@ -286,7 +384,7 @@ class Saving:
         if self._rounds is not None:
             self._rounds.resume()
             durable.add_done_callback(_report_committed(self._rounds))
-        pending = Pending(snapshot, durable)
+        pending = Pending(snapshot, durable, await_outcome=self.await_outcome)
         settled = [earlier for earlier in self._pendings if earlier.done()]
         self._pendings = [
             *settled[-1:],
@@ -373,13 +471,20 @@ class Saving:
 
     def drain(self) -> None:
         """Wait until nothing is in flight and end the persister's thread."""
+        keeper = self.through_keeper
+        for future in keeper.futures if keeper is not None else ():
+            self.await_outcome(future, None)
         if self._persister is not None:
             self._persister.close()
             self._persister = None
 
     def wait_idle(self, timeout_s: float) -> None:
         """Wait until nothing is in flight, ``timeout_s`` seconds at most."""
-        wait([pending.future for pending in self._pendings], timeout=timeout_s)
+        until_s = time.monotonic() + timeout_s
+        for pending in self._pendings:
+            self.await_outcome(pending.future, max(0.0, until_s - time.monotonic()))
+        left_s = max(0.0, until_s - time.monotonic())
+        wait([pending.future for pending in self._pendings], timeout=left_s)
 
     def hold_gc(self) -> None:
         """Something is restored: drop and delete nothing until the next submission. A keeper does
@@ -408,8 +513,18 @@ class Saving:
         """After an exception: what is staged gets a bounded time to become durable. Raises nothing;
         failures were reported.
 
-        With a keeper there is no wait: it continues by itself.
+        With a keeper there is no wait: it continues by itself. If it is lost, another one is
+        started, which goes on with what was handed in.
         """
+        keeper, replace_keeper = self.through_keeper, self.replace_keeper
+        if (
+            keeper is not None
+            and replace_keeper is not None
+            and keeper.lost.done()
+            and keeper.unsettled
+            and self._mailbox.rank == 0
+        ):
+            self._replace(keeper, replace_keeper)
         if self._persister is not None:
             if isinstance(self._persister, Persister):
                 wait([pending.future for pending in self._pendings], timeout=ABANDON_WAIT_S)

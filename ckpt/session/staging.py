@@ -21,7 +21,7 @@ from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.save.persister import SealedSlot
 from ckpt.staging.copy import THREADS_DEFAULT, CopyPlan, CopySource
 from ckpt.staging.devices import HostCopies
-from ckpt.staging.slot import Pin, Regions, Slot, SlotPool
+from ckpt.staging.slot import Pin, Regions, Slot, SlotPool, read_slot
 from ckpt.values import DTYPE_BYTES, Box, Leaf, SnapshotId, StagedIndex
 
 SLOT_WAIT_S = 3600.0
@@ -50,6 +50,21 @@ class StagedSlot:
         return SealedSlot(
             index=self.index, data=self.slot.data[:], release=self.release, shared=self.shared
         )
+
+
+def sealed_again(slot: Slot) -> SealedSlot:
+    """What a persister takes of a slot that was sealed before, and is to be made durable by this
+    process after all. Pinned until it is released.
+    """
+    sealed = read_slot(slot.memory)
+    assert sealed is not None, "nobody else writes to it"
+    index, generation = sealed
+    return SealedSlot(
+        index=index,
+        data=slot.data[:],
+        release=slot.pin().release,
+        unchanged=lambda: slot.generation == generation,
+    )
 
 
 class Stager:

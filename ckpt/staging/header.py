@@ -10,6 +10,11 @@ A header is eight 64-bit words in native byte order, then the index:
 makes the state invalid under a new generation before it touches anything else, and valid after
 everything else. The digest covers generation, lengths and the index (msgpack of a StagedIndex), so
 words of two generations never verify together.
+
+Behind the index, at the next multiple of 8, stands a mark once the snapshot was handed in to be
+made durable: its length in 8 bytes, its digest in 16, then msgpack of the tags. The digest covers
+the generation too, so what an earlier index or mark left there is no mark. The keeper that it was
+handed to may die; the next one finds the mark in the slot.
 """
 
 from __future__ import annotations
@@ -37,6 +42,9 @@ HEADER_BYTES_DEFAULT = 16 << 20
 
 _WORDS = 8
 _STATE = 2
+
+_MARK_BYTES = 24
+"""Length and digest of a mark."""
 
 
 class Header:
@@ -107,6 +115,23 @@ class Header:
         ):  # as above: no store of the block before may become visible after this one
             self._words[_STATE] = self._words[_STATE] | 1
 
+    def hand_in(self, tags: tuple[str, ...]) -> bool:
+        """Mark what is sealed as handed in, with the tags that it is to get. False if the header
+        has no room for that: then only the keeper that it is handed to knows of it.
+        """
+        if not self.valid:
+            raise InternalError("a slot that is not sealed can't be handed in.")
+        encoded = msgspec.msgpack.encode(tags)
+        start = _mark_offset(self._words[5])
+        body = start + _MARK_BYTES
+        if body + len(encoded) > self._header_bytes:
+            return False
+        with self._fence:
+            self._memory[body : body + len(encoded)] = encoded
+            self._memory[start + 8 : body] = _mark_digest(self.generation, encoded)
+            self._memory[start : start + 8] = struct.pack("=Q", len(encoded))
+        return True
+
 
 def encode_index(index: StagedIndex) -> bytes:
     """The index as a header holds it. Raises UsageError for metadata that msgpack can't hold."""
@@ -137,6 +162,26 @@ def read_slot(memory: memoryview) -> tuple[StagedIndex, int] | None:
     if problem is not None:
         raise IntegrityError(f"a sealed slot contradicts itself. {problem} generation={generation}")
     return index, generation
+
+
+def handed_in(memory: memoryview) -> tuple[str, ...] | None:
+    """The tags of a sealed snapshot that was handed in; None if it was not, or nothing is
+    sealed.
+    """
+    generation, header_bytes = generation_of(memory), header_bytes_of(memory)
+    if generation is None or header_bytes is None:
+        return None
+    start = _mark_offset(memory[: _WORDS * 8].cast("Q")[5])
+    body = start + _MARK_BYTES
+    if body > header_bytes:
+        return None
+    (length,) = struct.unpack("=Q", memory[start : start + 8])
+    if not 0 < length <= header_bytes - body:
+        return None
+    encoded = bytes(memory[body : body + length])
+    if memory[start + 8 : body] != _mark_digest(generation, encoded):
+        return None
+    return _decode(encoded, tuple[str, ...])
 
 
 class SlotSummary(msgspec.Struct, frozen=True):
@@ -221,6 +266,14 @@ def _header_problem(words: list[int], size_bytes: int) -> str | None:
     return None
 
 
+def _mark_offset(index_bytes: int) -> int:
+    return INDEX_OFFSET_BYTES + (index_bytes + 7) // 8 * 8
+
+
+def _mark_digest(generation: int, encoded: bytes) -> bytes:
+    return digest(struct.pack("<Q", generation) + b"handed in" + encoded)
+
+
 def _decode(encoded: bytes, kind: type[_T]) -> _T:
     try:
         return msgspec.msgpack.decode(encoded, type=kind)
@@ -232,4 +285,4 @@ def _seal(generation: int, header_bytes: int, data_bytes: int, encoded: bytes) -
     return digest(struct.pack("<4Q", generation, header_bytes, data_bytes, len(encoded)) + encoded)
 
 
-prepare_decoders(StagedIndex, SlotSummary)
+prepare_decoders(StagedIndex, SlotSummary, tuple[str, ...])

@@ -252,6 +252,10 @@ class Slot:
             self._regions.sealed(self)
             self._release()
 
+    def hand_in(self, tags: tuple[str, ...]) -> bool:
+        """Mark what is sealed as handed in: see ``Header.hand_in``. For the holder of a pin."""
+        return self._header.hand_in(tags)
+
     def invalidate(self) -> None:
         """Give up what the slot holds, sealed or half written, and release it if a writer
         held it.

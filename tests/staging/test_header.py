@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.errors import IntegrityError
-from ckpt.staging.header import MAGIC, Header, read_slot
+from ckpt.staging.header import MAGIC, Header, handed_in, read_slot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 SIZE = 3 * 4096
@@ -90,3 +90,35 @@ def test_short_or_foreign_memory_holds_nothing() -> None:
 def test_truncated_slot_is_refused() -> None:
     with pytest.raises(IntegrityError, match="lengths differ"):
         read_slot(memoryview(sealed())[: 2 * 4096])
+
+
+def test_mark_of_what_was_handed_in_is_read_until_the_slot_is_begun_again() -> None:
+    memory = memoryview(sealed())
+    assert handed_in(memory) is None
+    header = Header(memory, header_bytes=8192)
+    for tags in (("best", "last"), ()):
+        assert header.hand_in(tags)
+        assert handed_in(memory) == tags
+        assert read_slot(memory) == (INDEX, 1)
+    header.begin()
+    assert handed_in(memory) is None
+    header.seal(INDEX)
+    assert handed_in(memory) is None, "a mark belongs to one generation"
+
+
+def test_mark_that_has_no_room_is_not_written() -> None:
+    memory = memoryview(sealed())
+    before = bytes(memory)
+    assert not Header(memory, header_bytes=8192).hand_in(("t" * 8192,))
+    assert bytes(memory) == before
+
+
+@given(st.integers(64, 64 + 600), st.integers(0, 7))
+def test_flipped_bit_never_changes_a_mark(at: int, bit: int) -> None:
+    memory = memoryview(sealed())
+    Header(memory, header_bytes=8192).hand_in(("best",))
+    memory[at] ^= 1 << bit
+    try:
+        assert handed_in(memory) in (("best",), None)
+    except IntegrityError:
+        return

@@ -76,6 +76,8 @@ class LogEpochs:
         self._emit = emit
         self._on_fenced = on_fenced
         self._on_store_changed = on_store_changed
+        self.on_begun: Callable[[], object] = lambda: None
+        """Called when a launch's first epoch is open, before anybody is told."""
         self._thread = CallQueue("ckpt-log")
         self.view = LogView()
         """What is known of the log."""
@@ -359,6 +361,7 @@ class LogEpochs:
         if not self._persisters:
             self._persisters.start(self._log)
         self._emit(Event("epoch", f"epoch {self.view.epoch} is open", {"epoch": self.view.epoch}))
+        self.on_begun()
 
     def _see_store(self, log_id: str) -> None:
         """Begin anew if the store is another one than in the last launch, or gone."""

@@ -193,3 +193,93 @@ def unfit_reason(
         )
     problem = shares_problem([indexes[rank] for rank in range(ranks)])
     return UnavailableError(f"{problem} snapshot={submission.snapshot}") if problem else None
+
+
+class HandedIn:
+    """What an earlier keeper was handed in and died with: slots carry a mark of it, with the tags.
+    It is submitted once an epoch is open here, as soon as all ranks' slots are here.
+
+    ``find``: the marked snapshots that all ranks hold, oldest first. ``failed`` tells all ranks why
+    one of them can't become durable; ``tag`` sets a tag that its keeper may not have come to.
+    """
+
+    def __init__(
+        self,
+        epochs: LogEpochs,
+        persisters: Persisters,
+        submissions: Submissions,
+        *,
+        ranks: int,
+        failed: Callable[[SnapshotId, CkptError], object],
+        tag: Callable[[str, SnapshotId], object],
+    ) -> None:
+        self._view = epochs.view
+        self._persisters = persisters
+        self._submissions = submissions
+        self._ranks = ranks
+        self._failed = failed
+        self._tag = tag
+        self._find: Callable[[], Mapping[SnapshotId, tuple[str, ...]]] | None = None
+        self._sealed_of: HoldSnapshot | None = None
+        self._first_epoch = 0
+        self._done: set[SnapshotId] = set()
+
+    def look_for(
+        self, find: Callable[[], Mapping[SnapshotId, tuple[str, ...]]], sealed_of: HoldSnapshot
+    ) -> None:
+        """Slots came that this keeper did not see being filled."""
+        self._find, self._sealed_of = find, sealed_of
+
+    def begun(self) -> None:
+        """An epoch is open here: the first one that this keeper opens separates what was handed in
+        to it from what was handed in before."""
+        self._first_epoch = self._first_epoch or self._view.epoch
+
+    def is_earlier(self, snapshot: SnapshotId) -> bool:
+        """Whether it was captured before this keeper opened its first epoch."""
+        return snapshot.epoch < self._first_epoch
+
+    def refuse(self, snapshot: SnapshotId, error: CkptError) -> None:
+        """A rank has lost its share."""
+        if snapshot not in self._done:
+            self._done.add(snapshot)
+            self._failed(snapshot, error)
+
+    def submit(self) -> None:
+        """Submit what is here and was not. Costs nothing if there is nothing to look for."""
+        find, sealed_of = self._find, self._sealed_of
+        if find is None or sealed_of is None or not self._first_epoch or not self._persisters:
+            return
+        if not self._submissions.level:
+            return  # some ranks have submitted what others have not yet: all submit one sequence
+        self._find = None
+        for pair, tags in find().items():
+            if pair in self._done or not self.is_earlier(pair):
+                continue
+            self._done.add(pair)
+            if self._submissions.find(pair) is None:
+                self._submit(pair, tags, sealed_of)
+
+    def _submit(self, pair: SnapshotId, tags: tuple[str, ...], sealed_of: HoldSnapshot) -> None:
+        if self._view.has(pair):
+            for tag in tags:
+                bearer = self._view.state.tags.get(tag)
+                if bearer is None or bearer < pair:
+                    self._tag(tag, pair)
+            return
+        if self._view.superseded(pair):
+            text = f"a later snapshot of its epoch is durable already. snapshot={pair}"
+            self._failed(pair, ConflictError(text))
+            return
+        sealed = {rank: slot for rank in range(self._ranks) if (slot := sealed_of(rank, pair))}
+        reason = unfit_reason(Submission(0, pair), sealed, self._ranks)
+        if reason is None and not self._view.restorable(pair, sealed[0].index.origin):
+            reason = ConflictError(
+                f"training continues from another snapshot, or another writer did. snapshot={pair}"
+            )
+        if reason is None:
+            self._persisters.submit_again(sealed, tags)
+            return
+        for slot in sealed.values():
+            slot.free()
+        self._failed(pair, reason)

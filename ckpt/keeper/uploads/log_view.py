@@ -15,6 +15,7 @@ from ckpt.keeper.uploads.choices import (
     not_needed,
     own_staged,
     restorable,
+    superseded,
     with_pending,
 )
 from ckpt.keeper.uploads.store_log import FirstOpened, IssuedEpoch, LogReading, new_origin
@@ -142,6 +143,14 @@ class LogView:
     def restorable(self, snapshot: SnapshotId, origin: str) -> bool:
         """Whether a staged snapshot is on the lineage, so that a restart would continue from it."""
         return snapshot in restorable(self.state, self._ids, {snapshot: origin})
+
+    def superseded(self, snapshot: SnapshotId) -> bool:
+        """Whether ``snapshot`` is committed, or a later one of its epoch is."""
+        return self._state is not None and superseded(self.state, snapshot)
+
+    def has(self, snapshot: SnapshotId) -> bool:
+        """Whether ``snapshot`` is committed, as far as the log is known."""
+        return self._state is not None and self.state.find(snapshot) is not None
 
     def not_needed(self, snapshot: SnapshotId) -> bool:
         """Whether committing ``snapshot`` would help no restore, as far as the log is known."""

@@ -143,14 +143,16 @@ class Persisters:
             lambda _: self._post(lambda: self._settled(rank, submission, None, error, False))
         )
 
-    def submit_again(self, sealed: Mapping[int, SealedSlot]) -> Submission:
+    def submit_again(
+        self, sealed: Mapping[int, SealedSlot], tags: tuple[str, ...] = ()
+    ) -> Submission:
         """Submit all ranks' shares of one snapshot that may have been submitted before."""
         submission: Submission | None = None
         for rank, slot in sealed.items():
             # Its part may be in the store already, named by a commit that was never answered: it
             # must not be overwritten.
             self._persisters[rank].write_as(_new_writer())
-            submission = self.submit(rank, replace(slot, shared=None), ())
+            submission = self.submit(rank, replace(slot, shared=None), tags)
         assert submission is not None, "there is at least one rank"
         return submission
 

@@ -23,13 +23,18 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.events import Emit, Event
+from ckpt.events import Emit, Event, Fact
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.mailbox import RankMailbox
 from ckpt.ipc.messages import Choice, RemoteError, Retention, from_error
 from ckpt.keeper.slots import PostToLoop
 from ckpt.keeper.uploads.epochs import LogEpochs
-from ckpt.keeper.uploads.final_flush import FinalFlush, HoldSnapshot, unfit_reason
+from ckpt.keeper.uploads.final_flush import (
+    FinalFlush,
+    HandedIn,
+    HoldSnapshot,
+    unfit_reason,
+)
 from ckpt.keeper.uploads.persisters import Persisters
 from ckpt.keeper.uploads.retry import Retries
 from ckpt.keeper.uploads.store_log import RETRY_FIRST_S, StoreLog, open_job_of
@@ -132,6 +137,15 @@ class Uploads:
             emit=self._emit,
             on_fenced=self._fenced,
             on_store_changed=self._store_changed,
+        )
+        self._epochs.on_begun = self._begun
+        self._handed_in = HandedIn(
+            self._epochs,
+            self._persisters,
+            self._submissions,
+            ranks=ranks,
+            failed=self._not_durable,
+            tag=self.tag,
         )
         self._final_flush = FinalFlush(
             self._epochs,
@@ -257,10 +271,28 @@ class Uploads:
         # All ranks restore together, so a rank that submits shows that all are done with it.
         self._log.restoring(False)
         self._persisters.submit(rank, sealed, tags)
+        self._handed_in.submit()
+
+    def slots_came(
+        self,
+        find: Callable[[], Mapping[SnapshotId, tuple[str, ...]]],
+        sealed_of: HoldSnapshot,
+    ) -> None:
+        """Slots were taken over that an earlier keeper held: what was handed in to that one and is
+        not durable is submitted here. ``find``: the marked snapshots that all ranks hold.
+
+        Only where all ranks are on this node: of several nodes each submits by itself.
+        """
+        if self._persisters.channel_of is None:
+            self._handed_in.look_for(find, sealed_of)
+            self._handed_in.submit()
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
         """Instead of ``persist``: this rank has no share to submit, which fails the snapshot on all
         ranks."""
+        if self._handed_in.is_earlier(snapshot):
+            self._handed_in.refuse(snapshot, error)
+            return
         if self._until_opened is not None:
             self._until_opened.append(_Early(lambda: self._refuse(rank, snapshot, error)))
             return
@@ -269,6 +301,7 @@ class Uploads:
     def _refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
         if self._persisters:
             self._persisters.refuse(rank, snapshot, error)
+            self._handed_in.submit()
 
     # ---- with several nodes
 
@@ -516,6 +549,18 @@ class Uploads:
             self._log.close()
 
     # ---- called by the epochs and persisters, in the loop
+
+    def _begun(self) -> None:
+        self._handed_in.begun()
+        self._handed_in.submit()
+
+    def _not_durable(self, snapshot: SnapshotId, error: CkptError) -> None:
+        """What was handed in to an earlier keeper is lost: tell all ranks, and the log."""
+        text = f"{snapshot} was handed in to a keeper that is gone, and is not durable: {error}"
+        facts: dict[str, Fact] = {"step": snapshot.step, "code": error.code}
+        self._emit_now(Event("save-failed", text, facts, alarm=True))
+        for rank in range(self._ranks):
+            self._outcome(rank, snapshot, None, from_error(error, rank=-1))
 
     def _fenced(self, error: FencedError | SupersededError) -> None:
         self._final_flush.stop()

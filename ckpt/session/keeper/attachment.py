@@ -265,7 +265,17 @@ class KeeperAttachment:
         assert self.link is not None and self.regions is not None, "there is a keeper"
         self.regions.epoch = epoch
         self.regions.resume = resume
-        return KeeperPersister(self.link, self.regions, emit=self._emit)
+        return KeeperPersister(
+            self.link, self.regions, emit=self._emit, survives=not self.supervised
+        )
+
+    def go_on_in(self, epoch: int) -> None:
+        """Another keeper has replaced a lost one: snapshots are captured in ``epoch`` from now
+        on.
+        """
+        assert self.regions is not None, "there is a keeper"
+        self.regions.epoch = epoch
+        self.regions.resume = None
 
     def open_staged(
         self, snapshot: SnapshotId

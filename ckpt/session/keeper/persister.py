@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from ckpt.save import persister as events
 from ckpt.session.keeper.connection import KeeperLink, verified_chunks
 from ckpt.session.keeper.slots import SharedSlots
 from ckpt.session.staging import StagedSlot
+from ckpt.staging.slot import Slot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 
@@ -22,7 +23,16 @@ from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 class _PendingSubmission:
     snapshot: SnapshotId
     began_s: float
+    slot: Slot | None = None
+    """Where it is staged; None if this rank refused it."""
+    generation: int = 0
+    tags: tuple[str, ...] = ()
     future: Future[SnapshotInfo] = field(default_factory=Future)
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether its slot still holds it."""
+        return self.slot is not None and self.slot.valid and self.slot.generation == self.generation
 
 
 class KeeperPersister:
@@ -32,10 +42,18 @@ class KeeperPersister:
     It replaces ``Persister``, which works without a keeper. What was submitted survives this
     process. The link has one observer of outcomes, so only the newest persister of a link receives
     them.
+
+    ``survives``: if the keeper is lost another one follows (``take_up``), so what was handed in is
+    kept in its slots and stays in flight until then. Else it fails at once.
     """
 
-    def __init__(self, link: KeeperLink, slots: SharedSlots, *, emit: Emit) -> None:
+    def __init__(
+        self, link: KeeperLink, slots: SharedSlots, *, emit: Emit, survives: bool = False
+    ) -> None:
         self._link = link
+        self._survives = survives
+        self.lost: Future[None] = Future()
+        """Done once the keeper is lost and ``survives``; another one after ``take_up``."""
         self._slots = slots
         self._emit = emit
         self._changed = threading.Lock()
@@ -48,7 +66,7 @@ class KeeperPersister:
         self.passed_step = -1
         """The last step whose boundary every rank is known to have passed."""
         link.on_outcome(self._settle)
-        link.on_lost(self._fail_all)
+        link.on_lost(self._lose if survives else self._fail_all)
 
     @property
     def in_flight(self) -> int:
@@ -63,8 +81,11 @@ class KeeperPersister:
         if this process is killed, unless the future has an error already.
         """
         slot, snapshot = staged.slot, staged.index.snapshot
-        submission = self._expect(snapshot)
+        # Before the keeper hears of it: it may die at any moment, and the next one finds the mark.
+        slot.hand_in(tags)
+        submission = self._expect(snapshot, slot, tags)
         self._slots.hand_over(slot)
+        kept = False
         try:
             self._link.send(
                 Persist(
@@ -76,10 +97,14 @@ class KeeperPersister:
                 )
             )
         except CkptError as error:
-            self._slots.take_back(slot)
-            self._fail(submission, error)
+            kept = self._survives
+            if not kept:
+                self._slots.take_back(slot)
+                self._fail(submission, error)
         finally:
             staged.release()
+            if kept:
+                self._slots.take_back(slot)
         return submission.future
 
     def submit_failure(self, snapshot: SnapshotId, error: CkptError) -> None:
@@ -93,6 +118,80 @@ class KeeperPersister:
             )
         except CkptError as lost:
             self._fail(submission, lost)
+
+    @property
+    def unsettled(self) -> tuple[SnapshotId, ...]:
+        """What was handed in and has no outcome, in order."""
+        with self._changed:
+            return tuple(one.snapshot for one in self._pending if one.slot is not None)
+
+    @property
+    def futures(self) -> tuple[Future[SnapshotInfo], ...]:
+        """Those of all that has no outcome."""
+        with self._changed:
+            return tuple(one.future for one in self._pending)
+
+    def staged(self, snapshot: SnapshotId) -> tuple[Slot, tuple[str, ...]] | None:
+        """Where a snapshot that was handed in is still staged, with its tags; None if nowhere."""
+        with self._changed:
+            found = [one for one in self._pending if one.snapshot == snapshot]
+        for one in found:
+            if one.slot is not None and one.is_staged:
+                return one.slot, one.tags
+        return None
+
+    def take_up(
+        self, going_on: Collection[SnapshotId], committed: Mapping[SnapshotId, SnapshotInfo]
+    ) -> None:
+        """The next keeper holds the slots, and a new epoch is open. It makes ``going_on`` durable;
+        the facts of ``committed`` are in the log. All else fails.
+        """
+        with self._changed:
+            pending = [one for one in self._pending if one.slot is not None]
+            self.lost = Future()
+            self._any = True
+        if self._link.lost is not None:  # this one as well
+            self._note_loss()
+        for one in pending:
+            assert one.slot is not None, "chosen above"
+            if one.snapshot in going_on and one.snapshot not in committed:
+                self._slots.hand_over(one.slot)
+                continue
+            if one.is_staged:
+                self._slots.give_up(one.slot)
+            if one.snapshot in committed:
+                self._settle(Outcome(snapshot=one.snapshot, info=committed[one.snapshot]))
+            else:
+                self._fail(one, _not_on_all_ranks())
+
+    def leave(
+        self,
+        outcomes: Mapping[SnapshotId, Future[SnapshotInfo]],
+        committed: Mapping[SnapshotId, SnapshotInfo],
+    ) -> None:
+        """No keeper follows, and this process makes durable what it can itself: ``outcomes``. Slots
+        of all else are free. The persister ends with that.
+        """
+        for snapshot in self.unsettled:
+            submission = self._take(snapshot)
+            if submission is None:
+                continue
+            if submission.slot is not None and submission.is_staged and snapshot not in outcomes:
+                self._slots.give_up(submission.slot)
+            if snapshot in committed:
+                submission.future.set_result(committed[snapshot])
+            elif snapshot in outcomes:
+                outcomes[snapshot].add_done_callback(_passing_on(submission.future))
+            else:
+                error = _not_on_all_ranks()
+                self._emit(events.failed_event(snapshot, error))
+                submission.future.set_exception(error)
+
+    def fail(self, error: CkptError) -> None:
+        """No keeper follows, for this reason: all that has no outcome fails. The slots keep it, and
+        a later keeper finds it there.
+        """
+        self._fail_all(error)
 
     def refer_to(self, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
         """Let the first snapshot refer to chunks of ``base``. Nothing after the first submission.
@@ -118,11 +217,31 @@ class KeeperPersister:
             quiet=True,
         )
 
-    def _expect(self, snapshot: SnapshotId) -> _PendingSubmission:
+    def _lose(self, error: CkptError) -> None:
+        """The keeper is lost: hold the slots of what has no outcome. In the link's thread."""
+        with self._changed:
+            pending = list(self._pending)
+        for one in pending:
+            if one.slot is None:
+                self._fail(one, error)
+            elif one.is_staged:
+                self._slots.take_back(one.slot)
+        self._note_loss()
+
+    def _note_loss(self) -> None:
+        with self._changed:
+            if not self.lost.done():
+                self.lost.set_result(None)
+
+    def _expect(
+        self, snapshot: SnapshotId, slot: Slot | None = None, tags: tuple[str, ...] = ()
+    ) -> _PendingSubmission:
         """Register a submission. Must come before its message is sent: the outcome may arrive at
         once.
         """
-        submission = _PendingSubmission(snapshot, time.monotonic())
+        submission = _PendingSubmission(
+            snapshot, time.monotonic(), slot, slot.generation if slot is not None else 0, tags
+        )
         submission.future.set_running_or_notify_cancel()  # the keeper's work can't be cancelled
         with self._changed:
             self._any = True
@@ -188,3 +307,24 @@ class KeeperPersister:
             if not quiet:
                 self._emit(events.failed_event(submission.snapshot, error))
             submission.future.set_exception(error)
+
+
+def _not_on_all_ranks() -> UnavailableError:
+    return UnavailableError(
+        "the keeper was lost, and not all ranks hold the snapshot that was handed in"
+    )
+
+
+def _passing_on(future: Future[SnapshotInfo]) -> Callable[[Future[SnapshotInfo]], None]:
+    def done(outcome: Future[SnapshotInfo]) -> None:
+        error = (
+            UnavailableError("the session ended before the snapshot was durable")
+            if outcome.cancelled()
+            else outcome.exception()
+        )
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(outcome.result())
+
+    return done

@@ -169,6 +169,11 @@ class SharedSlots:
         """The submission could not be sent: this process is responsible for the mark again."""
         self._marked.add(slot.number)
 
+    def give_up(self, slot: Slot) -> None:
+        """What a lost keeper was to make durable will not be: the slot may be overwritten."""
+        self._marked.discard(slot.number)
+        self._own.release(slot.number)
+
     def hand_over_all(self, slots: Sequence[Slot]) -> None:
         """Give every slot of a pool to a new keeper. Clears marks that this process did not set:
         the keeper that set them is gone.

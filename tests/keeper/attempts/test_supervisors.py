@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from kit.keepers.served import (
     POLICY,
+    Peer,
     Served,
     Trainer,
     die,
@@ -22,12 +23,13 @@ from kit.keepers.served import (
     started,
     until,
 )
+from kit.keepers.slot_makers import MadeSlot
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
 from ckpt.ipc.board import Board
-from ckpt.ipc.messages import Policy, Welcome
+from ckpt.ipc.messages import Choices, GetChoices, Number, OpenEpoch, Persist, Policy, Welcome
 from ckpt.keeper import daemon as daemon_module
 from ckpt.keeper.attempts import hang_watch as watch_module
 from ckpt.log.journal import Journal
@@ -317,6 +319,78 @@ def test_the_next_keeper_gets_slots_and_board_and_numbers_go_on(serve: Serve) ->
         peer.leave(planned=False)
     end_well(anew, 3)
     assert after.ends()
+
+
+def handed_over(served: Served, slots: Sequence[MadeSlot], *, ranks: int) -> list[Peer]:
+    """The supervisors of an attempt that lost its keeper give their slots to the next one."""
+    peers = []
+    for rank in range(ranks):
+        peer = served.peer(role="supervisor", rank=rank, ranks=ranks, attempt=2)
+        peer.next(Welcome)
+        for owner, slot in enumerate(slots):
+            peer.say(words.SlotKept(rank=owner, index=0, size_bytes=slot.size_bytes), [slot.fd])
+        peer.say(words.Killed(attempt=2))
+        peers.append(peer)
+    return peers
+
+
+def test_what_was_handed_in_to_a_keeper_that_died_is_made_durable_by_the_next(
+    serve: Serve,
+) -> None:
+    served = serve()
+    some = [served.trainer(rank, 2) for rank in range(2)]
+    epoch = some[0].calls.ask(OpenEpoch(resume=None), Number)
+    slots = [MadeSlot() for _ in range(2)]
+    for rank, slot in enumerate(slots):
+        slot.seal(PAIR, rank=rank, ranks=2, origin=epoch.origin)
+    assert slots[1].header.hand_in(("best",)), "one of them came to it"
+    for one in some:
+        one.leave(planned=False)
+    served.crash()
+
+    after = serve()
+    peers = handed_over(after, slots, ranks=2)
+    assert started(peers).attempt == 3
+    third = after.trainer(0, 2, attempt=3)
+    assert [one.snapshot for one in third.calls.ask(GetChoices(), Choices).choices] == [PAIR]
+    open_epoch(third, PAIR)
+    assert third.outcome().info is not None
+    log = Journal.open(FileBackend(after.store)).refresh()
+    assert log.tags == {"best": PAIR}
+    third.leave()
+    end_well(peers, 3)
+    assert after.ends()
+    for slot in slots:
+        slot.close()
+
+
+def test_of_what_was_handed_in_only_the_tag_may_be_missing(serve: Serve) -> None:
+    served = serve()
+    trainer = served.trainer()
+    epoch = trainer.calls.ask(OpenEpoch(resume=None), Number)
+    slot = trainer.slots[0] = trainer.make(0)
+    slot.seal(PAIR, ranks=1, origin=epoch.origin)
+    slot.header.hand_in(("best", "old"))
+    trainer.board.rank(0).hold(0)
+    trainer.calls.send(Persist(snapshot=PAIR, index=0, generation=1, tags=("old",)))
+    assert trainer.outcome().info is not None
+    kept = MadeSlot()
+    kept.memory[:] = slot.memory
+    trainer.leave(planned=False)
+    served.crash()
+
+    after = serve()
+    (peer,) = handed_over(after, [kept], ranks=1)
+    started([peer])
+    second = after.trainer(attempt=3)
+    second.calls.ask(GetChoices(), Choices)
+    open_epoch(second, PAIR)
+    log = Journal.open(FileBackend(after.store))
+    until(lambda: log.refresh().tags == {"best": PAIR, "old": PAIR})
+    second.leave()
+    end_well([peer], 3)
+    assert after.ends()
+    kept.close()
 
 
 def test_a_keeper_takes_no_board_that_is_none(serve: Serve) -> None:

@@ -18,7 +18,7 @@ import ckpt
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import FencedError, UnavailableError
 from ckpt.events import Event
-from ckpt.ipc.messages import Choices, GetChoices
+from ckpt.ipc.messages import Choices, GetChoices, Message, Persist
 from ckpt.log.journal import Journal
 from ckpt.session.keeper import attachment as keeping
 from ckpt.session.keeper import connection as keeper_link
@@ -110,6 +110,108 @@ def test_line_goes_on_from_the_last_pair_that_only_memory_held(store: Path) -> N
         (SnapshotId(2, 4), "staged"),
     ]
     session.finish()
+
+
+def dies_at_the_next_submission(session: Session) -> None:
+    """Its keeper stands still and is killed before it reads the next submission."""
+    link = session.join().attachment.link
+    assert link is not None
+    pid, send = link.welcome.pid, link.send
+
+    def send_to_the_dying(message: Message) -> None:
+        if isinstance(message, Persist):
+            link.send = send  # type: ignore[method-assign]
+            os.kill(pid, signal.SIGSTOP)
+            send(message)
+            os.kill(pid, signal.SIGKILL)
+        else:
+            send(message)
+
+    link.send = send_to_the_dying  # type: ignore[method-assign]
+
+
+def hand_in_to_a_keeper_that_dies(c: ckpt.Checkpointer, step: int, *, tag: str) -> ckpt.Pending:
+    dies_at_the_next_submission(c._session)
+    return c.save_async(state(step), step=step, tag=tag)
+
+
+@pytest.mark.slow
+def test_what_was_handed_in_becomes_durable_although_its_keeper_dies(store: Path) -> None:
+    with ckpt.Checkpointer(store) as c:
+        c.save(state(1), step=1)
+        pending = hand_in_to_a_keeper_that_dies(c, 2, tag="best")
+        assert pending.durable(WAIT_S).id == SnapshotId(1, 2)
+        assert c.save(state(3), step=3).id == SnapshotId(2, 3)
+        later = hand_in_to_a_keeper_that_dies(c, 4, tag="later")
+        assert c.save(state(5), step=5).step == 5
+        assert later.durable(WAIT_S).id == SnapshotId(2, 4)
+        last = hand_in_to_a_keeper_that_dies(c, 6, tag="last")
+    assert last.done()
+    log = Journal.open(FileBackend(store)).refresh()
+    assert {name: pair.step for name, pair in log.tags.items()} == {
+        "best": 2,
+        "later": 4,
+        "last": 6,
+    }
+    assert ckpt.Checkpointer(store).restore(found := state(0), tag="best").step == 2
+    assert torch.equal(found["w"]["w"], torch.full((8,), 2.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies_at", [0, 1])
+def test_two_ranks_hand_in_and_their_keeper_dies(
+    store: Path, make_channels, monkeypatch, dies_at: int
+) -> None:
+    ranks = Ranks(store, make_channels, monkeypatch)
+    ranks.durable([ranks.save(rank, 1) for rank in range(2)])
+    dies_at_the_next_submission(ranks.sessions[dies_at])
+
+    def go_on(rank: int) -> list[SnapshotId]:
+        pending = [ranks.save(rank, step) for step in (2, 3)]
+        return [one.durable(WAIT_S).id for one in pending]
+
+    first, second = ranks.pool.map(go_on, range(2))
+    assert first == second
+    assert [pair.step for pair in first] == [2, 3]
+    assert first[0].epoch == 1
+    ranks.finish()
+
+
+@pytest.mark.slow
+def test_without_another_keeper_this_process_makes_durable_what_it_had_handed_in(
+    store: Path, monkeypatch
+) -> None:
+    with ckpt.Checkpointer(store) as c:
+        c.save(state(1), step=1)
+        pending = hand_in_to_a_keeper_that_dies(c, 2, tag="best")
+
+        def none(spec: object, *, start: bool) -> None:
+            raise UnavailableError("no keeper can be started")
+
+        monkeypatch.setattr(keeper_link, "open_connections", none)
+        assert pending.durable(WAIT_S).id == SnapshotId(1, 2)
+        for step in range(3, 8):
+            assert c.save(state(step), step=step).id == SnapshotId(2, step)
+    assert Journal.open(FileBackend(store)).refresh().tags == {"best": SnapshotId(1, 2)}
+
+
+@pytest.mark.slow
+def test_what_no_keeper_can_take_up_fails_and_the_next_save_brings_it_along(store: Path) -> None:
+    with ckpt.Checkpointer(store) as c:
+        c.save(state(1), step=1)
+        log = c._session._log
+        real = log.newest_epoch
+        pending = hand_in_to_a_keeper_that_dies(c, 2, tag="best")
+
+        def away() -> int:
+            log.newest_epoch = real  # type: ignore[method-assign]
+            raise UnavailableError("the store is away")
+
+        log.newest_epoch = away  # type: ignore[method-assign]
+        with pytest.raises(UnavailableError, match="is away"):
+            pending.durable(WAIT_S)
+        assert c.save(state(3), step=3).id == SnapshotId(2, 3)
+    assert Journal.open(FileBackend(store)).refresh().tags == {"best": SnapshotId(1, 2)}
 
 
 @pytest.mark.slow
