@@ -21,13 +21,14 @@ CreateOutcome = Literal["created", "taken", "impossible", "unknown"]
 class CreateOnceProbe:
     """Probes the store once and remembers the answer, for all threads.
 
-    ``ask`` is called again until it can tell.
+    ``ask`` is called again until it can tell; until then its error, if any, is the reason.
     """
 
     def __init__(self, ask: Callable[[], bool | None], url: str) -> None:
         self._ask = ask
         self._url = url
         self._answer: bool | None = None
+        self._error: UnavailableError | None = None
         self._asking = threading.Lock()
 
     def __call__(self) -> bool:
@@ -35,17 +36,26 @@ class CreateOnceProbe:
         if self._answer is None:
             with self._asking:
                 if self._answer is None:
-                    self._answer = self._ask()
+                    self._answer, self._error = self._ask_now()
         return bool(self._answer)
 
+    def _ask_now(self) -> tuple[bool | None, UnavailableError | None]:
+        try:
+            return self._ask(), None
+        except UnavailableError as error:
+            return None, error
+
     def require(self) -> None:
-        """Raise UsageError if the store is not known to create a key only once."""
+        """Raise UsageError if the store is not known to create a key only once.
+
+        If that could not be learned, the store's error is its cause.
+        """
         if not self():
             raise UsageError(
                 f"this store does not promise to create a key only once. store={self._url}; "
                 "use one that honours conditional puts as the job's first, or grant write "
                 "permission for '.probe/'"
-            )
+            ) from self._error
 
 
 def creates_once(create: Callable[[], None], remove: Callable[[], None]) -> bool | None:
@@ -53,19 +63,23 @@ def creates_once(create: Callable[[], None], remove: Callable[[], None]) -> bool
 
     ``create`` creates the key and ``remove`` deletes it; both raise as a backend does. Only a
     refusal *because the key is taken*, after a successful first creation, means yes: a store that
-    denies, fails or does not answer says nothing about it. None means: ask again later. Makes at
-    most three requests. A store that refuses to delete keeps four bytes under a name that is never
-    listed.
+    denies, fails or does not answer says nothing about it: raises its StoreDeniedError,
+    StoreFullError or UnavailableError. None means: ask again later. Makes at most three requests. A
+    store that refuses to delete keeps four bytes under a name that is never listed.
     """
+    errors: list[UnavailableError] = []
     try:
-        first = _outcome(create)
-        second = _outcome(create) if first == "created" else None
+        first = _outcome(create, errors)
+        second = _outcome(create, errors) if first == "created" else None
     finally:
         # Also if the first creation raised: its reply may have been lost. A leftover probe object
         # is harmless.
         with contextlib.suppress(CkptError):
             remove()
-    return interpret_outcomes(first, second)
+    answer = interpret_outcomes(first, second)
+    if answer is None and errors:
+        raise errors[0]
+    return answer
 
 
 def interpret_outcomes(first: CreateOutcome, second: CreateOutcome | None) -> bool | None:
@@ -81,7 +95,8 @@ def interpret_outcomes(first: CreateOutcome, second: CreateOutcome | None) -> bo
             return None
 
 
-def _outcome(create: Callable[[], None]) -> CreateOutcome:
+def _outcome(create: Callable[[], None], errors: list[UnavailableError]) -> CreateOutcome:
+    """The outcome of one creation; the error that leaves it unknown is added to ``errors``."""
     try:
         create()
     except KeyExistsError:
@@ -90,7 +105,10 @@ def _outcome(create: Callable[[], None]) -> CreateOutcome:
         return "impossible"
     except UnavailableError as error:
         cannot = isinstance(error.__cause__, _CANNOT_ASK) or "status=501" in str(error)
-        return "impossible" if cannot else "unknown"
+        if cannot:
+            return "impossible"
+        errors.append(error)
+        return "unknown"
     except NotFoundError:
         return "unknown"
     return "created"

@@ -11,7 +11,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,7 @@ from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone
 from ckpt.cluster.membership.open import open_keyspace
 from ckpt.errors import (
+    CkptError,
     KeyExistsError,
     NotFoundError,
     StoreDeniedError,
@@ -60,6 +61,10 @@ class WriteUnknown:
     reason: str
 
 
+PROBES = "probes/"
+"""Prefix of objects that try what a store does. Sweeps delete those of processes that died."""
+
+
 class Sequencer(Protocol):
     """Gives each position of the log to one record, for good."""
 
@@ -90,11 +95,33 @@ class StoreSequencer:
 
 def require_create_only(backend: Backend) -> None:
     """Raise UsageError for a store that overwrites: two writers would both believe a position is
-    theirs."""
-    if not backend.capabilities().create_only:
+    theirs.
+
+    A store that could not be asked says no too. It is asked by a put then, which raises why:
+    StoreDeniedError for one that is read-only or forbidden, StoreFullError, UnavailableError. Cost:
+    nothing for a store that creates once.
+    """
+    if backend.capabilities().create_only:
+        return
+    key = f"{PROBES}{secrets.token_hex(16)}"
+    try:
+        backend.put(key, [b"ckpt"], create_only=True)
+    except UsageError as error:
+        if isinstance(cause := error.__cause__, UnavailableError):
+            raise type(cause)(
+                "cannot write to the store, nor learn whether it creates a key only once. "
+                f"store={backend.url} why={cause}"
+            ) from cause
         raise UsageError(
             "this store does not create a key only once, so two writers could overwrite each "
             f"other. store={backend.url} use a store that honours create-if-absent"
+        ) from error
+    with suppress(CkptError):
+        backend.delete(key)  # a sweep deletes what stays
+    if not backend.capabilities().create_only:
+        raise UnavailableError(
+            "cannot learn whether this store creates a key only once. "
+            f"store={backend.url} repeat later"
         )
 
 

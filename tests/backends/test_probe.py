@@ -44,11 +44,7 @@ def acts(*outcomes: Exception | None) -> Callable[[], None]:
         ((caused(NotImplementedError()),), False),
         ((caused(TypeError()),), False),
         ((UnavailableError("the store failed. error=NotImplemented status=501"),), False),
-        ((None, StoreDeniedError("403")), None),
-        ((None, StoreFullError("507")), None),
-        ((None, UnavailableError("status=503")), None),
         ((None, NotFoundError("404")), None),
-        ((StoreDeniedError("403"),), None),
         ((NotFoundError("no bucket"),), None),
         ((KeyExistsError("its own repetition"),), None),
     ],
@@ -60,6 +56,25 @@ def test_only_a_refusal_because_the_key_is_taken_means_yes(
     removed: list[int] = []
     assert creates_once(acts(*outcomes), lambda: removed.append(1)) is expected
     assert removed == [1]
+
+
+@pytest.mark.parametrize("before", [(), (None,)], ids=["first", "second"])
+@pytest.mark.parametrize(
+    "error", [StoreDeniedError("403"), StoreFullError("507"), UnavailableError("503")], ids=repr
+)
+def test_a_store_that_could_not_tell_says_why(
+    before: tuple[None, ...], error: UnavailableError
+) -> None:
+    def ask() -> bool | None:
+        return creates_once(acts(*before, error), lambda: None)
+
+    with pytest.raises(type(error)):
+        ask()
+    creates = CreateOnceProbe(ask, "s3://b")
+    assert not creates()
+    with pytest.raises(UsageError, match="s3://b") as raised:
+        creates.require()
+    assert isinstance(raised.value.__cause__, type(error))
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ class FaultyBackend:
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        if create_only and not self._create_only:
+            raise UsageError("this store does not create a key only once")
         fault = self.script.pop(0) if self.script and key.startswith(self.only) else "ok"
         if fault == "down":
             raise UnavailableError("no route")

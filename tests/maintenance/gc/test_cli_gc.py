@@ -202,7 +202,7 @@ def test_one_store_of_several_never_deletes_what_a_drop_on_it_alone_names(
     journal = Journal.open(stores)
     state = journal.refresh()
     drop = make_record(
-        Drop((SnapshotId(1, 10), SnapshotId(1, 20)), None),
+        Drop((SnapshotId(1, 10), SnapshotId(1, 30)), None),
         job=state.job,
         seq=state.next_seq,
         epoch=1,
