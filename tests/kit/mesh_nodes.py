@@ -24,6 +24,7 @@ class Node:
         secret: bytes = SECRET,
         listen: str = "127.0.0.1:0",
         tls: TlsContexts | None = None,
+        ttl_s: float = 0.0,
     ) -> None:
         self.name = name
         self.words: list[tuple[str, MeshMessage]] = []
@@ -44,6 +45,7 @@ class Node:
             observer=heard,
             emit=lambda event: self._note(self.events, event),
             tls=tls,
+            ttl_s=ttl_s,
         )
 
     @property

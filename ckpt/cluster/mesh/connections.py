@@ -140,7 +140,8 @@ class DialTarget:
 HEARTBEAT_S = 1.0
 """How often an otherwise silent end of a connection sends a heartbeat."""
 SILENCE_S_MAX = 4.0
-"""A connection on which nothing arrived for so long is dropped, and dialled again."""
+"""A connection on which nothing arrived for so long is dropped, and dialled again; at a longer TTL,
+one on which nothing arrived for that. Before it a machine that stands still has lost nothing."""
 HANDSHAKE_S = 5.0
 """How long the other end may take to prove its identity."""
 PROBE_S = 1.0
@@ -186,7 +187,8 @@ class _MeshConnection:
 class Mesh:
     """The connections of one keeper, over TLS if ``tls`` is given. Thread-safe.
 
-    ``listen`` is ``host:port``; port 0 takes a free one. Connections, selector and resolver belong
+    ``listen`` is ``host:port``; port 0 takes a free one. ``ttl_s``: how long a silent node keeps
+    its ranks; its connection is kept so long as well. Connections, selector and resolver belong
     to the thread; targets, the queue and the connected nodes are shared under ``_lock``. It has
     more attributes than our limit: they are the state of this one event loop.
     """
@@ -201,8 +203,10 @@ class Mesh:
         observer: MeshObserver,
         emit: Emit,
         tls: TlsContexts | None = None,
+        ttl_s: float = 0.0,
     ) -> None:
         self._secret = secret
+        self._ttl_s = ttl_s
         self._tls = tls
         self._job = job
         self._node = node
@@ -312,7 +316,7 @@ class Mesh:
         dialled = {
             connection.protocol.peer for connection in self._connections if connection.dialled
         }
-        wait_s = HEARTBEAT_S
+        wait_s, silence_s = HEARTBEAT_S, max(SILENCE_S_MAX, self._ttl_s)
         for node, target in targets.items():
             # A node with a smaller id dials this one; it is probed only while its state is unknown.
             if (
@@ -331,8 +335,8 @@ class Mesh:
                     self._drop(connection, "no target any more", quiet=True)
                 # Heartbeats of the other end are missing: a machine that is gone, or cut off, sends
                 # no reset, and an idle TCP connection to it would stay open for hours.
-                elif now_s - connection.received_s > SILENCE_S_MAX:
-                    self._drop(connection, f"silent for {SILENCE_S_MAX:g} s")
+                elif now_s - connection.received_s > silence_s:
+                    self._drop(connection, f"silent for {silence_s:g} s")
                 elif now_s - connection.sent_s >= HEARTBEAT_S:
                     self._send(connection, NodeHeartbeat(), now_s)
             elif now_s - connection.since_s > (

@@ -98,6 +98,7 @@ def join(
             observer=mesh_observer,
             emit=emit,
             tls=tls,
+            ttl_s=spec.ttl_s,
         )
 
     def info() -> NodeInfo:

@@ -153,6 +153,25 @@ def test_node_behind_a_dead_network_is_given_up_and_found_again(
         one.wait(lambda: len(one.ups) == 2, "the line again")
 
 
+@pytest.mark.slow
+def test_node_that_is_silent_for_less_than_the_ttl_keeps_its_connections(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines_room, "SILENCE_S_MAX", 0.3)
+    monkeypatch.setattr(lines_room, "HEARTBEAT_S", 0.1)
+    patient, hasty, other = node("a", ttl_s=60.0), node("b"), node("c", ttl_s=60.0)
+    with Network(other.lines.port) as network:
+        way = {"c": f"127.0.0.1:{network.port}"}
+        for one in (patient, hasty):
+            one.lines.set_targets(way)
+            one.wait(lambda one=one: one.ups, "the line")
+        network.dead.set()
+        hasty.wait(lambda: hasty.downs, "that nothing comes any more")
+        # Later than the other, for which nothing has come for as long.
+        assert not patient.downs
+        network.dead.clear()
+
+
 def test_strangers_who_say_nothing_take_no_place_for_ever(
     node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,6 +22,9 @@ KILL_AT = 30
 REDONE_MAX = 25
 """Steps since the last pair that was on another node: at a tenth of a second each many on a busy
 machine, and fewer than all. The store, which holds nothing before the end, would leave all."""
+
+STANDS_STILL_S = 6.0
+"""Longer than a connection may be silent at short TTLs."""
 
 ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.1)
 """Steps are slow until somebody is in a hurry: what happens at step KILL_AT has a long time for
@@ -258,6 +262,27 @@ def test_node_that_arrives_as_the_job_ends_or_after_it_ends_well_too(
     one.wait_gone()
     one.start(*ARGUMENTS, more=began)
     assert set(one.wait_end(30.0).values()) == {0}, one.output()
+
+
+@pytest.mark.slow
+def test_node_that_stands_still_for_less_than_the_ttl_costs_nobody_an_attempt(
+    made: Callable[..., Cluster], undisturbed
+) -> None:
+    one = made(nodes="2")
+    for _ in range(2):
+        one.start(*ARGUMENTS, more={"ttl_s": 15.0})
+    one.wait_steps(KILL_AT)
+    still = one.of_rank(1)
+    hang(still.keeper(), one.folder / "members.db")
+    pids = still.members()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(STANDS_STILL_S)  # what is tested is that nothing happens meanwhile
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert set(one.wait_end(hurry=True).values()) == {0}, one.output()
+    check_equal(one, undisturbed)
+    assert (one.job.attempts(0), redone(one)) == (1, 0), one.output()
 
 
 @pytest.mark.slow
