@@ -91,10 +91,10 @@ class Keepalive:
         self._lease = lease
         self._lease_ids = {ticket.lease_id}
         """The leases that the node's key may be under: two while it moves to another one."""
-        self._epoch = (0, 0)
+        self._epoch = (0, 0, False)
+        """Of the newest that was read: number, revision, whether this node is placed in it."""
         self._revision = 0
         """The greatest that the keyspace has answered with."""
-        self._placed = False
         self._epoch_problem = ""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -123,8 +123,7 @@ class Keepalive:
             self._keyspace, ticket, lease, self._clock, on_act_until=self._on_act_until
         )
         with self._lock:
-            successor._epoch, successor._placed = self._epoch, self._placed
-            successor._revision = self._revision
+            successor._epoch, successor._revision = self._epoch, self._revision
         return successor
 
     def expect_lease(self, lease_id: int) -> None:
@@ -150,14 +149,14 @@ class Keepalive:
                 lease.state(self._clock()),
                 lease.act_until_s,
                 self._epoch[0],
-                self._placed,
+                self._epoch[2],
                 lease.reason or self._epoch_problem,
             )
 
     def epoch(self) -> tuple[int, int]:
         """The number and the revision of the newest epoch that this node has read; zeros: none."""
         with self._lock:
-            return self._epoch
+            return self._epoch[:2]
 
     def read(self, transaction: Transaction) -> TransactionResult:
         """Do a transaction. Raises FencedError, and the status is LOST, if the keyspace went back
@@ -184,8 +183,8 @@ class Keepalive:
         """Remember an epoch that this node has read."""
         with self._lock:
             if revision > self._epoch[1]:
-                self._epoch = (record.number, revision)
-                self._placed = self.ticket.node in {place.node for place in record.places}
+                placed = self.ticket.node in {place.node for place in record.places}
+                self._epoch = (record.number, revision, placed)
 
     def mark_lost(self, reason: str) -> None:
         """Set the status to LOST: another call found that this node is no member any more."""
