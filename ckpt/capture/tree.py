@@ -31,7 +31,15 @@ from ckpt.capture.tensors import (
     same_memory,
 )
 from ckpt.errors import UsageError
-from ckpt.format.objects import DEPTH_MAX, DataclassNode, EnumNode, Named, NamedTupleNode, Ref
+from ckpt.format.objects import (
+    DEPTH_MAX,
+    DataclassNode,
+    EnumNode,
+    Named,
+    NamedTupleNode,
+    Ref,
+    StateNode,
+)
 
 PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray, np.ndarray})
 """Types that the codec takes as they are."""
@@ -172,7 +180,7 @@ class Walker:
         if type(key) in PLAIN or isinstance(key, np.generic):
             return key
         node = self.node(key, join(path, key))
-        if isinstance(node, (Ref, DataclassNode, NamedTupleNode)):
+        if isinstance(node, (Ref, DataclassNode, NamedTupleNode, StateNode)):
             raise UsageError(
                 f"key or set element can't be stored. path={path!r} type={type(key).__qualname__}; "
                 "use text or numbers"
@@ -207,8 +215,10 @@ class Walker:
 
     def _optimizer(self, source: OptimizerSource) -> object:
         state = self._optimizer_state(source)
-        node = {"state": state, "param_groups": self._groups(source)}
-        return {**node, "boxes": source.boxes} if source.boxes else node
+        node: dict[str, object] = {"state": state, "param_groups": self._groups(source)}
+        if source.boxes:
+            node["boxes"] = source.boxes
+        return StateNode(class_name(source.optimizer), node)
 
     def _optimizer_state(self, source: OptimizerSource) -> object:
         if source.encoded_state is not None:
@@ -263,7 +273,7 @@ class Walker:
             kept = {key: one for key, one in state.items() if not _left_alone(value, key, one)}
             state = _without_functions(kept) if isinstance(value, LRScheduler) else kept
         with self._replaced():
-            return self.node(state, path)
+            return StateNode(class_name(value), self.node(state, path))
 
 
 def _is_own_piece(value: object) -> bool:
@@ -282,6 +292,16 @@ def type_name(value: object) -> str:
     """The qualified name of a value's type, as nodes record it."""
     kind = type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def class_name(value: object) -> str:
+    """Whose state a ``StateNode`` holds: ``module:Class``. Of schedulers that hold others, also the
+    inner classes: what their states mean depends on them.
+    """
+    kind = type(value)
+    inner = getattr(value, "_schedulers", None) if isinstance(value, LRScheduler) else None
+    names = ", ".join(class_name(one).partition(":")[2] for one in inner or ())
+    return f"{kind.__module__}:{kind.__qualname__}" + (f"({names})" if names else "")
 
 
 def torch_constant(value: object) -> Named | None:

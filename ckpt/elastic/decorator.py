@@ -113,6 +113,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     compression: Literal["off", "auto", "on"] = "auto",
     only: Sequence[str] | None = None,
     missing: Literal["error", "keep"] = "error",
+    classes: Literal["same", "any"] = "same",
     max_stale: str | None = None,
     restart: RestartPolicy | None = None,
     prepared: bool = False,
@@ -156,7 +157,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     training stops with UnavailableError if nothing became durable (default: never; a dead store
     only raises alarms).
 
-    ``only`` and ``missing`` say what is restored if the program has changed since: see
+    ``only``, ``missing`` and ``classes`` say what is restored if the program has changed since: see
     ``Checkpointer.restore``. ``restart``: when to restart, and what counts as a hang.
     ``prepared``: keep a second process at the point that ``run.ready()`` marks, so that a long
     start-up is done before it is needed; costs the memory that the program takes up to there.
@@ -184,6 +185,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
         compression=compression,
         only=check_only(only),
         missing=missing,
+        classes=classes,
         storage_options=storage_options,
         write_quorum=write_quorum,
         encryption_key=encryption_key,

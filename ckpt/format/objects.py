@@ -34,6 +34,7 @@ __all__ = [
     "Named",
     "NamedTupleNode",
     "Ref",
+    "StateNode",
     "decode_object",
     "encode_object",
 ]
@@ -74,6 +75,7 @@ class Ext(IntEnum):
     COUNTER = 15
     DEQUE = 16
     BYTEARRAY = 17
+    STATE = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,16 @@ class NamedTupleNode:
     type_name: str
     names: tuple[str, ...]
     values: tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StateNode:
+    """What an object with ``state_dict`` gave, and whose state it is: ``module:Class``, with the
+    classes of schedulers inside a scheduler in brackets.
+    """
+
+    class_name: str
+    state: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +357,8 @@ def _node(ext: Ext, body: _ObjectReader, depth: int) -> object:
             return Named(body.text(), body.text())
         case Ext.ENUM:
             return EnumNode(body.text(), body.text())
+        case Ext.STATE:
+            return StateNode(body.text(), body.value(depth))
         case Ext.DATACLASS:
             name, fields = body.text(), body.mapping(depth + 1)
             return DataclassNode(name, {_str(key): value for key, value in fields.items()})
@@ -643,6 +657,11 @@ def _dataclass_body(value: DataclassNode, out: bytearray, depth: int, budget: li
     _put_dict(dict(value.fields.items()), out, depth, budget)
 
 
+def _state_body(value: StateNode, out: bytearray, depth: int, budget: list[int]) -> None:
+    _put_str(value.class_name, out)
+    _encode(value.state, out, depth, budget)
+
+
 def _named_tuple_body(value: NamedTupleNode, out: bytearray, depth: int, budget: list[int]) -> None:
     _put_str(value.type_name, out)
     _items(value.names, len(value.names), out, depth, budget)
@@ -676,4 +695,5 @@ _CONTAINERS: dict[type, Callable[..., None]] = {
     deque: _wrapped(Ext.DEQUE, _deque_body),
     DataclassNode: _wrapped(Ext.DATACLASS, _dataclass_body),
     NamedTupleNode: _wrapped(Ext.NAMED_TUPLE, _named_tuple_body),
+    StateNode: _wrapped(Ext.STATE, _state_body),
 }

@@ -23,10 +23,10 @@ from ckpt.capture.optimizers import OptimizerParameter, OptimizerSource
 from ckpt.capture.plan import CapturePlan
 from ckpt.capture.streams import RngState, is_iterated, is_loader, restore_loader
 from ckpt.capture.tensors import is_dtensor
-from ckpt.capture.tree import PLAIN, Stateful, Walker, is_stateful, state_of, type_name
+from ckpt.capture.tree import PLAIN, Stateful, Walker, class_name, is_stateful, state_of, type_name
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format.index import SnapshotIndex
-from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
+from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref, StateNode
 from ckpt.restore.reader import ReadWants, read_objects
 from ckpt.restore.targets import (
     Coverage,
@@ -64,7 +64,10 @@ class ValueMatcher:
         selection: Selection,
         problems: RestoreProblems,
         sources: SourceMatch,
+        *,
+        any_class: bool = False,
     ) -> None:
+        self._any_class = any_class
         self._targets = targets
         self._selection = selection
         self._problems = problems
@@ -77,6 +80,9 @@ class ValueMatcher:
         cover = self._selection.cover(path)
         if cover is Coverage.NONE:
             return lambda: live
+        if isinstance(node, StateNode):
+            self._check_class(live, node, path)
+            node = node.state
         match live:
             case nn.Module() | Optimizer():
                 return self._sources(live, node, path)
@@ -107,6 +113,8 @@ class ValueMatcher:
         types, devices and factories.
         """
         match node:
+            case StateNode():
+                return self.fresh(hint, node.state, path)
             case Ref():
                 return self._new_tensor(hint, node, path)
             case dict():
@@ -133,6 +141,24 @@ class ValueMatcher:
             case _:
                 return lambda: copy.copy(node)
 
+    def _check_class(self, live: object, node: StateNode, path: str) -> None:
+        """State of another class may load without an error and mean something else. A class that
+        only moved to another module is the same.
+        """
+        kept_state = isinstance(live, (nn.Module, Optimizer)) or is_stateful(live)
+        own = class_name(live)
+        if (
+            self._any_class
+            or not kept_state
+            or own.split(":")[1:] == node.class_name.split(":")[1:]
+        ):
+            return
+        self._problems.add(
+            f"state is of another class. stored={node.class_name} live={own}",
+            path,
+            'use the class that it was saved from, or pass classes="any" if this is meant',
+        )
+
     def _dict(
         self, live: dict[object, object], node: dict[object, object], path: str
     ) -> RestoreStep:
@@ -148,7 +174,7 @@ class ValueMatcher:
                 steps[by_node[key]] = self.match(live[by_node[key]], value, item_path)
             elif self._selection.cover(item_path) is Coverage.NONE:
                 continue
-            elif holds_objects and isinstance(value, dict):
+            elif isinstance(value, StateNode) or (holds_objects and isinstance(value, dict)):
                 self._problems.unexpected(item_path)
             else:
                 steps[self._key(key, live, path)] = self.fresh(ABSENT, value, item_path)
@@ -746,6 +772,7 @@ def apply(
     world: World,
     only: Sequence[str] | None = None,
     missing: Literal["error", "keep"] = "error",
+    classes: Literal["same", "any"] = "same",
 ) -> tuple[str, ...]:
     """Make the live ``items`` what the snapshot says, in their own memory. Items that only the
     snapshot has are ignored.
@@ -755,6 +782,7 @@ def apply(
     removed. ``only`` names paths to restore, by whole components (``["model",
     "optimizer/state"]``); everything else is left as it is and not compared. ``missing="keep"``
     lets live things that the snapshot lacks keep their value; their paths are returned.
+    ``classes="any"`` loads states of optimizers and objects also into those of another class.
 
     All differences (missing, unexpected, shapes, dtypes, ties, groups) are found before a byte of
     live memory is written, and raised as one UsageError. Errors of ``read`` pass through; live
@@ -764,11 +792,15 @@ def apply(
     """
     if missing not in ("error", "keep"):
         raise UsageError(f'unknown value for missing. missing={missing!r}; pass "error" or "keep"')
+    if classes not in ("same", "any"):
+        raise UsageError(f'unknown value for classes. classes={classes!r}; pass "same" or "any"')
     if isinstance(only, str):
         raise UsageError(f"only is one text. only={only!r}; pass a list of paths")
     selection = Selection(only)
     problems = RestoreProblems(keep_missing=missing == "keep")
-    restore = _RestoreDecision(CapturePlan(items, world), index, selection, problems)
+    restore = _RestoreDecision(
+        CapturePlan(items, world), index, selection, problems, any_class=classes == "any"
+    )
     steps = restore.decide(read)
     fill_tensors(restore.targets.fills(), read)
     for step in [*steps, *restore.values.late, *restore.values.last]:
@@ -785,13 +817,17 @@ class _RestoreDecision:
         index: SnapshotIndex,
         selection: Selection,
         problems: RestoreProblems,
+        *,
+        any_class: bool,
     ) -> None:
         self._plan = plan
         self._index = index
         self._selection = selection
         self._problems = problems
         self.targets = TensorTargets(index, plan.world, problems)
-        self.values = ValueMatcher(self.targets, selection, problems, self._source)
+        self.values = ValueMatcher(
+            self.targets, selection, problems, self._source, any_class=any_class
+        )
         self._modules = ModuleMatcher(self.targets, selection, problems, self.values)
         self._optimizers = OptimizerMatcher(self.targets, selection, problems, self.values)
 

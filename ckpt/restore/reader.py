@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.format.index import SnapshotIndex
-from ckpt.format.objects import DataclassNode, NamedTupleNode, Ref, decode_object
+from ckpt.format.objects import DataclassNode, NamedTupleNode, Ref, StateNode, decode_object
 from ckpt.restore.fetch import BUDGET_BYTES, Fetcher, OnProgress
 from ckpt.restore.plan import Want, plan_reads, split_flat, unknown_leaf
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, Leaf, LeafKind
@@ -152,7 +152,7 @@ class SnapshotReader:
             )
         data = self.read_bytes(name, leaf.rank, Box.whole(leaf.shape))
         try:
-            return decode_object(data)
+            return with_tensors(decode_object(data), lambda ref: ref)
         except IntegrityError as error:
             raise IntegrityError(
                 f"an object does not decode. leaf={name} snapshot={self._snapshot}: {error}"
@@ -298,8 +298,12 @@ def rebuild(
 
 
 def with_tensors(node: object, tensors: Callable[[Ref], T]) -> object:
-    """The skeleton with each ``Ref`` replaced, containers made anew."""
+    """The skeleton with each ``Ref`` replaced, containers made anew, states without the names of
+    their classes.
+    """
     match node:
+        case StateNode():
+            return with_tensors(node.state, tensors)
         case Ref():
             return tensors(node)
         case dict():

@@ -150,6 +150,7 @@ class Checkpointer:
         epoch: int | None = None,
         only: Sequence[str] | None = None,
         missing: Literal["error", "keep"] = "error",
+        classes: Literal["same", "any"] = "same",
     ) -> SnapshotInfo:
         """Fill ``state``'s objects in place and return the facts of the snapshot that they now
         hold.
@@ -157,7 +158,9 @@ class Checkpointer:
         Without ``step`` and ``tag`` it is the newest; if that can't be read whole, the next older
         one, with a warning in the log ``ckpt``. Every byte is verified. ``only`` restores just
         these leaves: names or whole leading path components (``["model", "optimizer/state"]``).
-        ``missing="keep"`` keeps live values that the snapshot does not have. The world may have
+        ``missing="keep"`` keeps live values that the snapshot does not have. Optimizers and other
+        objects with state must be of the class (by its name) whose state was saved;
+        ``classes="any"`` says that another one is meant. The world may have
         another size: shared leaves are taken as they are, per-rank ones by rank modulo the old
         size. Later saves continue from here.
 
@@ -169,7 +172,9 @@ class Checkpointer:
         _check_choice(step, epoch, tag)
         if missing not in ("error", "keep"):
             raise UsageError(f"missing is 'error' or 'keep'. missing={missing!r}")
-        rules = FillRules(check_only(only), missing)
+        if classes not in ("same", "any"):
+            raise UsageError(f"classes is 'same' or 'any'. classes={classes!r}")
+        rules = FillRules(check_only(only), missing, classes)
         session = self._session
 
         def choices() -> Sequence[RestoreCandidate]:

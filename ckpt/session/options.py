@@ -46,6 +46,7 @@ class SessionOptions:
     verify_staged: bool = True
     only: tuple[str, ...] | None = None
     missing: Literal["error", "keep"] = "error"
+    classes: Literal["same", "any"] = "same"
     threads: int | None = None
     read_budget_bytes: int = 512 << 20
     storage_options: StorageOptions = None
@@ -66,6 +67,8 @@ class SessionOptions:
             )
         if self.missing not in ("error", "keep"):
             raise UsageError(f"missing is 'error' or 'keep'. missing={self.missing!r}")
+        if self.classes not in ("same", "any"):
+            raise UsageError(f"classes is 'same' or 'any'. classes={self.classes!r}")
         if self.threads is not None and (not is_count(self.threads) or self.threads < 1):
             raise UsageError(f"threads counts from 1. threads={self.threads!r}")
         if self.write_quorum is not None and (

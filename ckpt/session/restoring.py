@@ -71,6 +71,7 @@ class FillRules:
 
     only: tuple[str, ...] | None = None
     missing: Literal["error", "keep"] = "error"
+    classes: Literal["same", "any"] = "same"
 
 
 class Restoring:
@@ -245,6 +246,7 @@ class Restoring:
                         world=self._world,
                         only=rules.only,
                         missing=rules.missing,
+                        classes=rules.classes,
                     )
                     self._check_kept(kept)
         except CkptError as error:

@@ -325,7 +325,9 @@ class Session:
                 )
         if self.restored is not None:
             only = only_below(self._options.only, items)
-            self._joined_epochs().fill(items, FillRules(only, self._options.missing))
+            self._joined_epochs().fill(
+                items, FillRules(only, self._options.missing, self._options.classes)
+            )
         self._items.update(items)
         self.saving.prepare(self._state())
 

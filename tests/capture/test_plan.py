@@ -12,7 +12,7 @@ from torch import nn
 from ckpt.capture.leaves import TensorLeaf, World
 from ckpt.capture.plan import CapturePlan, capture
 from ckpt.errors import UsageError
-from ckpt.format.objects import decode_object
+from ckpt.format.objects import StateNode, decode_object
 
 WORLD = World(0, 1)
 
@@ -159,7 +159,9 @@ def test_hyper_parameters_and_plain_values_are_read_each_time(job: Job) -> None:
     job.optimizer.param_groups[0]["lr"] = 0.5
     progress["epoch"] = 3
     found = {one.leaf.name: decode_object(one.data) for one in plan.capture().objects}
-    assert found["optimizer"]["param_groups"][0]["lr"] == 0.5  # type: ignore[index]
+    assert isinstance(optimizer := found["optimizer"], StateNode)
+    assert optimizer.class_name.partition(":")[2] == type(job.optimizer).__qualname__
+    assert optimizer.state["param_groups"][0]["lr"] == 0.5  # type: ignore[index]
     assert found["progress"] == {"epoch": 3}
 
 

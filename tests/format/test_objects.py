@@ -23,6 +23,7 @@ from ckpt.format.objects import (
     Named,
     NamedTupleNode,
     Ref,
+    StateNode,
     decode_object,
     encode_object,
 )
@@ -74,6 +75,7 @@ values = st.recursive(
         st.dictionaries(hashable, inner, max_size=4).map(OrderedDict),
         st.lists(inner, max_size=3).map(lambda found: deque(found, 5)),
         st.sets(hashable, max_size=4),
+        st.builds(StateNode, any_text, inner),
         st.builds(DataclassNode, any_text, st.dictionaries(any_text, inner, max_size=3)),
     ),
     max_leaves=12,
@@ -103,6 +105,8 @@ def same(a: object, b: object) -> bool:
             return extra and len(a) == len(b) and all(map(same, a, b))
         case DataclassNode(), DataclassNode():
             return a.type_name == b.type_name and same(a.fields, b.fields)
+        case StateNode(), StateNode():
+            return a.class_name == b.class_name and same(a.state, b.state)
         case _:
             return a == b
 

@@ -27,7 +27,7 @@ from ckpt.errors import (
     UsageError,
 )
 from ckpt.format.index import SnapshotIndex
-from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
+from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref, StateNode
 from ckpt.restore.fetch import OnProgress
 from ckpt.restore.reader import SnapshotReader, item_names, with_tensors
 from ckpt.values import Leaf, LeafKind
@@ -121,7 +121,8 @@ def indexed_optimizer(tree: object) -> object:
         plain.setdefault("param_names", list(group["params"]))
         indexed.append({**plain, "params": [numbers[name] for name in group["params"]]})
     state = dict(sorted((numbers[name], value) for name, value in tree["state"].items()))
-    return {**tree, "state": state, "param_groups": indexed}
+    kept = {key: value for key, value in tree.items() if key != "boxes"}
+    return {**kept, "state": state, "param_groups": indexed}
 
 
 def plain_tree(
@@ -141,6 +142,7 @@ def plain_tree(
     def plain(item: object) -> object:
         return plain_tree(item, tensor=tensor, array=array, named=named)
 
+    value = value.state if isinstance(value, StateNode) else value
     match value:
         case Ref():
             return tensor(value)
@@ -182,6 +184,8 @@ def json_tree(value: object, short: Callable[[str], str]) -> JsonValue:
     """
 
     match value:
+        case StateNode():
+            return json_tree(value.state, short)
         case dict():
             if all(isinstance(key, str) and not key.startswith("$") for key in value):
                 return {str(key): json_tree(item, short) for key, item in value.items()}
