@@ -4,6 +4,7 @@ loaders.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 from typing import Protocol, TypeGuard
@@ -74,6 +75,48 @@ class RngState:
                         torch.cuda.set_rng_state(
                             torch.frombuffer(bytearray(device_state), dtype=torch.uint8), index
                         )
+
+
+def state_of_new_rank(state: Mapping[str, object], *, salt: bytes) -> dict[str, object]:
+    """What ``RngState`` made, folded with ``salt``: generators that draw other numbers than the old
+    rank does whose state it was.
+
+    Equal states and salts give equal results, so ranks that drew alike still do.
+    """
+
+    def seed(kind: str, *parts: bytes) -> bytes:
+        return hashlib.blake2b(
+            b"".join(parts), digest_size=32, key=salt, person=kind.encode()
+        ).digest()
+
+    match state:
+        case {
+            "torch": bytes(cpu),
+            "numpy": (str(name), np.ndarray() as keys, int(position), *_),
+            "python": (version, np.ndarray() as words, _),
+        }:
+            pass
+        case _:
+            raise UsageError(f"not the state of this process's generators. keys={sorted(state)}")
+    torch_number = int.from_bytes(seed("torch", cpu)[:8], "little", signed=True)
+    numpy_seed = seed("numpy", keys.tobytes(), str(position).encode())
+    python_seed = int.from_bytes(seed("python", words.tobytes()), "little")
+    drawn_by_numpy = np.random.RandomState(np.frombuffer(numpy_seed, dtype=np.uint32))
+    _, new_keys, new_position, *_ = drawn_by_numpy.get_state(legacy=True)
+    python_words = random.Random(python_seed).getstate()[1]
+    folded: dict[str, object] = {
+        **state,
+        "torch": torch.Generator().manual_seed(torch_number).get_state().numpy().tobytes(),
+        "numpy": (name, np.asarray(new_keys).copy(), int(new_position), 0, 0.0),
+        "python": (version, np.array(python_words, dtype=np.uint32), None),
+    }
+    match state:
+        case {"cuda": list(devices)}:
+            # A CUDA generator's state is its seed and how many numbers were drawn. All of a rank's
+            # devices are folded at once: which of them it uses may differ from the old rank's.
+            number = seed("cuda", *(bytes(one) for one in devices))[:8]
+            folded["cuda"] = [number + bytes(len(one) - len(number)) for one in devices]
+    return folded
 
 
 def _cuda_in_use() -> bool:

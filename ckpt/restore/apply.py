@@ -21,7 +21,7 @@ from ckpt.capture.leaves import World, clean_fqn, escape, join
 from ckpt.capture.modules import EXTRA_STATE, ComputedEntry, ModuleSource
 from ckpt.capture.optimizers import OptimizerParameter, OptimizerSource
 from ckpt.capture.plan import CapturePlan
-from ckpt.capture.streams import RngState, is_iterated, is_loader, restore_loader
+from ckpt.capture.streams import RngState, is_iterated, is_loader, restore_loader, state_of_new_rank
 from ckpt.capture.tensors import is_dtensor
 from ckpt.capture.tree import PLAIN, Stateful, Walker, class_name, is_stateful, state_of, type_name
 from ckpt.errors import IntegrityError, UsageError
@@ -279,8 +279,11 @@ class ValueMatcher:
             )
             return lambda: live
         step = self.fresh(state, node, path)
-        steps = self.last if isinstance(live, RngState) else self.late
-        steps.append(lambda: _load(live, step()))
+        if isinstance(live, RngState):
+            salt = self._targets.salt_of_new_rank(path.partition("/")[0])
+            self.last.append(lambda: _set_generators(live, step(), salt))
+        else:
+            self.late.append(lambda: _load(live, step()))
         return lambda: live
 
     def _new_tensor(self, hint: object, ref: Ref, path: str) -> RestoreStep:
@@ -402,6 +405,11 @@ def _device(kind: str) -> torch.device:
 
 def _set_generator(generator: torch.Generator, state: bytes) -> None:
     generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+def _set_generators(live: RngState, state: object, salt: bytes | None) -> None:
+    assert isinstance(state, dict), "a state of another kind is a difference"
+    live.load_state_dict(state if salt is None else state_of_new_rank(state, salt=salt))
 
 
 def _load(live: Stateful, state: object) -> None:
