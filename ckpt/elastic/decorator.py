@@ -16,6 +16,7 @@ from ckpt.elastic.processes.trainer import trainer_of_process, watch_process_gro
 from ckpt.elastic.run import Run
 from ckpt.elastic.schedule import parse_duration, parse_every
 from ckpt.elastic.sigterm import InPlaceSigterm
+from ckpt.elastic.verdict import fenced_verdict, give_verdict
 from ckpt.errors import UsageError
 from ckpt.ipc.messages import Policy
 from ckpt.session.keeper.attachment import keeper_spec
@@ -227,6 +228,8 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
                         result = function(run, *args, **kwargs)
                         run.finish()
                 except BaseException as error:
+                    if (verdict := fenced_verdict(error)) is not None and outermost:
+                        give_verdict(verdict)
                     if ends_process(error, trainer_of_process(), policy, outermost=outermost):
                         die(error, last_words=functools.partial(end_after_failure, run, error))
                     end_after_failure(run, error)

@@ -580,10 +580,12 @@ class StartPrepared(Message, frozen=True, kw_only=True, tag="RunAhead"):
 
 
 class Leave(Message, frozen=True, kw_only=True, tag="Leave"):
-    """To a supervisor: kill all trainers, print ``text`` if there is one, exit with ``status``."""
+    """To a supervisor: kill all trainers, print ``text`` if there is one, exit with ``status``.
+    ``futile``: the launcher is told not to start the program again."""
 
     status: int
     text: str = ""
+    futile: bool = False
 
 
 class Keep(Message, frozen=True, kw_only=True, tag="Keep"):

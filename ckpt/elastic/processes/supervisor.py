@@ -42,6 +42,7 @@ from ckpt.elastic.processes.trainer import (
     TrainerProcess,
 )
 from ckpt.elastic.sigterm import SigtermHistory, SigtermMeaning
+from ckpt.elastic.verdict import Verdict, give_verdict
 from ckpt.errors import CkptError, InternalError
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.frames import MessageSocket
@@ -482,6 +483,8 @@ class Supervisor:
         self._terminal.take_back()
         if message.text:
             self._print(message.text)
+        if message.futile:
+            give_verdict(Verdict(message.status, message.text))
         self._keeper.send(Bye())
         for child in self._children():
             child.forget()

@@ -47,9 +47,11 @@ from ckpt.elastic.rendezvous.decide import (
 )
 from ckpt.elastic.rendezvous.options import BACKEND, RendezvousSettings, parse_settings
 from ckpt.elastic.rendezvous.store import RoundStore, UnrankedStore
-from ckpt.errors import CkptError, StoreDeniedError, UsageError
+from ckpt.elastic.verdict import VERDICT_VARIABLE, VerdictFile
+from ckpt.errors import CkptError, FencedError, StoreDeniedError, UsageError
 from ckpt.events import Event, emit_to_logging
 from ckpt.ipc.cluster_spec import host_towards, nodes_to_environment
+from ckpt.ipc.runtime_dir import runtime_root
 
 CONNECT_S = 60.0
 """How long an agent that has never seen the membership tries to reach it."""
@@ -102,6 +104,9 @@ class Rendezvous(RendezvousHandler):
         self._doomed = ""
         self._last_request = ""
         self._timed_out = False
+        self._verdict = VerdictFile(runtime_root() / f"{self._agent.name}.verdict")
+        os.environ[VERDICT_VARIABLE] = str(self._verdict.path)
+        atexit.register(self._verdict.remove)
         atexit.register(self._agent.leave)  # a launcher that is ended by a signal calls no shutdown
 
     def get_backend(self) -> str:
@@ -122,6 +127,7 @@ class Rendezvous(RendezvousHandler):
         this agent.
         """
         agent, settings = self._agent, self._settings
+        self._obey_verdict()
         self._export_nodes(settings.rules.last_call_s, None)
         agent.wait_for_round(self._last)
         agent.start()
@@ -196,6 +202,20 @@ class Rendezvous(RendezvousHandler):
             self._agent.leave()
 
     # ---- helpers
+
+    def _obey_verdict(self) -> None:
+        """Raise RendezvousClosedError if the last workers said that the same would come again.
+
+        One that another program fenced would fence that in turn: the whole job is over. A node that
+        was started wrongly is none of the job's, which goes on.
+        """
+        verdict = self._verdict.read()
+        if verdict is None:
+            return
+        if verdict.status == FencedError.exit_code:
+            with _connecting():
+                self._agent.close(verdict.text)
+        raise RendezvousClosedError(f"no restart follows: {verdict.text}")
 
     def _closes(self) -> bool:
         """Whether the end of this agent is the job's.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -20,6 +22,7 @@ from torch.distributed.launcher.api import elastic_launch
 
 from ckpt.elastic.rendezvous import create
 from ckpt.elastic.rendezvous.options import BACKEND
+from ckpt.elastic.verdict import VERDICT_VARIABLE, VerdictFile
 from ckpt.errors import ConflictError, UnavailableError, UsageError
 
 CKPT_OPTIONS = (
@@ -60,14 +63,22 @@ def run(arguments: Sequence[str]) -> int:
         record(_launch)(args)
     except ChildFailedError as error:
         sys.stderr.write(f"{error}\n")
-        return EXIT_FAILED
+        return _failed_status()
     except SignalException as error:
         return 128 + error.sigval
     except (RendezvousTimeoutError, RendezvousConnectionError) as error:
         raise UnavailableError(str(error)) from error
     except RendezvousClosedError as error:
+        if _failed_status() == UsageError.exit_code:
+            raise UsageError(str(error)) from error
         raise ConflictError(str(error)) from error
     return 0
+
+
+def _failed_status() -> int:
+    """What a program that failed for good exits with: as its verdict says, if it gave one."""
+    verdict = VerdictFile(Path(os.environ.get(VERDICT_VARIABLE, os.devnull))).read()
+    return EXIT_FAILED if verdict is None else verdict.status
 
 
 def _parser() -> ArgumentParser:

@@ -162,11 +162,13 @@ class EpochChanged:
 
 @dataclass(frozen=True, slots=True)
 class JobEnded:
-    """The leader of the job's nodes decided that no attempt follows on any node."""
+    """The leader of the job's nodes decided that no attempt follows on any node. ``futile``: nor
+    may another launch follow."""
 
     status: int
     text: str
     at_s: float
+    futile: bool = False
 
 
 RosterEvent = (
@@ -217,12 +219,13 @@ class LeaveAll:
     """Every remaining supervisor exits with ``status``; ``text`` is for people.
 
     ``flush_first``: what only memory holds is made durable before. Not if the launcher starts the
-    program again at once.
+    program again at once. ``futile``: the same launch again would end the same.
     """
 
     status: int
     text: str
     flush_first: bool = True
+    futile: bool = False
 
 
 @dataclass(frozen=True, slots=True)

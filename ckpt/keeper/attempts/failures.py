@@ -27,6 +27,14 @@ they starve the node."""
 # ---- one attempt: its cause, and what the failures before it say
 
 
+FENCED = "fenced"
+"""The kind of a failure by which another program that writes to the store was found."""
+REFUSED = "refused"
+"""The kind of a failure that the way in which the nodes were started causes."""
+FUTILE_KINDS = (FENCED, REFUSED)
+"""After these the same launch would end the same, or fence the other program in turn."""
+
+
 @dataclass(frozen=True, slots=True)
 class FailureHistory:
     """What is remembered from failure to failure.
@@ -160,10 +168,11 @@ class StartNextEpoch:
 
 @dataclass(frozen=True, slots=True)
 class EndJob:
-    """All nodes leave with ``status``."""
+    """All nodes leave with ``status``. ``futile``: and may not be launched again."""
 
     status: int
     text: str
+    futile: bool = False
 
 
 EpochDecision = NoFailure | WaitForCause | StartNextEpoch | EndJob
@@ -196,7 +205,7 @@ def decide(
         reason = f"{cause.text}, after the ranks of another node had ended"
     if reason is None:
         return StartNextEpoch(history, cause.text)
-    return EndJob(_status(cause), reason)
+    return EndJob(_status(cause), reason, cause.kind in FUTILE_KINDS)
 
 
 def _lost(node: str, at_s: float) -> Failure:

@@ -16,6 +16,7 @@ import signal
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+from ckpt.errors import FencedError
 from ckpt.ipc.messages import Failing, Policy
 from ckpt.keeper.attempts.events import (
     AttemptOver,
@@ -45,7 +46,15 @@ from ckpt.keeper.attempts.events import (
     TrainerKilled,
     TrainerStarted,
 )
-from ckpt.keeper.attempts.failures import FailureHistory, after_failure, assess, cause_of
+from ckpt.keeper.attempts.failures import (
+    FENCED,
+    FUTILE_KINDS,
+    REFUSED,
+    FailureHistory,
+    after_failure,
+    assess,
+    cause_of,
+)
 
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 """How a preempted program exits."""
@@ -262,12 +271,17 @@ def _epoch(roster: Roster, event: EpochChanged) -> tuple[Roster, list[RosterActi
 
 def _job_ended(roster: Roster, event: JobEnded) -> tuple[Roster, list[RosterAction]]:
     roster = replace(roster, job_ended=event)
-    failure = Failure(-1, "elsewhere", event.text, event.status, event.at_s)
+    failure = _of_end(event, event.at_s)
     if roster.state in (RosterState.RUNNING, RosterState.KILLING):
         return _fail(roster, failure, roster.record.completed)
     if event.status == 0:  # it held no rank, and none is needed any more
         return replace(roster, state=RosterState.OVER), [LeaveAll(0, event.text, flush_first=False)]
     return _leave(roster, failure)
+
+
+def _of_end(event: JobEnded, at_s: float) -> Failure:
+    kind = REFUSED if event.futile else "elsewhere"
+    return Failure(-1, kind, event.text, event.status, at_s)
 
 
 def _well(roster: Roster, status: int) -> bool:
@@ -342,11 +356,12 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
         text = f"rank {event.rank} {status_text(event.status)}"
         failure = Failure(event.rank, "died", text, event.status, event.at_s, final=True)
     elif failing is not None:
+        fenced = failing.kind == FencedError.__name__
         failure = Failure(
             event.rank,
-            "error",
+            FENCED if fenced else "error",
             f"rank {event.rank} raised {failing.kind}: {failing.text}",
-            event.status,
+            FencedError.exit_code if fenced else event.status,
             event.at_s,
             failing.fingerprint,
             failing.step,
@@ -408,10 +423,7 @@ def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     # All dead: only now is known what all died of, and the next attempt must not meet a live one.
     over = AttemptOver(roster.attempt, failure)
     if roster.job_ended is not None:
-        roster, actions = _leave(
-            roster,
-            Failure(-1, "elsewhere", roster.job_ended.text, roster.job_ended.status, failure.at_s),
-        )
+        roster, actions = _leave(roster, _of_end(roster.job_ended, failure.at_s))
         return roster, [over, *actions]
     # With several nodes the leader decides. A lost supervisor ends this node's launch in any case:
     # its launcher starts the program again.
@@ -442,7 +454,12 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]
         status = failure.status or 1
     # After the loss of a supervisor the launcher starts the program at once, and the keeper lives
     # on: nothing need be flushed before that.
-    leave = LeaveAll(status, failure.text, flush_first=failure.kind != "supervisor")
+    leave = LeaveAll(
+        status,
+        failure.text,
+        flush_first=failure.kind != "supervisor",
+        futile=failure.kind in FUTILE_KINDS,
+    )
     return replace(roster, state=RosterState.OVER, status=status), [leave]
 
 

@@ -379,7 +379,7 @@ class Supervisors:
         state.emit(Event("ended", action.text, {"status": action.status}, alarm=True))
         state.uploads.flush_newest()
         state.launch.cluster.leave()
-        leave = messages.Leave(status=action.status, text=action.text)
+        leave = messages.Leave(status=action.status, text=action.text, futile=action.futile)
         wait_s = min(state.launch.policy.linger_s, state.launch.policy.grace_s)
         if not action.flush_first or wait_s <= 0 or state.uploads.idle:
             state.clients.broadcast("supervisor", leave)

@@ -11,6 +11,8 @@ from collections.abc import Set as AbstractSet
 from datetime import datetime, timezone
 from importlib import import_module
 
+from msgspec import structs
+
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.membership.admission import NO_LOG, SharedFacts, shared_facts
 from ckpt.cluster.membership.decide import MembershipOptions
@@ -211,15 +213,15 @@ def _decided(
     match decide(known, history, policy, now_s):
         case StartNextEpoch(after, text):
             return FailureDecision(_note(after, text))
-        case EndJob(status, text):
-            return FailureDecision(_note(history, text, end=status))
+        case EndJob(status, text, futile):
+            return FailureDecision(structs.replace(_note(history, text), end=status, futile=futile))
         case WaitForCause(until_s):
             return FailureDecision(until_s=until_s)
         case _:
             return FailureDecision()
 
 
-def _note(history: FailureHistory, text: str, *, end: int | None = None) -> EpochNote:
+def _note(history: FailureHistory, text: str) -> EpochNote:
     return EpochNote(
         why=text,
         fingerprint=history.fingerprint,
@@ -228,7 +230,6 @@ def _note(history: FailureHistory, text: str, *, end: int | None = None) -> Epoc
         stuck=history.stuck,
         completed=history.completed,
         overdue=history.overdue,
-        end=end,
     )
 
 

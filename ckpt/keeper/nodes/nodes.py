@@ -29,7 +29,7 @@ from ckpt.ipc.cluster_spec import NodesSpec, host_towards
 from ckpt.ipc.mailbox import RankMailbox
 from ckpt.ipc.messages import PrintLine, RankPlacement, Source, Start, StartPrepared
 from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Unreachable
-from ckpt.keeper.attempts.failures import with_global_rank
+from ckpt.keeper.attempts.failures import REFUSED, with_global_rank
 from ckpt.keeper.cluster_view import ClusterStatus
 from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox
@@ -289,7 +289,8 @@ class Nodes:
         self._line = epoch.note.line or self._line
         if epoch.note.end is not None:
             self._all_ended = True
-            self._on(JobEnded(epoch.note.end, epoch.note.why, time.monotonic()))
+            note = epoch.note
+            self._on(JobEnded(epoch.note.end, note.why, time.monotonic(), note.futile))
             return
         self._progress.begin()
         self.memory.see_epoch(epoch)
@@ -344,8 +345,8 @@ class Nodes:
         self._state.emit(Event("out", text, alarm=True))
         self._on(EpochChanged(number, False, reason, time.monotonic()))
 
-    def _fail(self, text: str, status: int = 1) -> None:
-        self._on(JobEnded(status, text, time.monotonic()))
+    def _fail(self, text: str, status: int = 1, *, futile: bool = False) -> None:
+        self._on(JobEnded(status, text, time.monotonic(), futile))
 
     def _other_store(self, reason: str) -> None:
         """The stores here are not those of rank 0's node. A job that has begun goes on without this
@@ -360,7 +361,7 @@ class Nodes:
             mesh.NodeFailed(
                 attempt=epoch.number,
                 rank=self.view.local_ranks.start,
-                kind="refused",
+                kind=REFUSED,
                 text=f"the node {self.view.me} can't take part: {reason}",
                 status=UsageError.exit_code,
                 final=True,
@@ -369,7 +370,7 @@ class Nodes:
 
     def _refused(self, reason: str) -> None:
         """What the nodes were started with can't work: the same again would end the same."""
-        self._fail(f"this node can't take part: {reason}", UsageError.exit_code)
+        self._fail(f"this node can't take part: {reason}", UsageError.exit_code, futile=True)
 
     def _disconnected(self, node: str, reason: str) -> None:
         self.memory.disconnected(node)

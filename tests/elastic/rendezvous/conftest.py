@@ -67,7 +67,8 @@ def agents(
         )
         return made[-1]
 
-    monkeypatch.setenv("CKPT_NODES", "")  # what handlers set is gone after the test
+    for name in ("CKPT_NODES", "CKPT_VERDICT"):  # what handlers set is gone after the test
+        monkeypatch.setenv(name, "")
     yield make
     for one in made:
         one.close()

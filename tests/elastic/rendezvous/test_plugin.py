@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,8 @@ from torch.distributed.elastic.utils.store import barrier
 from ckpt.elastic import rendezvous
 from ckpt.elastic.rendezvous import plugin as rendezvous_handler
 from ckpt.elastic.rendezvous.plugin import StandbyReleased
-from ckpt.errors import UsageError
+from ckpt.elastic.verdict import VERDICT_VARIABLE, Verdict, give_verdict
+from ckpt.errors import FencedError, UsageError
 from ckpt.ipc.cluster_spec import nodes_from_environment
 from ckpt.keyspace.base import Put, Transaction
 
@@ -291,6 +293,27 @@ def test_workers_learn_which_end_of_the_job_is_theirs_wherever_they_come_in(agen
     ended = keepers.transact(Transaction(then=(Put("epoch", b"this end"),))).revision
     assert Waiting(handlers[2]).info.rank >= 2
     assert nodes_from_environment().ends_after == before < ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [FencedError.exit_code, UsageError.exit_code])
+def test_verdict_of_workers_stops_restarts_and_closes_only_what_is_over_for_all(
+    agents: Make, status: int
+) -> None:
+    job = agents(2, 2)
+    waiting = seated(job.come(2))
+    first, second = (one.handler for one in waiting)
+    assert second.num_nodes_waiting() == 0
+    first._verdict.path.parent.mkdir(parents=True, exist_ok=True)
+    os.environ[VERDICT_VARIABLE] = str(first._verdict.path)
+    give_verdict(Verdict(status, "another writer opened an epoch of this job"))
+    again = Waiting(first)
+    assert isinstance(again.fails(), RendezvousClosedError)
+    assert "another writer" in str(again.error)
+    assert second.is_closed() is (status == FencedError.exit_code)
+    if second.is_closed():
+        assert isinstance(Waiting(second).fails(), RendezvousClosedError)
+    first._verdict.remove()
 
 
 def test_one_node_alone_leaves_nothing_behind(

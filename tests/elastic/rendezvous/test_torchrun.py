@@ -14,6 +14,8 @@ from kit.agents import TESTS, Etcd
 from kit.jobs import PROGRAMS, Fleet, Job, wait_for
 from kit.template import run
 
+from ckpt.errors import FencedError
+
 PLAIN = PROGRAMS / "plain.py"
 STEADY = PROGRAMS / "steady.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend=ckpt"]
@@ -234,3 +236,29 @@ def _lose_a_node(nodes: list[Node], out: Path, steps: int, *, warm: bool) -> Non
     assert sorted(set(taken)) == list(range(steps))
     for node in rest:
         node.fleet.wait_gone(WAIT_S)
+
+
+@pytest.mark.slow
+def test_job_that_another_one_fenced_ends_and_is_not_started_again_to_fence_it_back(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    outs = [tmp_path / name for name in ("first", "second")]
+    nodes = []
+    for number, out in enumerate(outs):
+        out.mkdir()
+        launcher = [
+            *("-m", "ckpt", "run", f"--rdzv-id=over-one-store-{number}"),
+            *("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3"),
+            "--rdzv-conf=ttl=1,last_call_timeout=0",
+        ]
+        store = outs[0] / "store"
+        arguments = (3000, "--step-s", 0.05, "--every", 5, "--store", store)
+        nodes.append(start(launcher, STEADY, out, *arguments))
+        wait_for(lambda out=out: losses(out, 0) > 10, "it trains", wait_s=WAIT_S, say=say(nodes))
+    fenced, other = nodes
+    assert fenced.job.wait_end(WAIT_S) == FencedError.exit_code, say(nodes)()
+    assert "no restart follows" in fenced.output
+    done = losses(outs[1], 0)
+    (outs[1] / "hurry").touch()
+    assert other.job.wait_end(WAIT_S) == 0, say(nodes)()
+    assert done > 10 and "FencedError" not in other.output

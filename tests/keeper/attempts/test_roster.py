@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from msgspec import structs
 
 from ckpt.ipc.messages import Failing, Policy
 from ckpt.keeper.attempts import roster as rules
@@ -190,6 +191,14 @@ def test_a_final_error_ends_the_job_at_once() -> None:
     told = Told(2).run()
     assert told.fail(0, 2, told=failing(final=True))[-1] == LeaveAll(
         2, "rank 0 raised ValueError: bad"
+    )
+
+
+def test_a_fenced_job_ends_with_the_status_of_a_conflict_and_may_not_be_launched_again() -> None:
+    told = Told(2).run()
+    fenced = structs.replace(failing(final=True), kind="FencedError")
+    assert told.fail(0, 1, told=fenced)[-1] == LeaveAll(
+        12, "rank 0 raised FencedError: bad", futile=True
     )
 
 

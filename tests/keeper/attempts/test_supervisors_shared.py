@@ -11,12 +11,14 @@ import pytest
 from kit.keepers import served as served_room
 from kit.keepers.served import Peer, Served, started, until
 
+from ckpt.cluster.membership.admission import SharedFacts
 from ckpt.ipc import messages as words
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.ipc.frames import close_fds
 from ckpt.ipc.messages import Policy
 from ckpt.keeper import daemon as daemon_module
+from ckpt.keeper.nodes import join as join_module
 from ckpt.keyspace.base import Keys, Transaction
 from ckpt.keyspace.sqlite import SqliteKeyspace
 
@@ -47,7 +49,9 @@ Serve = Callable[..., Node]
 
 @pytest.fixture
 def serve_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """Makes keepers of one job, each with a store of its own so that each is another machine's."""
+    """Makes keepers of one job, each with a store of its own so that each is another machine's; so
+    they do not say which stores they have."""
+    monkeypatch.setattr(join_module, "said_by", lambda *_: SharedFacts())
     monkeypatch.setattr(daemon_module, "TICK_S_MAX", 0.05)
     made: list[Node] = []
 
