@@ -20,6 +20,9 @@ MANIFESTS = "manifests/"
 LOG = "log/"
 FOLDS = "folds/"
 
+COPIES = "copies/"
+"""Second copies of small objects, on a store that holds a log alone: see ``copy_key``."""
+
 EPOCH_MAX = 10**10 - 1
 """Largest epoch: ten digits of a key."""
 STEP_MAX = 10**14 - 1
@@ -157,6 +160,15 @@ def round_keys(seq: int, number: int) -> tuple[str, str]:
 def fold_key(seq: int) -> str:
     """The key of the fold of all records up to and including ``seq``."""
     return f"{FOLDS}{_bounded('seq', seq, SEQ_MAX):020d}.json"
+
+
+def copy_key(key: str) -> str:
+    """The key of the second copy of the object ``key``.
+
+    It is below another prefix than the object, so that no listing of the log, and no vote, ever
+    meets it.
+    """
+    return COPIES + key
 
 
 def parse_pack_key(key: str) -> tuple[SnapshotId, str, int] | None:

@@ -10,13 +10,21 @@ from dataclasses import replace
 from typing import Protocol
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import read_alone
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.format import keys
 from ckpt.format.manifest import MANIFEST_BYTES_MAX
 from ckpt.format.records import Record
 from ckpt.format.store import JOB_BYTES_MAX, SEQUENCER_STORE, JobRecord
-from ckpt.log.reader import LogNote, prune_folds, read_new, read_start, record_bytes
+from ckpt.log.reader import (
+    LogNote,
+    prune_folds,
+    read_job_record,
+    read_new,
+    read_start,
+    record_alone,
+    second_job_record,
+    second_record,
+)
 from ckpt.log.sequencers import (
     Appended,
     KeyTaken,
@@ -75,7 +83,7 @@ def require_same_store(backend: Backend, record: JobRecord) -> None:
 
 def _read(backend: Backend) -> JobRecord | None:
     try:
-        return JobRecord.decode(read_alone(backend, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+        return read_job_record(backend)
     except NotFoundError:
         return None
 
@@ -98,6 +106,8 @@ def _create(backend: Backend, job: str | None) -> JobRecord:
     record = JobRecord(job=job, store_id=secrets.token_hex(16))
     match create_once(backend, keys.JOB_KEY, record.encode(), bytes_max=JOB_BYTES_MAX):
         case Appended():
+            # Not before it is created: of two processes that create it, one has another id.
+            backend.put(keys.copy_key(keys.JOB_KEY), [record.encode()])
             return record
         case KeyTaken(data):
             return JobRecord.decode(data)
@@ -183,14 +193,22 @@ class LogAccess(Protocol):
 
 
 class SingleStoreLog:
-    """A log on one store, whose create-if-absent is the sequencer (a ``LogAccess``)."""
+    """A log on one store, whose create-if-absent is the sequencer (a ``LogAccess``).
 
-    __slots__ = ("_backend", "_record", "_sequencer")
+    Each small object gets a second copy after it, for readers that find the first one damaged: with
+    several stores another store's copy serves, here one flipped bit would hide all later snapshots.
+    A copy that is missing (the writer died, or the store is from before there were any) is written
+    by the next writer for the last record, and by scrub for all.
+    """
+
+    __slots__ = ("_backend", "_copies_due", "_record", "_sequencer")
 
     def __init__(self, backend: Backend, record: JobRecord) -> None:
         self._backend = backend
         self._record = record
         self._sequencer: Sequencer | None = None
+        self._copies_due: dict[str, bytes] | None = None
+        """Second copies to write, by the key of their object; None before the first append."""
 
     @property
     def job(self) -> str:
@@ -225,7 +243,7 @@ class SingleStoreLog:
         )
 
     def record_at(self, seq: int) -> bytes:
-        return record_bytes(self._backend, seq)
+        return record_alone(self._backend, seq).encode()
 
     def prove_stores(self, state: LogState) -> tuple[LogState, tuple[str, ...]]:
         require_same_store(self._backend, self._record)
@@ -255,7 +273,38 @@ class SingleStoreLog:
         assert self._sequencer is not None
         # Before each append: the store may have been unmounted since the last one.
         require_same_store(self._backend, self._record)
-        return self._sequencer.append(record.seq, record.encode())
+        data = record.encode()
+        result = self._sequencer.append(record.seq, data)
+        if isinstance(result, Appended):
+            self._write_copies(record, data)
+        return result
+
+    def _write_copies(self, record: Record, data: bytes) -> None:
+        """Write the second copy of a record that counts, and those that are due.
+
+        The record counts whatever becomes of its copy, so what cannot be written stays due.
+        """
+        try:
+            if self._copies_due is None:
+                self._copies_due = self._missing_copies(record.seq - 1)
+            self._copies_due[keys.log_key(record.seq)] = data
+            for due in list(self._copies_due):
+                self._backend.put(keys.copy_key(due), [self._copies_due[due]])
+                del self._copies_due[due]
+        except UnavailableError:
+            return
+
+    def _missing_copies(self, last: int) -> dict[str, bytes]:
+        """``ckpt.json`` and the record at ``last``, unless they have a right second copy.
+
+        The store is from before there were any, or their writer died in between.
+        """
+        missing = {}
+        if second_job_record(self._backend) != self._record:
+            missing[keys.JOB_KEY] = self._record.encode()
+        if last >= 0 and second_record(self._backend, last) is None:
+            missing[keys.log_key(last)] = record_alone(self._backend, last).encode()
+        return missing
 
     def confirm_last(self, state: LogState) -> KeyTaken | WriteUnknown | None:
         short = self._short(state)
@@ -268,4 +317,7 @@ class SingleStoreLog:
         prune_folds(self._backend)
 
     def put_manifest(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        return create_once(self._backend, key, data, bytes_max=MANIFEST_BYTES_MAX)
+        result = create_once(self._backend, key, data, bytes_max=MANIFEST_BYTES_MAX)
+        if isinstance(result, Appended) or (isinstance(result, KeyTaken) and result.data == data):
+            self._backend.put(keys.copy_key(key), [data])
+        return result

@@ -122,10 +122,16 @@ def _digest_is(digest: str, fact: str) -> Check:
 
 
 def _committed_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> bytes:
-    """The object's bytes. A missing object that a commit names is damage, not a wrong name."""
+    """The object's bytes, or those of its second copy. A missing object that a commit names is
+    damage, not a wrong name."""
     try:
         return read_object(backend, key, check, bytes_max=bytes_max)
-    except NotFoundError as error:
+    except (NotFoundError, IntegrityError) as error:
+        try:
+            return read_object(backend, keys.copy_key(key), check, bytes_max=bytes_max)
+        except (NotFoundError, IntegrityError):
+            if isinstance(error, IntegrityError):
+                raise error from None
         raise IntegrityError(
             f"an object of a committed snapshot is missing. key={key} store={backend.url}"
         ) from error

@@ -20,6 +20,7 @@ from ckpt.format.records import (
     decode_settled,
     is_closed,
 )
+from ckpt.format.store import JOB_BYTES_MAX, JobRecord
 from ckpt.log.fold import Unreadable, empty, fold
 from ckpt.log.state import LogState
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, FOLDS_KEPT, decode_fold
@@ -74,7 +75,7 @@ def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[LogNote, ...
         key = keys.fold_key(seq)
         try:
             state = decode_fold(read_alone(backend, key, bytes_max=FOLD_BYTES_MAX))
-            last = decode_record(record_bytes(backend, seq))
+            last = record_alone(backend, seq)
         except (IntegrityError, FormatVersionError, NotFoundError) as error:
             notes.append(LogNote("fold passed over", key, str(error)))
             continue
@@ -175,6 +176,13 @@ def _held(stores: Sequence[Backend], seq: int, silent: list[UnavailableError]) -
                 break
             if isinstance(content, Record) and content.seq == seq:
                 yield content
+        try:
+            second = second_record(store, seq)
+        except UnavailableError as error:
+            silent.append(error)
+            continue
+        if second is not None:
+            yield second
 
 
 def record_bytes(backend: Backend, seq: int) -> bytes:
@@ -189,6 +197,62 @@ def record_bytes(backend: Backend, seq: int) -> bytes:
     except NotFoundError:
         pass
     return read_at(backend, seq, settled=False)
+
+
+def record_alone(store: Backend, seq: int) -> Record:
+    """The record at ``seq`` of a log that ``store`` holds alone, from either of its copies.
+
+    Raises NotFoundError, IntegrityError, FormatVersionError, UnavailableError.
+    """
+    try:
+        record = decode_record(record_bytes(store, seq))
+        if record.seq == seq:
+            return record
+        raise IntegrityError(
+            f"record of another position. key={keys.log_key(seq)} seq={record.seq}"
+        )
+    except (IntegrityError, FormatVersionError, NotFoundError):
+        if (second := second_record(store, seq)) is None:
+            raise
+        return second
+
+
+def second_record(store: Backend, seq: int) -> Record | None:
+    """The second copy of the record at ``seq``, if it is right; None otherwise.
+
+    Only a log that is on one store has such copies. They are written after the record got its
+    position, so they say what counts there; they are no votes, and whoever counts votes must not
+    read them. Raises UnavailableError.
+    """
+    try:
+        data = read_alone(store, keys.copy_key(keys.log_key(seq)), bytes_max=RECORD_BYTES_MAX)
+        record = decode_record(data)
+    except (IntegrityError, FormatVersionError, NotFoundError):
+        return None
+    return record if record.seq == seq else None
+
+
+def read_job_record(store: Backend) -> JobRecord:
+    """The store's ``ckpt.json``, or its second copy if that is damaged.
+
+    Raises NotFoundError if it is missing, whether there is a second copy or not: who deleted it
+    wants no store here. Raises IntegrityError, FormatVersionError, UnavailableError.
+    """
+    try:
+        return JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+    except (IntegrityError, FormatVersionError) as error:
+        if (second := second_job_record(store)) is None:
+            raise error
+        return second
+
+
+def second_job_record(store: Backend) -> JobRecord | None:
+    """The second copy of ``ckpt.json``, if it is right; None otherwise. Raises UnavailableError."""
+    try:
+        data = read_alone(store, keys.copy_key(keys.JOB_KEY), bytes_max=JOB_BYTES_MAX)
+        return JobRecord.decode(data)
+    except (IntegrityError, FormatVersionError, NotFoundError):
+        return None
 
 
 def read_at(store: Backend, seq: int, *, settled: bool) -> bytes:
@@ -308,11 +372,19 @@ def _read_record(backend: Backend, seq: int, stat: Stat) -> Record | Unreadable:
         content = listed_content(backend, LogObject(seq, 0 if settled else None, stat))
         if isinstance(content, Closed):
             content = decode_record(read_at(backend, seq, settled=False))
+        if content.seq == seq:
+            return content
+        problem = f"record of another position. key={stat.key} seq={content.seq}"
+    except FormatVersionError:
+        # The number itself may be damaged: then the second copy is of this release.
+        if settled or (second := second_record(backend, seq)) is None:
+            raise
+        return second
     except (IntegrityError, NotFoundError) as error:
-        return Unreadable(seq, f"record cannot be read. key={stat.key} reason={error}")
-    if content.seq != seq:
-        return Unreadable(seq, f"record of another position. key={stat.key} seq={content.seq}")
-    return content
+        problem = f"record cannot be read. key={stat.key} reason={error}"
+    # A settled record is of a log on several stores, which has no second copies.
+    second = None if settled else second_record(backend, seq)
+    return Unreadable(seq, problem) if second is None else second
 
 
 def _batches(positions: Iterable[K], size: int) -> Iterator[list[K]]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ckpt.errors import NewerSnapshotError, NotFoundError, UnavailableError, UsageError
+from ckpt.errors import (
+    CkptError,
+    IntegrityError,
+    NewerSnapshotError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.log.state import LogState
 from ckpt.values import SnapshotId
 
@@ -100,8 +107,13 @@ def _by_epoch(state: LogState, epoch: int, step: int | None) -> SnapshotId:
     return snapshot
 
 
-def _absent(state: LogState, text: str) -> NotFoundError | UnavailableError:
-    """NotFoundError; UnavailableError if it may exist on a store that did not answer."""
+def _absent(state: LogState, text: str) -> CkptError:
+    """NotFoundError; IntegrityError if it may be behind damage, UnavailableError if it may exist on
+    a store that did not answer."""
+    if state.hole is not None:
+        return IntegrityError(
+            f"{text}, as far as the log can be read: {state.hole.reason} run ckpt scrub"
+        )
     if state.short:
         return UnavailableError(
             f"{text}, as far as is known: {state.short} repeat when more stores answer"

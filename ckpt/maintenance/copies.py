@@ -8,7 +8,7 @@ behind those chunks have no digest and no meaning, so two right copies of a pack
 from __future__ import annotations
 
 import enum
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ckpt.format.part import Part
@@ -77,6 +77,34 @@ class CopyCheck:
 
 
 OK = CopyCheck(CopyStatus.OK)
+
+BYTE_SEARCH_MAX = 4 << 10
+"""Largest object for which every value of every byte is tried: about a second for a record of this
+length."""
+BIT_SEARCH_MAX = 32 << 10
+"""Largest object for which every flipped bit is tried."""
+
+
+def flip_back(data: bytes, is_right: Callable[[bytes], bool]) -> bytes | None:
+    """``data`` with one byte changed so that ``is_right`` accepts it; None if there is none.
+
+    Disks and memory mostly damage one bit, and a digest tells which. Single bits are tried first,
+    in objects of up to BIT_SEARCH_MAX bytes; any value of a byte in objects of up to
+    BYTE_SEARCH_MAX. Cost: up to 255 calls of ``is_right`` for each byte.
+    """
+    if len(data) > BIT_SEARCH_MAX:
+        return None
+    trial = bytearray(data)
+    bits = [1 << bit for bit in range(8)]
+    others = [mask for mask in range(1, 256) if mask not in bits]
+    for masks in (bits, others if len(data) <= BYTE_SEARCH_MAX else []):
+        for at in range(len(trial)) if masks else ():
+            for mask in masks:
+                trial[at] ^= mask
+                if is_right(bytes(trial)):
+                    return bytes(trial)
+                trial[at] ^= mask
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import read_alone
 from ckpt.errors import (
     ConflictError,
     IntegrityError,
@@ -21,7 +20,8 @@ from ckpt.errors import (
     UsageError,
 )
 from ckpt.format import keys
-from ckpt.format.store import JOB_BYTES_MAX, JobRecord
+from ckpt.format.store import JobRecord
+from ckpt.log.reader import read_job_record
 from ckpt.log.state import Hole
 from ckpt.save.chunks import PACK_BYTES_MAX
 
@@ -74,7 +74,7 @@ def claim_replica(store: Backend, source: JobRecord) -> JobRecord:
 
 def _read(store: Backend) -> JobRecord | None:
     try:
-        return JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+        return read_job_record(store)
     except NotFoundError:
         return None
 

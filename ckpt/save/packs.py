@@ -12,10 +12,11 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from ckpt.backends.base import Backend
+from ckpt.backends.checked import MultiStoreBackend
 from ckpt.errors import CkptError, IntegrityError, UsageError
 from ckpt.format.canonical import digest, digest_hex
 from ckpt.format.codec import encode_chunk
-from ckpt.format.keys import pack_key, part_key
+from ckpt.format.keys import copy_key, pack_key, part_key
 from ckpt.format.manifest import PartRef
 from ckpt.format.part import Part, StoredShard, chunk_sizes, encode_part, merge_parts
 from ckpt.save.chunks import (
@@ -438,6 +439,8 @@ def put_part(parts: Sequence[Part], *, backend: Backend, writer: str) -> PartRef
     key = part_key(part.snapshot, writer)
     try:
         backend.put(key, [encoded])
+        if not isinstance(backend, MultiStoreBackend):
+            backend.put(copy_key(key), [encoded])  # no other store has one
     except CkptError as error:
         raise type(error)(
             f"{error} [snapshot={part.snapshot} part of ranks {part.rank} to "

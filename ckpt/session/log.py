@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ckpt.backends.base import Backend
-from ckpt.errors import CkptError, NotFoundError, UnavailableError, UsageError
+from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.events import Emit, Event
 from ckpt.format.keys import writer_name
 from ckpt.ipc.client import KeeperClient, KeeperSpec
@@ -157,6 +157,12 @@ class SessionLineage:
             return ()
         self._chosen = ResumeChoice(state.newest())
         committed = [RestoreCandidate(snapshot) for snapshot in candidates(state)]
+        if not committed and state.hole is not None:
+            # Damage must not pass for absence: a fresh start would abandon what is behind it.
+            raise IntegrityError(
+                "no snapshot can be seen, and the log is damaged: "
+                f"{state.hole.reason} run ckpt scrub"
+            )
         if not committed and state.short:
             # A fresh start would abandon the snapshots of the stores that do not answer.
             raise UnavailableError(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kit.damage import without_second_copies
 from safetensors.torch import load_file
 
 from ckpt.backends.file.store import FileBackend
@@ -56,6 +57,10 @@ def test_verify_tells_all_damage_and_exits_20(ckpt, store) -> None:
 def test_verify_tells_a_damaged_part(ckpt, store) -> None:
     key = next(stat.key for stat in store.list("parts/") if "0030/" in stat.key)
     damage(store, key, 30)
+    done = ckpt("verify", store.url, "--all", "--json")
+    assert done.code == 20
+    assert done.json["snapshots"][0]["damaged"][0]["what"] == "mismatch", "the second copy is right"
+    without_second_copies(store)
     done = ckpt("verify", store.url, "--all", "--json")
     assert done.code == 20
     assert done.json["snapshots"][0]["damaged"][0]["what"] == "record"
@@ -126,6 +131,7 @@ def test_restore_falls_back_from_damage_and_says_so(ckpt, store, tmp_path: Path)
 
 
 def test_restore_falls_back_from_a_lost_manifest(ckpt, store, tmp_path: Path) -> None:
+    without_second_copies(store)
     store.delete(next(stat.key for stat in store.list("manifests/") if "0030-" in stat.key))
     assert (
         ckpt("restore", store.url, "--to", tmp_path / "a", "--json").json["snapshot"]["step"] == 20

@@ -31,6 +31,12 @@ def bytes_of(store: Backend, key: str) -> bytes | None:
     return bytes(out)
 
 
+def without_second_copies(store: Backend) -> None:
+    """Make a store as one from before there were second copies."""
+    for stat in list(store.list(keys.COPIES)):
+        store.delete(stat.key)
+
+
 def objects_of(store: Backend, *prefixes: str) -> dict[str, bytes | None]:
     """Every object but ckpt.json, which each store has its own of."""
     return {

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from kit.damage import without_second_copies
 
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
@@ -113,6 +114,7 @@ def test_fallback_goes_down_the_line_newest_first(state: LogState) -> None:
 def test_all_snapshots_are_listed_in_log_order_also_unreadable_ones(
     store: MemoryBackend, state: LogState
 ) -> None:
+    without_second_copies(store)
     entry = state.find(SnapshotId(1, 20))
     assert entry is not None
     store.put(keys.manifest_key(entry.snapshot, entry.manifest_digest), [b"rot"])
@@ -133,6 +135,7 @@ def test_a_dropped_snapshot_is_gone_from_every_view(store: MemoryBackend, state:
 
 
 def test_records_are_checked_against_what_names_them(store: MemoryBackend, state: LogState) -> None:
+    without_second_copies(store)
     pair = SnapshotId(2, 30)
     found = load_manifest(store, state, pair)
     assert info_of(found, state).id == pair
@@ -156,6 +159,7 @@ def test_records_are_checked_against_what_names_them(store: MemoryBackend, state
 def test_a_manifest_swapped_for_another_valid_one_is_refused(
     store: MemoryBackend, state: LogState
 ) -> None:
+    without_second_copies(store)
     one, other = (
         load_manifest(store, state, SnapshotId(2, 30)),
         load_manifest(store, state, SnapshotId(2, 25)),

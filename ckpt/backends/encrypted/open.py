@@ -18,7 +18,7 @@ from ckpt.backends.checked import MultiStoreBackend, stores_of
 from ckpt.backends.encrypted.layout import HEADER_BYTES, decode_header, looks_encrypted
 from ckpt.backends.encrypted.secret import EncryptionKeys
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
-from ckpt.format.keys import MANIFESTS, PACKS, PARTS
+from ckpt.format.keys import COPIES, MANIFESTS, PACKS, PARTS
 
 SEALED_PREFIXES = (PACKS, PARTS, MANIFESTS)
 """Prefixes of encrypted objects. The log and ``ckpt.json`` stay plain: readers without a key need
@@ -31,7 +31,7 @@ _LOOKS_MAX = 3
 
 def is_sealed_key(key: str) -> bool:
     """Whether the object at ``key`` is encrypted in an encrypted store."""
-    return key.startswith(SEALED_PREFIXES)
+    return key.removeprefix(COPIES).startswith(SEALED_PREFIXES)
 
 
 def encrypted(

@@ -7,6 +7,7 @@ import click
 from ckpt.cli.echo import emit_json
 from ckpt.cli.output import human_bytes, human_time, table
 from ckpt.cli.store_options import StoreChoice, info_json, open_store, store_command
+from ckpt.errors import IntegrityError
 from ckpt.log.catalog import snapshots
 
 _EPILOG = """\b
@@ -20,12 +21,16 @@ JSON: {"url", "job", "snapshots": [{"epoch", "step", "newest", "on_line",
 "metadata", "problem", "maybe_stale"}, ...]}, last committed first.
 "problem" is null, or why the snapshot's manifest cannot be read; its sizes
 are 0 then. "maybe_stale": the log has a hole, newer ones may exist.
+
+\b
+Exit codes: 0 all can be read, 20 if not: a manifest is damaged, or the log has a
+hole, behind which there may be snapshots.
 """
 
 
 @click.command(name="ls", epilog=_EPILOG)
 @store_command
-def command(choice: StoreChoice) -> None:
+def command(choice: StoreChoice) -> int:
     """List the snapshots of the store at URL, newest first.
 
     '*' marks what a restore takes, '-' a snapshot off the newest line: kept, and restored only when
@@ -35,16 +40,18 @@ def command(choice: StoreChoice) -> None:
         lineage = store.state.lineage
         newest = store.state.newest()
         infos = tuple(reversed(snapshots(store.backend, store.state)))
+        damaged = store.state.hole is not None or any(info.problem for info in infos)
+        code = IntegrityError.exit_code if damaged else 0
         if choice.as_json:
             rows = [
                 info_json(info, newest=info.id == newest, on_line=info.id in lineage)
                 for info in infos
             ]
             emit_json({"url": store.backend.url, "job": store.state.job, "snapshots": list(rows)})
-            return
+            return code
         if not infos:
-            click.echo("no snapshots")
-            return
+            click.echo("no snapshots" if code == 0 else "no snapshots can be read")
+            return code
         table(
             ("", "EPOCH", "STEP", "RANKS", "SIZE", "NEW", "CREATED", "TAGS", "PROBLEM"),
             [
@@ -63,3 +70,4 @@ def command(choice: StoreChoice) -> None:
             ],
             right=frozenset(("EPOCH", "STEP", "RANKS", "SIZE", "NEW")),
         )
+        return code

@@ -12,7 +12,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ckpt.errors import CkptError, FencedError, SupersededError, UnavailableError, UsageError
+from ckpt.errors import (
+    CkptError,
+    FencedError,
+    IntegrityError,
+    SupersededError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.events import Emit, Event
 from ckpt.ipc.messages import Choice
 from ckpt.keeper.slots import PostToLoop
@@ -282,7 +289,18 @@ class LogEpochs:
                 )
                 return
             self._chosen = ResumeChoice(self.view.state.newest())
-            future.set_result(self.view.best_first(staged if stores == self.view.stores else {}))
+            choices = self.view.best_first(staged if stores == self.view.stores else {})
+            hole = self.view.state.hole
+            if hole is not None and not choices:
+                # Damage must not pass for absence: a fresh start would abandon what is behind it.
+                future.set_exception(
+                    IntegrityError(
+                        "no snapshot can be seen, and the log is damaged: "
+                        f"{hole.reason} run ckpt scrub"
+                    )
+                )
+                return
+            future.set_result(choices)
 
         def failed(error: CkptError) -> None:
             if not (staged and self._fresh and error.retry) or self._closed:

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from ckpt.backends.base import Backend, Stat
-from ckpt.backends.checked import Check, read_alone, read_object, stores_of, write_quorum_of
+from ckpt.backends.checked import Check, read_object, stores_of, write_quorum_of
 from ckpt.errors import (
     CkptError,
     FormatVersionError,
@@ -28,8 +29,7 @@ from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest, PartRef
 from ckpt.format.part import decode_part
 from ckpt.format.records import Commit, Drop
-from ckpt.format.store import JOB_BYTES_MAX, JobRecord
-from ckpt.log.reader import log_objects, read_all, records_back
+from ckpt.log.reader import log_objects, read_all, read_job_record, records_back
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.plan import PREFIXES, GarbageClassifier, ObjectStatus, SnapshotReferences
 from ckpt.values import SnapshotId
@@ -353,7 +353,7 @@ def _identify(
 ) -> ReachableStore | StoreSweep:
     """Check that the store belongs to this log, and read its clock."""
     try:
-        record = JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+        record = read_job_record(store)
         is_member = state.stores is None or record.store_id in state.stores.ids
         # Never delete in a store of another log, even if its address was given.
         if record.job != state.job or not is_member:
@@ -406,18 +406,26 @@ def _delete(store: Backend, garbage: Sequence[Stat]) -> Iterator[Stat]:
     width = min(DELETES_AT_ONCE, store.capabilities().concurrency_best) if garbage else 1
     if width <= 1:
         for stat in garbage:
-            store.delete(stat.key)
+            _remove(store, stat.key)
             yield stat
         return
     pool = ThreadPoolExecutor(max_workers=width, thread_name_prefix="ckpt-sweep")
     try:
         for start in range(0, len(garbage), BATCH):
             batch = garbage[start : start + BATCH]
-            deletes = pool.map(store.delete, [stat.key for stat in batch])
+            deletes = pool.map(partial(_remove, store), [stat.key for stat in batch])
             for stat, _ in zip(batch, deletes, strict=True):
                 yield stat
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _remove(store: Backend, key: str) -> None:
+    """Delete an object, and before it its second copy: while the object is listed, a sweep that
+    was interrupted finds both again."""
+    if key.startswith((keys.MANIFESTS, keys.PARTS)):
+        store.delete(keys.copy_key(key))
+    store.delete(key)
 
 
 def _events(report: SweepReport) -> Iterator[Event]:

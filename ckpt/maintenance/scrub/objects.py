@@ -31,6 +31,7 @@ from ckpt.maintenance.copy_io import (
     map_in_order,
 )
 from ckpt.maintenance.scrub.report import DropCheck, ScrubContext
+from ckpt.maintenance.scrub.second import check_second_of, whole_alone
 
 
 class OrphanWalk:
@@ -89,7 +90,8 @@ class ObjectScrub:
     """The scrub of the objects of ``snapshots``: first manifests and parts, then packs.
 
     Each of the two steps can be stopped, and continues where it was when called again.
-    ``everything``: these are all snapshots of the log, so that orphans can be counted.
+    ``everything``: these are all snapshots of the log, so that orphans can be counted. ``alone``:
+    the one store holds the log alone, and has second copies of manifests and parts.
     """
 
     def __init__(
@@ -100,8 +102,10 @@ class ObjectScrub:
         everything: bool,
         drop_check: DropCheck,
         budget_bytes: int,
+        alone: bool = False,
     ) -> None:
         self._context = context
+        self._alone = alone
         self._snapshots = sorted(snapshots, key=lambda entry: entry.snapshot)
         self._everything = everything
         self._drop_check = drop_check
@@ -158,7 +162,7 @@ class ObjectScrub:
         """Check the manifest and parts of one snapshot; the readable parts."""
         want = WholeObject(manifest_key(entry), entry.manifest_digest)
         copies = self._check_whole(want, MANIFEST_BYTES_MAX)
-        manifest = _manifest(self._repair_whole(want, copies, entry))
+        manifest = _manifest(self._repair_whole(want, copies, entry, MANIFEST_BYTES_MAX))
         if manifest is None:
             self.untraced.append(entry)
             parts.skip_folder(f"{keys.PARTS}{entry.snapshot.key}/")
@@ -169,7 +173,7 @@ class ObjectScrub:
         with closing(map_in_order(wants, self._check_part, threads=threads)) as checked:
             for want, copies in checked:
                 parts.reach(want.key)
-                part = _part(self._repair_whole(want, copies, entry))
+                part = _part(self._repair_whole(want, copies, entry, PART_STORED_BYTES_MAX))
                 if part is not None:
                     readable.append(part)
         if len(readable) < len(wants):
@@ -187,9 +191,11 @@ class ObjectScrub:
         }
 
     def _repair_whole(
-        self, want: WholeObject, whole_copies: WholeCopies, entry: Committed
+        self, want: WholeObject, whole_copies: WholeCopies, entry: Committed, bytes_max: int
     ) -> bytes | None:
         """Write the right bytes where they are missing; the bytes, or None if no copy is right."""
+        if self._alone and whole_copies:
+            return self._repair_alone(want, *whole_copies[0], entry, bytes_max)
         context = self._context
         copies = {number: copy for number, (copy, _) in whole_copies.items()}
         context.count_silence(copies)
@@ -209,6 +215,30 @@ class ObjectScrub:
         return next(
             (data for copy, data in whole_copies.values() if copy.status is CopyStatus.OK), None
         )
+
+    def _repair_alone(
+        self, want: WholeObject, copy: CopyCheck, data: bytes, entry: Committed, bytes_max: int
+    ) -> bytes | None:
+        """As ``_repair_whole``, from the second copy on the same store. That is checked too."""
+        context = self._context
+        context.count_silence({0: copy})
+        if copy.status is CopyStatus.OK:
+            context.count_object(want.key, {0: copy})
+            check_second_of(context, want, data)
+            return data
+        if self._drop_check.all_dropped([entry]):
+            return None
+        if copy.status is CopyStatus.UNREADABLE:
+            context.count_object(want.key, {0: copy})
+            return None
+        right = whole_alone(context, want, bytes_max=bytes_max)
+        repaired = right is not None and 0 in context.writable and context.put(0, want.key, right)
+        context.count_object(
+            want.key, {0: copy}, repaired=(0,) if repaired else (), lost=right is None
+        )
+        if right is not None:
+            check_second_of(context, want, right)
+        return right
 
     def _check_pack(self, key: str) -> dict[int, CopyCheck]:
         pack, context = self._references.pack(key), self._context

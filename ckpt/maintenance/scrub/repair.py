@@ -76,6 +76,12 @@ def repair_job(
     assert role.role == HEADLESS
     members = log.state.stores
     store_id = lost_id(None if members is None else members.ids, roles, number)
+    if common is None and members is None and len(roles) == 1:
+        # Both copies are lost, and nothing but the records tells whose log it is.
+        common = JobRecord(job=log.state.job, store_id=secrets.token_hex(16))
+        store_id = common.store_id
+    elif common is not None and len(roles) == 1:
+        store_id = common.store_id  # its own, from the second copy
     if common is None or store_id is None:
         return (
             f"{role.problem}; its id is unknown. restore {keys.JOB_KEY} from a backup, or replace "

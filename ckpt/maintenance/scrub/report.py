@@ -291,6 +291,10 @@ class ScrubContext:
             if role != AWAY and (role != EMPTY or number in self.writable)
         ]
 
+    def is_alone(self, state: LogState) -> bool:
+        """Whether the one store holds the log alone, so that it has second copies."""
+        return len(self.stores) == 1 and (state.stores is None or len(state.stores.ids) == 1)
+
     def copy_of_each(self, copies: Mapping[int, CopyCheck]) -> list[CopyCheck]:
         """``copies`` with an entry for each store.
 

@@ -45,6 +45,7 @@ from ckpt.maintenance.scrub.report import (
     lost_id,
     store_roles,
 )
+from ckpt.maintenance.scrub.second import check_second_records, counted_alone, job_record_alone
 from ckpt.values import SnapshotId
 
 RECORDS_TRIED_MAX = 100
@@ -63,6 +64,7 @@ class ScrubStart:
     common: JobRecord | None
     log: LogFindings
     notes: PendingNotes
+    counted_record: CountedRecord | None
 
 
 def start_scrub(
@@ -82,6 +84,8 @@ def start_scrub(
     """
     roles = store_roles(stores)
     common = common_record(stores, roles)
+    if common is None and len(stores) == 1 and roles[0].role == HEADLESS:
+        common = job_record_alone(stores[0])
     job = common.job if common is not None else _job_from_records(stores, roles)
     new_replicas: list[int] = []
     for number, role in enumerate(roles):
@@ -103,6 +107,9 @@ def start_scrub(
     # A replica that was made just now holds nothing, so it has no vote on which record counts.
     ids |= dict.fromkeys(new_replicas, "")
     log, notes = _compare_logs(context, ids, job, counted_record)
+    if log.hole is not None and counted_record is None and context.is_alone(log.state):
+        counted_record = partial(counted_alone, stores[0])
+        log, notes = _compare_logs(context, ids, job, counted_record)
     headless_ids = _headless_ids(roles, log)
     if headless_ids:
         # The log names its stores, and so the ids of headless ones: read again with their votes.
@@ -112,7 +119,7 @@ def start_scrub(
     if not context.active:
         urls = [store.url for store in stores]
         raise UnavailableError(f"no store answers. stores={urls} repeat later")
-    return ScrubStart(context, roles, common, log, notes)
+    return ScrubStart(context, roles, common, log, notes, counted_record)
 
 
 def _compare_logs(
@@ -265,7 +272,6 @@ class Scrub:
         )
         return _ScrubRun(
             start,
-            counted_record=self._counted_record,
             only=self._only,
             budget_bytes=self._budget_bytes,
             clock=self._clock,
@@ -279,13 +285,11 @@ class _ScrubRun:
         self,
         start: ScrubStart,
         *,
-        counted_record: CountedRecord | None,
         only: frozenset[SnapshotId] | None,
         budget_bytes: int,
         clock: Callable[[], float],
     ) -> None:
         self._start = start
-        self._counted_record = counted_record
         state = start.log.state
         entries = [entry for entry in state.snapshots if only is None or entry.snapshot in only]
         drop_check = DropCheck(state, self._read_new, clock=clock)
@@ -295,6 +299,7 @@ class _ScrubRun:
             everything=only is None,
             drop_check=drop_check,
             budget_bytes=budget_bytes,
+            alone=start.context.is_alone(state),
         )
         self._snapshots = len(entries)
         self._moved_bytes = 0
@@ -302,6 +307,7 @@ class _ScrubRun:
         # Done from the end. Objects come before the records that name them, records before their
         # folds, and a ``ckpt.json`` last: with it a store counts, and must have everything.
         self._left: list[Callable[[int], None]] = [
+            self._second_copies,
             *(partial(self._repair_job_record, number) for number in headless),
             self._report_log,
             self._repair_folds,
@@ -348,13 +354,18 @@ class _ScrubRun:
         self._objects.packs(threads=threads)
 
     def _repair_log(self, threads: int) -> None:
-        repair_log(self._start.context, self._start.log, self._counted_record)
+        repair_log(self._start.context, self._start.log, self._start.counted_record)
 
     def _repair_folds(self, threads: int) -> None:
         repair_folds(self._start.context, self._start.log)
 
     def _report_log(self, threads: int) -> None:
         self._start.notes.report_to(self._start.context, self._start.log)
+
+    def _second_copies(self, threads: int) -> None:
+        context = self._start.context
+        if context.is_alone(self._start.log.state) and context.active:
+            check_second_records(context)
 
     def _repair_job_record(self, number: int, threads: int) -> None:
         start, role = self._start, self._start.roles[number]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from kit.damage import without_second_copies
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.replicated.open import open_stores
@@ -159,6 +160,7 @@ def test_damaged_part_exits_20_and_says_so(ckpt, store) -> None:
 
 
 def test_hole_exits_20(ckpt, store) -> None:
+    without_second_copies(store)
     damage(store, keys.log_key(2), 20)
     before = everything(store)
     assert ckpt("gc", store.url, "--keep", "last=1", "--yes", "--grace", "0").code == 20

@@ -20,6 +20,7 @@ from kit.damage import (
     objects_of,
     record_of,
     replicate,
+    without_second_copies,
 )
 
 from ckpt.backends.base import Backend
@@ -248,6 +249,7 @@ def test_lone_store_is_checked_and_its_damage_is_told(lone: Path, tmp_path: Path
 def test_hole_of_a_lone_log_is_told_and_mended_from_a_replica(lone: Path, tmp_path: Path) -> None:
     store = replicate(lone, tmp_path / "s", None)
     other = replicate(lone, tmp_path / "o", 7)
+    without_second_copies(store)
     (Path(store.url) / keys.log_key(2)).unlink()
     alone = scrubbed([store])
     assert alone.hole is not None

@@ -20,6 +20,7 @@ from kit.damage import (
     objects_of,
     record_of,
     replicate,
+    without_second_copies,
 )
 
 from ckpt.backends.base import Backend, Capabilities
@@ -161,6 +162,8 @@ def test_hole_of_the_source_ends_the_replica_there_and_is_told(
     source: FileBackend, tmp_path: Path
 ) -> None:
     flip(source.url, keys.log_key(3), 20)
+    assert sync(source, FileBackend(tmp_path / "from second copies")).ok
+    without_second_copies(source)
     store = FileBackend(tmp_path / "new")
     report = sync(source, store)
     assert report.hole is not None
@@ -370,6 +373,7 @@ def test_long_log_is_copied_with_its_folds(tmp_path: Path) -> None:
 def test_source_with_a_record_that_no_other_follows_is_believed_by_its_head_only(
     source: FileBackend,
 ) -> None:
+    without_second_copies(source)
     state = Journal.open(source).refresh()
     other = make_record(
         Tag("x", SnapshotId(1, 10)), job=state.job, seq=2, epoch=1, write_id="z", prev="0" * 32
