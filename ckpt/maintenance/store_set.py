@@ -24,7 +24,7 @@ from ckpt.log.access import SingleStoreLog
 from ckpt.log.journal import Journal
 from ckpt.log.reader import positions
 from ckpt.log.replicated import ReplicatedLog
-from ckpt.log.sequencers import external_sequencer
+from ckpt.log.sequencers import external_sequencer, require_create_only
 from ckpt.log.state import LogState, StoreSet
 from ckpt.maintenance.replica import DEFAULT_LIMITS, SyncLimits
 from ckpt.maintenance.sync.sync import fill, source_record
@@ -67,9 +67,11 @@ def add(
 ) -> StoreSet:
     """Add ``new`` to the stores of the log behind ``backend``; the set now in force.
 
-    Raises UsageError if it is a member already or belongs to another log, and UnavailableError if
-    it could not be filled.
+    Raises UsageError if it is a member already, belongs to another log, or does not create a key
+    only once while the stores give out the log's positions; and UnavailableError if it could not be
+    filled.
     """
+    _require_voter(journal, new)
     # Filled first: from the ``stores`` record on it counts, and must have everything.
     new_id = _filled(journal, backend, new, limits, emit)
     before = _members(journal, backend)
@@ -77,7 +79,7 @@ def add(
         raise UsageError(f"the store counts already. store={new.url}")
     ids = (*before.ids, new_id)
     quorum = write_quorum or len(ids) // 2 + 1
-    sequencer = _sequencer(journal, [*stores_of(backend), new], before, quorum)
+    sequencer = _sequencer(journal, [*stores_of(backend), new], before)
     after = StoreSet(ids, quorum, sequencer)
     return _change(journal, backend, before, after, [new], limits, emit)
 
@@ -96,6 +98,7 @@ def replace(
     ``new`` may have the address of the lost store. Raises as ``add``, and UsageError if ``lost_id``
     is not in the set.
     """
+    _require_voter(journal, new)
     if _lacks_job_record(new):
         # Records of a writer that were in flight when the store was emptied. They belong to this
         # log; if they do not, filling the store finds out.
@@ -146,9 +149,9 @@ def remove(
 def take_over(journal: Journal, backend: Backend) -> StoreSet:
     """Move the sequencer: to the stores together, or to etcd or a new file of this machine.
 
-    The second case applies if too few stores support create-if-absent. Only the caller's word then
-    keeps users of the old sequencer from writing at the same time. Raises UsageError if the log is
-    in one store.
+    The second case applies if a store does not support create-if-absent. Only the caller's word
+    then keeps users of the old sequencer from writing at the same time. Raises UsageError if the
+    log is in one store.
     """
     access = journal.access
     state = journal.refresh()
@@ -158,9 +161,15 @@ def take_over(journal: Journal, backend: Backend) -> StoreSet:
         )
     _require_certain(state, backend)
     name = BY_STORES
-    creators = access.replicas.create_only_stores(access.full(state.stores))
-    if len(creators) < state.stores.write_quorum:
+    full = access.full(state.stores)
+    creators = access.replicas.create_only_stores(full)
+    if access.replicas.not_create_only(set(full) - creators):
         name = external_sequencer(journal.log_id, renew=True)
+    elif len(creators) < state.stores.write_quorum:
+        raise UnavailableError(
+            "cannot learn whether the stores create a key only once. "
+            f"stores={list(access.replicas.urls)} repeat later, or grant permission to write"
+        )
     after = StoreSet(state.stores.ids, state.stores.write_quorum, name)
     # The record that names the new sequencer gets its own seq from the new one.
     with access.using_sequencer(name):
@@ -218,20 +227,19 @@ def catch_up(
 
 
 def _filled(
-    journal: Journal, backend: Backend, store: Backend, limits: SyncLimits, emit: Emit
+    journal: Journal,
+    backend: Backend,
+    store: Backend,
+    limits: SyncLimits,
+    emit: Emit,
+    *,
+    state: LogState | None = None,
 ) -> str:
-    """Copy to ``store`` all that the log names; its id."""
+    """Copy to ``store`` all that the log names, or that ``state`` does; its id."""
     record = _record_beside(backend, store)
     # Confirmed: a last record that does not count in the end must not be copied to its rival's key.
-    report = fill(
-        backend,
-        store,
-        journal.refresh_confirmed,
-        record=record,
-        deep=False,
-        limits=limits,
-        emit=emit,
-    )
+    log = journal.refresh_confirmed if state is None else lambda: state
+    report = fill(backend, store, log, record=record, deep=False, limits=limits, emit=emit)
     if not report.complete:
         raise UnavailableError(
             f"the job writes faster than the store can be filled. store={store.url} repeat later"
@@ -280,12 +288,17 @@ def _change(
     """Record the new set, then give the stores ``refill`` what was written before the record."""
     state = journal.refresh()
     _require_certain(state, backend)
-    journal.change_stores(_body(after), before=before if state.stores is not None else None)
+    changed = journal.change_stores(
+        _body(after), before=before if state.stores is not None else None
+    )
+    # A journal on the store that held the log alone knows nothing that came after the record; and
+    # those who write there can append nothing after it.
+    known = changed if isinstance(journal.access, SingleStoreLog) else None
     text = f"the log is now on {len(after.ids)} stores, with a write quorum of {after.write_quorum}"
     emit(Event("stores", text))
     # A writer that had not read the record yet wrote to the old set only.
     for store in refill:
-        _filled(journal, backend, store, limits, emit)
+        _filled(journal, backend, store, limits, emit, state=known)
     return after
 
 
@@ -310,13 +323,36 @@ def _ids(journal: Journal) -> tuple[str, ...]:
     return (access.store_id,)
 
 
-def _sequencer(journal: Journal, stores: Sequence[Backend], before: StoreSet, quorum: int) -> str:
-    """The sequencer once ``stores`` hold the log: unchanged, or the best one for a single store."""
+def _sequencer(journal: Journal, stores: Sequence[Backend], before: StoreSet) -> str:
+    """The sequencer once ``stores`` hold the log: unchanged, or as for a new log on them.
+
+    Raises UnavailableError if it cannot be learned whether a store creates a key only once.
+    """
     if len(before.ids) > 1:
         return before.sequencer
-    if sum(store.capabilities().create_only for store in stores) >= quorum:
-        return BY_STORES
-    return external_sequencer(journal.log_id)
+    try:
+        for store in stores:
+            require_create_only(store)
+    except UsageError:
+        return external_sequencer(journal.log_id)
+    return BY_STORES
+
+
+def _require_voter(journal: Journal, new: Backend) -> None:
+    """Raise UsageError if ``new`` could not vote in a log whose stores give out the positions.
+
+    Its vote would never be known: with one other store lost, no divided vote could be decided.
+    """
+    members = journal.refresh().stores
+    if members is None or len(members.ids) == 1 or members.sequencer != BY_STORES:
+        return
+    try:
+        require_create_only(new)
+    except UsageError as error:
+        raise UsageError(
+            "the stores of this log give out its positions by creating keys only once, and this "
+            f"one cannot. store={new.url} use one that honours create-if-absent"
+        ) from error
 
 
 def _body(members: StoreSet) -> Stores:
