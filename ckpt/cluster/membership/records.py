@@ -87,7 +87,9 @@ class EpochRecord:
     ``places`` are in the order of ranks; ``leader`` is the node that decided it.
 
     ``resumes``: the snapshot that its training continues from, if the leader knew it. ``note``: a
-    text for the keepers, an encoded EpochNote; the membership does not read it.
+    text for the keepers, an encoded EpochNote; the membership does not read it. ``ranks``: those
+    that each node holds; ``world_size``: how many there are. Both are worked out once: keepers look
+    at them with every word that they hear.
     """
 
     job: str
@@ -99,21 +101,17 @@ class EpochRecord:
     removed: tuple[RemovedNode, ...] = ()
     resumes: SnapshotId | None = None
     note: str = ""
+    ranks: Mapping[str, range] = field(init=False, repr=False, compare=False)
+    world_size: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return sum(place.slots for place in self.places)
-
-    @property
-    def ranks(self) -> Mapping[str, range]:
-        """The ranks that each node holds."""
+    def __post_init__(self) -> None:
         ranks: dict[str, range] = {}
         first = 0
         for place in self.places:
             ranks[place.node] = range(first, first + place.slots)
             first += place.slots
-        return ranks
+        object.__setattr__(self, "ranks", ranks)
+        object.__setattr__(self, "world_size", first)
 
     @property
     def rank0_node(self) -> str:

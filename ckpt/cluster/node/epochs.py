@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, View
 from ckpt.cluster.mesh.connections import Mesh, MeshObserver
@@ -31,16 +31,17 @@ class NodeEpoch:
     domains: Mapping[str, str]
     meeting: MeetingAddress | None
     me: str = ""
+    standbys: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    """The nodes that serve memory and have no ranks."""
+
+    def __post_init__(self) -> None:
+        waiting = sorted(node for node in self.peers if node not in self.record.ranks)
+        object.__setattr__(self, "standbys", tuple(waiting))
 
     @property
     def number(self) -> int:
         """The epoch's number, which is its attempt's too."""
         return self.record.number
-
-    @property
-    def standbys(self) -> tuple[str, ...]:
-        """The nodes that serve memory and have no ranks."""
-        return tuple(sorted(node for node in self.peers if node not in self.record.ranks))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,13 +19,25 @@ class EpochView:
     def __init__(self) -> None:
         self.node: Node | None = None
         """This machine's membership; None before the launch has joined, and once it leaves."""
-        self.epoch: NodeEpoch | None = None
-        """The newest epoch, complete; None before the first."""
+        self._epoch: NodeEpoch | None = None
+        self.others: tuple[str, ...] = ()
+        """The other nodes that hold ranks."""
         self.out = False
         """Whether this node has lost its membership, and no epoch since has included it."""
         self.mailboxes = RemoteMailboxes(self.send)
         self.log_id = ""
         """The id of the log to which this launch writes; "" until some node said it."""
+
+    @property
+    def epoch(self) -> NodeEpoch | None:
+        """The newest epoch, complete; None before the first."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: NodeEpoch | None) -> None:
+        self._epoch = epoch
+        ranks = epoch.record.ranks if epoch is not None else ()
+        self.others = tuple(node for node in ranks if node != self.me)
 
     @property
     def me(self) -> str:
@@ -57,15 +69,6 @@ class EpochView:
     def placed(self) -> bool:
         """Whether the newest epoch has ranks for this node."""
         return self.epoch is not None and not self.out and self.me in self.epoch.record.ranks
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """The other nodes that hold ranks."""
-        return (
-            tuple(node for node in self.epoch.record.ranks if node != self.me)
-            if self.epoch is not None
-            else ()
-        )
 
     @property
     def local_ranks(self) -> range:

@@ -25,15 +25,15 @@ class LivenessRound:
     """What one node knows of the calls of one epoch. Times are its own, of the clock that leases
     use.
 
-    ``number``: the last call, made or answered. ``missing``, on the node that calls: by call, who
-    has not answered. ``answered``: the last call that all answered. ``said_s``: by call, when this
-    node answered it. ``since_s``: by call, a moment of this node after which all nodes that
-    answered the call were in the epoch.
+    ``number``: the last call, made or answered. ``last``, on the node that calls: the last call
+    that each other node answered, 0 for none. ``answered``: the last call that all answered.
+    ``said_s``: by call, when this node answered it. ``since_s``: by call, a moment of this node
+    after which all nodes that answered the call were in the epoch.
     """
 
     attempt: int = 0
     number: int = 0
-    missing: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    last: Mapping[str, int] = field(default_factory=dict)
     answered: int = 0
     said_s: Mapping[int, float] = field(default_factory=dict)
     since_s: Mapping[int, float] = field(default_factory=dict)
@@ -50,31 +50,32 @@ def next_call(
     """Make the next call to ``others``, on the node of rank 0. With no others a call proves
     nothing."""
     if now.attempt != attempt:
-        now = LivenessRound(attempt)
+        now = LivenessRound(attempt, last=dict.fromkeys(others, 0))
     number = now.number + 1
-    missing = {call: names for call, names in now.missing.items() if call > number - KEPT}
     return replace(
         now,
         number=number,
-        missing={**missing, number: frozenset(others)},
         since_s=_with_time(now.since_s, number, now.answered, now_s),
     )
 
 
-def answer_received(now: LivenessRound, attempt: int, number: int, node: str) -> LivenessRound:
-    """``node`` answered a call of this node; so it was in the epoch after all earlier calls as
-    well."""
-    if attempt != now.attempt or number > now.number:
+def answers_received(now: LivenessRound, attempt: int, answers: Mapping[str, int]) -> LivenessRound:
+    """Other nodes answered calls of this node: by node, the last that it answered. So it was in the
+    epoch after all earlier calls as well. O(nodes): to be called for many at once."""
+    if attempt != now.attempt:
         return now
-    missing = {
-        call: names - {node} if call <= number else names for call, names in now.missing.items()
+    newer = {
+        node: number
+        for node, number in answers.items()
+        if now.last.get(node, number) < number <= now.number
     }
-    complete = max((call for call, names in missing.items() if not names), default=0)
-    return replace(
-        now,
-        missing={call: names for call, names in missing.items() if call > complete},
-        answered=max(now.answered, complete),
-    )
+    if not newer:
+        return now
+    last = {**now.last, **newer}
+    complete = min(last.values())
+    # Of a call that is too old no time is known any more: it proves nothing.
+    answered = complete if complete in now.since_s else now.answered
+    return replace(now, last=last, answered=max(now.answered, answered))
 
 
 def answer_call(

@@ -42,6 +42,9 @@ from ckpt.keeper.nodes.uploads import ClusterUploads
 from ckpt.threads import start_thread
 from ckpt.values import MembershipEpoch, SnapshotId
 
+TICK_S = 0.005
+"""How often what is due is looked for, at most, however many messages arrive."""
+
 LOOK_S = 1.0
 """How often the clock is checked if nothing is due."""
 TOLD_KINDS = ("line-refused", "node-refused", "nodes-awaited")
@@ -94,6 +97,7 @@ class Nodes:
         """The greatest attempt that this node knows of: the next epoch's number must be greater."""
         self._line = ""
         """The line of membership epochs that this node has seen last."""
+        self._tick_due_s = 0.0
         self._prepared_in = 0
         """The last epoch in which the supervisors here were told to start the prepared trainers."""
         self._ended_at_s: float | None = None
@@ -213,6 +217,9 @@ class Nodes:
         board, node, view = self._state.memory.board, self.view.node, self.view
         if board is None or node is None:
             return LOOK_S
+        if now_s < self._tick_due_s:  # the loop turns for each word that comes
+            return self._tick_due_s - now_s
+        self._tick_due_s = now_s + TICK_S
         self._extend_act_until(board, node)
         self._check_awaited(node.awaited, now_s)
         wait_s = min(LOOK_S, self.memory.tick(now_s, placed=view.placed))

@@ -25,7 +25,7 @@ from ckpt.keeper.nodes.liveness import (
     CALLS_PER_TTL,
     LivenessRound,
     answer_call,
-    answer_received,
+    answers_received,
     next_call,
 )
 from ckpt.keeper.slots import RankMemory
@@ -87,22 +87,29 @@ def common_progress_without_each(
     nearly = {snapshot: count for snapshot, count in holders.items() if count >= len(known) - 1}
     least, *rest = sorted(report.completed for report in known)[:2]
     result = {}
+    # Most nodes hold the same, and are told the same: one message, which is encoded once.
+    told: dict[tuple[bool, bool, frozenset[SnapshotId]], NodeProgress] = {}
     for node, report in others.items():
-        if silent - {node}:
+        if silent and silent != {node}:
             result[node] = nothing
             continue
-        held = frozenset(report.sealed if report is not None else ())
-        needed = len(known) - (report is not None)
-        sealed = sorted(
-            (
-                snapshot
-                for snapshot, count in nearly.items()
-                if count - (snapshot in held) == needed
-            ),
-            reverse=True,
-        )
-        completed = rest[0] if report is not None and report.completed == least else least
-        result[node] = replace(nothing, sealed=tuple(sealed), completed=completed)
+        held = nearly.keys() & report.sealed if report is not None else frozenset()
+        slowest = report is not None and report.completed == least
+        kind = (report is not None, slowest, frozenset(held))
+        if kind not in told:
+            needed = len(known) - (report is not None)
+            sealed = sorted(
+                (
+                    snapshot
+                    for snapshot, count in nearly.items()
+                    if count - (snapshot in held) == needed
+                ),
+                reverse=True,
+            )
+            told[kind] = replace(
+                nothing, sealed=tuple(sealed), completed=rest[0] if slowest else least
+            )
+        result[node] = told[kind]
     return result
 
 
@@ -115,6 +122,24 @@ PROGRESS_S = 0.02
 
 PROGRESS_LATEST_S = 1.0
 """How often they report progress that has not changed."""
+
+REPORTS_PER_S_MAX = 1250
+"""How many reports a second rank 0's node takes, and answers, from all nodes together: 26
+microseconds of its keeper's core each. Beyond 25 nodes each reports more seldom."""
+
+
+def report_every_s(nodes: int) -> float:
+    """How often a node of so many reports what has changed, at most."""
+    return max(PROGRESS_S, nodes / REPORTS_PER_S_MAX)
+
+
+def pass_on_every_s(nodes: int) -> float:
+    """How often rank 0's node tells all what they have in common, at most.
+
+    Sooner than its own report where nodes are few. It works on all reports at once: for each report
+    that arrives it would be the square of the nodes.
+    """
+    return max(PROGRESS_S / 4, nodes / REPORTS_PER_S_MAX)
 
 
 class ProgressExchange:
@@ -148,25 +173,34 @@ class ProgressExchange:
         return self._due_s - now_s
 
     def receive(self, node: str, progress: NodeProgress) -> None:
-        """Another node's progress."""
+        """Another node's progress. On rank 0's node only kept: it is worked on with all others that
+        have arrived by the time they are passed on."""
         self._received[node] = progress
         if self._view.has_rank0:
-            # Passed on sooner than this node's own progress, but at most four times as often.
-            self._news, self._due_s = True, min(self._due_s, self._sent_s + PROGRESS_S / 4)
-        self._show()
+            every_s = pass_on_every_s(len(self._view.others) + 1)
+            self._news, self._due_s = True, min(self._due_s, self._sent_s + every_s)
+        else:
+            self._show()
 
     def _send(self, now_s: float) -> None:
         board, epoch, view = self._ranks.board, self._view.epoch, self._view
         assert board is not None and epoch is not None, "placed"
+        nodes = len(view.others) + 1
+        every_s = (pass_on_every_s if view.has_rank0 else report_every_s)(nodes)
+        if now_s < self._sent_s + every_s:
+            self._due_s = min(self._due_s, self._sent_s + every_s)
+            return
         ranks = [board.rank(rank) for rank in range(self._ranks.ranks)]
         own = progress_of(ranks, epoch.number, self._memory.mirror_report)
-        if own == self._sent and now_s - self._sent_s < PROGRESS_LATEST_S and not self._news:
+        latest_s = max(PROGRESS_LATEST_S, every_s)
+        if own == self._sent and now_s - self._sent_s < latest_s and not self._news:
             return
         self._news = False
         self._sent, self._sent_s = own, now_s
         if not view.has_rank0:
             view.send(epoch.record.rank0_node, own)
             return
+        self._show()
         known = {
             node: progress
             for node, progress in self._received.items()
@@ -190,7 +224,7 @@ class ProgressExchange:
             before, at_s = self._sent_to.get(node, (None, 0.0))
             # Per node: only those whose view changed get a message, so the cost follows the
             # changes.
-            if progress != before or now_s >= at_s + PROGRESS_LATEST_S:
+            if progress != before or now_s >= at_s + latest_s:
                 self._sent_to[node] = (progress, now_s)
                 view.send(node, progress)
 
@@ -323,12 +357,26 @@ class LivenessExchange:
         self._view = view
         self._ttl_s = ttl_s
         self._round = LivenessRound()
-        self._due_s = 0.0
+        self._due_s = self._applied_s = 0.0
+        self._answers: dict[str, LivenessAnswer] = {}
+        """The last answer of each node, not yet taken into the round."""
 
     def tick(self, now_s: float) -> None:
-        """On a node that has ranks, in an epoch of several nodes: make a call if it is time to."""
+        """On a node that has ranks, in an epoch of several nodes: take what was answered, and make
+        a call if it is time to."""
         epoch = self._view.epoch
-        if epoch is None or not self._view.has_rank0 or now_s < self._due_s:
+        if epoch is None or not self._view.has_rank0:
+            return
+        if self._answers and now_s >= self._applied_s + PROGRESS_S:
+            self._applied_s = now_s
+            answers = {
+                node: answer.number
+                for node, answer in self._answers.items()
+                if answer.attempt == epoch.number
+            }
+            self._answers.clear()
+            self._round = answers_received(self._round, epoch.number, answers)
+        if now_s < self._due_s:
             return
         self._due_s = now_s + self._ttl_s / CALLS_PER_TTL
         self._round = now = next_call(self._round, epoch.number, self._view.others, boottime_s())
@@ -343,7 +391,9 @@ class LivenessExchange:
         if epoch is None or message.attempt != epoch.number:
             return
         if isinstance(message, LivenessAnswer):
-            self._round = answer_received(self._round, message.attempt, message.number, node)
+            known = self._answers.get(node)
+            if known is None or known.number < message.number or known.attempt != message.attempt:
+                self._answers[node] = message
         elif node == epoch.record.rank0_node:
             self._round = answer_call(
                 self._round, message.attempt, message.number, message.answered, boottime_s()

@@ -6,9 +6,13 @@ import random
 
 import pytest
 
-from ckpt.keeper.nodes.liveness import KEPT, LivenessRound, answer_call, answer_received, next_call
+from ckpt.keeper.nodes.liveness import KEPT, LivenessRound, answer_call, answers_received, next_call
 
 TTL_S, MARGIN_S = 2.0, 0.2
+
+
+def answer_received(roll: LivenessRound, attempt: int, number: int, node: str) -> LivenessRound:
+    return answers_received(roll, attempt, {node: number})
 
 
 def until(roll: LivenessRound) -> float:

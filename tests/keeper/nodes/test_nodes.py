@@ -3,11 +3,14 @@ of them."""
 
 from __future__ import annotations
 
+import itertools
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.membership.leases import LeaseState
@@ -28,6 +31,7 @@ from ckpt.keeper.mailbox import LocalMailbox
 from ckpt.keeper.nodes import nodes as nodes_room
 from ckpt.keeper.nodes.join import check_spec, memory_address
 from ckpt.keeper.nodes.nodes import Nodes
+from ckpt.keeper.nodes.progress import REPORTS_PER_S_MAX, report_every_s
 from ckpt.keeper.nodes.remote_mailbox import RemoteMailbox
 from ckpt.values import MembershipEpoch, SnapshotId
 
@@ -426,13 +430,55 @@ def test_what_the_others_hold_comes_onto_the_board(joined: Keeper) -> None:
     board.begin_attempt(3)
     assert board.has_remote_ranks
     mine = said.NodeProgress(attempt=3, sealed=(PAIR,), completed=5)
-    joined.word("other", mine)
-    assert board.remote_ranks.sealed_snapshots() == frozenset(), "the third has said nothing yet"
-    joined.word("third", replace_attempt(mine, 2))
-    assert board.remote_ranks.sealed_snapshots() == frozenset()
-    joined.word("third", mine)
-    assert board.remote_ranks.sealed_snapshots() == {PAIR}
+    clock_s = itertools.count(100.0)
+
+    def shown_after(node: str, word: said.NodeProgress) -> frozenset[SnapshotId]:
+        joined.word(node, word)
+        joined.nodes.tick(next(clock_s))
+        return board.remote_ranks.sealed_snapshots()
+
+    assert shown_after("other", mine) == frozenset(), "the third has said nothing yet"
+    assert shown_after("third", replace_attempt(mine, 2)) == frozenset()
+    assert shown_after("third", mine) == {PAIR}
     assert board.remote_ranks.completed == 5
+
+
+def rank0_load(joined: Keeper, nodes: int, *, seconds: float, step_s: float = 0.1) -> float:
+    """The share of a core that rank 0's keeper spends on the progress and the roll of so many
+    nodes that take a step each ``step_s``, words aside; checks how many words there are."""
+    board = joined.state.memory.board
+    assert board is not None
+    names = [f"n{number}" for number in range(1, nodes)]
+    joined.come(3, "me", *names)
+    board.begin_attempt(3)
+    dice = random.Random(nodes)
+    every_s = report_every_s(nodes)
+    due = sorted((dice.uniform(0, max(step_s, every_s)), name) for name in names)
+    joined.fake.said.clear()
+    heard, began_s = 0, time.process_time()
+    answer = said.LivenessAnswer(attempt=3, number=1)
+    while due[0][0] < seconds:
+        now_s, name = due.pop(0)
+        step = 10 + int(now_s / step_s)
+        sealed = tuple(SnapshotId(1, step - back) for back in (1, 2, 3))
+        word = said.NodeProgress(attempt=3, sealed=sealed, completed=step)
+        due.append((now_s + max(step_s, every_s), name))
+        for told in (word, structs.replace(answer, number=joined.nodes._liveness._round.number)):
+            joined.nodes._receive(name, told)
+            joined.nodes.tick(100.0 + now_s)  # as if the loop turned for each
+        heard += 1
+    share = (time.process_time() - began_s) / seconds
+    assert board.remote_ranks.completed is not None
+    told = len(joined.fake.of(said.NodeProgress))
+    assert heard <= REPORTS_PER_S_MAX * seconds * 1.1
+    assert told <= 2 * heard + nodes
+    return share
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1000, 5000])
+def test_progress_of_many_nodes_takes_little_of_a_core(joined: Keeper, nodes: int) -> None:
+    assert rank0_load(joined, nodes, seconds=2 * report_every_s(nodes)) <= 0.05
 
 
 def test_how_far_this_node_is_goes_to_rank_0_and_its_lease_onto_the_board(joined: Keeper) -> None:
