@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
+import torch.distributed as dist
+
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
 from ckpt.backends.replicated.open import open_job_stores, require_key_fits
@@ -307,12 +309,33 @@ class Session:
         return self._lineage.newest_first()
 
     def open_run(self) -> None:
-        """For a run: choose the newest snapshot and open an epoch that continues from it. Once."""
+        """For a run: choose the newest snapshot and open an epoch that continues from it. Once.
+
+        Raises UsageError if the process group has other ranks than those that the run began with.
+        """
+        self._check_world()
         if self.opened:
             return
         self.attach_keeper()
         self._joined_epochs().open_on_newest(self.newest_first)
         self.join().start_decisions()  # on every rank, or a proposal would miss answers
+
+    def _check_world(self) -> None:
+        """Ranks that were started after this one connected to the others are no part of the run: it
+        would go on alone, and they would wait for it.
+        """
+        if self._connected is None or not (dist.is_available() and dist.is_initialized()):
+            return
+        mailbox = self._connected.mailbox
+        group = (dist.get_rank(), dist.get_world_size())
+        if group != (mailbox.rank, mailbox.size):
+            raise UsageError(
+                "the process group has other ranks than this run began with. "
+                f"rank={mailbox.rank} ranks={mailbox.size} group_rank={group[0]} "
+                f"group_ranks={group[1]}; a framework that starts ranks inside the function can't "
+                f"be followed: start it with torchrun --nproc-per-node={group[1]}, and let the "
+                "framework use the ranks that are there"
+            )
 
     def track(self, items: Mapping[str, object]) -> None:
         """Add items to a run's state and fill them from its snapshot. Falls back for all items
