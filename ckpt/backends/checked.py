@@ -7,7 +7,7 @@ missing copy makes the reader try the next store, and the right bytes later repl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, NotFoundError
@@ -60,6 +60,21 @@ class MultiStoreBackend(Backend, Protocol):
         ...
 
 
+T = TypeVar("T")
+
+
+def read_again(read: Callable[[], T]) -> T:
+    """What ``read`` returns; it is called a second time if it raises IntegrityError.
+
+    Bits flip in memory and on networks too, so bytes that read wrong may be stored right. A second
+    request tells, and costs less than an older snapshot that is restored in place of this one.
+    """
+    try:
+        return read()
+    except IntegrityError:
+        return read()
+
+
 def stores_of(backend: Backend) -> tuple[Backend, ...]:
     """The single stores behind ``backend``."""
     return backend.stores if isinstance(backend, MultiStoreBackend) else (backend,)
@@ -75,15 +90,19 @@ def read_checked(
 ) -> None:
     """Fill ``out`` with bytes that ``check`` accepts, from any copy.
 
-    Raises NotFoundError if no store has the key, and IntegrityError with the check's text if no
-    copy is right.
+    What reads wrong is read once more. Raises NotFoundError if no store has the key, and
+    IntegrityError with the check's text if no copy is right.
     """
-    if isinstance(backend, MultiStoreBackend):
-        backend.read_checked(key, out, check, offset_bytes=offset_bytes)
-        return
-    backend.read_into(key, out, offset_bytes=offset_bytes)
-    if (problem := check(out)) is not None:
-        raise IntegrityError(f"{problem}. key={key} store={backend.url}")
+
+    def read() -> None:
+        if isinstance(backend, MultiStoreBackend):
+            backend.read_checked(key, out, check, offset_bytes=offset_bytes)
+            return
+        backend.read_into(key, out, offset_bytes=offset_bytes)
+        if (problem := check(out)) is not None:
+            raise IntegrityError(f"{problem}. key={key} store={backend.url}")
+
+    read_again(read)
 
 
 def read_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> bytes:
@@ -91,12 +110,16 @@ def read_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> 
 
     Raises as ``read_checked``, and IntegrityError if the object is longer than ``bytes_max``.
     """
-    if isinstance(backend, MultiStoreBackend):
-        return backend.read_object(key, check, bytes_max=bytes_max)
-    data = read_alone(backend, key, bytes_max=bytes_max)
-    if (problem := check(memoryview(data))) is not None:
-        raise IntegrityError(f"{problem}. key={key} store={backend.url}")
-    return data
+
+    def read() -> bytes:
+        if isinstance(backend, MultiStoreBackend):
+            return backend.read_object(key, check, bytes_max=bytes_max)
+        data = read_alone(backend, key, bytes_max=bytes_max)
+        if (problem := check(memoryview(data))) is not None:
+            raise IntegrityError(f"{problem}. key={key} store={backend.url}")
+        return data
+
+    return read_again(read)
 
 
 def read_alone(store: Backend, key: str, *, bytes_max: int) -> bytes:

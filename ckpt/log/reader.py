@@ -9,7 +9,7 @@ from itertools import groupby, islice
 from typing import TypeVar
 
 from ckpt.backends.base import Backend, Stat
-from ckpt.backends.checked import read_alone
+from ckpt.backends.checked import read_again, read_alone
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UnavailableError
 from ckpt.format import keys
 from ckpt.format.records import (
@@ -239,7 +239,9 @@ def read_job_record(store: Backend) -> JobRecord:
     wants no store here. Raises IntegrityError, FormatVersionError, UnavailableError.
     """
     try:
-        return JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+        return read_again(
+            lambda: JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+        )
     except (IntegrityError, FormatVersionError) as error:
         if (second := second_job_record(store)) is None:
             raise error

@@ -19,7 +19,7 @@ from itertools import groupby
 from typing import Protocol, TypeVar
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import read_alone
+from ckpt.backends.checked import read_again, read_alone
 from ckpt.errors import (
     CkptError,
     FormatVersionError,
@@ -335,7 +335,9 @@ def _most_copies(answers: Mapping[int, bytes | NoAnswer]) -> int:
 
 def _job(store: Backend) -> JobRecord | NoAnswer | None:
     try:
-        return JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+        return read_again(
+            lambda: JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+        )
     except NotFoundError:
         return None
     except (UnavailableError, StoreDeniedError, IntegrityError, FormatVersionError) as error:

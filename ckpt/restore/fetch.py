@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import MultiStoreBackend
+from ckpt.backends.checked import MultiStoreBackend, read_again
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.format.canonical import digest
 from ckpt.format.codec import decode_chunk
@@ -314,26 +314,33 @@ def _scan_read(
             look(chunk)
 
     try:
-        if isinstance(backend, MultiStoreBackend):
+        if isinstance(backend, MultiStoreBackend) or len(read.chunks) == 1:
             _read_verified(backend, snapshot, read, stored, look_at_all)
             return []
         _read(backend, snapshot, read, stored)
     except (IntegrityError, UnavailableError) as error:
         if len(read.chunks) == 1:
             return [_damage(read.chunks[0], error)]
-        alone = (
-            PackRead(read.pack, chunk.location.offset_bytes, chunk.location.stored_bytes, (chunk,))
-            for chunk in read.chunks
-        )
         return [
-            damage for single in alone for damage in _scan_read(backend, snapshot, single, scratch)
+            damage
+            for chunk in read.chunks
+            for damage in _scan_read(backend, snapshot, _alone(read, chunk), scratch)
         ]
     for chunk in read.chunks:
         try:
             look(chunk)
         except IntegrityError as error:
-            damaged.append(_damage(chunk, error))
+            if len(read.chunks) == 1:
+                damaged.append(_damage(chunk, error))
+                continue
+            # Read again, by itself: the bytes may be stored right.
+            damaged += _scan_read(backend, snapshot, _alone(read, chunk), scratch)
     return damaged
+
+
+def _alone(read: PackRead, chunk: ChunkRead) -> PackRead:
+    at = chunk.location
+    return PackRead(read.pack, at.offset_bytes, at.stored_bytes, (chunk,))
 
 
 def _damage(chunk: ChunkRead, error: CkptError) -> DamagedChunk:
@@ -352,12 +359,27 @@ def _damage(chunk: ChunkRead, error: CkptError) -> DamagedChunk:
 def _read_verified(
     backend: Backend, snapshot: str, read: PackRead, out: Bytes, check: Callable[[], None]
 ) -> None:
-    """Fill ``out`` from whichever copy does not make ``check`` raise."""
-    if not isinstance(backend, MultiStoreBackend):
-        _read(backend, snapshot, read, out)
-        check()
+    """Fill ``out`` from whichever copy does not make ``check`` raise, at the second try if need
+    be.
+    """
+    if isinstance(backend, MultiStoreBackend):
+        read_again(lambda: _read_copies(backend, snapshot, read, out, check))
         return
 
+    def once() -> None:
+        _read(backend, snapshot, read, out)
+        check()
+
+    read_again(once)
+
+
+def _read_copies(
+    backend: MultiStoreBackend,
+    snapshot: str,
+    read: PackRead,
+    out: Bytes,
+    check: Callable[[], None],
+) -> None:
     def problem(_: memoryview) -> str | None:
         try:
             check()

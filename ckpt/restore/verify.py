@@ -121,6 +121,13 @@ def verify(
 def _check_object(backend: Backend, key: str, wanted: str, size_bytes: int) -> DamagedObject | None:
     if isinstance(backend, MultiStoreBackend):
         return _check_copies(backend, key, wanted, size_bytes)
+    found = _look_at(backend, key, wanted, size_bytes)
+    if found is None or found.what in ("missing", "unreadable"):
+        return found
+    return _look_at(backend, key, wanted, size_bytes)  # it may have been the reading
+
+
+def _look_at(backend: Backend, key: str, wanted: str, size_bytes: int) -> DamagedObject | None:
     try:
         stat = backend.stat(key)
         if stat is None:

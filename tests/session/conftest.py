@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -117,6 +117,12 @@ class Job:
 
     store: Backend = field(default_factory=lambda: MemoryBackend("job"))
     boots: int = 0
+    made: list[Rank] = field(default_factory=list)
+
+    def leave(self) -> None:
+        """All ranks are gone: a thread that still waits for one would keep the process alive."""
+        for rank in self.made:
+            rank.channel.post(f"bye/{rank.channel.rank}", b"1")
 
     def ranks(
         self,
@@ -146,6 +152,7 @@ class Job:
             )
             saving.write_locally(place, base=None, known_chunks=dict)
             made.append(Rank(channel, backend, saving, epoch, events))
+        self.made += made
         return made
 
     def restorers(
@@ -172,9 +179,11 @@ class Job:
 
 
 @pytest.fixture
-def job() -> Job:
+def job() -> Iterator[Job]:
     """A job over a store in memory."""
-    return Job()
+    made = Job()
+    yield made
+    made.leave()
 
 
 @pytest.fixture
