@@ -68,8 +68,9 @@ class RestartPolicy:
     """When a job whose trainer failed is restarted, and when a trainer counts as hanging.
 
     ``same_error_max``: the same exception of the program at the same step, that often in a row,
-    is a bug: the job ends with it (1: never restart after an exception). ``stuck_max``: that many
-    failures in a row without a new step end the job. ``hang``: the least time without a completed
+    is a bug: the job ends with it (1: never restart after an exception); an outage counts only
+    after a pause of 15 s. ``stuck_max``: that many failures in a row without a new step, with
+    growing pauses between them, end the job. ``hang``: the least time without a completed
     step that counts as a hang, or ``"never"``; if the job's own steps are long, ten times the
     longest recent one. The first step, pauses and debuggers are exempt. ``grace``: how long a
     preempted job may take to stop. ``linger``: how long slots are kept for a program that was

@@ -13,19 +13,28 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TypedDict
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ckpt.elastic.boundaries import Milestones
 from ckpt.elastic.processes.trainer import TrainerProcess
-from ckpt.errors import FencedError, IntegrityError, NotFoundError, UnavailableError, UsageError
+from ckpt.errors import (
+    CkptError,
+    FencedError,
+    IntegrityError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.format.canonical import digest_hex
-from ckpt.ipc.messages import WIRE_VERSION, Hello, Policy
+from ckpt.ipc.messages import WIRE_VERSION, Failing, Hello, Policy
 from ckpt.session.keeper.attachment import SupervisedTrainer, supervised_trainer
 from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.session import Session
@@ -51,6 +60,9 @@ class Preempted(SystemExit):
 
 TEXT_MAX = 500
 
+PROGRESS_S = 1.0
+"""How often the steps of a run on another store are reported to the trainer's keeper."""
+
 _FINAL = (UsageError, FencedError, IntegrityError, NotFoundError, KeyboardInterrupt, Preempted)
 """A restart would raise them again, or a person wanted the end."""
 
@@ -62,6 +74,7 @@ class FailureDescription(TypedDict):
     text: str
     fingerprint: str
     final: bool
+    passing: bool
 
 
 def describe_failure(error: BaseException) -> FailureDescription:
@@ -80,7 +93,38 @@ def describe_failure(error: BaseException) -> FailureDescription:
         text=str(error)[:TEXT_MAX],
         fingerprint=digest_hex("\n".join([kind, *places]).encode()),
         final=final,
+        passing=not final and may_pass(error),
     )
+
+
+_STAYS = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+"""System errors that another attempt meets again, as it meets a wrong program."""
+
+_CHAIN_MAX = 16
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an exception may come of an outage that passes by itself: it, or what caused it, is a
+    system error, a lost connection or a store that does not answer.
+    """
+    current: BaseException | None = error
+    for _ in range(_CHAIN_MAX):
+        if current is None:
+            return False
+        if isinstance(current, OSError):
+            return not isinstance(current, _STAYS)
+        if isinstance(current, CkptError):
+            return current.retry
+        if isinstance(current, dist.DistError):
+            return True
+        current = current.__cause__ or current.__context__
+    return False
 
 
 # ---- reporting to the keeper
@@ -99,6 +143,9 @@ class ExitReporter:
         self._session = session
         self._outermost = outermost
         self._link: KeeperLink | None = None
+        self._inner: KeeperLink | None = None
+        """Of a call inside another one, to report progress alone."""
+        self._progress_at_s = 0.0
 
     def entered(self, milestones: Milestones) -> None:
         """The call began; reports ``milestones``."""
@@ -114,12 +161,32 @@ class ExitReporter:
 
     def failing(self, facts: FailureDescription, step: int) -> None:
         """The process is about to exit because of an exception."""
+        failing = Failing(**facts, step=step)
+        if self._inner is not None:
+            self._inner.close()
         if self._link is None:
-            self._session.reporter.failing(**facts, step=step)
+            self._session.reporter.failing(failing)
             return
         with suppress(UnavailableError):  # without a keeper there is nothing to report to
-            self._link.failing(**facts, step=step)
+            self._link.failing(failing)
         self._link.close()
+
+    def progress(self, completed: int) -> None:
+        """Steps are complete. Reported if the trainer's keeper does not see them on its board: the
+        first ones at once, later ones once a second.
+        """
+        trainer = supervised_trainer()
+        if trainer is None or self._session.supervised:
+            return
+        now_s = time.monotonic()
+        if now_s < self._progress_at_s:
+            return
+        self._progress_at_s = now_s + PROGRESS_S
+        with suppress(UnavailableError):  # a keeper that is lost restarts the attempt
+            link = self._link or self._inner
+            if link is None:
+                link = self._inner = KeeperLink.connect(trainer.spec, _hello(trainer), start=False)
+            link.progress(self._session.url, completed)
 
     def finished(self) -> None:
         """The function returned and all is durable.
@@ -130,6 +197,8 @@ class ExitReporter:
             with suppress(UnavailableError):  # everything is durable already
                 self._link.finished()
             self._link.close()
+        if self._inner is not None:
+            self._inner.close()
 
 
 def _hello(trainer: SupervisedTrainer) -> Hello:

@@ -260,6 +260,7 @@ class Run(RankInfo):
             self._stage()
         if self._memory is not None:
             self._memory.complete_boundary(steps, staged=steps in (self._taken, self._staged))
+        self._exit_reporter.progress(steps)
         self._report_first_step()
         upcoming = next_due(self._schedule, steps)
         if upcoming == steps + 1:

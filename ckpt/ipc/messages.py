@@ -513,7 +513,7 @@ class Failing(Message, frozen=True, kw_only=True, tag="Failing"):
     """User code raised an exception, and this trainer is about to exit because of it.
 
     Equal exceptions at equal places have equal ``fingerprint``s. ``final``: a restart would not
-    help (a usage error, Ctrl-C).
+    help (a usage error, Ctrl-C). ``passing``: an outage that may pass by itself.
     """
 
     kind: str
@@ -521,6 +521,17 @@ class Failing(Message, frozen=True, kw_only=True, tag="Failing"):
     fingerprint: str
     step: int
     final: bool = False
+    passing: bool = False
+
+
+class Progress(Message, frozen=True, kw_only=True, tag="Progress"):
+    """A run of this trainer on another store than its keeper's has ``completed`` steps.
+
+    The keeper's board does not show them.
+    """
+
+    store: str
+    completed: int
 
 
 class Phase(Message, frozen=True, kw_only=True, tag="Phase"):
@@ -667,6 +678,7 @@ AnyMessage = (
     | Refuse
     | SetTag
     | Failing
+    | Progress
     | Phase
     | Finished
     | GetStatus

@@ -22,7 +22,7 @@ from ckpt.errors import NotFoundError, UnavailableError, UsageError
 from ckpt.events import Emit, Event, Fact, emit_to_logging
 from ckpt.ipc.board import Board
 from ckpt.ipc.mailbox import CountingMailbox
-from ckpt.ipc.messages import Decided, SetTag
+from ckpt.ipc.messages import Decided, Failing, SetTag
 from ckpt.log.state import LogState
 from ckpt.restore.reader import item_names
 from ckpt.session.c10d_mailbox import world_of_process
@@ -61,11 +61,11 @@ class TrainerReporter:
         if (link := self._link()) is not None:
             link.phase(point, at_s)
 
-    def failing(self, kind: str, text: str, *, fingerprint: str, step: int, final: bool) -> None:
+    def failing(self, failing: Failing) -> None:
         """This trainer is about to end with an exception."""
         if (link := self._link()) is not None:
             with suppress(UnavailableError):  # a lost keeper decides nothing
-                link.failing(kind, text, fingerprint=fingerprint, step=step, final=final)
+                link.failing(failing)
 
     def finished(self) -> None:
         """This trainer's run is over and durable; what follows is the rest of the program."""
@@ -317,6 +317,9 @@ class Session:
         if self.opened:
             return
         self.attach_keeper()
+        if self.board is not None and self.supervised:
+            # Of an earlier call of this attempt: its steps are not this one's.
+            self.board.rank(self.local_rank).completed = None
         self._joined_epochs().open_on_newest(self.newest_first)
         self.join().start_decisions()  # on every rank, or a proposal would miss answers
 

@@ -11,15 +11,44 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from kit.template import run
 
-from ckpt.elastic.failure import Preempted, ends_process
+from ckpt.elastic.failure import Preempted, describe_failure, ends_process
 from ckpt.elastic.processes.trainer import TrainerProcess
 from ckpt.errors import FencedError, UnavailableError, UsageError
 from ckpt.ipc.messages import Policy
 
 WAIT_S = 60
 SEAT = TrainerProcess(attempt=2, port=1, how="fork", pid=1, report_fd=9)
+
+
+def caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (OSError(5, "the file server is away"), True),
+        (ConnectionResetError("x"), True),
+        (TimeoutError("x"), True),
+        (UnavailableError("x"), True),
+        (dist.DistNetworkError("x"), True),
+        (caused(RuntimeError("no answer"), ConnectionError("x")), True),
+        (FileNotFoundError("x"), False),
+        (PermissionError("x"), False),
+        (caused(RuntimeError("no data"), FileNotFoundError("x")), False),
+        (ValueError("x"), False),
+        (UsageError("x"), False),
+        (FencedError("x"), False),
+    ],
+)
+def test_error_of_an_outage_is_told_from_one_of_the_program(
+    error: BaseException, passing: bool
+) -> None:
+    assert describe_failure(error)["passing"] is passing
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ class Failure:
     fingerprint: str = ""
     step: int = -1
     final: bool = False
+    passing: bool = False
+    """An exception of an outage that may pass by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,24 @@ class TrainerEntered:
     """A trainer's decorated call began: the first one, or one after earlier calls have returned."""
 
     rank: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerProgressed:
+    """A run of a trainer on another store than its keeper's, which the board does not show, has
+    completed so many steps."""
+
+    rank: int
+    attempt: int
+    store: str
+    completed: int
+
+
+@dataclass(frozen=True, slots=True)
+class PauseOver:
+    """The pause after a failure is over."""
+
     attempt: int
 
 
@@ -177,7 +197,9 @@ RosterEvent = (
     | TrainerFailing
     | TrainerFinished
     | TrainerEntered
+    | TrainerProgressed
     | TrainerDied
+    | PauseOver
     | Hung
     | TrainerKilled
     | SupervisorLeft
@@ -212,6 +234,14 @@ class AttemptOver:
 
     attempt: int
     failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Wait so many seconds before the attempt that follows ``attempt``."""
+
+    attempt: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +294,7 @@ RosterAction = (
     StartAll
     | KillAll
     | AttemptOver
+    | Pause
     | LeaveAll
     | LeaveOne
     | RequestStop

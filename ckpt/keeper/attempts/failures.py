@@ -24,6 +24,18 @@ OVERDUE_MAX = 20
 """How often in a row trainers may be stopped because their node could not act, with no new step:
 they starve the node."""
 
+PAUSES_S = (0.0, 1.0, 5.0, 15.0, 60.0)
+"""Pauses after the first, second, ... failure in a row without a new step; the last one from there
+on."""
+
+OUTAGE_S = 15.0
+"""An error that may pass by itself counts as repeated only if the attempt that met it again came
+after a pause of at least this long."""
+
+RESTARTS_HOUR_MAX = 60
+"""The most attempts that may follow a failure within an hour."""
+HOUR_S = 3600.0
+
 # ---- one attempt: its cause, and what the failures before it say
 
 
@@ -41,7 +53,9 @@ class FailureHistory:
 
     ``fingerprint`` and ``step``: of the last failure. ``same``: how often in a row the same error
     came at the same step. ``stuck``: how many attempts in a row failed without a new step.
-    ``completed``: the most steps of any attempt; -1 for none. ``overdue``: how often in a row
+    ``completed``: the most steps of any attempt; -1 for none. ``calls``: how many decorated calls
+    had returned in the attempt that got furthest; ``completed`` is of the call after them.
+    ``overdue``: how often in a row
     trainers were stopped because their node could not act, without a new step.
     """
 
@@ -51,6 +65,7 @@ class FailureHistory:
     stuck: int = 0
     completed: int = -1
     overdue: int = 0
+    calls: int = 0
 
 
 def cause_of(failures: Sequence[Failure]) -> Failure | None:
@@ -64,12 +79,22 @@ def cause_of(failures: Sequence[Failure]) -> Failure | None:
     return cause if cause.at_s <= first.at_s + ECHO_S else first
 
 
-def after_failure(history: FailureHistory, completed: int) -> FailureHistory:
-    """The history after an attempt failed that had completed so many steps (-1: none)."""
-    moved = completed > history.completed
+def after_failure(
+    history: FailureHistory, completed: int, *, calls: int = 0, moved: bool = False
+) -> FailureHistory:
+    """The history after an attempt failed that had completed so many steps (-1: none) in the call
+    after ``calls`` that had returned. ``moved``: it made progress that neither number shows.
+
+    Steps of an earlier call that are done again are no progress.
+    """
+    further = calls > history.calls
+    moved |= further or (calls == history.calls and completed > history.completed)
+    if calls == history.calls:
+        completed = max(completed, history.completed)
     return replace(
         history,
-        completed=max(completed, history.completed),
+        completed=completed if calls >= history.calls else history.completed,
+        calls=max(calls, history.calls),
         stuck=0 if moved else history.stuck + 1,
         overdue=0 if moved else history.overdue,
     )
@@ -96,11 +121,13 @@ def assess(
         history.fingerprint,
         history.step,
     )
+    # An outage may last longer than an attempt: it says something only after a pause.
+    again = not failure.passing or pause_s(history.stuck - 1) >= OUTAGE_S
     history = replace(
         history,
         fingerprint=failure.fingerprint,
         step=failure.step,
-        same=history.same + 1 if same else 1,
+        same=history.same + again if same else 1,
     )
     if failure.final:
         return history, failure.text
@@ -122,6 +149,11 @@ def assess(
             f"{failure.text}; {history.stuck} failures in a row without one new step completed",
         )
     return history, None
+
+
+def pause_s(stuck: int) -> float:
+    """The pause after that many failures in a row without a new step."""
+    return PAUSES_S[min(stuck, len(PAUSES_S)) - 1] if stuck > 0 else 0.0
 
 
 UNEXPLAINED = ("error", "cut")

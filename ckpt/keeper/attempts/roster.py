@@ -29,6 +29,8 @@ from ckpt.keeper.attempts.events import (
     KillAll,
     LeaveAll,
     LeaveOne,
+    Pause,
+    PauseOver,
     PreemptRequested,
     Rank0Unreachable,
     ReportEnded,
@@ -44,30 +46,38 @@ from ckpt.keeper.attempts.events import (
     TrainerFailing,
     TrainerFinished,
     TrainerKilled,
+    TrainerProgressed,
     TrainerStarted,
 )
 from ckpt.keeper.attempts.failures import (
     FENCED,
     FUTILE_KINDS,
+    HOUR_S,
     REFUSED,
+    RESTARTS_HOUR_MAX,
     FailureHistory,
     after_failure,
     assess,
     cause_of,
+    pause_s,
 )
 
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 """How a preempted program exits."""
 
+STORES_MAX = 64
+"""Runs on so many other stores are followed."""
+
 
 class RosterState(enum.Enum):
-    """What the launch is doing: gathering supervisors, waiting for an epoch, running, killing, or
-    over."""
+    """What the launch is doing: gathering supervisors, waiting for an epoch, running, killing,
+    pausing before the next attempt, or over."""
 
     GATHERING = "gathering"
     WAITING = "waiting"
     RUNNING = "running"
     KILLING = "killing"
+    PAUSING = "pausing"
     OVER = "over"
 
 
@@ -88,7 +98,7 @@ _LIVE = (RankState.STARTING, RankState.ALIVE)
 @dataclass(frozen=True, slots=True)
 class RosterEntry:
     """One rank: the connection of its supervisor, and its trainer. ``finished``: the trainer's
-    decorated call has returned."""
+    decorated call has returned; ``calls``: how many have, in this attempt."""
 
     rank: int
     peer: int
@@ -98,6 +108,7 @@ class RosterEntry:
     how: str = ""
     failing: Failing | None = None
     finished: bool = False
+    calls: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +118,9 @@ class Roster:
     ``status``: what supervisors leave with, once it is over. With several nodes, ``newest_epoch``:
     the newest epoch, and whether it has ranks for this node; ``job_ended``: the leader's decision
     to end the job, while trainers are still being killed for it.
+
+    ``elsewhere``: the most steps of runs on other stores, which the board does not show; ``moved``:
+    one of them made progress in this attempt. ``restarts``: when attempts of the last hour failed.
     """
 
     launch: str
@@ -122,6 +136,14 @@ class Roster:
     shared: bool = False
     newest_epoch: EpochChanged | None = None
     job_ended: JobEnded | None = None
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
+    moved: bool = False
+    restarts: tuple[float, ...] = ()
+
+    @property
+    def calls(self) -> int:
+        """How many decorated calls have returned in this attempt, on the rank that is furthest."""
+        return max((entry.calls for entry in self.members.values()), default=0)
 
     @property
     def failure(self) -> Failure | None:
@@ -151,12 +173,10 @@ def step(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]
             return _seat(
                 roster, rank, of=_WAITED, seat=RankState.ALIVE, trainer_pid=pid, how=how
             ), []
-        case TrainerFailing(rank, _, failing):
-            return _seat(roster, rank, failing=failing), []
-        case TrainerFinished(rank):
-            return _moved_on(_seat(roster, rank, finished=True)), []
-        case TrainerEntered(rank):
-            return _entered(roster, rank), []
+        case TrainerFailing() | TrainerFinished() | TrainerProgressed() | TrainerEntered():
+            return _told(roster, event), []
+        case PauseOver():
+            return _start(roster) if roster.state is RosterState.PAUSING else (roster, [])
         case TrainerDied():
             return _died(roster, event)
         case Hung(rank, _, text, at_s, completed):
@@ -167,6 +187,25 @@ def step(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]
             return _left(roster, event)
         case _:
             return _of_job(roster, event)
+
+
+def _told(
+    roster: Roster,
+    event: TrainerFailing | TrainerFinished | TrainerProgressed | TrainerEntered,
+) -> Roster:
+    """What a trainer told of itself: it decides what its end will mean."""
+    match event:
+        case TrainerFailing(rank, _, failing):
+            return _seat(roster, rank, failing=failing)
+        case TrainerFinished(rank):
+            entry = roster.members.get(rank)
+            calls = entry.calls + 1 if entry is not None else 0
+            return _seat(roster, rank, finished=True, calls=calls)
+        case TrainerEntered(rank):
+            # After an earlier call had returned, its rank counts as unfinished again.
+            return _seat(roster, rank, finished=False, failing=None)
+        case TrainerProgressed():
+            return _progressed(roster, event)
 
 
 def _of_job(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]]:
@@ -207,6 +246,8 @@ def _preempted(roster: Roster) -> tuple[Roster, list[RosterAction]]:
                 Failure(-1, "preempted", "preempted before the next epoch", 0, 0.0, final=True), -1
             )
         ]
+    if roster.state is RosterState.PAUSING:
+        return _leave(roster, Failure(-1, "preempted", "preempted before the next attempt", 0, 0.0))
     return roster, [RequestStop()] if roster.state is RosterState.RUNNING else []
 
 
@@ -296,11 +337,18 @@ def _start(roster: Roster) -> tuple[Roster, list[RosterAction]]:
         else roster.attempt + 1
     )
     members = {
-        rank: replace(entry, seat=RankState.STARTING, trainer_pid=0, failing=None, finished=False)
+        rank: replace(
+            entry, seat=RankState.STARTING, trainer_pid=0, failing=None, finished=False, calls=0
+        )
         for rank, entry in roster.members.items()
     }
     started = replace(
-        roster, attempt=attempt, state=RosterState.RUNNING, members=members, failures=()
+        roster,
+        attempt=attempt,
+        state=RosterState.RUNNING,
+        members=members,
+        failures=(),
+        moved=False,
     )
     return started, [StartAll(attempt)]
 
@@ -315,21 +363,14 @@ def _seat(
     return replace(roster, members={**roster.members, rank: entry})
 
 
-def _moved_on(roster: Roster) -> Roster:
-    """A decorated call is done, or another one begins: earlier failures say nothing about what
-    follows."""
-    return replace(roster, record=replace(roster.record, stuck=0))
-
-
-def _entered(roster: Roster, rank: int) -> Roster:
-    """A decorated call began. After an earlier call had returned, its rank counts as unfinished
-    again.
-
-    The first call of an attempt does not reset the history: every attempt begins with it.
-    """
-    again = rank in roster.members and roster.members[rank].finished
-    roster = _seat(roster, rank, finished=False, failing=None)
-    return _moved_on(roster) if again else roster
+def _progressed(roster: Roster, event: TrainerProgressed) -> Roster:
+    """A run that the board does not show completed steps. Those that an earlier attempt had
+    completed are no progress."""
+    if event.completed <= roster.elsewhere.get(event.store, 0):
+        return roster
+    if event.store not in roster.elsewhere and len(roster.elsewhere) >= STORES_MAX:
+        return roster
+    return replace(roster, elsewhere={**roster.elsewhere, event.store: event.completed}, moved=True)
 
 
 def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction]]:
@@ -366,6 +407,7 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
             failing.fingerprint,
             failing.step,
             failing.final,
+            failing.passing,
         )
     elif event.overdue:
         text = (
@@ -401,14 +443,16 @@ def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[RosterAct
 def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, list[RosterAction]]:
     """Note a failure; the first one of an attempt has all trainers killed."""
     roster = replace(roster, failures=(*roster.failures, failure))
-    if roster.state in (RosterState.GATHERING, RosterState.WAITING):
+    if roster.state in (RosterState.GATHERING, RosterState.WAITING, RosterState.PAUSING):
         return _leave(roster, failure)
     if roster.state is RosterState.KILLING:
         return _gone(roster)
     # All trainers are killed, also healthy ones: a communicator with a lost rank can't be repaired,
     # and their state is in the slots.
     killing = replace(
-        roster, state=RosterState.KILLING, record=after_failure(roster.record, completed)
+        roster,
+        state=RosterState.KILLING,
+        record=after_failure(roster.record, completed, calls=roster.calls, moved=roster.moved),
     )
     over, actions = _gone(killing)
     return over, [KillAll(roster.attempt, failure), *actions]
@@ -432,9 +476,18 @@ def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
         return roster, [over, *actions]
     roster, reason = _judge(roster, failure)
     roster, actions = (
-        _start(roster) if reason is None else _leave(roster, replace(failure, text=reason))
+        _start_later(roster) if reason is None else _leave(roster, replace(failure, text=reason))
     )
     return roster, [over, *actions]
+
+
+def _start_later(roster: Roster) -> tuple[Roster, list[RosterAction]]:
+    """Start the next attempt: at once, or after a pause if the last ones made no progress."""
+    seconds = pause_s(roster.record.stuck)
+    if not seconds:
+        return _start(roster)
+    paused = replace(roster, state=RosterState.PAUSING, failures=())
+    return paused, [Pause(roster.attempt, seconds)]
 
 
 def _is_last(roster: Roster) -> bool:
@@ -467,7 +520,10 @@ def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
     """The roster with its history brought up to date, and why no attempt follows; None: start
     one."""
     record, reason = assess(roster.record, failure, roster.policy)
-    roster = replace(roster, record=record)
+    recent = tuple(at_s for at_s in roster.restarts if at_s > failure.at_s - HOUR_S)
+    roster = replace(roster, record=record, restarts=(*recent, failure.at_s))
+    if reason is None and len(recent) >= RESTARTS_HOUR_MAX:
+        reason = f"{failure.text}; {len(recent)} restarts within an hour, which is the most"
     if roster.preempted or failure.kind == "supervisor" or failure.final:
         return roster, failure.text
     if (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +26,8 @@ from ckpt.keeper.attempts.events import (
     KillAll,
     LeaveAll,
     LeaveOne,
+    Pause,
+    PauseOver,
     PreemptRequested,
     ReportEnded,
     RequestEpoch,
@@ -40,6 +42,7 @@ from ckpt.keeper.attempts.events import (
     TrainerFailing,
     TrainerFinished,
     TrainerKilled,
+    TrainerProgressed,
     TrainerStarted,
 )
 from ckpt.keeper.attempts.hang_watch import HangWatch
@@ -83,6 +86,8 @@ class Supervisors:
         self._grace_until_s: float | None = None
         self._leaving: tuple[float, messages.Leave] | None = None
         """What supervisors are sent once all is durable, or at that time at the latest."""
+        self._pause_until: tuple[float, int] | None = None
+        """When the pause after an attempt is over, and that attempt's number."""
         self._gathering_s = 0.0
         self._missing_reported = False
         self._handing_over: dict[int, int | None] = {}
@@ -134,7 +139,7 @@ class Supervisors:
                 shared=self._enter_cluster(hello),
             )
             self._cut_off = False
-            self._grace_until_s = self._leaving = None
+            self._grace_until_s = self._leaving = self._pause_until = None
             self._gathering_s, self._missing_reported = time.monotonic(), False
         served_another = hello.holds or hello.attempt > 0
         self._attempt = max(self._attempt, hello.attempt)
@@ -200,6 +205,8 @@ class Supervisors:
         match message:
             case messages.Failing():
                 self._on(TrainerFailing(client.rank, client.attempt, message))
+            case messages.Progress(store=store, completed=completed):
+                self._on(TrainerProgressed(client.rank, client.attempt, store, completed))
             case messages.Finished():
                 self._on(TrainerFinished(client.rank, client.attempt))
             case messages.Phase():
@@ -240,12 +247,19 @@ class Supervisors:
         if self._leaving is not None and (now_s >= self._leaving[0] or self._state.uploads.idle):
             leave, self._leaving = self._leaving[1], None
             self._state.clients.broadcast("supervisor", leave)
+        if self._pause_until is not None and now_s >= self._pause_until[0]:
+            attempt, self._pause_until = self._pause_until[1], None
+            self._on(PauseOver(attempt))
         hung = self._watch.tick(self.roster, now_s)
         if hung is not None:
             self._on(hung)
         if self.roster is not None and self.roster.state is RosterState.GATHERING:
             self._check_gathering(self.roster, now_s)
-        deadlines_s = [self._grace_until_s, self._leaving[0] if self._leaving is not None else None]
+        deadlines_s = [
+            self._grace_until_s,
+            self._leaving[0] if self._leaving is not None else None,
+            self._pause_until[0] if self._pause_until is not None else None,
+        ]
         waits_s = [until_s - now_s for until_s in deadlines_s if until_s is not None]
         watch_s = self._watch.wait_s()
         if watch_s is not None:
@@ -294,6 +308,7 @@ class Supervisors:
         before = self.roster.state
         # The new roster is stored before the actions: an action may cause another event at once.
         self.roster, actions = rules.step(self.roster, event)
+        self._tell_restart(actions)
         for action in actions:
             self._do(action)
         over = self.roster.state is RosterState.OVER and before is not RosterState.OVER
@@ -301,6 +316,22 @@ class Supervisors:
         # their last is durable.
         if over and not any(isinstance(action, LeaveAll) for action in actions):
             self._state.uploads.flush_newest()
+
+    def _tell_restart(self, actions: Sequence[RosterAction]) -> None:
+        """One line for each attempt that failed and is followed by another one on this node."""
+        over = next((action for action in actions if isinstance(action, AttemptOver)), None)
+        if over is None:
+            return
+        for action in actions:
+            match action:
+                case StartAll():
+                    when = "now"
+                case Pause(_, seconds):
+                    when = f"in {seconds:.0f} s"
+                case _:
+                    continue
+            text = f"attempt {over.attempt} failed: {over.failure.text}; the next one starts {when}"
+            self._state.clients.broadcast("supervisor", messages.PrintLine(text=text), rank=0)
 
     def _do(self, action: RosterAction) -> None:
         state = self._state
@@ -316,6 +347,8 @@ class Supervisors:
                 state.clients.broadcast("supervisor", messages.Kill(attempt=attempt))
             case AttemptOver():
                 self._attempt_over(action)
+            case Pause(attempt, seconds):
+                self._pause_until = (time.monotonic() + seconds, attempt)
             case LeaveAll():
                 self._recovery = None  # a later launch does not recover from this failure
                 self._leave(action)

@@ -40,6 +40,7 @@ from ckpt.ipc.messages import (
     Peek,
     Phase,
     Post,
+    Progress,
     Reply,
     SlotCreated,
     SlotReleased,
@@ -307,13 +308,13 @@ class KeeperLink:
             Phase(name=name, at_s=time.monotonic() if at_s is None else at_s, facts=facts)
         )
 
-    def failing(
-        self, kind: str, text: str, *, fingerprint: str, step: int, final: bool = False
-    ) -> None:
+    def failing(self, failing: Failing) -> None:
         """Report that this trainer is about to end with an exception."""
-        self._calls.send(
-            Failing(kind=kind, text=text, fingerprint=fingerprint, step=step, final=final)
-        )
+        self._calls.send(failing)
+
+    def progress(self, store: str, completed: int) -> None:
+        """Report steps of a run that the keeper's board does not show."""
+        self._calls.send(Progress(store=store, completed=completed))
 
     def finished(self) -> None:
         """Report that the decorated function returned and everything is durable."""

@@ -17,6 +17,8 @@ from ckpt.keeper.attempts.events import (
     KillAll,
     LeaveAll,
     LeaveOne,
+    Pause,
+    PauseOver,
     PreemptRequested,
     RequestStop,
     RosterAction,
@@ -29,9 +31,10 @@ from ckpt.keeper.attempts.events import (
     TrainerFailing,
     TrainerFinished,
     TrainerKilled,
+    TrainerProgressed,
     TrainerStarted,
 )
-from ckpt.keeper.attempts.failures import ECHO_S
+from ckpt.keeper.attempts.failures import ECHO_S, RESTARTS_HOUR_MAX
 from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, RankState, Roster, RosterState
 
 
@@ -82,6 +85,13 @@ class Told:
             self(TrainerFailing(rank, self.attempt, told))
         return self(TrainerDied(rank, self.attempt, status, self.now_s + after_s, completed))
 
+    def pause_over(self) -> None:
+        """The pause passes, if there is one, and the next attempt starts."""
+        self.now_s += 10
+        self(PauseOver(self.attempt))
+        if self.roster.state is RosterState.RUNNING:
+            self.started()
+
     def killed(self, *ranks: int) -> list[RosterAction]:
         return self(*(TrainerKilled(rank, self.attempt) for rank in ranks))
 
@@ -92,6 +102,8 @@ class Told:
         self.die(rank, status, completed=completed, told=told)
         others = [one for one in range(self.roster.ranks) if one != rank]
         came = self.killed(*others)
+        if self.roster.state is RosterState.PAUSING:
+            came = [*came, *self(PauseOver(self.attempt))]
         if self.roster.state is RosterState.RUNNING:
             self.started()
         self.now_s += 10
@@ -184,7 +196,7 @@ def test_a_death_between_two_equal_errors_breaks_the_row() -> None:
     told = Told(2).run()
     told.fail(1, 1, told=failing())
     told.fail(1, -11)
-    assert kinds(told.fail(1, 1, told=failing())) == [AttemptOver, StartAll]
+    assert kinds(told.fail(1, 1, told=failing())) == [AttemptOver, Pause, StartAll]
 
 
 def test_a_final_error_ends_the_job_at_once() -> None:
@@ -249,12 +261,106 @@ def test_an_error_that_was_caught_explains_no_later_death() -> None:
     assert kinds(told.die(0)) == [KillAll, AttemptOver, StartAll]
 
 
-def test_a_call_that_is_done_makes_it_patient_again() -> None:
-    told = Told(1, Policy(stuck_max=2)).run()
-    for _ in range(4):
+def test_a_second_call_that_never_completes_a_step_is_given_up_although_the_first_one_does() -> (
+    None
+):
+    told = Told(1, Policy(stuck_max=5)).run()
+    for _ in range(6):
         told(TrainerFinished(0, told.attempt), TrainerEntered(0, told.attempt))
-        assert kinds(told.die(0, completed=7))[-1] is StartAll
+        if told.die(0, completed=7)[-1:] == [
+            LeaveAll(
+                137, "rank 0 died of SIGKILL; 5 failures in a row without one new step completed"
+            )
+        ]:
+            return
+        told.pause_over()
+    raise AssertionError("it goes on for ever")
+
+
+def test_steps_of_a_call_after_the_first_count_by_themselves() -> None:
+    told = Told(1, Policy(stuck_max=2)).run()
+    told.die(0, completed=100)
+    told.started()
+    for completed in (3, 4, 9):  # fewer than the first call had
+        told(TrainerFinished(0, told.attempt), TrainerEntered(0, told.attempt))
+        assert kinds(told.die(0, completed=completed))[-1] is StartAll
         told.started()
+    for _ in range(2):  # the first call, again
+        told.die(0, completed=101)
+        told.pause_over()
+    assert told.roster.state is RosterState.OVER
+
+
+def test_steps_of_a_run_inside_another_one_are_progress() -> None:
+    told = Told(1, Policy(stuck_max=2)).run()
+    for completed in (1, 10, 20, 30, 40):
+        told(TrainerProgressed(0, told.attempt, "inner", completed))
+        assert kinds(told.die(0, completed=-1))[-1] is StartAll
+        told.started()
+    for _ in range(2):
+        told(TrainerProgressed(0, told.attempt, "inner", 40))
+        told.die(0, completed=-1)
+        told.pause_over()
+    assert told.roster.state is RosterState.OVER
+
+
+def test_attempts_without_progress_pause_longer_and_longer() -> None:
+    told = Told(1, Policy(stuck_max=9)).run()
+    pauses = []
+    for _ in range(7):
+        (*_, last) = told.die(0, completed=-1)
+        pauses.append(last.seconds if isinstance(last, Pause) else 0.0)
+        told.pause_over()
+    assert pauses == [0.0, 1.0, 5.0, 15.0, 60.0, 60.0, 60.0]
+    (*_, last) = told.die(0, completed=3)
+    assert last == StartAll(told.attempt), "with progress there is no pause"
+
+
+def test_outage_is_no_bug_until_it_outlasts_the_pauses() -> None:
+    outage = structs.replace(failing(), passing=True)
+    told = Told(1, Policy(same_error_max=2, stuck_max=9)).run()
+    texts = []
+    for _ in range(6):
+        texts = [
+            one.text
+            for one in told.die(0, 1, completed=7, told=outage)
+            if isinstance(one, LeaveAll)
+        ]
+        told.pause_over()
+    assert told.roster.state is RosterState.OVER
+    assert told.attempt == 6, "0 + 0 + 1 + 5 + 15 seconds"
+    assert "2 times in a row: a bug" in texts[0]
+
+
+def test_what_ends_a_launch_ends_it_in_a_pause_too() -> None:
+    def pausing() -> Told:
+        told = Told(1).run()
+        for _ in range(2):
+            told.die(0, completed=-1)
+            told.started()
+        assert told.roster.state is RosterState.PAUSING
+        return told
+
+    assert pausing()(PreemptRequested())[-1] == LeaveAll(
+        PREEMPTED_STATUS, "preempted before the next attempt"
+    )
+    told = pausing()
+    assert kinds(told(SupervisorLeft(0, 0, False, told.now_s, -1))) == [LeaveAll]
+
+
+def test_restarts_of_an_hour_are_limited() -> None:
+    told = Told(1).run()
+    for completed in range(RESTARTS_HOUR_MAX):
+        assert kinds(told.die(0, completed=completed))[-1] is StartAll
+        told.started()
+        told.now_s += 1.0
+    (*_, last) = told.die(0, completed=100)
+    assert isinstance(last, LeaveAll) and "60 restarts within an hour" in last.text
+    slow = Told(1).run()
+    for completed in range(2 * RESTARTS_HOUR_MAX):
+        assert kinds(slow.die(0, completed=completed))[-1] is StartAll
+        slow.started()
+        slow.now_s += 61.0
 
 
 def test_an_attempts_first_call_does_not_make_it_patient_again() -> None:
@@ -285,8 +391,7 @@ def test_a_job_that_never_completed_a_step_is_given_up() -> None:
     told = Told(1, Policy(stuck_max=3)).run()
     for _ in range(3):
         told.die(0, -9, completed=-1)
-        if told.roster.state is RosterState.RUNNING:
-            told.started()
+        told.pause_over()
     assert told.actions[-1] == LeaveAll(
         137, "rank 0 died of SIGKILL; 3 failures in a row without one new step completed"
     )

@@ -257,7 +257,8 @@ def test_a_recovery_is_told_in_one_line_and_kept_for_tools(serve: Serve) -> None
     anew = served.trainer(0, 1, attempt=2)
     for name in ("entered", "tracked", "restored", "first-step"):
         anew.calls.send(words.Phase(name=name, at_s=time.monotonic()))
-    line = crew[0].next(words.PrintLine).text
+    failed, line = (crew[0].next(words.PrintLine).text for _ in range(2))
+    assert failed == "attempt 1 failed: rank 0 died of SIGKILL; the next one starts now"
     assert re.match(r"recovered in \d+\.\d{3} s: ", line)
     (facts,) = served.report().recoveries
     assert (facts["attempt"], facts["why"], facts["how"]) == (2, "rank 0 died of SIGKILL", "fork")

@@ -22,6 +22,8 @@ from ckpt.keeper.attempts.events import (
     KillAll,
     LeaveAll,
     LeaveOne,
+    Pause,
+    PauseOver,
     PreemptRequested,
     ReportEnded,
     RequestEpoch,
@@ -36,6 +38,7 @@ from ckpt.keeper.attempts.events import (
     TrainerFailing,
     TrainerFinished,
     TrainerKilled,
+    TrainerProgressed,
     TrainerStarted,
 )
 from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, RankState, Roster, RosterState
@@ -98,6 +101,7 @@ class RosterSimulation:
             one.status,
             one.newest_epoch,
             one.job_ended,
+            one.moved,
         )
         return (
             known,
@@ -113,7 +117,9 @@ class RosterSimulation:
 
     def at_rest(self) -> bool:
         """Whether everybody has come and every word has arrived."""
-        return all(side.there != "absent" and not side.up and not side.down for side in self.sides)
+        return self.roster.state is not RosterState.PAUSING and all(
+            side.there != "absent" and not side.up and not side.down for side in self.sides
+        )
 
 
 def world(
@@ -162,6 +168,8 @@ def moves(now: RosterSimulation) -> Iterator[tuple[str, RosterSimulation]]:
             yield f"{rank} ends", end(now, rank, "ends")
             if now.asked_to_stop:
                 yield f"{rank} stops", end(now, rank, "stops")
+    if now.roster.state is RosterState.PAUSING:
+        yield "the pause is over", hear(now, PauseOver(now.roster.attempt))
     if now.asked is not None:
         yield from answers(now, now.asked)
     if now.faults:
@@ -266,9 +274,9 @@ def hear(now: RosterSimulation, event: RosterEvent) -> RosterSimulation:
     roster, actions = rules.step(before, event)
     now = replace(now, roster=roster)
     names = [type(action) for action in actions]
-    assert names.count(StartAll) + names.count(LeaveAll) + names.count(RequestEpoch) <= 1, actions
+    ends = (StartAll, Pause, LeaveAll, RequestEpoch)
+    assert sum(names.count(kind) for kind in ends) <= 1, actions
     if AttemptOver in names:
-        ends = (StartAll, LeaveAll, RequestEpoch)
         standby = (
             roster.state is RosterState.WAITING
             and roster.newest_epoch is not None
@@ -318,6 +326,10 @@ def _tell(now: RosterSimulation, before: Roster, action: RosterAction) -> Roster
             return _send(now, rank, action)
         case AttemptOver():
             return now
+        case Pause(attempt, seconds):
+            assert not before.shared and attempt == before.attempt and seconds > 0
+            assert all(not side.trainer for side in now.sides), "pauses while something lives"
+            return now
     for rank in range(len(now.sides)):
         now = _send(now, rank, action)
     return now
@@ -342,6 +354,8 @@ def _check(roster: Roster) -> None:
             TrainerFailing(0, stale, ERROR),
             TrainerFinished(0, stale),
             TrainerEntered(0, stale),
+            TrainerProgressed(0, stale, "s", 10**9),
+            PauseOver(stale),
         ):
             assert rules.step(roster, event) == (roster, []), (
                 "a dead attempt's word changed something"

@@ -110,7 +110,7 @@ def test_calls_about_snapshots_reach_the_keeper(keeper, link: KeeperLink) -> Non
 
 def test_words_about_the_trainer_reach_the_keeper(keeper, link: KeeperLink) -> None:
     link.phase("tracked", leaves=3)
-    link.failing("ValueError", "bad", fingerprint="f", step=4, final=True)
+    link.failing(words.Failing(kind="ValueError", text="bad", fingerprint="f", step=4, final=True))
     link.finished()
     keeper.wait(words.Finished)
     phase, failing, _ = keeper.heard[-3:]
