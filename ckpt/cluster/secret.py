@@ -45,6 +45,15 @@ def read_secret(path: Path) -> bytes:
     return bytes.fromhex(text.decode().strip())
 
 
+def missing_secret(where: str) -> UsageError:
+    """The error of nodes that meet at ``where`` and have no secret, with what to type."""
+    return UsageError(
+        f"nodes that meet in etcd need a secret, the same on all of them. where={where}; make it "
+        "once with 'ckpt key new job.secret', copy it to each node with mode 0600, and start them "
+        "with --secret=job.secret (torchrun: --rdzv-conf=secret=job.secret)"
+    )
+
+
 def job_secret(nodes: NodesSpec) -> bytes:
     """The secret of a job's nodes; 32 bytes.
 

@@ -97,6 +97,11 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
         return (self.store, *self.others)
 
     @property
+    def folder(self) -> JobFolder:
+        """The runtime folder of the job's keeper."""
+        return JobFolder(self.store, self.job, 0 if self.nodes is None else self.nodes.instance)
+
+    @property
     def named(self) -> bool:
         """Whether the user chose the job's name; else it is the last part of the store's
         address."""
@@ -191,7 +196,7 @@ def ensure_keeper(
     it. Raises UnavailableError, with the end of the keeper's log, if no keeper listens within
     ``wait_s`` seconds.
     """
-    folder = JobFolder(spec.store, spec.job)
+    folder = spec.folder
     if not start:
         return MessageSocket(folder.connect())
     starter = _KeeperStarter(folder, spec, program, until_s=time.monotonic() + wait_s)

@@ -63,6 +63,8 @@ class NodesSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     join_s: float = 900.0
     """How long a node waits for ranks, or for nodes that train and may need it, before its launch
     ends."""
+    instance: int = 0
+    """The number of this node among those of the job on this machine; each has a keeper."""
     ends_after: int = -1
     """The membership's revision when this run of the job began: the end of the job in a newer epoch
     is this node's too, even if it joined later. -1: not known."""

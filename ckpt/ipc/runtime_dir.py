@@ -87,13 +87,15 @@ def _root_of_environment() -> Path:
 class JobFolder:
     """The folder of one job with one store (an absolute path or URL).
 
-    Making the value creates no folder but the root.
+    ``instance``: where several nodes of the job run on this machine, each has a folder of its own
+    (``claim_instance``). Making the value creates no folder but the root.
     """
 
     path: Path
 
-    def __init__(self, store: str, job: str) -> None:
-        name = xxhash.xxh3_64_hexdigest(f"{store}\0{job}".encode(errors="surrogateescape"))
+    def __init__(self, store: str, job: str, instance: int = 0) -> None:
+        text = f"{store}\0{job}" + (f"\0{instance}" if instance else "")
+        name = xxhash.xxh3_64_hexdigest(text.encode(errors="surrogateescape"))
         object.__setattr__(self, "path", runtime_root() / name)
 
     @classmethod
@@ -265,6 +267,44 @@ class JobFolder:
             if _same(fd, self.path):
                 _remove_tree(self.path)
             return True
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceClaim:
+    """The number of one agent among those of a job on this machine, from 0, as long as its process
+    holds it."""
+
+    number: int
+    _path: Path
+    _fd: int
+
+    def release(self) -> None:
+        """Give the number up."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+INSTANCES_MAX = 64
+"""Nodes of one job on one machine: a trial has a few."""
+
+
+def claim_instance(job: str) -> InstanceClaim:
+    """The lowest number that no living agent of the job has here: an agent that is started again
+    finds what its predecessor left. Raises UsageError if there are too many."""
+    digest = xxhash.xxh3_64_hexdigest(job.encode(errors="surrogateescape"))
+    for number in range(INSTANCES_MAX):
+        path = runtime_root() / f"{digest}.agent{number}"
+        for _ in range(TRIES_MAX):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            locked = _alone(fd)
+            if locked and _same(fd, path):
+                return InstanceClaim(number, path, fd)
+            os.close(fd)  # taken, or removed by its last holder before it was locked here
+            if not locked:
+                break
+    raise UsageError(
+        f"too many agents of one job run on this machine. job={job!r} limit={INSTANCES_MAX}"
+    )
 
 
 def list_jobs() -> list[JobFolder]:

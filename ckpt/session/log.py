@@ -30,7 +30,6 @@ from ckpt.ipc.messages import (
     from_error,
     to_error,
 )
-from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.log.catalog import candidates, info_of, load_manifest
 from ckpt.log.journal import Journal
 from ckpt.log.select import ResumeChoice
@@ -295,7 +294,7 @@ def unflushed(report: KeeperReport | None) -> str | None:
 
 def _call(spec: KeeperSpec) -> KeeperClient | None:
     try:
-        connection = JobFolder(spec.store, spec.job).try_connect()
+        connection = spec.folder.try_connect()
     except UsageError:  # a folder that can't be trusted has no keeper of ours
         return None
     return KeeperClient(MessageSocket(connection)) if connection is not None else None

@@ -14,7 +14,7 @@ import pytest
 
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.ipc import runtime_dir as runtime
-from ckpt.ipc.runtime_dir import JobFolder, list_jobs, runtime_root
+from ckpt.ipc.runtime_dir import JobFolder, claim_instance, list_jobs, runtime_root
 
 
 @pytest.fixture(autouse=True)
@@ -312,3 +312,13 @@ def test_enterers_and_sweepers_at_once_never_lose_a_folder(folder: JobFolder) ->
     finally:
         stop.set()
         sweeper.join()
+
+
+def test_agents_of_one_job_on_one_machine_have_numbers_and_folders_of_their_own(root: Path) -> None:
+    first, second = claim_instance("job"), claim_instance("job")
+    assert (first.number, second.number, claim_instance("another").number) == (0, 1, 0)
+    folders = {JobFolder("/data/runs", "gpt", one.number).path for one in (first, second)}
+    assert len(folders) == 2 and JobFolder("/data/runs", "gpt").path in folders
+    first.release()
+    assert claim_instance("job").number == 0, "an agent that comes again finds what was there"
+    second.release()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 
 import click
+
+from ckpt.cluster.secret import missing_secret
 
 _EPILOG = """\b
 Examples:
@@ -29,6 +33,42 @@ Exit codes: 0 all ended well · 1 the program failed on this node for good · 2 
 work · 11 no round of nodes
 came in time, or etcd does not answer · 12 the job was over already · 128 + n ended by signal n
 """
+
+
+def etcd_without_secret(
+    own: Mapping[str, str | None], arguments: Sequence[str], environment: Mapping[str, str]
+) -> str:
+    """Where nodes would meet in etcd without a secret; "" if they would not. A first look, without
+    torch's parser: importing torch takes seconds.
+
+    ``own``: our options by name. ``arguments``: torch's options, then the script. torch finds
+    options in the ``environment`` too.
+    """
+    torch = dict(_options(arguments))
+    endpoint = torch.get("rdzv_endpoint") or environment.get("PET_RDZV_ENDPOINT", "")
+    conf = torch.get("rdzv_conf") or environment.get("PET_RDZV_CONF", "")
+    keys = {part.partition("=")[0].strip(): part.partition("=")[2] for part in conf.split(",")}
+    standby = own.get("standby") or keys.get("standby") or "warm"
+    if not endpoint or endpoint.startswith("/") or standby != "warm":
+        return ""  # on one machine the secret is made; an undecorated program needs none
+    return "" if own.get("secret") or keys.get("secret") else endpoint
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Options with their values, up to the first word that belongs to none: the script."""
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("-"):
+            return
+        name, equals, value = word.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        if name in FLAGS:
+            continue
+        yield name, value if equals else next(words, "")
+
+
+FLAGS = ("standalone", "module", "m", "no_python", "run_path", "virtual_local_rank", "help", "h")
+"""torch's options without a value."""
 
 
 @click.command(
@@ -97,6 +137,8 @@ def command(arguments: tuple[str, ...], *, plaintext: bool, **own: str | None) -
         f"--{name.replace('_', '-')}={value}" for name, value in own.items() if value is not None
     ]
     given += ["--plaintext"] if plaintext else []
+    if where := etcd_without_secret(own, arguments, os.environ):
+        raise missing_secret(where)
     # Imported here: no other command needs torch.
     status: int = importlib.import_module("ckpt.elastic.rendezvous.run").run([*given, *arguments])
     return status

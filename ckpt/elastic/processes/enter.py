@@ -39,7 +39,6 @@ from ckpt.ipc.client import START_WAIT_S, HungUpError, KeeperSpec, ensure_keeper
 from ckpt.ipc.cluster_spec import NODES_VARIABLE, local_rank_count
 from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import WIRE_VERSION, Hello, Policy
-from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.session.keeper import attachment as keeping
 
 # ---- the facts from which ``choose_start_method`` decides
@@ -350,7 +349,7 @@ def _import_ahead() -> None:
 
 
 def _stacks(spec: KeeperSpec) -> Path:
-    return JobFolder(spec.store, spec.job).stacks
+    return spec.folder.stacks
 
 
 def _warn(start: InPlace) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 from msgspec import structs
@@ -30,6 +31,7 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from ckpt.cluster.secret import missing_secret, read_secret
 from ckpt.cluster.tls import check_tls
 from ckpt.elastic.rendezvous.agent import RendezvousAgent
 from ckpt.elastic.rendezvous.decide import (
@@ -51,10 +53,14 @@ from ckpt.elastic.verdict import VERDICT_VARIABLE, VerdictFile
 from ckpt.errors import CkptError, FencedError, StoreDeniedError, UsageError
 from ckpt.events import Event, emit_to_logging
 from ckpt.ipc.cluster_spec import host_towards, nodes_to_environment
-from ckpt.ipc.runtime_dir import runtime_root
+from ckpt.ipc.runtime_dir import claim_instance, runtime_root
+from ckpt.keyspace.address import ETCD_SCHEME
 
 CONNECT_S = 60.0
 """How long an agent that has never seen the membership tries to reach it."""
+PENDING_FIRST_S = 10.0
+PENDING_NEXT_S = 60.0
+"""When an agent says for what it waits: first, and again."""
 LOOK_S = 1.0
 KEEPERS_S = 1.0
 """How long keepers wait for more than the minimum, if all agents of a smaller round are there."""
@@ -87,10 +93,22 @@ def handler_of(parameters: RendezvousParameters) -> Rendezvous:
     )
     if not settings.host:
         settings = replace(settings, host=host_towards(settings.agents_spec.where))
+    _check_secret(settings)
     # Whether nodes may go without TLS is checked by keepers: undecorated programs serve no memory.
     if settings.nodes is not None:
         check_tls(settings.nodes, settings.host)
     return Rendezvous(settings)
+
+
+def _check_secret(settings: RendezvousSettings) -> None:
+    """Raise UsageError where keepers would: before workers are started, and load their imports."""
+    nodes = settings.nodes
+    if nodes is None:
+        return
+    if nodes.secret:
+        read_secret(Path(nodes.secret))
+    elif settings.rules.warm and nodes.where.startswith(ETCD_SCHEME):
+        raise missing_secret(nodes.where)
 
 
 class Rendezvous(RendezvousHandler):
@@ -104,10 +122,14 @@ class Rendezvous(RendezvousHandler):
         self._doomed = ""
         self._last_request = ""
         self._timed_out = False
+        nodes = settings.nodes
+        self._claim = claim_instance(f"{nodes.where}\0{nodes.job}") if nodes is not None else None
         self._verdict = VerdictFile(runtime_root() / f"{self._agent.name}.verdict")
         os.environ[VERDICT_VARIABLE] = str(self._verdict.path)
         atexit.register(self._verdict.remove)
         atexit.register(self._agent.leave)  # a launcher that is ended by a signal calls no shutdown
+        if self._claim is not None:
+            atexit.register(self._claim.release)
 
     def get_backend(self) -> str:
         return BACKEND
@@ -134,6 +156,7 @@ class Rendezvous(RendezvousHandler):
         began_s = time.monotonic()
         until_s = began_s + settings.join_s
         stood_by = False
+        told_s = began_s + PENDING_FIRST_S
         reason = "the membership was not seen"
         view: AgentsView | None = None
         while True:
@@ -152,7 +175,7 @@ class Rendezvous(RendezvousHandler):
                         stood_by = True
                         until_s = time.monotonic() + settings.join_s
                     case RoundPending(reason):
-                        pass
+                        told_s = self._tell_pending(reason, began_s, told_s)
                     case RendezvousShut(reason) if stood_by:
                         self._report(
                             "standby-released", f"the job ended without needing this node: {reason}"
@@ -232,6 +255,21 @@ class Rendezvous(RendezvousHandler):
             and agent.name in view.round.agents
         )
 
+    def _tell_pending(self, reason: str, began_s: float, due_s: float) -> float:
+        """Say now and then that other agents are waited for; returns when to say it next."""
+        now_s, settings = time.monotonic(), self._settings
+        if now_s < due_s:
+            return due_s
+        where = settings.agents_spec.where
+        place = where if where.startswith(ETCD_SCHEME) else f"the file {where} of this machine"
+        text = (
+            f"waiting for {now_s - began_s:.0f} s, {settings.join_s:.0f} s at most, for other "
+            f"nodes of the job {settings.run_id!r}: {reason}; they meet in {place}, see "
+            "--rdzv-endpoint"
+        )
+        self._report("nodes-awaited", text)
+        return now_s + PENDING_NEXT_S
+
     def _give_up_early(self, began_s: float) -> None:
         agent = self._agent
         if agent.refusal:
@@ -303,6 +341,7 @@ class Rendezvous(RendezvousHandler):
                 nodes,
                 last_call_s=last_call_s,
                 agent=agent,
+                instance=0 if self._claim is None else self._claim.number,
                 ends_after=-1 if round_ is None else round_.ends_after,
             )
             os.environ.update(nodes_to_environment(spec))

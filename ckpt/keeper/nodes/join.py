@@ -30,8 +30,8 @@ from ckpt.cluster.node.leading import (
     FailureDecision,
 )
 from ckpt.cluster.node.node import Node
+from ckpt.cluster.secret import missing_secret
 from ckpt.cluster.tls import check_network, check_tls, job_tls
-from ckpt.errors import UsageError
 from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec, host_towards
@@ -60,10 +60,7 @@ def check_spec(spec: NodesSpec) -> None:
     if spec.agent:
         agent_fact(spec.agent)
     if not spec.secret and spec.where.startswith(ETCD_SCHEME):
-        raise UsageError(
-            f"nodes that meet in etcd need a secret. where={spec.where}; name a file of 64 hex "
-            "digits that only you can read, the same on all nodes"
-        )
+        raise missing_secret(spec.where)
     host = spec.host or host_towards(spec.where)
     check_network(spec, host)
     check_tls(spec, host)

@@ -14,6 +14,7 @@ import pytest
 from kit.template import Program
 from kit.template import run as run_program
 
+from ckpt.cli.commands.run import etcd_without_secret
 from ckpt.elastic.rendezvous import run as rendezvous_run
 from ckpt.errors import UsageError
 
@@ -126,6 +127,40 @@ def test_bad_options_exit_2(ckpt: Callable, arguments: tuple[str, ...], says: st
     done = ckpt("run", *arguments)
     assert done.code == 2
     assert says in done.err
+
+
+@pytest.mark.parametrize(
+    ("own", "arguments", "environment", "where"),
+    [
+        ({}, ["--rdzv-endpoint=h:1", "--nnodes=2", "x.py"], {}, "h:1"),
+        ({}, ["--nnodes", "2", "--standalone", "--rdzv_endpoint", "h:1", "x.py"], {}, "h:1"),
+        ({}, ["x.py"], {"PET_RDZV_ENDPOINT": "h:1"}, "h:1"),
+        ({"secret": "s"}, ["--rdzv-endpoint=h:1", "x.py"], {}, ""),
+        ({}, ["--rdzv-endpoint=h:1", "--rdzv-conf=ttl=2,secret=s", "x.py"], {}, ""),
+        ({}, ["--rdzv-endpoint=h:1", "x.py"], {"PET_RDZV_CONF": "secret=s"}, ""),
+        ({"standby": "wait"}, ["--rdzv-endpoint=h:1", "x.py"], {}, ""),
+        ({}, ["--rdzv-endpoint=/a/folder", "x.py"], {}, ""),
+        ({}, ["--nnodes=2", "x.py", "--rdzv-endpoint=h:1"], {}, ""),  # the script's own
+        ({}, ["-m", "x", "--rdzv-endpoint=h:1"], {}, ""),
+    ],
+)
+def test_missing_secret_is_seen_in_the_words_alone(
+    own: dict[str, str], arguments: list[str], environment: dict[str, str], where: str
+) -> None:
+    assert etcd_without_secret(own, arguments, environment) == where
+
+
+def test_missing_secret_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "ckpt", "run", "--rdzv-endpoint=h:1", "x.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "ckpt key new job.secret" in done.stderr and "--secret=job.secret" in done.stderr
+    assert " torch\n" not in done.stderr
 
 
 def test_help_shows_own_options_and_torchruns_on_request(ckpt: Callable) -> None:

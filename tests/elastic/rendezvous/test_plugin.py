@@ -295,6 +295,36 @@ def test_workers_learn_which_end_of_the_job_is_theirs_wherever_they_come_in(agen
     assert nodes_from_environment().ends_after == before < ended
 
 
+def test_missing_secret_is_refused_before_workers_are_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPT_NODES", "")
+    job = Agents("127.0.0.1:1", "j", 2, 2, {"standby": "warm"})
+    with pytest.raises(UsageError, match="ckpt key new"):
+        job.make()
+    open_to_all = tmp_path / "secret"
+    open_to_all.write_text("0" * 64)
+    open_to_all.chmod(0o644)
+    with pytest.raises(UsageError, match="chmod 600"):
+        job.make(secret=str(open_to_all))
+
+
+@pytest.mark.slow
+def test_agent_says_for_whom_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rendezvous_handler, "PENDING_FIRST_S", 0.1)
+    monkeypatch.setenv("CKPT_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("CKPT_NODES", "")
+    job = Agents("", "trial", 2, 2, {"join_timeout": "5"})
+    (one,) = job.come(1)
+    assert isinstance(one.fails(), RendezvousTimeoutError)
+    said = [record.message for record in caplog.records if "--rdzv-endpoint" in record.message]
+    assert len(said) == 1, "once a minute"
+    assert "waiting=1 nodes_min=2" in said[0] and "of this machine" in said[0]
+    job.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [FencedError.exit_code, UsageError.exit_code])
 def test_verdict_of_workers_stops_restarts_and_closes_only_what_is_over_for_all(

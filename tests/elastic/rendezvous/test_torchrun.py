@@ -239,6 +239,30 @@ def _lose_a_node(nodes: list[Node], out: Path, steps: int, *, warm: bool) -> Non
 
 
 @pytest.mark.slow
+def test_two_agents_of_one_job_on_one_machine_need_no_folders_of_their_own(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    launcher = ["-m", "ckpt", "run", "--rdzv-id=trial", "--nnodes=2", "--nproc-per-node=1"]
+    first = start(launcher, STEADY, out, 40)
+    command = [sys.executable, *launcher, str(STEADY), str(out), "40"]
+    env = {
+        name: value
+        for name, value in _environment(first).items()
+        if name in ("PYTHONPATH", "CKPT_STATE_DIR")
+    }
+    second = Node(first.fleet, first.fleet.start(command, "second", env=env))
+    assert finished([first, second]) == [0, 0], say([first, second])()
+    assert losses(out, 0) == losses(out, 1) == 40
+
+
+def _environment(node: Node) -> dict[str, str]:
+    text = Path(f"/proc/{node.job.process.pid}/environ").read_bytes().decode()
+    return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+
+
+@pytest.mark.slow
 def test_job_that_another_one_fenced_ends_and_is_not_started_again_to_fence_it_back(
     start: Callable[..., Node], tmp_path: Path
 ) -> None:
