@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 # Every process that tests start would compile everything anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup check format lint types contracts fast test soak demo mutants bench clean
+.PHONY: setup check format lint types contracts fast test soak demo mutants bench gpu clean
 .DEFAULT_GOAL := check
 
 $(STAMP): pyproject.toml
@@ -54,6 +54,11 @@ mutants: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' || echo 'torchsnapshot is left out: it does not install here'
 	$(BIN)/python benchmarks/save_load.py
+
+# On a machine with a CUDA device: correctness there, and the first table. Elsewhere both say why they are left out.
+gpu: $(STAMP)
+	$(BIN)/pytest -q -rs tests/gpu
+	$(BIN)/python benchmarks/stage_gpu.py
 
 clean:
 	rm -rf $(VENV) build dist bench-out runs *.egg-info
