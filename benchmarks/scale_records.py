@@ -95,6 +95,7 @@ def receipt(node: int) -> Receipt:
         new_bytes=8 << 33,
         base=SnapshotId(7, 123_000),
         shared={"dp": ReplicaGroup(100_000, DIGEST, RANKS_A_NODE)},
+        stores=((DIGEST,),),
     )
 
 

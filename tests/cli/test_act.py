@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kit.damage import without_second_copies
+from kit.damage import bytes_of, without_second_copies
 from safetensors.torch import load_file
 
 from ckpt.backends.file.store import FileBackend
@@ -65,6 +65,31 @@ def test_verify_tells_a_damaged_part(ckpt, store) -> None:
     assert done.code == 20
     assert done.json["snapshots"][0]["damaged"][0]["what"] == "record"
     assert done.json["snapshots"][1]["ok"] is True
+
+
+def test_verify_reads_all_but_the_data_of_other_snapshots_and_says_so(ckpt, store) -> None:
+    done = ckpt("verify", store.url, "--json")
+    assert done.code == 0
+    assert (len(done.json["snapshots"]), done.json["of_snapshots"]) == (1, 3)
+    assert (done.json["log"]["records"], done.json["log"]["snapshots"]) == (5, 3)
+    assert "data of 1 of 3 snapshots read; --all for the rest" in ckpt("verify", store.url).out
+    assert "data of 3 of 3 snapshots read\n" in ckpt("verify", store.url, "--all").out
+
+
+def test_verify_of_the_newest_knows_damage_of_any_small_object(ckpt, store) -> None:
+    # The first copy only: all can still be read, and the damage is told all the same.
+    for key in sorted(stat.key for stat in store.list("")):
+        if key.startswith("packs/"):
+            continue
+        right = bytes_of(store, key)
+        damage(store, key, 20)
+        done = ckpt("verify", store.url, "--json")
+        assert done.code == 20, key
+        assert key in {one["key"] for one in done.json["log"]["troubles"]}, key
+        store.put(key, [right])
+    assert ckpt("verify", store.url).code == 0
+    damage(store, key, 20)
+    assert f"DAMAGED  {key} on {store.url}" in ckpt("verify", store.url).out
 
 
 def test_verify_of_all_and_of_one_is_refused(ckpt, store) -> None:

@@ -1,4 +1,5 @@
-"""``ckpt verify``: read every byte, and say what is wrong."""
+"""``ckpt verify``: read all small objects and the state of one snapshot or all; say what is
+wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ import click
 from ckpt.backends.checked import stores_of, write_quorum_of
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import human_bytes, progress
-from ckpt.cli.replica_report import exit_code_of, print_report, report_json
+from ckpt.cli.replica_report import (
+    PROBLEMS_SHOWN,
+    exit_code_of,
+    print_report,
+    report_json,
+)
 from ckpt.cli.store_options import (
     OpenStore,
     Selector,
@@ -21,6 +27,9 @@ from ckpt.cli.store_options import (
 )
 from ckpt.errors import IntegrityError, InternalError, UnavailableError, UsageError
 from ckpt.log.catalog import load_index
+from ckpt.log.state import Hole
+from ckpt.maintenance.copies import CopyStatus
+from ckpt.maintenance.scrub.report import ScrubReport
 from ckpt.maintenance.scrub.scrub import Scrub
 from ckpt.restore.verify import DamagedObject, VerifyMemo, VerifyReport, verify
 from ckpt.values import SnapshotId
@@ -39,9 +48,11 @@ Examples:
 Exit codes: 0 all is well, 20 damage, 11 something could not be read.
 
 \b
-JSON: {"ok", "snapshots": [{"epoch", "step", "ok", "read_bytes", "chunks",
+JSON: {"ok", "of_snapshots", "snapshots": [{"epoch", "step", "ok", "read_bytes", "chunks",
 "packs", "objects", "damaged": [{"key", "offset_bytes", "leaves", "what",
-"message"}, ...]}, ...], "hole"}. "what" is missing, short, mismatch,
+"message"}, ...]}, ...], "log", "hole"}. "of_snapshots": how many there are, of
+which "snapshots" were read whole. "log" is what ckpt scrub prints, for all but
+packs: ckpt.json, records, folds, manifests and parts. "what" is missing, short, mismatch,
 unreadable, or record: the snapshot's manifest or a part is not what was
 committed. "hole" is null, or {"seq", "reason"} of a log record that is damaged.
 With --all-replicas it is what ckpt scrub prints.
@@ -66,14 +77,15 @@ class _Outcome:
     help="Verify each store by itself, and tell what each has. Mends nothing.",
 )
 def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_store: bool) -> int:
-    """Verify a snapshot of the store at URL, the newest without a selector.
+    """Verify the store at URL, and the data of its newest snapshot, or of the selected one.
 
-    Reads the log, the manifest, all parts and every stored byte, and compares them with their
-    digests. Reports all damage, not just the first. With --all, bytes that snapshots share are read
-    once.
+    Reads ckpt.json, every log record and fold, and the manifest and parts of all snapshots, every
+    copy of them on each store; then every stored byte of one snapshot, or with --all of each, bytes
+    that snapshots share once. Compares all with their digests, reports all damage, not just the
+    first, and says how much was read.
 
-    Of several stores (--replica), one right copy is enough, and bad ones that are met are mended.
-    With --all-replicas every store's copy is read, of the log too, and none is changed.
+    Of the data on several stores (--replica) one right copy is enough, and bad ones that are met
+    are mended. With --all-replicas every store's copy is read, and none is changed.
     """
     if everything and not selector.empty:
         raise UsageError("all snapshots or one. leave out --all, or --step, --epoch and --tag")
@@ -86,30 +98,71 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_s
             if everything
             else [store.select(selector)]
         )
-        hole = store.state.hole
+        log = _verify_log(store)
+        hole = log.hole or store.state.hole
         memo: VerifyMemo = {}
         outcomes: list[_Outcome] = []
         for snapshot in wanted:
             outcomes.append(_verify(store, snapshot, memo))
             if not choice.as_json:
                 _print(outcomes[-1])
-        if choice.as_json:
-            ok = hole is None and not any(outcome.damaged for outcome in outcomes)
-            hole_json: JsonValue = (
-                None if hole is None else {"seq": hole.seq, "reason": hole.reason}
-            )
-            emit_json(
-                {"ok": ok, "snapshots": [_json(outcome) for outcome in outcomes], "hole": hole_json}
-            )
-        elif hole is not None:
-            click.echo(
-                f"DAMAGED  the log: record {hole.seq} and all after it are lost to readers\n    "
-                f"{hole.reason}"
-            )
         kinds = {damaged.what for outcome in outcomes for damaged in outcome.damaged}
-        if hole is not None or kinds - {"unreadable"}:
-            return IntegrityError.exit_code
-        return UnavailableError.exit_code if kinds else 0
+        code = 0
+        if hole is not None or kinds - {"unreadable"} or _is_damaged(log):
+            code = IntegrityError.exit_code
+        elif kinds:
+            code = UnavailableError.exit_code
+        if choice.as_json:
+            emit_json(
+                {
+                    "ok": code == 0,
+                    "of_snapshots": len(store.state.snapshots),
+                    "snapshots": [_json(outcome) for outcome in outcomes],
+                    "log": report_json(log),
+                    "hole": None if hole is None else {"seq": hole.seq, "reason": hole.reason},
+                }
+            )
+        else:
+            _print_log(log, hole)
+            _print_amount(len(outcomes), len(store.state.snapshots))
+        return code
+
+
+def _verify_log(store: OpenStore) -> ScrubReport:
+    """Compare all copies of everything but packs, of all snapshots."""
+    stores = stores_of(store.backend)
+    comparison = Scrub(stores, write_quorum_of(store.backend), repair=False, packs=False)
+    report = comparison.run(threads=READ_THREADS)
+    if report is None:
+        raise InternalError("a comparison without a stop event was stopped")
+    return report
+
+
+def _is_damaged(log: ScrubReport) -> bool:
+    """Whether a copy is damaged, or nothing is left of an object. That a store was away, or lacks
+    what others have, is no damage."""
+    return bool(log.lost) or any(problem.status is CopyStatus.DAMAGED for problem in log.problems)
+
+
+def _print_log(log: ScrubReport, hole: Hole | None) -> None:
+    if hole is not None:
+        click.echo(
+            f"DAMAGED  the log: record {hole.seq} and all after it are lost to readers\n    "
+            f"{hole.reason}"
+        )
+    damaged = [problem for problem in log.problems if problem.status is CopyStatus.DAMAGED]
+    for problem in damaged[:PROBLEMS_SHOWN]:
+        url = log.stores[problem.store].url
+        click.echo(f"DAMAGED  {problem.key} on {url}\n    {problem.message}; run ckpt scrub")
+    if len(damaged) > PROBLEMS_SHOWN:
+        click.echo(f"... and {len(damaged) - PROBLEMS_SHOWN} more")
+    if hole is None and not _is_damaged(log):
+        click.echo(f"ok       the log: {log.records} records, indexes of {log.snapshots} snapshots")
+
+
+def _print_amount(read: int, snapshots: int) -> None:
+    rest = "" if read == snapshots else "; --all for the rest"
+    click.echo(f"data of {read} of {snapshots} snapshots read{rest}")
 
 
 def _each_store(choice: StoreChoice, store: OpenStore, only: frozenset[SnapshotId] | None) -> int:

@@ -207,9 +207,10 @@ class Scrub:
     counts as under-replicated. ``counted_record`` returns the record that counts at a seq, if the
     stores alone cannot tell. ``repair`` False: nothing is written. ``fill_empty``: an empty store
     becomes a replica with an id of its own; otherwise it is left alone, because it may be a disk
-    that is not mounted. ``only``: check the objects of these snapshots only. ``rate_bytes_per_s``
-    bounds the bytes read and written together. Uses about ``budget_bytes`` of memory, plus a pack's
-    size while one is repaired. Not thread-safe.
+    that is not mounted. ``only``: check the objects of these snapshots only. ``packs`` False: no
+    pack is read, so all but the state itself is checked. ``rate_bytes_per_s`` bounds the bytes read
+    and written together. Uses about ``budget_bytes`` of memory, plus a pack's size while one is
+    repaired. Not thread-safe.
 
     It has many parameters because each is one option of ``ckpt scrub``, ``ckpt verify`` or the
     caretaker.
@@ -224,6 +225,7 @@ class Scrub:
         repair: bool = True,
         fill_empty: bool = False,
         only: frozenset[SnapshotId] | None = None,
+        packs: bool = True,
         rate_bytes_per_s: float | None = None,
         budget_bytes: int = BUDGET_BYTES,
         emit: Emit | None = None,
@@ -235,6 +237,7 @@ class Scrub:
         self._repair = repair
         self._fill_empty = fill_empty
         self._only = only
+        self._packs = packs
         self._rate_bytes_per_s = rate_bytes_per_s
         self._budget_bytes = budget_bytes
         self._emit: Emit = emit or (lambda _: None)
@@ -273,6 +276,7 @@ class Scrub:
         return _ScrubRun(
             start,
             only=self._only,
+            packs=self._packs,
             budget_bytes=self._budget_bytes,
             clock=self._clock,
         )
@@ -286,6 +290,7 @@ class _ScrubRun:
         start: ScrubStart,
         *,
         only: frozenset[SnapshotId] | None,
+        packs: bool,
         budget_bytes: int,
         clock: Callable[[], float],
     ) -> None:
@@ -312,7 +317,7 @@ class _ScrubRun:
             self._report_log,
             self._repair_folds,
             self._repair_log,
-            self._packs,
+            *((self._packs,) if packs else ()),
             self._records,
         ]
         """The steps that are left, the next one last; each takes the number of threads."""

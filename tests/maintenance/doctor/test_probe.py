@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kit.damage import flip, replicate
+from kit.damage import flip, replicate, without_second_copies
 from kit.scrub_nobody import AsNobody
 from kit.servers.s3 import S3Server
 
@@ -73,6 +73,7 @@ def test_what_a_store_holds_is_told(lone: Path, members: Path, tmp_path: Path) -
     several = examined(*(replicate(members / str(n), tmp_path / str(n), None) for n in range(3)))
     assert [found.content.store_id for found in several] == list(several[0].content.members)
     assert assess(several).ok
+    without_second_copies(alone)
     flip(alone.url, keys.log_key(2), 9)
     assert "seq=2" in examined(alone)[0].content.hole
     (Path(alone.url) / keys.JOB_KEY).unlink()

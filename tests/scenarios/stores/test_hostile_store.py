@@ -16,6 +16,7 @@ import msgspec
 import pytest
 import torch
 import zstandard
+from kit.damage import without_second_copies
 
 import ckpt
 from ckpt.backends.base import Backend
@@ -191,7 +192,9 @@ EVIL: dict[str, Callable[[Backend], object]] = {
 def backend(tmp_path: Path) -> FileBackend:
     with ckpt.Checkpointer(str(tmp_path / "store"), job="job") as checkpointer:
         checkpointer.save({"state": {"x": torch.arange(5000), "name": "text"}}, step=1)
-    return FileBackend(tmp_path / "store")
+    store = FileBackend(tmp_path / "store")
+    without_second_copies(store)  # they would be taken instead
+    return store
 
 
 def every_reading_call(store: str) -> list[Callable[[], object]]:
