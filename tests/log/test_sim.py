@@ -52,7 +52,7 @@ class JournalSimulation:
     dice: random.Random
     store: MemoryBackend = field(default_factory=MemoryBackend)
     first_bytes: dict[str, bytes] = field(default_factory=dict)
-    late: list[tuple[str, bytes]] = field(default_factory=list)
+    late: list[tuple[str, bytes, bool]] = field(default_factory=list)
     writers: list[Writer] = field(default_factory=list)
     busy: list[Writer] = field(default_factory=list)
     opened: list[int] = field(default_factory=list)
@@ -68,9 +68,9 @@ class JournalSimulation:
         """Before any operation of any writer: others may act, and puts whose reply was lost may
         land."""
         if self.late and self.dice.random() < 0.3:
-            key, data = self.late.pop(self.dice.randrange(len(self.late)))
+            key, data, create_only = self.late.pop(self.dice.randrange(len(self.late)))
             with contextlib.suppress(KeyExistsError):  # raised where it came too late
-                self.store.put(key, [data], create_only=True)
+                self.store.put(key, [data], create_only=create_only)
         if len(self.busy) < DEPTH_MAX and self.dice.random() < 0.15:
             idle = [writer for writer in self.writers if writer not in self.busy]
             if idle:
@@ -91,7 +91,7 @@ class SimBackend:
         return Capabilities(create_only=True, read_bytes_best=1, concurrency_best=1)
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        assert create_only, "nothing in the log's rooms is ever replaced"
+        assert create_only or key.startswith(keys.COPIES), "nothing but a copy is ever replaced"
         self.world.tick()
         match self.world.dice.random():
             case x if x < 0.03:
@@ -99,15 +99,15 @@ class SimBackend:
             case x if x < 0.10:
                 raise UnavailableError("no route")
             case x if x < 0.14:
-                self.world.late.append((key, b"".join(data)))
+                self.world.late.append((key, b"".join(data), create_only))
                 raise UnavailableError("reply lost, may land later")
             case x if x < 0.24:
-                self.world.store.put(key, data, create_only=True)
+                self.world.store.put(key, data, create_only=create_only)
                 raise UnavailableError("reply lost")
             case x if x < 0.27:
-                self.world.store.put(key, data, create_only=True)
+                self.world.store.put(key, data, create_only=create_only)
                 raise Death
-        self.world.store.put(key, data, create_only=True)
+        self.world.store.put(key, data, create_only=create_only)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         self._look()
@@ -122,7 +122,12 @@ class SimBackend:
         return self.world.store.list(prefix, after=after)
 
     def delete(self, key: str) -> None:
-        raise AssertionError("the log deletes nothing")
+        assert keys.parse_fold_key(key.removeprefix(keys.COPIES)) is not None, (
+            "the log deletes nothing but folds"
+        )
+        self._look()
+        self.world.store.delete(key)
+        self.world.first_bytes.pop(key, None)
 
     def close(self) -> None:
         pass
