@@ -48,6 +48,8 @@ KINDS: Final[Mapping[str, str]] = {
     "no-keeper": "no keeper can be started or reached; state is not protected by one",
     "home-lost": "the keeper lost its runtime folder",
     "home-renewed": "the keeper made its socket anew",
+    "preempted": "the program stopped at a boundary because its machine is to be taken away",
+    "slow-start": "an attempt's first step takes very long",
     "replaced": "the keeper ended for one with the settings of a new launch",
     "full": "the keeper cannot accept another connection",
     "peer-lost": "a process lost its connection to the keeper",

@@ -72,14 +72,17 @@ class RestartPolicy:
     after a pause of 15 s. ``stuck_max``: that many failures in a row without a new step, with
     growing pauses between them, end the job. ``hang``: the least time without a completed
     step that counts as a hang, or ``"never"``; if the job's own steps are long, ten times the
-    longest recent one. The first step, pauses and debuggers are exempt. ``grace``: how long a
-    preempted job may take to stop. ``linger``: how long slots are kept for a program that was
+    longest recent one. What precedes the first step, pauses and debuggers are exempt. ``start``: as
+    that, for the first step of an attempt, which may compile; once one was completed, ten times
+    what it took. ``grace``: how long a preempted job may take until it has ended; its trainers get
+    four fifths of that. ``linger``: how long slots are kept for a program that was
     killed as a whole. Raises UsageError if a value cannot work.
     """
 
     same_error_max: int = 2
     stuck_max: int = 5
     hang: str = "10m"
+    start: str = "30m"
     grace: str = "25s"
     linger: str = "60s"
 
@@ -96,6 +99,7 @@ class RestartPolicy:
             same_error_max=self.same_error_max,
             stuck_max=self.stuck_max,
             hang_s=0.0 if self.hang == NEVER else parse_duration(self.hang, name="hang"),
+            start_s=0.0 if self.start == NEVER else parse_duration(self.start, name="start"),
             grace_s=parse_duration(self.grace, name="grace"),
             linger_s=parse_duration(self.linger, name="linger"),
         )

@@ -42,16 +42,22 @@ from ckpt.session.session import Session
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 """143: what a shell reports for a program that SIGTERM ended."""
 
+NOT_DURABLE_STATUS = 75
+"""As that, but the last step is not durable: EX_TEMPFAIL of sysexits."""
+
 
 class Preempted(SystemExit):
     """The node is about to be taken away, and the state is safe.
 
     Raised from ``run.steps`` or ``run.completed``. A ``SystemExit``: ``finally`` blocks run, the
-    program exits with 143, and code after the loop does not run as if training had finished.
+    program exits with 143, and code after the loop does not run as if training had finished. If the
+    last step did not become durable in time it exits with 75.
     """
 
-    def __init__(self, step: int) -> None:
-        super().__init__(PREEMPTED_STATUS)
+    def __init__(self, step: int, *, durable: bool = True) -> None:
+        super().__init__(PREEMPTED_STATUS if durable else NOT_DURABLE_STATUS)
+        self.durable = durable
+        """Whether that step is durable."""
         self.step = step
         """The number of completed steps."""
 

@@ -456,7 +456,12 @@ class Run(RankInfo):
         if stop:
             self._mark(TrainerPhase.FINISHED)
             self._session.await_durable(min(3600.0, max(0.0, self._stop_at_s - time.monotonic())))
-            raise Preempted(self._done)
+            durable = self._session.is_durable(self._done)
+            outcome = "is durable" if durable else "is not durable yet: the keeper goes on with it"
+            text = f"preempted: step {self._done} {outcome}"
+            if self._session.mailbox.rank == 0:
+                self._session.emit(Event("preempted", text, {"step": self._done}, alarm=True))
+            raise Preempted(self._done, durable=durable)
 
     def _ask_by_time(self, steps: int) -> None:
         """Request a snapshot when rank 0's clock says so; the ranks agree on its boundary."""

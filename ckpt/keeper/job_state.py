@@ -114,6 +114,19 @@ class JobUploads:
         """Whether no upload, no record and no question to a store is left."""
         return self.current is None or self.current.idle
 
+    @property
+    def newest_staged(self) -> SnapshotId | None:
+        """The newest snapshot that all of this node's ranks hold."""
+        slots = self._memory.slots
+        complete = slots.complete_snapshots(self._memory.ranks) if slots is not None else []
+        return complete[0] if complete else None
+
+    @property
+    def newest_durable(self) -> SnapshotId | None:
+        """The last snapshot that became durable here."""
+        durable = self.current.durable if self.current is not None else None
+        return durable.id if durable is not None else None
+
     def new_launch(self) -> None:
         """Another launch begins: what an earlier one was refused says nothing about it.
 

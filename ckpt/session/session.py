@@ -441,6 +441,11 @@ class Session:
         """Wait, ``timeout_s`` seconds at most, until the last snapshot is durable or has failed."""
         self.saving.wait_idle(timeout_s)
 
+    def is_durable(self, step: int) -> bool:
+        """Whether the snapshot of ``step`` is known to be durable."""
+        info = self.saving.durable
+        return info is not None and info.step >= step
+
     def refuse(self, step: int, reason: str) -> None:
         """Instead of ``snapshot``: this rank can't take it, and all ranks learn why."""
         self._joined_epochs().before_snapshot(step)

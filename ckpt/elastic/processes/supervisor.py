@@ -145,6 +145,8 @@ CLOCK_LOOK_MS = 500
 """With several nodes: how often ``act_until`` is checked, which the keeper extends continuously."""
 TERMINAL_POLL_S = 0.2
 PREEMPTED_STATUS = 128 + signal.SIGTERM
+STOPPED = (PREEMPTED_STATUS, 75)
+"""How a trainer exits that stopped because of a preemption; 75: its last step is not durable."""
 _STOPPED_FOR_TERMINAL = (signal.SIGTTIN, signal.SIGTTOU)
 
 
@@ -513,9 +515,7 @@ class Supervisor:
 
         Whatever its status was: no restart is wanted.
         """
-        reported = (
-            -signal.SIGINT if self._interrupted and status not in (0, PREEMPTED_STATUS) else status
-        )
+        reported = -signal.SIGINT if self._interrupted and status not in (0, *STOPPED) else status
         return Died(
             attempt=attempt,
             status=reported,

@@ -1,7 +1,9 @@
 """Whether a rank still completes steps. Pure.
 
-A step is late if it takes far longer than the job's own steps. The first step (it may compile),
-pauses and debuggers are exempt: a long wait means nothing there. A stopped process (SIGSTOP) is not
+A step is late if it takes far longer than the job's own steps. The first step of an attempt has a
+limit of its own, since it may compile: the user's, or far longer than the first steps of earlier
+attempts took. What precedes it, pauses and debuggers are exempt: a long wait means nothing there. A
+stopped process (SIGSTOP) is not
 exempt, whatever its phase, because nothing that it does takes time.
 """
 
@@ -81,8 +83,28 @@ def timeout_s(pulses: Sequence[Pulse], *, floor_s: float) -> float:
     )
 
 
-def hung_ranks(pulses: Sequence[Pulse], *, floor_s: float) -> tuple[int, ...]:
-    """The ranks that stand still, the furthest behind first; none if ``floor_s`` is 0.
+def start_limit_s(longest_s: float | None, *, floor_s: float, start_s: float) -> float:
+    """How long an attempt's first step may take; 0: without limit. ``longest_s``: the longest of
+    earlier attempts, which ran the same code; None: none got past it.
+    """
+    if longest_s is None or not start_s:
+        return start_s
+    return min(start_s, max(floor_s, STEP_TIME_FACTOR * longest_s))
+
+
+def first_step_s(pulses: Sequence[Pulse]) -> float | None:
+    """How long ranks have been standing in their first step; None: none is in it."""
+    waits = [pulse.idle_s for pulse in pulses if _in_first_step(pulse)]
+    return max(waits, default=None)
+
+
+def _in_first_step(pulse: Pulse) -> bool:
+    return pulse.phase is TrainerPhase.TRAINING and not pulse.first_step_done and not pulse.traced
+
+
+def hung_ranks(pulses: Sequence[Pulse], *, floor_s: float, start_s: float = 0.0) -> tuple[int, ...]:
+    """The ranks that stand still, the furthest behind first; none if ``floor_s`` is 0. ``start_s``:
+    the limit of the first step (0: none).
 
     While a rank is exempt none is reported: the others may be waiting for it. A stopped process is
     never exempt.
@@ -97,11 +119,13 @@ def hung_ranks(pulses: Sequence[Pulse], *, floor_s: float) -> tuple[int, ...]:
     ]
     if halted:
         return tuple(pulse.rank for pulse in halted)
-    if any(
-        pulse.phase is not TrainerPhase.TRAINING or not pulse.first_step_done or pulse.traced
-        for pulse in training
-    ):
+    if any(pulse.phase is not TrainerPhase.TRAINING or pulse.traced for pulse in training):
         return ()
+    starting = [pulse for pulse in training if not pulse.first_step_done]
+    if starting:
+        if not start_s or min(pulse.idle_s for pulse in starting) <= start_s:
+            return ()
+        return tuple(pulse.rank for pulse in sorted(starting, key=lambda pulse: -pulse.idle_s))
     # The rank furthest behind is the likely cause; the others wait for it in a collective.
     late = [pulse for pulse in training if pulse.idle_s > limit_s]
     return tuple(

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt.events import Event
 from ckpt.ipc import messages
 from ckpt.ipc.board import Board, RankBoard
 from ckpt.keeper.attempts.events import Hung
-from ckpt.keeper.attempts.hang import Observation, Pulse, check_interval_s, hung_ranks, observe
+from ckpt.keeper.attempts.hang import (
+    Observation,
+    Pulse,
+    check_interval_s,
+    first_step_s,
+    hung_ranks,
+    observe,
+    start_limit_s,
+)
 from ckpt.keeper.attempts.roster import RankState, Roster, RosterEntry, RosterState
 from ckpt.keeper.job_state import JobState
 
 STACKS_WAIT_S = 2.0
 """How long hanging trainers may take to write their stacks; a stopped process never does."""
+SLOW_START_S = 600.0
+"""A first step that takes longer is told, at half of its limit at the latest."""
 STACKS_SETTLE_S = 0.2
 STACKS_POLL_S = 0.05
 
@@ -27,11 +38,17 @@ class HangWatch:
         self._stacks = stacks
         self._observation: Observation | None = None
         self._check_at_s = 0.0
+        self._first_step_s: float | None = None
+        """The longest wait for a first step of this attempt so far; None: none was seen."""
+        self._longest_start_s: float | None = None
+        """The longest of those of earlier attempts, in which a step was completed."""
+        self._slow_told = False
         self._dumping: tuple[float, Hung] | None = None
         """Until when stacks are awaited, and what is reported then."""
 
     def begin(self) -> None:
         """An attempt begins: earlier observations do not count."""
+        self._first_step_s, self._slow_told = None, False
         self._observation, self._check_at_s, self._dumping = None, 0.0, None
 
     def stop(self) -> None:
@@ -76,7 +93,11 @@ class HangWatch:
             _pulse(board.rank(entry.rank), entry, idle_s[entry.rank], stopped=stopped[entry.rank])
             for entry in alive
         ]
-        stuck = hung_ranks(pulses, floor_s=floor_s)
+        start_s = start_limit_s(
+            self._longest_start_s, floor_s=floor_s, start_s=self._state.launch.policy.start_s
+        )
+        self._follow_start(pulses, start_s)
+        stuck = hung_ranks(pulses, floor_s=floor_s, start_s=start_s)
         # While a rank starts or is dead the others may only be waiting for it: its own event
         # decides.
         if not stuck or any(
@@ -95,6 +116,30 @@ class HangWatch:
             self._state.clients.broadcast("supervisor", dump, rank=entry.rank)
         event = Hung(first, roster.attempt, text, now_s, self._state.memory.completed())
         self._dumping = (now_s + STACKS_WAIT_S, event)
+
+    def _follow_start(self, pulses: Sequence[Pulse], limit_s: float) -> None:
+        """Learn how long first steps take, and warn before one counts as a hang."""
+        waited_s = first_step_s(pulses)
+        if waited_s is not None:
+            self._first_step_s = max(waited_s, self._first_step_s or 0.0)
+        elif self._first_step_s is not None and all(pulse.first_step_done for pulse in pulses):
+            self._longest_start_s = max(self._first_step_s, self._longest_start_s or 0.0)
+        if (
+            waited_s is not None
+            and limit_s
+            and not self._slow_told
+            and waited_s > min(SLOW_START_S, limit_s / 2)
+        ):
+            self._slow_told = True
+            text = (
+                f"the first step has taken {waited_s:.0f} s so far; after {limit_s:.0f} s it counts "
+                "as a hang, and all ranks start again. If it compiles that long, set "
+                "RestartPolicy(start=...)"
+            )
+            self._state.emit(Event("slow-start", text, {"seconds": round(waited_s, 1)}, alarm=True))
+            self._state.clients.broadcast(
+                "supervisor", messages.PrintLine(text=text, alarm=True), rank=0
+            )
 
     def _stack_file(self, roster: Roster, rank: int) -> Path:
         return self._stacks / f"{roster.attempt}-{rank}.txt"

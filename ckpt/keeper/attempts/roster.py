@@ -65,6 +65,9 @@ from ckpt.keeper.attempts.failures import (
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 """How a preempted program exits."""
 
+NOT_DURABLE_STATUS = 75
+"""How a preempted program exits whose last step is not durable: EX_TEMPFAIL of sysexits."""
+
 STORES_MAX = 64
 """Runs on so many other stores are followed."""
 
@@ -327,7 +330,7 @@ def _of_end(event: JobEnded, at_s: float) -> Failure:
 
 def _well(roster: Roster, status: int) -> bool:
     """Whether a trainer with this exit status was done."""
-    return status == 0 or (roster.preempted and status == PREEMPTED_STATUS)
+    return status == 0 or (roster.preempted and status in (PREEMPTED_STATUS, NOT_DURABLE_STATUS))
 
 
 def _start(roster: Roster) -> tuple[Roster, list[RosterAction]]:

@@ -62,6 +62,10 @@ GATHER_MAX_S = 600.0
 
 RECOVERIES_KEPT = 20
 
+FLUSH_SHARE = 0.2
+"""The part of the grace time in which what is staged becomes durable after trainers are killed."""
+MIN_FLUSH_S = 0.05
+
 
 class Supervisors:
     """The supervisors of one launch. ``drain`` reads what trainers sent before they died.
@@ -84,6 +88,9 @@ class Supervisors:
         # A keeper that took a board over goes on counting where the one before it stopped.
         self._attempt = state.memory.board.attempt if state.memory.board is not None else 0
         self._grace_until_s: float | None = None
+        """Until when trainers of a preempted job may take to stop by themselves."""
+        self._ends_s: float | None = None
+        """When a preempted job ends, whatever is left to do."""
         self._leaving: tuple[float, messages.Leave] | None = None
         """What supervisors are sent once all is durable, or at that time at the latest."""
         self._pause_until: tuple[float, int] | None = None
@@ -139,7 +146,7 @@ class Supervisors:
                 shared=self._enter_cluster(hello),
             )
             self._cut_off = False
-            self._grace_until_s = self._leaving = self._pause_until = None
+            self._grace_until_s = self._leaving = self._pause_until = self._ends_s = None
             self._gathering_s, self._missing_reported = time.monotonic(), False
         served_another = hello.holds or hello.attempt > 0
         self._attempt = max(self._attempt, hello.attempt)
@@ -246,6 +253,8 @@ class Supervisors:
             self._on(GraceExpired(now_s))
         if self._leaving is not None and (now_s >= self._leaving[0] or self._state.uploads.idle):
             leave, self._leaving = self._leaving[1], None
+            if self.roster is not None and self.roster.preempted:
+                leave = self._preempted_leave(leave)
             self._state.clients.broadcast("supervisor", leave)
         if self._pause_until is not None and now_s >= self._pause_until[0]:
             attempt, self._pause_until = self._pause_until[1], None
@@ -414,6 +423,8 @@ class Supervisors:
         state.launch.cluster.leave()
         leave = messages.Leave(status=action.status, text=action.text, futile=action.futile)
         wait_s = min(state.launch.policy.linger_s, state.launch.policy.grace_s)
+        if self._ends_s is not None:
+            wait_s = min(wait_s, max(MIN_FLUSH_S, self._ends_s - time.monotonic()))
         if not action.flush_first or wait_s <= 0 or state.uploads.idle:
             state.clients.broadcast("supervisor", leave)
             return
@@ -425,12 +436,30 @@ class Supervisors:
         state.clients.broadcast("supervisor", messages.PrintLine(text=text), rank=0)
 
     def _preempt(self, grace_s: float) -> None:
-        if self._grace_until_s is None:
-            self._grace_until_s = time.monotonic() + min(grace_s, self._state.launch.policy.grace_s)
+        if self._ends_s is None:
+            whole_s = min(grace_s, self._state.launch.policy.grace_s)
+            self._ends_s = time.monotonic() + whole_s
+            # The rest is for killing those that did not stop, and for what they had staged.
+            self._grace_until_s = self._ends_s - whole_s * FLUSH_SHARE
         self._on(PreemptRequested())
 
     def _grace_left_s(self) -> float:
         return (self._grace_until_s or time.monotonic()) - time.monotonic()
+
+    def _preempted_leave(self, leave: messages.Leave) -> messages.Leave:
+        """The last word of a preempted job, which says whether its last step is durable."""
+        newest, durable = self._state.uploads.newest_staged, self._state.uploads.newest_durable
+        if newest is None or (durable is not None and durable >= newest):
+            done = (
+                f"step {durable.step} is durable" if durable is not None else "nothing was staged"
+            )
+            return structs.replace(leave, text=f"{leave.text}; {done}")
+        return structs.replace(
+            leave,
+            status=rules.NOT_DURABLE_STATUS,
+            text=f"{leave.text}; step {newest.step} is staged and not durable: the keeper goes on "
+            "with it while this machine lives",
+        )
 
     def _milestone(self, rank: int, phase: messages.Phase) -> None:
         """A trainer reached a milestone of its start; the last one of all ranks ends the

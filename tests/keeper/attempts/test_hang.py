@@ -14,8 +14,10 @@ from ckpt.keeper.attempts.hang import (
     Observation,
     Pulse,
     check_interval_s,
+    first_step_s,
     hung_ranks,
     observe,
+    start_limit_s,
     timeout_s,
 )
 from ckpt.values import TrainerPhase
@@ -119,3 +121,26 @@ def test_a_watcher_that_stood_still_itself_takes_nobody_for_hung() -> None:
 
 def test_a_rank_that_is_seen_for_the_first_time_has_not_stood_still() -> None:
     assert seen((0.0, {0: "a"}), (1.0, {0: "a", 1: None})).idle_s == {0: 1.0, 1: 0.0}
+
+
+FIRST = replace(LATE, first_step_done=False, completed=-1)
+
+
+def test_first_step_has_a_limit_of_its_own() -> None:
+    assert hung_ranks([WELL, FIRST], floor_s=FLOOR_S, start_s=60.0) == ()
+    late = replace(FIRST, idle_s=61.0)
+    assert hung_ranks([WELL, late], floor_s=FLOOR_S, start_s=60.0) == (1,)
+    assert hung_ranks([WELL, late], floor_s=FLOOR_S, start_s=0.0) == (), "without limit"
+    building = replace(WELL, phase=TrainerPhase.BUILDING)
+    assert hung_ranks([building, late], floor_s=FLOOR_S, start_s=60.0) == (), "it may wait for that"
+    assert hung_ranks([replace(late, traced=True)], floor_s=FLOOR_S, start_s=60.0) == ()
+    assert first_step_s([WELL, FIRST, late]) == 61.0
+    assert first_step_s([WELL, building]) is None
+
+
+def test_limit_of_the_first_step_follows_those_of_earlier_attempts() -> None:
+    assert start_limit_s(None, floor_s=FLOOR_S, start_s=1800.0) == 1800.0
+    assert start_limit_s(0.5, floor_s=FLOOR_S, start_s=1800.0) == FLOOR_S
+    assert start_limit_s(30.0, floor_s=FLOOR_S, start_s=1800.0) == 30.0 * STEP_TIME_FACTOR
+    assert start_limit_s(900.0, floor_s=FLOOR_S, start_s=1800.0) == 1800.0
+    assert start_limit_s(30.0, floor_s=FLOOR_S, start_s=0.0) == 0.0

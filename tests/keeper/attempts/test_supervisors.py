@@ -32,6 +32,7 @@ from ckpt.ipc.board import Board
 from ckpt.ipc.messages import Choices, GetChoices, Number, OpenEpoch, Persist, Policy, Welcome
 from ckpt.keeper import daemon as daemon_module
 from ckpt.keeper.attempts import hang_watch as watch_module
+from ckpt.keeper.job_state import JobUploads
 from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId, TrainerPhase
 
@@ -265,6 +266,45 @@ def test_a_recovery_is_told_in_one_line_and_kept_for_tools(serve: Serve) -> None
     assert {"kill_s", "fork_s", "build_s", "restore_s", "step_s"} <= set(facts)
     anew.leave()
     end_well(crew, 2)
+
+
+def test_hang_in_the_first_step_is_warned_of_and_ended(serve: Serve) -> None:
+    served = serve(Policy(linger_s=0.0, hang_s=0.2, start_s=0.6))
+    crew = served.supervisors(1)
+    started(crew)
+    (trainer,) = trainers(served, 1, 1)
+    trainer.board.rank(0).phase = TrainerPhase.TRAINING
+    assert "the first step has taken" in crew[0].next(words.PrintLine).text
+    crew[0].next(words.Kill)
+    assert served.told("slow-start")
+    trainer.leave(planned=False)
+    crew[0].say(words.Killed(attempt=1))
+    started(crew)
+    end_well(crew, 2)
+
+
+def test_preempted_job_ends_within_its_grace_and_says_that_its_last_step_is_not_durable(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(JobUploads, "idle", property(lambda self: False))
+    monkeypatch.setattr(JobUploads, "flush_newest", lambda self: None)  # the store is away
+    served = serve(Policy(grace_s=2.0, linger_s=30.0, hang_s=0.0))
+    crew = served.supervisors(1)
+    started(crew)
+    (trainer,) = trainers(served, 1, 1)
+    trainer.stage(PAIR)
+    began_s = time.monotonic()
+    crew[0].say(words.Preempt(grace_s=2.0))
+    assert trainer.events.next(words.Stop).grace_s <= 1.6
+    crew[0].next(words.Kill)
+    trainer.leave(planned=False)
+    crew[0].say(words.Killed(attempt=1))
+    leave = crew[0].next(words.Leave)
+    assert time.monotonic() - began_s < 2.5
+    assert leave.status == 75
+    assert "step 5 is staged and not durable" in leave.text
+    crew[0].leave()
+    monkeypatch.undo()
 
 
 def test_the_next_keeper_gets_slots_and_board_and_numbers_go_on(serve: Serve) -> None:
