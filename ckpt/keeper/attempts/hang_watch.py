@@ -132,11 +132,12 @@ class HangWatch:
         ):
             self._slow_told = True
             text = (
-                f"the first step has taken {waited_s:.0f} s so far; after {limit_s:.0f} s it counts "
-                "as a hang, and all ranks start again. If it compiles that long, set "
+                f"the first step has taken {waited_s:.0f} s so far; after {limit_s:.0f} s it "
+                "counts as a hang, and all ranks start again. If it compiles that long, set "
                 "RestartPolicy(start=...)"
             )
-            self._state.emit(Event("slow-start", text, {"seconds": round(waited_s, 1)}, alarm=True))
+            facts = {"seconds": round(waited_s, 1)}
+            self._state.emit(Event("slow-start", text, facts, alarm=True))
             self._state.clients.broadcast(
                 "supervisor", messages.PrintLine(text=text, alarm=True), rank=0
             )
