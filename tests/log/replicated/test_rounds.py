@@ -12,12 +12,15 @@ from kit.logs.small import Store, Watch, calm, commit, made, several, three, wip
 
 from ckpt.backends.checked import read_alone
 from ckpt.backends.replicated.store import ReplicatedBackend
+from ckpt.cli.commands.log import history
 from ckpt.errors import CommitUnknownError, NotFoundError, UnavailableError
 from ckpt.events import Event
 from ckpt.format import keys
-from ckpt.format.records import RECORD_BYTES_MAX
+from ckpt.format.records import RECORD_BYTES_MAX, Tag, make_record
 from ckpt.log.journal import Journal
 from ckpt.maintenance import store_set
+from ckpt.maintenance.replica import SyncLimits
+from ckpt.maintenance.scrub.scrub import scrub
 from ckpt.values import SnapshotId
 
 NEWEST = SnapshotId(1, 1)
@@ -178,3 +181,49 @@ def test_one_store_that_answers_decides_nothing(one_by_one: None) -> None:
     stores[1].up = False
     with pytest.raises((CommitUnknownError, UnavailableError)):
         first.tag("a", NEWEST)
+
+
+def _divided(at_most: int = 60) -> tuple[list[Store], int]:
+    """Stores of which the third missed how the others decided a divided vote, and its position."""
+    for at in range(1, at_most):
+        stores, first, second = _begun()
+        seq = first.refresh().next_seq
+        lost = Tag("lost", NEWEST)
+        state = first.refresh()
+        dead = make_record(
+            lost, job=state.job, seq=seq, epoch=1, write_id="dead", prev=state.head_digest
+        )
+        stores[2].inner.put(keys.log_key(seq), [dead.encode()])
+        stores[2].up = False
+        _meet(stores, first, second, at)
+        if _is_divided(stores[0]):
+            calm(stores)
+            return stores, seq
+    raise AssertionError("no vote was divided")
+
+
+@pytest.mark.parametrize("way", ["catch-up", "scrub"])
+def test_the_store_that_was_away_is_brought_what_the_others_decided(
+    one_by_one: None, way: str
+) -> None:
+    stores, seq = _divided()
+    with closing(ReplicatedBackend(stores, write_quorum=2, emit=_ignore)) as backend:
+        journal = Journal.open(backend)
+        right = journal.access.record_at(seq)
+        assert _vote(stores[2], seq) not in (None, right)
+        if way == "catch-up":
+            store_set.catch_up(journal, backend, stores[2], limits=SyncLimits(), emit=_ignore)
+        else:
+            assert keys.settled_key(seq) in _log_problems(stores)
+        settled = read_alone(stores[2].inner, keys.settled_key(seq), bytes_max=RECORD_BYTES_MAX)
+        assert settled == right
+        records = [entry.record for entry in history(backend, journal.refresh())]
+        assert records[seq].encode() == right
+    assert _log_problems(stores) == []
+
+
+def _log_problems(stores: list[Store]) -> list[str]:
+    """The keys of the log that a scrub finds wrong, and repairs."""
+    report = scrub(stores, 2)
+    assert report is not None and report.complete and report.hole is None
+    return [trouble.key for trouble in report.problems if trouble.key.startswith(keys.LOG)]
