@@ -88,6 +88,7 @@ KINDS: Final[Mapping[str, str]] = {
     "protected": "each node's state is mirrored again",
     "mirror-failed": "state could not be mirrored to a peer",
     "mirrors-begin-anew": "mirrors are made anew",
+    "memory-awaited": "nodes have not said which snapshots they hold in memory",
     "memory-gathered": "which snapshots the nodes' memory holds is known",
     "memory-lost": "the nodes' memory does not hold all ranks' state",
     # ---- rendezvous under torchrun

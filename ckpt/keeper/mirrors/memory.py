@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ckpt.cluster.membership.mirrors import RankHolder, place_mirrors, standby_copies
@@ -21,6 +21,7 @@ from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.ipc.messages import Source
 from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mirrors.plan import (
+    WAIT_S_MAX,
     InventoryQuery,
     MirrorReport,
     MirrorRound,
@@ -142,7 +143,7 @@ class ClusterMemory:
         self._view = view
         peer_secret = PeerSecret.of(secret)
         self._peers = MirrorPeers(view, spec, peer_secret, emit=state.emit)
-        self._query = InventoryQuery(view.send)
+        self._query = InventoryQuery(view.send, self._tell_awaited)
         self._sources: dict[SnapshotId, tuple[SourceRange, ...]] = {}
         self._server = NodeMemoryServer(
             peer_secret, serving_endpoint(spec, host), emit=emit, budget_bytes=spec.mirror_bytes
@@ -197,6 +198,7 @@ class ClusterMemory:
     def see_members(self, epoch: NodeEpoch) -> None:
         """Close connections to nodes that are gone, so that no send waits for them."""
         self._peers.see_members(epoch)
+        self._query.keep_members(epoch.addresses, time.monotonic())
 
     def tick(self, now_s: float, *, placed: bool) -> float:
         """Serve the current slots, and mirror the named snapshot; returns the seconds until the
@@ -223,8 +225,12 @@ class ClusterMemory:
             case mesh.MeshSources():
                 self._see_sources(message)
 
+    def connected(self, node: str) -> None:
+        """A connection to a node is up."""
+        self._query.connected(node)
+
     def disconnected(self, node: str) -> None:
-        """The connection to a node ended: it answers no question any more."""
+        """The connection to a node ended."""
         self._query.disconnected(node, time.monotonic())
 
     def close(self) -> None:
@@ -264,8 +270,20 @@ class ClusterMemory:
 
         others = [node for node in epoch.addresses if node != self._view.me]
         self._query.ask(
-            others, (self._view.me, merge_ranges(self._inventory())), time.monotonic(), gathered
+            others,
+            (self._view.me, merge_ranges(self._inventory())),
+            time.monotonic(),
+            gathered,
+            ranked=epoch.record.ranks,
         )
+
+    def _tell_awaited(self, nodes: Collection[str]) -> None:
+        text = (
+            "the newest snapshot in memory is not complete yet, and these nodes have not said what "
+            f"they hold: {', '.join(list(nodes)[:NAMED_MAX])}; waiting for {WAIT_S_MAX:.0f} s at "
+            "most"
+        )
+        self._state.emit(Event("memory-awaited", text, {"nodes": len(nodes)}, alarm=True))
 
     def sources(self, snapshot: SnapshotId) -> tuple[Source, ...]:
         """For each rank of the snapshot's world, where its share is; empty if the snapshot is not

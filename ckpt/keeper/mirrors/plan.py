@@ -9,7 +9,7 @@ of ranks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -350,64 +350,140 @@ def _joined(ranges: Iterable[ByteRange]) -> list[ByteRange]:
 # ---- inventory: asking all nodes what they hold in memory, for the node of rank 0
 
 WAIT_S = 3.0
-"""How long a node may take to report what it holds. One that does not report has nothing."""
+"""How long a node may take to report what it holds, if all else is there."""
+WAIT_S_MAX = 60.0
+"""How long it is waited for if what the others hold is newer than what they hold completely: what
+is missing may be there, and the job would go back without it."""
+RECONNECT_S = 0.5
+"""How long a standby without a connection is waited for, if something is missing."""
+AGAIN_S = 0.5
 
 Answer = Callable[[dict[str, Sequence[InventoryEntry]]], object]
 
 
 @dataclass(slots=True, eq=False)
 class _Asking:
-    awaited: set[str]
-    until_s: float
+    asked: set[str]
+    """Nodes that were asked and have not replied."""
+    unasked: set[str]
+    """Members without a connection: they are asked as soon as they have one."""
+    ranked: frozenset[str]
+    """Nodes with ranks, without which no attempt runs."""
+    began_s: float
     answer: Answer
     held: dict[str, Sequence[InventoryEntry]] = field(default_factory=dict)
+    told: bool = False
+
+    def waits(
+        self, now_s: float, incomplete: Callable[[Mapping[str, Sequence[InventoryEntry]]], bool]
+    ) -> bool:
+        """Whether the answer has to wait at this moment. ``incomplete``: see ``is_incomplete``."""
+        waited_s = now_s - self.began_s
+        if self.asked and waited_s < WAIT_S:
+            return True
+        # A standby without a connection may be one that nobody will ever reach.
+        others = self.unasked if waited_s < RECONNECT_S else self.unasked & self.ranked
+        return bool((self.asked or others) and waited_s < WAIT_S_MAX and incomplete(self.held))
+
+
+def is_incomplete(held: Mapping[str, Sequence[InventoryEntry]]) -> bool:
+    """Whether some snapshot is newer than all that are complete, and lacks a rank's share."""
+    newest = max((each.snapshot for each in complete_snapshots(held)), default=None)
+    return any(newest is None or snapshot > newest for snapshot in missing_ranks(held))
 
 
 class InventoryQuery:
-    """Questions to all nodes, each answered once all have replied or WAIT_S have passed. In the
-    keeper's loop."""
+    """Questions to all nodes, each answered once all have replied, or no reply is worth waiting for
+    (``_Asking.waits``). In the keeper's loop.
 
-    def __init__(self, send: Callable[[str, mesh.MeshMessage], bool]) -> None:
+    ``send`` sends a message to a node; False if there is no connection. ``on_wait`` is called once
+    a question with the nodes that have not replied after WAIT_S.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[str, mesh.MeshMessage], bool],
+        on_wait: Callable[[Collection[str]], object] = lambda nodes: None,
+        *,
+        incomplete: Callable[[Mapping[str, Sequence[InventoryEntry]]], bool] = is_incomplete,
+    ) -> None:
+        """``incomplete`` says of all that is held whether a reply may complete it."""
         self._send = send
+        self._on_wait = on_wait
+        self._incomplete = incomplete
         self._calls = itertools.count(1)
         self._asking: dict[int, _Asking] = {}
 
     def ask(
         self,
-        nodes: Sequence[str],
+        nodes: Collection[str],
         own: tuple[str, Sequence[InventoryEntry]],
         now_s: float,
         answer: Answer,
+        *,
+        ranked: Collection[str] = (),
     ) -> None:
-        """Ask ``nodes``, then call ``answer`` with what they and this node hold."""
+        """Ask ``nodes``, then call ``answer`` with what they and this node hold. ``ranked``: those
+        that hold ranks."""
         call = next(self._calls)
         asked = {node for node in nodes if self._send(node, mesh.AskNodeInventory(call=call))}
-        self._asking[call] = _Asking(asked, now_s + WAIT_S, answer, {own[0]: own[1]})
+        self._asking[call] = _Asking(
+            asked, set(nodes) - asked, frozenset(ranked), now_s, answer, {own[0]: own[1]}
+        )
         self._finish_if_done(call, now_s)
 
     def answered(self, node: str, message: mesh.NodeInventory, now_s: float) -> None:
         """A node's reply."""
         asking = self._asking.get(message.call)
-        if asking is not None and node in asking.awaited:
-            asking.awaited.discard(node)
+        if asking is not None and node in asking.asked | asking.unasked:
+            asking.asked.discard(node)
+            asking.unasked.discard(node)
             asking.held[node] = message.holdings
             self._finish_if_done(message.call, now_s)
 
+    def connected(self, node: str) -> None:
+        """A connection to the node is up: ask what it was not asked, or may have missed."""
+        for call, asking in self._asking.items():
+            if node in asking.unasked and self._send(node, mesh.AskNodeInventory(call=call)):
+                asking.unasked.discard(node)
+                asking.asked.add(node)
+
     def disconnected(self, node: str, now_s: float) -> None:
-        """A node will not reply any more."""
+        """The connection to the node ended: its reply may be lost."""
         for call, asking in list(self._asking.items()):
-            asking.awaited.discard(node)
+            if node in asking.asked:
+                asking.asked.discard(node)
+                asking.unasked.add(node)
+                self._finish_if_done(call, now_s)
+
+    def keep_members(self, members: Collection[str], now_s: float) -> None:
+        """Who is no member any more will not reply."""
+        for call, asking in list(self._asking.items()):
+            asking.asked.intersection_update(members)
+            asking.unasked.intersection_update(members)
             self._finish_if_done(call, now_s)
 
     def tick(self, now_s: float) -> float:
-        """Give up questions that have waited too long; returns the seconds until the next call is
+        """Answer questions that have waited long enough; returns the seconds until the next call is
         needed."""
         for call in list(self._asking):
             self._finish_if_done(call, now_s)
-        return min((asking.until_s - now_s for asking in self._asking.values()), default=WAIT_S)
+        return min(
+            (
+                AGAIN_S if asking.unasked or left_s <= 0 else left_s
+                for asking in self._asking.values()
+                for left_s in (asking.began_s + WAIT_S - now_s,)
+            ),
+            default=WAIT_S,
+        )
 
     def _finish_if_done(self, call: int, now_s: float) -> None:
         asking = self._asking.get(call)
-        if asking is not None and (not asking.awaited or now_s >= asking.until_s):
+        if asking is None:
+            return
+        if not asking.waits(now_s, self._incomplete):
             del self._asking[call]
             asking.answer(asking.held)
+        elif now_s - asking.began_s >= WAIT_S and not asking.told:
+            asking.told = True
+            self._on_wait(sorted(asking.asked | asking.unasked & asking.ranked))

@@ -379,6 +379,10 @@ class Nodes:
         """What the nodes were started with can't work: the same again would end the same."""
         self._fail(f"this node can't take part: {reason}", UsageError.exit_code, futile=True)
 
+    def _connected(self, node: str) -> None:
+        self.memory.connected(node)
+        self.uploads.connected(node)
+
     def _disconnected(self, node: str, reason: str) -> None:
         self.memory.disconnected(node)
         epoch = self.view.epoch
@@ -462,7 +466,7 @@ class Nodes:
             on_standbys=lambda epoch: post(lambda: self._standbys_changed(epoch)),
             on_membership_lost=lambda reason: post(lambda: self._membership_lost(reason)),
             on_message=lambda node, message: post(lambda: self._receive(node, message)),
-            on_connected=lambda node: post(lambda: self.uploads.connected(node)),
+            on_connected=lambda node: post(lambda: self._connected(node)),
             on_disconnected=lambda node, reason: post(lambda: self._disconnected(node, reason)),
             on_act_until=self._lease_prolonged,
             on_refused=lambda reason: post(lambda: self._refused(reason)),
