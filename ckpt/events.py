@@ -28,6 +28,7 @@ KINDS: Final[Mapping[str, str]] = {
     # ---- saving
     "staged": "a snapshot is in shared memory",
     "durable": "a snapshot is committed on enough stores",
+    "end-waits": "training is finished and its last snapshot is not durable yet; tried again",
     "skipped": "a due snapshot is skipped, because no slot was free or the last is not durable yet",
     "save-failed": "a snapshot did not become durable",
     "tag-failed": "a snapshot is durable, but lacks a tag",

@@ -1,4 +1,6 @@
-"""Limits on how fast this node sends, as token buckets, and rates as people write them."""
+"""Limits: on how fast this node sends, as token buckets and rates as people write them; and on how
+often an alarm is told.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ckpt.errors import UsageError
+from ckpt.events import Emit, Event
 
 BURST_S = 0.05
 """How many seconds' worth of bytes may be sent at once."""
@@ -122,3 +125,68 @@ def parse_rate(text: str) -> float:
     if match is None or float(match[1]) <= 0:
         raise UsageError(f"not a rate. rate={text}; write 50MiB for 50 MiB a second")
     return float(match[1]) * 2.0 ** _POWERS[match[2].upper()]
+
+
+# ---- alarms that come again and again
+
+REPEAT_S = 60.0
+"""How often an alarm that comes again and again is repeated."""
+
+ALARMS_KNOWN_MAX = 256
+
+_NUMBER = re.compile(r"[0-9]+")
+
+
+@dataclass(slots=True)
+class _Repetition:
+    """One alarm that comes again: when it was passed on last, and how often it came since."""
+
+    passed_s: float
+    held_back: int = 0
+
+
+class AlarmLimiter:
+    """An ``Emit`` that passes an alarm on once and its repetitions once in ``repeat_s`` seconds,
+    with their number.
+
+    Two alarms of a kind are the same if they have one error code and one store, or, without a
+    code, if their texts differ in numbers only. Other events pass. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        emit: Emit,
+        *,
+        repeat_s: float = REPEAT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._emit = emit
+        self._repeat_s = repeat_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, str], _Repetition] = {}
+
+    def __call__(self, event: Event) -> None:
+        passed = self._passed(event) if event.alarm else event
+        if passed is not None:
+            self._emit(passed)
+
+    def _passed(self, event: Event) -> Event | None:
+        code, store = event.facts.get("code"), event.facts.get("store")
+        same = _NUMBER.sub("#", event.text) if code is None else f"{code} {store}"
+        key, now_s = (event.kind, same), self._clock()
+        with self._lock:
+            known = self._known.get(key)
+            if known is not None and now_s - known.passed_s < self._repeat_s:
+                known.held_back += 1
+                return None
+            self._known.pop(key, None)  # the newest are last
+            self._known[key] = _Repetition(now_s)
+            if len(self._known) > ALARMS_KNOWN_MAX:
+                self._known.pop(next(iter(self._known)))
+        if known is None or not known.held_back:
+            return event
+        waited_s = now_s - known.passed_s
+        return replace(
+            event, text=f"{event.text} ({known.held_back} more of these in {waited_s:.0f} s)"
+        )

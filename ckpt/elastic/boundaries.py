@@ -273,7 +273,8 @@ class ProtectionWatch:
         self._first = completed if self._first is None else self._first
         self._boundaries += 1
         self._points += point
-        return self._without_points() if self._boundaries == NEVER_STEPPED_AFTER else None
+        gap = self._without_points() if self._boundaries == NEVER_STEPPED_AFTER else None
+        return f"{gap} (training goes on)" if gap is not None else None
 
     def gaps(self) -> list[str]:
         """At the function's end: each way in which it protected nothing, and what to change."""

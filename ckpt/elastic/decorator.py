@@ -76,7 +76,9 @@ class RestartPolicy:
     that, for the first step of an attempt, which may compile; once one was completed, ten times
     what it took. ``grace``: how long a preempted job may take until it has ended; its trainers get
     four fifths of that. ``linger``: how long slots are kept for a program that was
-    killed as a whole. Raises UsageError if a value cannot work.
+    killed as a whole. ``end_wait``: how long the end of a finished training is tried again while
+    the store does not take it (``"never"``: raise at once). Raises UsageError if a value cannot
+    work.
     """
 
     same_error_max: int = 2
@@ -85,6 +87,7 @@ class RestartPolicy:
     start: str = "30m"
     grace: str = "25s"
     linger: str = "60s"
+    end_wait: str = "1h"
 
     def __post_init__(self) -> None:
         for name in ("same_error_max", "stuck_max"):
@@ -92,6 +95,12 @@ class RestartPolicy:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} counts from 1 on. {name}={value!r}")
         self.message()
+        self.end_wait_s  # noqa: B018  raises for what is no duration
+
+    @property
+    def end_wait_s(self) -> float:
+        """How long the end is tried again, in seconds; 0 for never."""
+        return 0.0 if self.end_wait == NEVER else parse_duration(self.end_wait, name="end_wait")
 
     def message(self) -> Policy:
         """The policy as the keeper receives it."""
@@ -182,7 +191,8 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
         raise UsageError(
             f"memory_every counts boundaries. memory_every={memory_every!r}; write 1, or 0 for none"
         )
-    policy = (restart or RestartPolicy()).message()
+    restart = restart or RestartPolicy()
+    policy, end_wait_s = restart.message(), restart.end_wait_s
     address = check_store(store, write_quorum=write_quorum)
     stale_s_max = parse_duration(max_stale, name="max_stale") if max_stale is not None else None
     options = SessionOptions(
@@ -220,6 +230,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
                     memory_every=memory_every,
                     trainer=trainer,
                     milestones=milestones,
+                    end_wait_s=end_wait_s,
                     exit_reporter=exit_reporter,
                 )
                 in_place = (
@@ -235,7 +246,13 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
                 except BaseException as error:
                     if (verdict := fenced_verdict(error)) is not None and outermost:
                         give_verdict(verdict)
-                    if ends_process(error, trainer_of_process(), policy, outermost=outermost):
+                    if ends_process(
+                        error,
+                        trainer_of_process(),
+                        policy,
+                        outermost=outermost,
+                        returned=run.returned,
+                    ):
                         die(error, last_words=functools.partial(end_after_failure, run, error))
                     end_after_failure(run, error)
                     raise

@@ -226,19 +226,27 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def ends_process(
-    error: BaseException, trainer: TrainerProcess | None, policy: Policy, *, outermost: bool
+    error: BaseException,
+    trainer: TrainerProcess | None,
+    policy: Policy,
+    *,
+    outermost: bool,
+    returned: bool = False,
 ) -> bool:
     """Whether ``error`` ends this process at the border of the call; else it unwinds as usual.
 
-    It unwinds if nothing would be restarted: in place, for a final error, and if the policy
-    allows no restart after an exception. An inner decorated call unwinds into the outer one. A
-    prepared trainer always exits: the live one still needs the surrounding code's files.
+    It unwinds if nothing would be restarted: in place, for a final error, once the decorated
+    function has ``returned``, and if the policy allows no restart after an exception. An inner
+    decorated call unwinds into the outer one. A prepared trainer always exits: the live one still
+    needs the surrounding code's files.
     """
     if trainer is None:
         return False
     if not trainer.attempt:
         return True
-    return outermost and policy.same_error_max > 1 and not describe_failure(error)["final"]
+    if returned or not outermost or policy.same_error_max <= 1:
+        return False
+    return not describe_failure(error)["final"]
 
 
 def die(error: BaseException, *, last_words: Callable[[], None]) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -86,6 +87,7 @@ class Run(RankInfo):
         memory_every: int = 1,
         trainer: TrainerProcess | None = None,
         milestones: Milestones | None = None,
+        end_wait_s: float = 0.0,
         exit_reporter: ExitReporter | None = None,
     ) -> None:
         self._trainer = trainer
@@ -113,6 +115,10 @@ class Run(RankInfo):
         self._asked_at_s = time.monotonic()
 
         self._stop_at_s = float("inf")
+        self._stopping = threading.Event()
+        self._end_wait_s = end_wait_s
+        self.returned = False
+        """Whether the decorated function has returned: nothing of it may run again."""
 
     @property
     def membership_epoch(self) -> int:
@@ -282,7 +288,10 @@ class Run(RankInfo):
 
         Called by the decorator.
         """
-        self._exit_reporter.failing(describe_failure(error), self._done)
+        facts = describe_failure(error)
+        if self.returned:
+            facts["final"] = True
+        self._exit_reporter.failing(facts, self._done)
 
     def log(self, **values: float | int | str | bool | torch.Tensor | None) -> None:
         """Record facts of the current step, such as the loss.
@@ -333,15 +342,24 @@ class Run(RankInfo):
     def finish(self) -> None:
         """End well: a last snapshot if the last boundary has none, and everything durable.
 
-        Called by the decorator.
+        Called by the decorator. While the store does not take the last snapshot it is tried again,
+        for ``RestartPolicy.end_wait``.
         """
+        self.returned = True
         if self._exit_error is not None:
             raise self._exit_error
         for gap in self._protection.gaps():
             self._tell_gap(gap)
         if self._session.opened:
             self._take_last()
-        self._session.finish()
+        self._session.retry_last(self._end_wait_s, stop=self._stopping)
+        try:
+            self._session.finish()
+        except UnavailableError as error:
+            raise type(error)(
+                f"the training is finished with {self._done} steps, but its end is not durable: "
+                f"{error}; what was saved before is, and the keeper goes on trying for some minutes"
+            ) from error
         self._exit_reporter.finished()
 
     def _take_last(self) -> None:
@@ -416,6 +434,7 @@ class Run(RankInfo):
         if self._completed is None:
             return False
         self._stop_at_s = time.monotonic() + within_s
+        self._stopping.set()
         # One request is every rank's. With several nodes any node may be the one that is taken
         # away.
         if self._session.local_rank == 0:

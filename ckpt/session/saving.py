@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import secrets
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
@@ -13,8 +16,9 @@ import msgspec
 import torch
 
 from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
+from ckpt.errors import CkptError, ConflictError, FencedError, UnavailableError, UsageError
 from ckpt.events import Emit, Event, Fact
+from ckpt.format.keys import writer_name
 from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.ipc.messages import RemoteError, from_error, to_error
 from ckpt.maintenance.gc.rounds import GcRounds, RetentionSettings
@@ -44,18 +48,20 @@ class Pending:
     One object for each save. Thread-safe. Dropping it loses nothing.
     """
 
-    __slots__ = ("_await", "_future", "_snapshot")
+    __slots__ = ("_await", "_future", "_snapshot", "_tags")
 
     def __init__(
         self,
         snapshot: SnapshotId,
         future: Future[SnapshotInfo],
         *,
+        tags: tuple[str, ...] = (),
         await_outcome: AwaitOutcome | None = None,
     ) -> None:
         """``await_outcome``: waits for the future, and replaces a lost keeper meanwhile."""
         self._snapshot = snapshot
         self._future = future
+        self._tags = tags
         self._await = await_outcome
 
     @property
@@ -67,6 +73,11 @@ class Pending:
     def epoch(self) -> int:
         """The epoch in which it was captured."""
         return self._snapshot.epoch
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The tags that it gets once it is durable."""
+        return self._tags
 
     def done(self) -> bool:
         """Whether the outcome is known; ``durable`` then returns or raises at once."""
@@ -123,6 +134,24 @@ class Pending:
 
 ABANDON_WAIT_S = 60.0
 """After an exception in training: how long what is staged may take to become durable."""
+
+END_PAUSES_S = (1.0, 5.0, 15.0)
+END_PAUSE_S = 60.0
+"""Pauses between tries to save the end of a training, and every later one."""
+
+
+def end_pauses(retry_s: float) -> Iterator[float]:
+    """The pauses between tries that take about ``retry_s`` seconds together.
+
+    Counted rather than measured, so that all ranks make the same number of tries.
+    """
+    waited_s = 0.0
+    for pause_s in itertools.chain(END_PAUSES_S, itertools.repeat(END_PAUSE_S)):
+        if waited_s >= retry_s:
+            return
+        waited_s += pause_s
+        yield pause_s
+
 
 LAST_ROUND_WAIT_S = 30.0
 """Without a keeper: how long the end waits until old snapshots are dropped. The next run drops the
@@ -384,7 +413,7 @@ class Saving:
         if self._rounds is not None:
             self._rounds.resume()
             durable.add_done_callback(_report_committed(self._rounds))
-        pending = Pending(snapshot, durable, await_outcome=self.await_outcome)
+        pending = Pending(snapshot, durable, tags=tags, await_outcome=self.await_outcome)
         settled = [earlier for earlier in self._pendings if earlier.done()]
         self._pendings = [
             *settled[-1:],
@@ -500,6 +529,67 @@ class Saving:
                 rounds.start_last_round()
                 rounds.await_idle(last_s)
             rounds.stop(0.0)
+
+    def retry_last(
+        self, retry_s: float, *, stop: threading.Event, committed: Callable[[SnapshotId], bool]
+    ) -> None:
+        """The training is finished: while the store does not take its last snapshot, submit that
+        again, after pauses of ``retry_s`` seconds together, or until ``stop`` is set.
+
+        Every rank calls it alike: they all know each outcome, and make the same tries. Raises
+        nothing: ``finish`` raises what the last try met. ``committed`` tells whether a snapshot is
+        in the log after all, which a lost reply leaves open.
+        """
+        for pause_s in end_pauses(retry_s):
+            last = self.last
+            if last is None:
+                return
+            self._await_settled(last.future)
+            error = last.failure()
+            if error is None or not error.retry or stop.is_set():
+                return
+            self._tell_end_waits(last, error, pause_s)
+            if stop.wait(pause_s) or not self._submit_again(last, committed):
+                return
+
+    def _await_settled(self, future: Future[SnapshotInfo]) -> None:
+        self.await_outcome(future, None)
+        wait([future])
+
+    def _tell_end_waits(self, last: Pending, error: CkptError, pause_s: float) -> None:
+        if self._mailbox.rank != 0:
+            return
+        durable = self.durable
+        text = (
+            f"the training is finished, and its end at step {last.step} is in memory only (durable "
+            f"is {f'step {durable.step}' if durable is not None else 'nothing'}): {error}; make "
+            f"room for it or repair the store. It is tried again in {pause_s:.0f} s and later; "
+            "interrupting the program gives it up"
+        )
+        self._emit(Event("end-waits", text, {"step": last.step, "code": error.code}, alarm=True))
+
+    def _submit_again(self, last: Pending, committed: Callable[[SnapshotId], bool]) -> bool:
+        """Submit what the last snapshot staged once more; False if no try can follow."""
+        persister = self._persister
+        snapshot = SnapshotId(last.epoch, last.step)
+        staged = self._stager.staged_again(snapshot) if persister is not None else None
+        if persister is None or staged is None:
+            return False
+        if isinstance(persister, KeeperPersister):
+            durable = persister.submit(staged, tags=last.tags)
+        else:
+            # Its part may be in the store, named by a commit that was never answered.
+            persister.write_as(writer_name(socket.gethostname(), secrets.token_hex(8)))
+            durable = persister.submit(staged.sealed(), tags=last.tags)
+        self._pendings[-1] = Pending(
+            snapshot, durable, tags=last.tags, await_outcome=self.await_outcome
+        )
+        self._await_settled(durable)
+        failure = self._pendings[-1].failure()
+        conflict = isinstance(failure, ConflictError) and not isinstance(failure, FencedError)
+        if conflict and committed(snapshot):  # by the try before, whose reply was lost
+            self._pendings.pop()
+        return True
 
     def finish(self) -> None:
         """Make everything durable, or raise the error that kept the last snapshot from it."""

@@ -7,6 +7,7 @@ snapshot.
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from ckpt.ipc.board import Board
 from ckpt.ipc.mailbox import CountingMailbox
 from ckpt.ipc.messages import Decided, Failing, SetTag
 from ckpt.log.state import LogState
+from ckpt.rate_limit import AlarmLimiter
 from ckpt.restore.reader import item_names
 from ckpt.session.c10d_mailbox import world_of_process
 from ckpt.session.connected import BYE_WAIT_S, ConnectedSession, SessionEpochs
@@ -113,7 +115,7 @@ class Session:
         self._options = options
         self._owns_backend = isinstance(store, str | tuple)
         self._spec = keeper_spec(store, options)
-        self.emit: Emit = emit_to_logging(world_of_process()[0])
+        self.emit: Emit = AlarmLimiter(emit_to_logging(world_of_process()[0]))
         """Receives the session's events. May be replaced before the ranks are connected."""
         self._backend = (
             store
@@ -487,6 +489,13 @@ class Session:
                 self._link.call(SetTag(name=tag, snapshot=info.id))
             else:
                 self._log.tag(tag, info.id, epoch=self.epoch)
+
+    def retry_last(self, retry_s: float, *, stop: threading.Event) -> None:
+        """The run is over: while the store does not take its last snapshot, try again for about
+        ``retry_s`` seconds, or until ``stop`` is set. Every rank calls it alike.
+        """
+        if self._connected is not None:
+            self._connected.saving.retry_last(retry_s, stop=stop, committed=self._log.has)
 
     def finish(self, *, run: bool = True) -> None:
         """End well: everything durable, all ranks done. Raises what kept the last snapshot from

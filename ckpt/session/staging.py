@@ -177,6 +177,15 @@ class Stager:
         self._staged_once = True
         return StagedSlot(slot, index, pin, self._shared)
 
+    def staged_again(self, snapshot: SnapshotId) -> StagedSlot | None:
+        """A snapshot that was staged before and whose slot still holds it, or None."""
+        for slot in self.slots:
+            pin = slot.pin()  # first: from here on it stays what it is
+            if slot.snapshot == snapshot and (sealed := read_slot(slot.memory)) is not None:
+                return StagedSlot(slot, sealed[0], pin, self._shared)
+            pin.release()
+        return None
+
     def close(self) -> None:
         """Give the slots' memory back."""
         self._helpers.shutdown()

@@ -122,6 +122,10 @@ class Persisters:
         snapshot = sealed.index.snapshot
         submission = self._submissions.submit(rank, snapshot, tags, sealed.index)
         persister = self._persisters[rank]
+        tail = self._submissions.tail
+        if any(one == snapshot and n < submission.n for n, one, _ in tail):
+            # A trainer submits again what failed. Its part may be in the store, see below.
+            persister.write_as(_new_writer())
 
         def settled(future: Future[SnapshotInfo]) -> None:
             # In the persister's thread, before it takes its next call and changes ``last_info``.

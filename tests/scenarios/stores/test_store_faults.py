@@ -8,7 +8,7 @@ import logging
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,29 +20,7 @@ from ckpt.backends.file.store import FileBackend
 from ckpt.testing.crashes import FailingOps
 
 WAIT_S = 30.0
-DISK = "4m"
 LARGE = 2_000_000
-
-
-def mounted(folder: Path, size: str) -> bool:
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 4 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if not mounted(folder, DISK):
-        pytest.skip("mounting is not permitted here; the injected faults are tested instead")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def remount(folder: Path, how: str) -> None:
@@ -83,7 +61,9 @@ def train(
     made."""
     made: list[int] = []
 
-    @ckpt.resilient(store=store, every=1, compression="off")
+    at_once = ckpt.RestartPolicy(end_wait="never")
+
+    @ckpt.resilient(store=store, every=1, compression="off", restart=at_once)
     def loop(run: ckpt.Run) -> None:
         state: dict[str, object] = {"x": noise(0, size)}
         run.track(state=state)
@@ -123,7 +103,7 @@ def test_full_disk_raises_alarms_only_and_training_goes_on(
 
     assert train(str(disk / "store"), 12, body, size=12_000) == list(range(12))
     told = [one for one in alarms(caplog) if "not durable" in one]
-    assert 3 <= len(told) <= 5
+    assert len(told) == 1
     assert all(
         str(disk / "store") in one and "the store is full" in one and "free space" in one
         for one in told
@@ -186,7 +166,7 @@ def test_read_only_remount_raises_alarms_only_and_training_goes_on(
 
     assert train(str(disk / "store"), 8, body) == list(range(8))
     told = [one for one in alarms(caplog) if "not durable" in one]
-    assert len(told) == 3
+    assert len(told) == 1
     assert all(str(disk / "store") in one for one in told)
     assert all("EROFS" in one and "mount it writable" in one for one in told)
     with ckpt.Checkpointer(str(disk / "store")) as checkpointer:
@@ -220,7 +200,7 @@ def test_denied_store_raises_alarms_only_and_training_goes_on(
 
     assert train(store, 8, body) == list(range(8))
     told = [one for one in alarms(caplog) if "not durable" in one]
-    assert len(told) == 3
+    assert len(told) == 1
     assert all(str(tmp_path / "store") in one and "grant permission" in one for one in told)
     with ckpt.Checkpointer(store) as checkpointer:
         assert [info.step for info in checkpointer.snapshots()] == [1, 2, 6, 7, 8]
@@ -256,7 +236,7 @@ def test_vanished_folder_is_an_error_until_it_is_back(
 
     assert train(str(store), 8, body) == list(range(8))
     told = [one for one in alarms(caplog) if "not durable" in one]
-    assert len(told) == 3
+    assert len(told) == 1
     assert all(str(store) in one for one in told)
     with ckpt.Checkpointer(str(store)) as checkpointer:
         assert [info.step for info in checkpointer.snapshots()] == [1, 2, 6, 7, 8]
@@ -303,10 +283,8 @@ def test_hanging_store_blocks_no_step_and_due_snapshots_are_skipped_and_told(
     assert steps[:5] == [1, 2, 3, 4, 5]  # three slots: the snapshots of 3, 4 and 5 waited in memory
     assert steps[-1] == 20
     assert not set(steps) & set(range(6, 16))
-    assert len(told) >= 10
-    assert {*steps, *(int(one.rpartition("step=")[2].rstrip(")")) for one in told)} == set(
-        range(1, 21)
-    )
+    assert len(told) == 1, "more of the same is told once a minute"
+    assert told[0].endswith("(step=6)")
 
 
 def test_store_that_is_slow_for_one_call_delays_durability_only(tmp_path: Path) -> None:
