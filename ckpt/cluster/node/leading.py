@@ -6,13 +6,15 @@ why the last epoch failed, whether another may follow, or whether the job ends.
 
 from __future__ import annotations
 
+import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from ckpt.cluster.membership.decide import MembershipDecision, NewEpoch
+from ckpt.cluster.membership.decide import MembershipDecision, NewEpoch, WaitForNodes
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, View
 from ckpt.cluster.mesh.messages import NodeEnded, NodeFailed
 from ckpt.errors import IntegrityError
@@ -157,6 +159,8 @@ def _concerns(message: NodeFailed, number: int) -> bool:
 # ---- the next epoch
 
 ALL_ENDED = "all ranks ended"
+STOPPED_STATUS = 128 + signal.SIGTERM
+"""How a job ends that a node was asked to leave, and that can't go on without it."""
 OVER_WAIT_S = 1.0
 """How long the reports of other nodes are waited for, once an epoch is known to place a node whose
 ranks had ended before."""
@@ -175,10 +179,12 @@ LINE_CAPABILITY = "line="
 @dataclass(frozen=True, slots=True)
 class FailureDecision:
     """What follows from failures: ``note`` of the next epoch (None: no reason for one), or decide
-    again at ``until_s``."""
+    again at ``until_s``. ``stopped``: a node was asked to go; without enough others the job ends.
+    """
 
     note: EpochNote | None = None
     until_s: float | None = None
+    stopped: bool = False
 
 
 DecideFailures = Callable[
@@ -299,6 +305,15 @@ def next_epoch(
         gathers = epoch is None or _none_left(epoch, problems)
         before = EpochNote() if gathers else note or epoch_note(view)
         return _next(view, decision.record, before, decision.reason, decision.remove)
+    if (
+        epoch is not None
+        and note is not None
+        and failure_decision.stopped
+        and isinstance(decision, WaitForNodes)
+        and decision.until_s == math.inf
+    ):
+        ends = msgspec.structs.replace(note, end=STOPPED_STATUS)
+        return _next(view, _repeated(view, epoch), ends, f"{note.why}, and none takes its place")
     if epoch is not None and note is not None and not problems.lost:
         return _next(view, _repeated(view, epoch), note, note.why)
     return None

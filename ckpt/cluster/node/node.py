@@ -50,6 +50,7 @@ from ckpt.cluster.node.leading import (
 )
 from ckpt.errors import CkptError, FencedError, InternalError
 from ckpt.events import Emit, Event
+from ckpt.threads import start_thread
 
 # ---- failure detector
 
@@ -166,6 +167,8 @@ class Node:
         """The node id that it belongs to."""
         self._excluded: frozenset[str] = frozenset()
         """The members of which it was reported that they get no ranks."""
+        self._dialled: dict[str, str] = {}
+        """The nodes to be connected to, and their addresses."""
         self._epoch_since = (0, 0.0)
         self._timers = WaitTimers()
         self._put_inventory: tuple[str, bytes] | None = None
@@ -224,6 +227,13 @@ class Node:
             if data != self._inventory:
                 self._inventory = data
                 self._touch()
+
+    def depart(self) -> None:
+        """Leave the membership in the background; connections stay until ``close``."""
+        with self._changed:
+            self._over = True
+            self._touch()
+        start_thread(self._leave, name="ckpt-node-depart")
 
     def close(self, *, keep: bool = False) -> None:
         """Leave the membership and close the mesh. ``keep``: another keeper of this node takes the
@@ -427,7 +437,7 @@ class Node:
             if view is None or me is None or mesh is None or self._done:
                 continue
             try:
-                mesh.set_targets(mesh_topology(view, me.node))
+                mesh.set_targets(self._targets(mesh, view, me))
                 until_s = min(until_s, self._on_view(view, me))
             except FencedError as error:
                 self._on_lost(str(error), me)
@@ -443,6 +453,20 @@ class Node:
                     "membership-failed", f"{InternalError(f'leading failed. cause={error!r}')}"
                 )
                 self._pause(LOOK_S)
+
+    def _targets(self, mesh: Mesh, view: View, me: NodeInfo) -> dict[str, str]:
+        """Whom to be connected to. A node of the epoch that has left stays connected until its own
+        end: it may still have something in flight to the store, for which it needs this one."""
+        wanted = mesh_topology(view, me.node)
+        placed = view.epoch.ranks if view.epoch is not None else {}
+        connected = mesh.connected_nodes()
+        left = {
+            node: address
+            for node, address in self._dialled.items()
+            if node in placed and node in connected
+        }
+        self._dialled = left | wanted
+        return self._dialled
 
     def _on_view(self, view: View, me: NodeInfo) -> float:
         """Act on the newest view; returns when to act again."""

@@ -42,6 +42,12 @@ CKPT_OPTIONS = (
 CKPT_FLAGS = ("plaintext",)
 """and those without a value."""
 
+MAX_RESTARTS = 3
+"""How often an agent starts the program again unless told otherwise: if a supervisor died, or the
+job could not go on without a node that was asked to go. torchrun's own default is 0."""
+MAX_RESTARTS_VARIABLE = "PET_MAX_RESTARTS"
+"""The environment variable that torchrun takes the option from."""
+
 EXIT_FAILED = 1
 """A worker of this node failed for good; torchrun's own status for it."""
 
@@ -88,6 +94,8 @@ def _parser() -> ArgumentParser:
         "torchrun, over ckpt's membership: every option of torchrun, and ckpt's own at the end."
     )
     parser.set_defaults(rdzv_backend=BACKEND)
+    if MAX_RESTARTS_VARIABLE not in os.environ:
+        parser.set_defaults(max_restarts=MAX_RESTARTS)
     group = parser.add_argument_group("ckpt")
     for name in CKPT_OPTIONS:
         group.add_argument(_option(name), help=f"as {name}= in --rdzv-conf; see ckpt run --help")

@@ -14,8 +14,9 @@ class Failure:
     rank begins with ``rank N``.
 
     ``kind``: died, error, hang, supervisor (lost), preempted, missing, cut (rank 0's node is
-    unreachable), overdue (this node could not act for a while: no fault of the program), or
-    elsewhere (on another node, where it is decided).
+    unreachable), overdue (this node could not act for a while: no fault of the program), stopped
+    (all ranks stopped at one step, because another node is asked to go), or elsewhere (on another
+    node, where it is decided).
     """
 
     rank: int
@@ -267,6 +268,14 @@ class LeaveOne:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaveNodes:
+    """Of a job with several nodes: tell the others that this one is asked to go, and leave them;
+    they go on without it. ``completed``: the most steps of any rank."""
+
+    completed: int
+
+
+@dataclass(frozen=True, slots=True)
 class RequestStop:
     """Ask the trainers to stop at a step boundary."""
 
@@ -296,6 +305,7 @@ RosterAction = (
     | AttemptOver
     | Pause
     | LeaveAll
+    | LeaveNodes
     | LeaveOne
     | RequestStop
     | RequestEpoch

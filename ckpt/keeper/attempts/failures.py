@@ -159,6 +159,13 @@ def pause_s(stuck: int) -> float:
 UNEXPLAINED = ("error", "cut")
 """Kinds of failures that another node's end may cause: an exception, a broken connection."""
 
+ASKED_TO_GO = ("preempted", "stopped")
+"""Kinds of failures that follow from a node's SIGTERM, on itself and on all others."""
+
+LEAVES_WITHIN_S = 30.0
+"""How long a node that was asked to go may take from the stop until it has left, before the others
+go on with it."""
+
 
 # ---- several nodes: what their leader decides
 
@@ -192,10 +199,12 @@ class WaitForCause:
 
 @dataclass(frozen=True, slots=True)
 class StartNextEpoch:
-    """The next epoch may begin. ``text``: why the last one ended."""
+    """The next epoch may begin. ``text``: why the last one ended. ``stopped``: because a node is
+    asked to go; without another in its place the job ends."""
 
     record: FailureHistory
     text: str
+    stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +231,14 @@ def decide(
     if cause is None:
         return NoFailure()
     finals = [failure for failure in failures if failure.final]
+    asked = [failure for failure in failures if failure.kind in ASKED_TO_GO]
+    if asked and not finals and not known.ended:
+        # No failure of the program: nothing counts against it.
+        until_s = min(failure.at_s for failure in asked) + LEAVES_WITHIN_S
+        if not known.lost and now_s < until_s:
+            return WaitForCause(until_s)
+        completed = max(history.completed, known.completed)
+        return StartNextEpoch(replace(history, completed=completed), asked[0].text, stopped=True)
     if finals:  # whatever else happened, that node can't continue
         cause = finals[0]
     elif cause.kind in UNEXPLAINED and now_s < cause.at_s + ECHO_S:

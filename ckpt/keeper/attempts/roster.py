@@ -28,6 +28,7 @@ from ckpt.keeper.attempts.events import (
     JobEnded,
     KillAll,
     LeaveAll,
+    LeaveNodes,
     LeaveOne,
     Pause,
     PauseOver,
@@ -244,11 +245,7 @@ def _preempted(roster: Roster) -> tuple[Roster, list[RosterAction]]:
         return roster, []
     roster = replace(roster, preempted=True)
     if roster.state is RosterState.WAITING:
-        return roster, [
-            RequestEpoch(
-                Failure(-1, "preempted", "preempted before the next epoch", 0, 0.0, final=True), -1
-            )
-        ]
+        return _leave(roster, Failure(-1, "preempted", "preempted before the next epoch", 0, 0.0))
     if roster.state is RosterState.PAUSING:
         return _leave(roster, Failure(-1, "preempted", "preempted before the next attempt", 0, 0.0))
     return roster, [RequestStop()] if roster.state is RosterState.RUNNING else []
@@ -278,11 +275,15 @@ def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterA
 def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterAction]]:
     """No trainer lives here: start if a newer epoch has arrived, else ask for one, or report that
     none can follow here."""
+    if roster.preempted:
+        # A node that is asked to go is no worse than one that is lost: its ranks are given away.
+        told = [LeaveNodes(roster.record.completed)] if failure else []
+        asked = Failure(-1, "preempted", "preempted before its first epoch", 0, 0.0)
+        roster, actions = _leave(roster, failure or asked)
+        return roster, [*told, *actions]
     last = failure is not None and _is_last(roster)
     roster = replace(roster, state=RosterState.WAITING, failures=())
     newest = roster.newest_epoch
-    if roster.preempted and failure is None:
-        failure, last = Failure(-1, "preempted", "preempted before its first epoch", 0, 0.0), True
     if newest is not None and newest.number > roster.attempt and not last:
         # An epoch without ranks for this node: as a standby it waits for one that has some.
         return _start(roster) if newest.placed else (roster, [])
@@ -388,7 +389,9 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
             roster, actions = _gone(roster)
             return roster, [*leaves, *actions]
         ended = all(entry.seat is RankState.ENDED for entry in roster.members.values())
-        if ended and roster.shared:
+        if ended and roster.shared and event.status == PREEMPTED_STATUS:
+            leaves = [LeaveNodes(roster.record.completed), *leaves]
+        elif ended and roster.shared:
             leaves = [ReportEnded(event.status), *leaves]
         return replace(
             roster, state=RosterState.OVER, status=event.status
@@ -399,6 +402,11 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
     if event.status == -signal.SIGINT:  # a person wants the end, whatever else went wrong
         text = f"rank {event.rank} {status_text(event.status)}"
         failure = Failure(event.rank, "died", text, event.status, event.at_s, final=True)
+    elif roster.shared and event.status == PREEMPTED_STATUS:
+        if any(entry.seat in _LIVE for entry in roster.members.values()):
+            return roster, []  # the others stop as well; once the next epoch comes they are killed
+        text = f"rank {event.rank} stopped with all others, because another node is asked to go"
+        failure = Failure(event.rank, "stopped", text, event.status, event.at_s)
     elif failing is not None:
         fenced = failing.kind == FencedError.__name__
         failure = Failure(

@@ -21,10 +21,12 @@ from ckpt.ipc.messages import Hello, Message
 from ckpt.keeper.attempts import roster as rules
 from ckpt.keeper.attempts.events import (
     AttemptOver,
+    Failure,
     GatheringTimedOut,
     GraceExpired,
     KillAll,
     LeaveAll,
+    LeaveNodes,
     LeaveOne,
     Pause,
     PauseOver,
@@ -47,7 +49,7 @@ from ckpt.keeper.attempts.events import (
 )
 from ckpt.keeper.attempts.hang_watch import HangWatch
 from ckpt.keeper.attempts.recovery import Recovery
-from ckpt.keeper.attempts.roster import RankState, Roster, RosterState
+from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, RankState, Roster, RosterState
 from ckpt.keeper.connection import ClientConnection
 from ckpt.keeper.job_state import JobState
 from ckpt.keeper.trainer_calls import TrainerCalls
@@ -368,6 +370,10 @@ class Supervisors:
                 state.launch.cluster.request_epoch(failure, completed, self.roster.attempt)
             case ReportEnded():
                 state.launch.cluster.report_ended(self._attempt)
+            case LeaveNodes(completed):
+                asked = Failure(-1, "preempted", "a node is asked to go", PREEMPTED_STATUS, 0.0)
+                state.launch.cluster.request_epoch(asked, completed, self._attempt)
+                state.launch.cluster.leave()
             case RequestStop():
                 state.clients.broadcast(
                     "events", messages.Stop(grace_s=max(0.1, self._grace_left_s()))

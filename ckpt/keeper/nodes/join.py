@@ -208,8 +208,8 @@ def _decided(
         note.fingerprint, note.step, note.same, note.stuck, note.completed, note.overdue
     )
     match decide(known, history, policy, now_s):
-        case StartNextEpoch(after, text):
-            return FailureDecision(_note(after, text))
+        case StartNextEpoch(after, text, stopped):
+            return FailureDecision(_note(after, text), stopped=stopped)
         case EndJob(status, text, futile):
             return FailureDecision(structs.replace(_note(history, text), end=status, futile=futile))
         case WaitForCause(until_s):

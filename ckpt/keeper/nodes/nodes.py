@@ -230,10 +230,10 @@ class Nodes:
         return max(0.0, min(self._progress.tick(now_s), wait_s))
 
     def leave(self) -> None:
-        # If the job ended everywhere the membership is over already; connections stay for uploads
-        # that are in flight.
-        if not self._all_ended:
-            self._disconnect()
+        # Connections stay until the keeper ends: what is in flight to the store needs the others,
+        # also if all of them leave. If the job ended everywhere the membership is over already.
+        if not self._all_ended and self.view.node is not None:
+            self.view.node.depart()
 
     def close(self) -> None:
         self._disconnect()

@@ -74,6 +74,15 @@ def test_standbys_are_warm_unless_something_else_is_asked_for() -> None:
     assert parsed("--rdzv-conf=standby=wait", "train.py").rdzv_conf == "standby=wait"
 
 
+def test_program_is_started_again_some_times_unless_something_else_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert parsed("train.py").max_restarts == rendezvous_run.MAX_RESTARTS > 0
+    assert parsed("--max-restarts=0", "train.py").max_restarts == 0
+    monkeypatch.setenv("PET_MAX_RESTARTS", "7")
+    assert parsed("train.py").max_restarts == 7
+
+
 def test_every_option_of_torchrun_passes() -> None:
     args = parsed(
         "--max-restarts=3",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.cluster.membership.decide import NewEpoch
+from ckpt.cluster.membership.decide import NewEpoch, WaitForNodes
 from ckpt.cluster.membership.records import (
     EpochRecord,
     Leader,
@@ -25,6 +26,7 @@ from ckpt.cluster.node.leading import (
     LINE_CAPABILITY,
     NOTE_CHARS_MAX,
     OVER_WAIT_S,
+    STOPPED_STATUS,
     EpochNote,
     EpochProblems,
     EpochReports,
@@ -134,6 +136,19 @@ def test_epoch_that_places_a_node_whose_ranks_had_ended_ends_the_job() -> None:
     reports.add("n001", NodeEnded(attempt=4), 10.6)
     all_ended = judged(reports, 10.7).note
     assert all_ended is not None and all_ended.end == 0, "only its word came late"
+
+
+def test_job_that_can_not_go_on_without_the_node_that_was_asked_to_go_ends() -> None:
+    one = view(2, root=0)
+    problems = EpochProblems(EpochReports({}, {}, frozenset()), {"n001": 1.0})
+    stopped = FailureDecision(EpochNote(why="stopped"), stopped=True)
+    lost = FailureDecision(EpochNote(why="lost"))
+    for_ever = WaitForNodes(math.inf, "too few nodes left")
+    ends = next_epoch(one, for_ever, stopped, problems)
+    assert ends is not None and ends.note.end == STOPPED_STATUS
+    assert next_epoch(one, for_ever, lost, problems) is None, "a lost node may come back"
+    shrinks = WaitForNodes(50.0, "it may come back before the world shrinks")
+    assert next_epoch(one, shrinks, stopped, problems) is None
 
 
 def test_few_nodes_all_know_each_other() -> None:

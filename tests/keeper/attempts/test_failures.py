@@ -11,6 +11,7 @@ from ckpt.ipc.messages import Policy
 from ckpt.keeper.attempts.events import Failure
 from ckpt.keeper.attempts.failures import (
     ECHO_S,
+    LEAVES_WITHIN_S,
     OVERDUE_MAX,
     EndJob,
     EpochFailures,
@@ -133,3 +134,18 @@ def test_ranks_are_told_as_those_of_the_whole_job() -> None:
         == "rank 12 is not this one"
     )
     assert with_global_rank(replace(DIED, rank=-1), 8).rank == -1
+
+
+def test_stop_for_a_node_that_is_asked_to_go_waits_for_its_leave_and_counts_against_nobody() -> (
+    None
+):
+    stopped = Failure(0, "stopped", "rank 0 stopped with all others", 143, NOW_S)
+    before = FailureHistory("f", 7, 1, 4, 3)
+    waits = decide(trouble(stopped), before, Policy(), NOW_S + 1)
+    assert waits == WaitForCause(NOW_S + LEAVES_WITHIN_S)
+    came = decide(trouble(stopped, lost=("x",)), before, Policy(), NOW_S + 1)
+    assert came == StartNextEpoch(replace(before, completed=5), stopped.text, stopped=True)
+    stays = decide(trouble(stopped), before, Policy(), NOW_S + LEAVES_WITHIN_S)
+    assert isinstance(stays, StartNextEpoch), "the node that was asked did not go"
+    after_end = decide(trouble(stopped, ended=("y",)), before, Policy(), NOW_S + 1)
+    assert isinstance(after_end, EndJob)

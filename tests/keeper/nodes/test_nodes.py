@@ -49,7 +49,7 @@ class FakeNode:
         self.said: list[tuple[str, MeshMessage]] = []
         self.failures: list[said.NodeFailed] = []
         self.ends: list[int] = []
-        self.closed = False
+        self.closed = self.departed = False
         self.awaited = ""
         self.lease_status = LeaseStatus(LeaseState.VALID, 77.0, 1, True)
 
@@ -65,6 +65,9 @@ class FakeNode:
 
     def report_ended(self, attempt: int) -> None:
         self.ends.append(attempt)
+
+    def depart(self) -> None:
+        self.departed = True
 
     def close(self) -> None:
         self.closed = True
@@ -367,6 +370,17 @@ def test_broken_line_to_the_node_of_rank_0_cuts_the_attempt(joined: Keeper) -> N
     joined.run()
     assert isinstance(joined.heard[-1], Rank0Unreachable)
     assert joined.heard[-1].attempt == 3
+
+
+def test_node_that_is_asked_to_go_leaves_and_stays_connected_for_what_is_in_flight(
+    joined: Keeper,
+) -> None:
+    joined.come(3, "root", "me")
+    joined.nodes.leave()
+    assert joined.fake.departed and not joined.fake.closed
+    assert joined.nodes.view.send("root", said.NodeEnded(attempt=3)), "its shares go this way"
+    joined.nodes.close()
+    assert joined.fake.closed
 
 
 def test_writer_that_replaced_this_one_within_the_job_cuts_the_attempt_only(joined: Keeper) -> None:

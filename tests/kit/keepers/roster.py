@@ -21,6 +21,7 @@ from ckpt.keeper.attempts.events import (
     JobEnded,
     KillAll,
     LeaveAll,
+    LeaveNodes,
     LeaveOne,
     Pause,
     PauseOver,
@@ -313,6 +314,10 @@ def _tell(now: RosterSimulation, before: Roster, action: RosterAction) -> Roster
                 "asks for an epoch while something lives"
             )
             return replace(now, asked=action)
+        case LeaveNodes():
+            assert now.roster.preempted and before.shared
+            assert all(not side.trainer for side in now.sides), "it leaves, and something lives"
+            return now
         case ReportEnded():
             assert before.shared
             return replace(now, said_ended=True)

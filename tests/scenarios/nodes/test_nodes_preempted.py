@@ -13,6 +13,7 @@ import ckpt
 
 PREEMPTED = 128 + signal.SIGTERM
 BEGUN = 20
+STEPS = 200
 
 
 @pytest.mark.slow
@@ -33,3 +34,30 @@ def test_all_nodes_stop_durable_at_one_step_when_one_of_them_is_asked_to_go(
         newest = ckpt.Checkpointer(str(made.results / "store")).latest()
         assert newest is not None, made.output()
         assert newest.step == made.job.completed, made.output()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_standby_goes_on_in_the_place_of_a_node_that_is_asked_to_go(
+    tmp_path: Path, rank: int
+) -> None:
+    with cluster(tmp_path / "cluster", nodes="2") as made:
+        for _ in range(3):
+            made.start(STEPS, "--every", 100_000, "--step-s", 0.05)
+        made.wait_steps(BEGUN)
+        asked, stays = made.of_rank(rank), made.of_rank(1 - rank)
+        assert asked.process is not None and stays.process is not None
+        pid = stays.process.pid
+        asked.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: made.job.attempts(rank) == 2, "a standby in its place", say=made.output)
+        ends = made.wait_end(hurry=True)
+        assert ends.pop(asked.name) == PREEMPTED, made.output()
+        assert set(ends.values()) == {0}, made.output()
+        assert stays.process.pid == pid, "no cold start"
+        assert made.job.attempts(0) == 2, made.output()
+        assert made.job.losses[0].poll().redone == 0, (
+            "they went on from the step at which it stopped"
+        )
+        assert "not done within the grace period" not in made.output()
+        newest = ckpt.Checkpointer(str(made.results / "store")).latest()
+        assert newest is not None and newest.step == STEPS
