@@ -117,6 +117,7 @@ KINDS: Final[Mapping[str, str]] = {
     # ---- maintenance
     "gc": "snapshots that no policy keeps were dropped",
     "gc-failed": "dropping snapshots failed",
+    "gc-rule": "a rule of what to keep could not be applied, so it drops nothing",
     "gc-fenced": "a newer epoch is open; this process drops nothing any more",
     "swept": "unreferenced objects of a store were deleted",
     "sweep-held": "a sweep kept objects, because a snapshot cannot be read",

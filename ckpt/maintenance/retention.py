@@ -8,7 +8,7 @@ text, which reads back as an equal policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,17 +133,42 @@ class KeepPolicy:
         return ",".join(map(str, self.rules))
 
     def reasons(
-        self, infos: Sequence[SnapshotInfo], *, line: Sequence[SnapshotId], now_unix_s: float
+        self,
+        infos: Sequence[SnapshotInfo],
+        *,
+        line: Sequence[SnapshotId],
+        ages_s: Mapping[SnapshotId, float],
     ) -> dict[SnapshotId, tuple[str, ...]]:
         """The texts of the rules that keep each snapshot; a snapshot without any has no entry.
 
-        ``line`` is the newest lineage, newest first. O(rules * snapshots log snapshots).
+        ``line`` is the newest lineage, newest first. ``ages_s``: how old each snapshot is; one
+        whose age is not known counts as new. O(rules * snapshots log snapshots).
         """
         reasons: dict[SnapshotId, tuple[str, ...]] = {}
         for rule in self.rules:
-            for snapshot in _kept(rule, infos, line, now_unix_s):
+            for snapshot in _kept(rule, infos, line, ages_s):
                 reasons[snapshot] = (*reasons.get(snapshot, ()), str(rule))
         return reasons
+
+    @property
+    def by_age(self) -> bool:
+        """Whether a rule looks at the age of snapshots."""
+        return any(isinstance(rule, For) for rule in self.rules)
+
+    def missing_metric(self, infos: Sequence[SnapshotInfo]) -> str | None:
+        """A metric that a rule keeps by and that no snapshot has, or None.
+
+        That rule can't tell what is good: a wrong name would let everything good be dropped.
+        """
+        metrics = metrics_of(infos)
+        return next(
+            (
+                rule.metric
+                for rule in self.rules
+                if isinstance(rule, Best) and rule.metric not in metrics
+            ),
+            None,
+        )
 
 
 def keep_last(n: int) -> KeepPolicy:
@@ -199,7 +224,10 @@ def duration_text(seconds: int) -> str:
 
 
 def _kept(
-    rule: Rule, infos: Sequence[SnapshotInfo], line: Sequence[SnapshotId], now_unix_s: float
+    rule: Rule,
+    infos: Sequence[SnapshotInfo],
+    line: Sequence[SnapshotId],
+    ages_s: Mapping[SnapshotId, float],
 ) -> Iterable[SnapshotId]:
     undamaged = [info for info in infos if info.problem is None]
     match rule:
@@ -215,7 +243,7 @@ def _kept(
         case Best(metric, n, mode):
             return _best(undamaged, n, _value_of(metric, mode))
         case For(seconds):
-            return [info.id for info in undamaged if now_unix_s - info.created_unix_s <= seconds]
+            return [info.id for info in undamaged if ages_s.get(info.id, 0.0) <= seconds]
 
 
 def _best(
@@ -228,14 +256,33 @@ def _best(
     return [first[score] for score in sorted(first)[:n]]
 
 
+def metrics_of(infos: Sequence[SnapshotInfo]) -> tuple[str, ...]:
+    """The names under which undamaged snapshots have a number in their metadata, sorted."""
+    return tuple(
+        sorted(
+            {
+                name
+                for info in infos
+                if info.problem is None
+                for name, entry in info.metadata.items()
+                if _number_in(entry) is not None
+            }
+        )
+    )
+
+
 def _value_of(metric: str, mode: Mode) -> Callable[[SnapshotInfo], float | None]:
     def value(info: SnapshotInfo) -> float | None:
-        entry = info.metadata.get(metric)
-        if isinstance(entry, bool) or not isinstance(entry, int | float) or math.isnan(entry):
-            return None
-        return entry if mode == "min" else -entry
+        entry = _number_in(info.metadata.get(metric))
+        return entry if entry is None or mode == "min" else -entry
 
     return value
+
+
+def _number_in(entry: object) -> float | None:
+    if isinstance(entry, bool) or not isinstance(entry, int | float) or math.isnan(entry):
+        return None
+    return entry
 
 
 def _at_least_one(name: str, number: int) -> None:

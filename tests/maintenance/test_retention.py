@@ -62,7 +62,11 @@ def kept(
     now: float = NOW,
 ) -> set[int]:
     line = sorted((one.id for one in infos), reverse=True) if line is None else line
-    return {pair.step for pair in policy.reasons(infos, line=line, now_unix_s=now)}
+    return {pair.step for pair in policy.reasons(infos, line=line, ages_s=ages(infos, now))}
+
+
+def ages(infos: list[SnapshotInfo], now: float = NOW) -> dict[SnapshotId, float]:
+    return {one.id: now - one.created_unix_s for one in infos}
 
 
 metrics = st.text(min_size=1, max_size=5).filter(
@@ -176,7 +180,7 @@ def test_for_keeps_what_was_made_within_the_time_and_what_a_fast_clock_made() ->
 
 def test_reasons_are_the_rules_as_they_are_written() -> None:
     policy = keep_last(1) | keep_every(10) | keep_best("loss")
-    found = policy.reasons([info(10, loss=1.0)], line=[SnapshotId(1, 10)], now_unix_s=NOW)
+    found = policy.reasons([info(10, loss=1.0)], line=[SnapshotId(1, 10)], ages_s={})
     assert found == {SnapshotId(1, 10): ("last=1", "every=10", "best=loss:1")}
 
 
@@ -185,7 +189,9 @@ def test_reasons_are_the_rules_as_they_are_written() -> None:
 @given(policies, policies, worlds(), st.floats(NOW - DAY, NOW + 10 * DAY))
 def test_union_keeps_what_any_keeps(a: KeepPolicy, b: KeepPolicy, world, now: float) -> None:
     infos, line = world
-    pairs = [set(policy.reasons(infos, line=line, now_unix_s=now)) for policy in (a, b, a | b)]
+    pairs = [
+        set(policy.reasons(infos, line=line, ages_s=ages(infos, now))) for policy in (a, b, a | b)
+    ]
     assert pairs[2] == pairs[0] | pairs[1]
 
 
@@ -203,13 +209,13 @@ def test_union_has_no_order_and_no_repetition(a: KeepPolicy, b: KeepPolicy, c: K
 @given(policies, worlds())
 def test_applying_a_policy_to_what_it_kept_keeps_all_of_it(policy: KeepPolicy, world) -> None:
     infos, line = world
-    first = policy.reasons(infos, line=line, now_unix_s=NOW)
+    first = policy.reasons(infos, line=line, ages_s=ages(infos))
     left = [one for one in infos if one.id in first]
     # The newest stays in any case, so a line with snapshots keeps one; without that, `last` would
     # turn to the rest.
     if line and not any(pair in first for pair in line):
         return
-    again = policy.reasons(left, line=[pair for pair in line if pair in first], now_unix_s=NOW)
+    again = policy.reasons(left, line=[pair for pair in line if pair in first], ages_s=ages(left))
     assert set(again) == set(first)
 
 
@@ -225,7 +231,9 @@ def test_a_wider_rule_keeps_no_less(world, n: int, more: int) -> None:
         (keep_best("loss", n, "max"), keep_best("loss", n + more, "max")),
         (keep_for(n * DAY), keep_for((n + more) * DAY)),
     ):
-        few, many = (set(one.reasons(infos, line=line, now_unix_s=NOW)) for one in (narrow, wide))
+        few, many = (
+            set(one.reasons(infos, line=line, ages_s=ages(infos))) for one in (narrow, wide)
+        )
         assert few <= many
 
 
@@ -237,8 +245,8 @@ def test_the_order_of_the_snapshots_does_not_matter(
 ) -> None:
     infos, line = world
     shuffled = [infos[place] for place in order if place < len(infos)]
-    assert policy.reasons(infos, line=line, now_unix_s=NOW) == policy.reasons(
-        shuffled, line=line, now_unix_s=NOW
+    assert policy.reasons(infos, line=line, ages_s=ages(infos)) == policy.reasons(
+        shuffled, line=line, ages_s=ages(shuffled)
     )
 
 

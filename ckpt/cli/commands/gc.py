@@ -54,7 +54,8 @@ hole, and nothing was. Run it again at any time, also after a crash.
 JSON (needs --yes or --dry-run if anything is to be dropped): {"url",
 "dry_run", "policy", "grace_s", "snapshots": [{"epoch", "step", "on_line",
 "size_bytes", "new_bytes", "created_unix_s", "tags", "problem",
-"kept_by"}, ...], "dropped": [{"epoch", "step"}, ...], "floor", "stores":
+"kept_by"}, ...], "dropped": [{"epoch", "step"}, ...], "problems", "floor",
+"stores":
 [{"url", "deleted", "deleted_bytes", "objects", "size_bytes", "problem"},
 ...], "held": [{"epoch", "step", "problem"}, ...]}. "objects" and
 "size_bytes" are by what the sweep made of them: live, grace, open, young,
@@ -190,6 +191,8 @@ def _print_plan(plan: GcPlan) -> None:
 
 
 def _print_report(plan: GcPlan, report: SweepReport, request: _GcRequest) -> None:
+    for problem in plan.problems:
+        warn(problem)
     if plan.drops:
         click.echo(
             f"{'would drop' if request.dry_run else 'dropped'} {len(plan.drops)} of "
@@ -245,6 +248,7 @@ def _json(store: OpenStore, plan: GcPlan, report: SweepReport, request: _GcReque
             for entry in reversed(plan.decisions)
         ],
         "dropped": [id_json(snapshot) for snapshot in plan.drops],
+        "problems": list(plan.problems),
         "floor": None if plan.floor is None else id_json(plan.floor),
         "stores": [
             {

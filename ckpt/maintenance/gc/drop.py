@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ckpt.backends.base import Backend
+from ckpt.backends.checked import stores_of
 from ckpt.errors import (
     ConflictError,
     FencedError,
     FormatVersionError,
     IntegrityError,
     NotFoundError,
+    StoreDeniedError,
+    StoreFullError,
 )
+from ckpt.format import keys
 from ckpt.format.records import DROPS_MAX, Record
 from ckpt.log.access import LogAccess
 from ckpt.log.catalog import load_index, snapshots
@@ -20,7 +24,7 @@ from ckpt.log.reader import LogNote, read_all
 from ckpt.log.sequencers import Appended, KeyTaken, WriteUnknown
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.plan import GcPlan, plan_gc, restore_order
-from ckpt.maintenance.gc.sweep import require_known
+from ckpt.maintenance.gc.sweep import require_known, store_clock
 from ckpt.maintenance.retention import KeepPolicy
 from ckpt.values import SnapshotId
 
@@ -28,10 +32,24 @@ RACES_MAX = 8
 """How often a plan is remade because the log changed, before the conflict is raised."""
 
 
+CLOCKS_APART_S = 3600.0
+"""A store's clock and this machine's that differ by more: one of them is wrong, and a wrong clock
+makes everything look old."""
+
+
 def preview(
-    backend: Backend, state: LogState, policy: KeepPolicy | None, *, now_unix_s: float
+    backend: Backend,
+    state: LogState,
+    policy: KeepPolicy | None,
+    *,
+    now_unix_s: float,
+    asks_clocks: bool = False,
 ) -> GcPlan:
     """The plan for the snapshots of ``state`` under ``policy`` (None: keep all). Changes nothing.
+
+    ``now_unix_s`` is this machine's time. Ages are by the stores' clocks, which stamped the
+    manifests: asked for with a small object if ``asks_clocks``, else taken for this machine's. If
+    they disagree, nothing is dropped for its age, and the plan's ``problems`` says so.
 
     Raises IntegrityError or UnavailableError if the newest snapshot cannot be known. Cost: reads
     every manifest; for the newest snapshot (and older ones, until one is complete) also the parts,
@@ -40,7 +58,50 @@ def preview(
     require_known(state)
     infos = snapshots(backend, state)
     intact = newest_intact(backend, state)
-    return plan_gc(state, infos, policy, now_unix_s=now_unix_s, intact=intact)
+    ages_s: Mapping[SnapshotId, float] = {}
+    problems: tuple[str, ...] = ()
+    if policy is not None and policy.by_age:
+        ages_s, problems = _ages(backend, state, now_unix_s, asks_clocks=asks_clocks)
+    return plan_gc(state, infos, policy, ages_s=ages_s, intact=intact, problems=problems)
+
+
+def _ages(
+    backend: Backend, state: LogState, now_unix_s: float, *, asks_clocks: bool
+) -> tuple[Mapping[SnapshotId, float], tuple[str, ...]]:
+    """The age of each snapshot, and why ages are not known (then none is).
+
+    A store's own stamps and clock, so that no machine's clock matters; of several stores the
+    youngest, because a copy may have been made late.
+    """
+    digests = {entry.snapshot: entry.manifest_digest for entry in state.snapshots}
+    ages_s: dict[SnapshotId, float] = {}
+    for store in stores_of(backend):
+        stamps = {
+            parsed[0]: stat.modified_unix_s
+            for stat in store.list(keys.MANIFESTS)
+            if (parsed := keys.parse_manifest_key(stat.key)) is not None
+            and digests.get(parsed[0]) == parsed[1]
+        }
+        # No stamp is later than the store's time. A store that can't be asked is taken to be at
+        # the last one: then nothing looks older than it is.
+        newest_s = max(stamps.values(), default=now_unix_s)
+        store_unix_s, apart_s = now_unix_s, newest_s - now_unix_s
+        if asks_clocks:
+            try:
+                store_unix_s = store_clock(store)
+                apart_s = abs(store_unix_s - now_unix_s)
+            except (StoreFullError, StoreDeniedError):
+                store_unix_s = newest_s
+        if apart_s > CLOCKS_APART_S:
+            return {}, (
+                "the clocks of this machine and of a store differ, so nothing is dropped for its "
+                f"age. store={store.url} apart_s={apart_s:.0f} store_unix_s={store_unix_s:.0f} "
+                f"here_unix_s={now_unix_s:.0f}; set the wrong one right",
+            )
+        for snapshot, stamp_s in stamps.items():
+            age_s = max(0.0, store_unix_s - stamp_s)
+            ages_s[snapshot] = min(age_s, ages_s.get(snapshot, age_s))
+    return ages_s, ()
 
 
 def drop(
@@ -62,7 +123,7 @@ def drop(
         # The plan rests on confirmed records only. Otherwise a commit that is later overruled could
         # take one of the places of "last 2", and the snapshot it pushed out would be lost.
         state = journal.refresh_confirmed()
-        plan = preview(backend, state, policy, now_unix_s=now_unix_s)
+        plan = preview(backend, state, policy, now_unix_s=now_unix_s, asks_clocks=True)
         plan = plan if approved is None else plan.restricted_to(approved.drops)
         try:
             return plan, _record(journal, state, plan.drops, plan.floor)

@@ -10,19 +10,21 @@ is in docs/dev/design/011-retention-and-sweep.md.
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Stat
 from ckpt.format import keys
 from ckpt.log.state import LogState
-from ckpt.maintenance.retention import KeepPolicy, Tagged
+from ckpt.maintenance.retention import KeepPolicy, Tagged, metrics_of
 from ckpt.values import SnapshotId, SnapshotInfo
 
 NEWEST = "newest"
 NEWEST_INTACT = "newest found whole"
 NO_POLICY = "nothing is to be dropped"
 NONE_INTACT = "no snapshot was found whole"
+NO_METRIC = "no snapshot has the metric of a rule"
+METRICS_SHOWN_MAX = 20
 NOT_APPROVED = "to be dropped only since the plan was approved"
 
 
@@ -44,11 +46,13 @@ class SnapshotDecision:
 class GcPlan:
     """A decision for each snapshot, in log order, and the new ``floor`` (None: unchanged).
 
-    Below the floor no commit counts any more.
+    Below the floor no commit counts any more. ``problems``: why a rule could not be applied, so
+    that it drops nothing.
     """
 
     decisions: tuple[SnapshotDecision, ...]
     floor: SnapshotId | None
+    problems: tuple[str, ...] = ()
 
     @property
     def drops(self) -> tuple[SnapshotId, ...]:
@@ -86,21 +90,22 @@ def plan_gc(
     infos: Sequence[SnapshotInfo],
     policy: KeepPolicy | None,
     *,
-    now_unix_s: float,
+    ages_s: Mapping[SnapshotId, float],
     intact: SnapshotId | None,
+    problems: Sequence[str] = (),
 ) -> GcPlan:
     """Decide for each snapshot of ``infos`` (those of ``state``, in log order).
 
-    ``policy`` None keeps all. ``intact`` is the first of ``restore_order(state)`` whose bytes were
+    ``ages_s`` are the snapshots' ages, as far as they are known, and ``problems`` why they are not.
+    Nothing is dropped while no snapshot has the metric that a rule keeps by. ``policy`` None keeps
+    all. ``intact`` is the first of ``restore_order(state)`` whose bytes were
     found complete. It is kept beside the newest: a job whose newest snapshot is damaged falls back
     to it. If there is none, nothing is dropped. It also becomes the floor: nothing older that was
     never committed is needed.
     """
     preferred = restore_order(state)
     lineage = frozenset(state.lineage)
-    by_rule = (
-        {} if policy is None else policy.reasons(infos, line=state.lineage, now_unix_s=now_unix_s)
-    )
+    by_rule = {} if policy is None else policy.reasons(infos, line=state.lineage, ages_s=ages_s)
     decisions: list[SnapshotDecision] = []
     for info in infos:
         reasons = [NEWEST] if preferred[:1] == (info.id,) else []
@@ -110,8 +115,20 @@ def plan_gc(
         reasons += [NO_POLICY] if policy is None else []
         reasons += [NONE_INTACT] if intact is None and not reasons else []
         decisions.append(SnapshotDecision(info, info.id in lineage, tuple(reasons)))
+    told = list(problems)
+    metric = None if policy is None else policy.missing_metric(infos)
+    if metric is not None and not all(entry.kept for entry in decisions):
+        decisions = [
+            entry if entry.kept else replace(entry, reasons=(NO_METRIC,)) for entry in decisions
+        ]
+        names = ", ".join(map(repr, metrics_of(infos)[:METRICS_SHOWN_MAX])) or "none"
+        told.append(
+            f"no snapshot has the metric that a rule keeps by, so nothing is dropped. "
+            f"metric={metric!r} metrics={names}; log it with run.log or as metadata, or name one "
+            "of these"
+        )
     rises = intact is not None and (state.floor is None or intact > state.floor)
-    return GcPlan(tuple(decisions), intact if rises else None)
+    return GcPlan(tuple(decisions), intact if rises else None, tuple(told))
 
 
 # ---- when a round beside a training job is due, and when it also sweeps

@@ -196,6 +196,8 @@ class GcRounds:
         plan, state = drop(
             self._backend, self._journal, self._settings.policy, now_unix_s=self._wall()
         )
+        for problem in plan.problems:
+            self._emit_alarm(Event("gc-rule", problem, alarm=True))
         if not sweeps:
             return plan, None
         grace_s = self._settings.grace_s
@@ -209,7 +211,7 @@ class GcRounds:
         return -1 if self._stopped else self._epoch()
 
     def _done_event(self, plan: GcPlan, report: SweepReport | None) -> Event | None:
-        if report is None or report.ok:
+        if (report is None or report.ok) and not plan.problems:
             self._reported.clear()
         deleted_bytes = (
             sum(store.deleted_bytes for store in report.stores) if report is not None else 0

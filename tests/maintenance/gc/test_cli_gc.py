@@ -222,3 +222,13 @@ def test_one_store_of_several_never_deletes_what_a_drop_on_it_alone_names(
     with pytest.raises(UnavailableError, match="nothing is deleted"):
         sweep(one, Journal.open(one).refresh(), grace_s=0.0)
     stores.close()
+
+
+def test_metric_that_no_snapshot_has_is_told_before_anything_is_dropped(ckpt, store) -> None:
+    rehearsed = ckpt("gc", store.url, "--keep", "best=accuracy:1", "--dry-run")
+    assert rehearsed.code == 0 and "metrics='loss'" in rehearsed.err
+    done = ckpt("--json", "gc", store.url, "--keep", "best=accuracy:1", "--yes")
+    assert done.code == 0 and done.json["dropped"] == [] and steps(store) == [10, 20, 30, 40]
+    assert "metric='accuracy'" in done.json["problems"][0]
+    assert ckpt("gc", store.url, "--keep", "best=loss:1", "--yes").code == 0
+    assert steps(store) == [20, 40]

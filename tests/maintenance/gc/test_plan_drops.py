@@ -71,9 +71,13 @@ def infos(state: LogState, *, problem: frozenset[SnapshotId] = frozenset()) -> l
     ]
 
 
+def ages(state: LogState, now_unix_s: float = NOW) -> dict[SnapshotId, float]:
+    return {entry.snapshot: now_unix_s - float(entry.seq) for entry in state.snapshots}
+
+
 def plan(state: LogState, policy: KeepPolicy | None, whole: SnapshotId | str | None = "newest"):
     found = (restore_order(state) or (None,))[0] if whole == "newest" else whole
-    return plan_gc(state, infos(state), policy, now_unix_s=NOW, intact=found)
+    return plan_gc(state, infos(state), policy, ages_s=ages(state), intact=found)
 
 
 def straight(*steps: int) -> Log:
@@ -253,7 +257,7 @@ def test_newest_committed_snapshot_is_never_dropped_whatever_the_policy_clock_an
     damaged = frozenset(best[:older])
     policy = KeepPolicy(tuple(rule for one in rules for rule in one.rules)) if rules else None
     found = plan_gc(
-        state, infos(state, problem=damaged), policy, now_unix_s=now_unix_s, intact=whole
+        state, infos(state, problem=damaged), policy, ages_s=ages(state, now_unix_s), intact=whole
     )
     assert not set(best[:1]) & set(found.drops)
     assert state.newest() not in found.drops
@@ -268,9 +272,7 @@ def test_damaged_snapshots_are_dropped_unless_a_rule_names_them(seed: int) -> No
     if len(best) < 3:
         return
     damaged = frozenset(best[1:2])
-    found = plan_gc(
-        state, infos(state, problem=damaged), keep_last(2), now_unix_s=NOW, intact=best[0]
-    )
+    found = plan_gc(state, infos(state, problem=damaged), keep_last(2), ages_s={}, intact=best[0])
     by_pair = {one.info.id: one for one in found.decisions}
     assert by_pair[best[2]].kept, "a damaged one does not take the place of one that can be read"
     assert by_pair[best[1]].kept == bool(by_pair[best[1]].info.tags)

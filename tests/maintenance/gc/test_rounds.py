@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from kit.collected_store import Watched
+from kit.collected_store import ClockedStore, Watched
 
 from ckpt.backends.base import Backend
 from ckpt.backends.memory import MemoryBackend
@@ -23,7 +23,13 @@ from ckpt.maintenance.gc import plan as gc_due
 from ckpt.maintenance.gc.drop import fenced_journal, preview
 from ckpt.maintenance.gc.plan import PREFIXES
 from ckpt.maintenance.gc.rounds import GcRounds, RetentionSettings
-from ckpt.maintenance.retention import KeepPolicy, keep_last, keep_tagged
+from ckpt.maintenance.retention import (
+    KeepPolicy,
+    keep_best,
+    keep_for,
+    keep_last,
+    keep_tagged,
+)
 from ckpt.restore.verify import verify
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import SampleWriter, sample_ranks, write_sample_store
@@ -400,3 +406,46 @@ def test_another_process_goes_on_where_a_round_died(rounds: Rounds) -> None:
     assert second.await_idle(WAIT_S)
     assert steps(store) == [20, 50]
     assert objects(store) == needed(store)
+
+
+def test_rule_whose_metric_no_snapshot_has_drops_nothing_and_names_those_there_are(
+    rounds: Rounds,
+) -> None:
+    store = MemoryBackend()
+    write_sample_store(store, steps=STEPS)
+    made = rounds.over(store, keep_best("accuracy"))
+    for _ in range(2):  # said once
+        made.on_commit()
+        assert made.await_idle(WAIT_S)
+    made.stop(WAIT_S)
+    assert steps(store) == list(STEPS)
+    [event] = rounds.told("gc-rule")
+    assert event.alarm and "metric='accuracy' metrics='loss'" in event.text
+
+
+@pytest.mark.parametrize("off_s", [-366 * 86400.0, 366 * 86400.0])
+def test_clock_of_this_machine_that_is_a_year_off_makes_nothing_old(
+    rounds: Rounds, off_s: float
+) -> None:
+    store = MemoryBackend()
+    write_sample_store(store, steps=STEPS)
+    made = rounds.over(store, keep_for("7d"), wall=lambda: time.time() + off_s)
+    made.on_commit()
+    assert made.await_idle(WAIT_S)
+    assert steps(store) == list(STEPS)
+    [event] = rounds.told("gc-rule")
+    assert event.alarm and "clocks" in event.text
+
+
+def test_age_is_by_the_stores_stamps_whatever_the_trainers_clock_was(rounds: Rounds) -> None:
+    now_s = [1_000_000.0]
+    store = ClockedStore(MemoryBackend(), lambda: now_s[0])
+    writer = write_sample_store(store, steps=())
+    for step in STEPS:  # the sample's snapshots say that they were made in 1970
+        writer.write(SnapshotId(1, step), sample_ranks(step))
+        now_s[0] += 86400.0
+    made = rounds.over(store, keep_for("2d"), wall=lambda: now_s[0])
+    made.on_commit()
+    assert made.await_idle(WAIT_S)
+    assert steps(store) == [30, 40], "two days old and newer"
+    assert not rounds.told("gc-rule")
