@@ -86,6 +86,19 @@ def require_newest(state: LogState, resume: SnapshotId | None, choice: ResumeCho
         )
 
 
+def require_known_newest(state: LogState) -> None:
+    """Raise IntegrityError or UnavailableError if a newer snapshot than the newest of ``state`` may
+    exist."""
+    if not state.stale_reason:
+        return
+    kind = IntegrityError if state.hole is not None else UnavailableError
+    raise kind(
+        f"a newer snapshot than {state.newest()} may exist: {state.stale_reason} "
+        + ("run ckpt scrub" if state.hole is not None else "repeat when more stores answer")
+        + ", name a step or tag, or allow it with stale='allow'"
+    )
+
+
 def _by_tag(state: LogState, tag: str) -> SnapshotId:
     tags = state.tags
     if tag not in tags:

@@ -7,6 +7,7 @@ that do not create a key only once. Several stores that do are their own sequenc
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sqlite3
 import time
@@ -182,7 +183,25 @@ CREATE TABLE IF NOT EXISTS about (
     id TEXT NOT NULL,
     start INTEGER NOT NULL
 );
+CREATE TABLE IF NOT EXISTS machine (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    id TEXT NOT NULL
+);
 """
+
+MOUNTS = Path("/proc/self/mountinfo")
+MACHINE_ID = Path("/etc/machine-id")
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    {
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "fuse.ceph-fuse", "glusterfs"),
+        *("fuse.glusterfs", "lustre", "gpfs", "beegfs", "orangefs", "panfs", "pvfs2", "wekafs"),
+        *("fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse", "fuse.goofys", "fuse.mount-s3"),
+        *("fuse.rclone", "fuse.sshfs"),
+    }
+)
+"""Types of file systems that several machines may have mounted: SQLite's locks bind the processes
+of one machine only."""
 
 
 def database_path(log_id: str) -> Path:
@@ -194,14 +213,44 @@ def database_path(log_id: str) -> Path:
     return Path(folder) / f"{log_id}.sqlite3"
 
 
+def file_system_type(mounts: str, path: str) -> str:
+    """The type of the file system that holds ``path``, by the text of ``/proc/self/mountinfo``; ""
+    if that does not tell.
+
+    ``path`` is absolute and has no links. Of several mounts at one place the last one counts.
+    """
+    found, found_chars = "", -1
+    for line in mounts.splitlines():
+        mounted, _, kind = line.partition(" - ")
+        fields = mounted.split(" ")
+        if len(fields) < 5 or not kind:
+            continue
+        # Blanks and other special characters are written as octal numbers.
+        place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
+        inside = path == place or path.startswith(place.rstrip("/") + "/")
+        if inside and len(place) >= found_chars:
+            found, found_chars = kind.split(" ")[0], len(place)
+    return found
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file of the system; "" if this system has none."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
 class SqliteSequencer:
     """One machine's SQLite file that gives out the positions of a log. Thread-safe.
 
     Each append is one transaction, synced to disk before it is answered, among all processes of the
     machine. The file decides who has a position; the stores decide whether the record counts. It
     holds each record whole, so that the next writer can finish the copies of one that died in
-    between. Each call opens the file anew, so forks and moved files do no harm. Not for a network
-    file system, where SQLite's locks are unreliable.
+    between. Each call opens the file anew, so forks and moved files do no harm. It refuses a
+    network file system, such as a home that several machines share: SQLite's locks bind one
+    machine's processes, and two machines would give out a position twice. Where the system has a
+    machine id it is recorded, and another machine is refused.
     """
 
     def __init__(self, path: Path, log_id: str) -> None:
@@ -246,6 +295,10 @@ class SqliteSequencer:
                 with _transaction(db):
                     if clear:
                         db.execute("DELETE FROM log")
+                    if clear:
+                        db.execute("DELETE FROM machine")
+                    if machine := _text_of(MACHINE_ID):
+                        db.execute("INSERT OR IGNORE INTO machine VALUES (1, ?)", (machine,))
                     db.execute(statement, (self._log_id, secrets.token_hex(16), start))
         except (sqlite3.Error, OSError) as error:
             raise UnavailableError(
@@ -293,6 +346,7 @@ class SqliteSequencer:
         return Appended()
 
     def _about(self, db: sqlite3.Connection) -> tuple[str, int]:
+        self._require_machine(db)
         row = db.execute("SELECT log_id, id, start FROM about").fetchone()
         if row is None or row[0] != self._log_id:
             its_log = row[0] if row else None
@@ -301,6 +355,31 @@ class SqliteSequencer:
                 f"wanted={self._log_id}"
             )
         return row[1], row[2]
+
+    def _require_machine(self, db: sqlite3.Connection) -> None:
+        """Raise UsageError if the file was made on another machine."""
+        mine = _text_of(MACHINE_ID)
+        try:
+            row = db.execute("SELECT id FROM machine").fetchone()
+        except sqlite3.OperationalError:
+            return  # the file is from before machines were recorded
+        if mine and row is not None and row[0] != mine:
+            raise UsageError(
+                "the sequencer's file was made on another machine, which may give out positions of "
+                f"this log too. file={self._path} its_machine={row[0]} mine={mine}; run there, or "
+                "take over with `ckpt stores takeover`"
+            )
+
+    def _require_local(self) -> None:
+        """Raise UsageError if several machines may share the file."""
+        kind = file_system_type(_text_of(MOUNTS), os.path.realpath(self._path))
+        if kind in NETWORK_FILE_SYSTEMS:
+            raise UsageError(
+                "the sequencer's file would be on a network file system, where several machines "
+                f"can give out the same position of the log. file={self._path} type={kind}; set "
+                f"{STATE_VARIABLE} to a folder on a local disk (and move an existing file there), "
+                f"or name an etcd with {SEQUENCER_VARIABLE}"
+            )
 
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
@@ -315,6 +394,7 @@ class SqliteSequencer:
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
+        self._require_local()
         with closing(sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)) as db:
             # An answer that a power cut undoes would give out the same position twice.
             db.execute("PRAGMA synchronous=FULL")

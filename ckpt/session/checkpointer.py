@@ -12,6 +12,7 @@ from ckpt.errors import NotFoundError, UsageError
 from ckpt.events import Fact
 from ckpt.format.index import SnapshotIndex
 from ckpt.log.catalog import info_of, load_index, load_manifest, select, snapshots
+from ckpt.log.select import require_known_newest
 from ckpt.restore.reader import SnapshotReader
 from ckpt.restore.verify import VerifyReport, verify
 from ckpt.session.options import (
@@ -151,6 +152,7 @@ class Checkpointer:
         only: Sequence[str] | None = None,
         missing: Literal["error", "keep"] = "error",
         classes: Literal["same", "any"] = "same",
+        stale: Literal["error", "allow"] = "error",
     ) -> SnapshotInfo:
         """Fill ``state``'s objects in place and return the facts of the snapshot that they now
         hold.
@@ -164,6 +166,10 @@ class Checkpointer:
         another size: shared leaves are taken as they are, per-rank ones by rank modulo the old
         size. Later saves continue from here.
 
+        If a newer snapshot than the newest one seen may exist (the log has a hole, or too few of
+        its stores answer), nothing is restored: training that went on from the older one would
+        leave the newer behind. ``stale="allow"`` takes the newest that is seen all the same.
+
         Raises NotFoundError if there is no such snapshot, UsageError naming everything that does
         not fit, before anything is changed, and IntegrityError if nothing is readable; the state
         may then be half filled and must not be used.
@@ -174,12 +180,17 @@ class Checkpointer:
             raise UsageError(f"missing is 'error' or 'keep'. missing={missing!r}")
         if classes not in ("same", "any"):
             raise UsageError(f"classes is 'same' or 'any'. classes={classes!r}")
+        if stale not in ("error", "allow"):
+            raise UsageError(f"stale is 'error' or 'allow'. stale={stale!r}")
         rules = FillRules(check_only(only), missing, classes)
         session = self._session
 
         def choices() -> Sequence[RestoreCandidate]:
             if step is None and tag is None and epoch is None:
-                return session.newest_first()
+                found = session.newest_first()
+                if stale == "error" and found and not found[0].staged:
+                    require_known_newest(session.state())
+                return found
             return [RestoreCandidate(select(session.state(), step=step, epoch=epoch, tag=tag))]
 
         return session.restore(state, choices, rules)

@@ -91,7 +91,8 @@ class SimBackend:
         return Capabilities(create_only=True, read_bytes_best=1, concurrency_best=1)
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        assert create_only or key.startswith(keys.COPIES), "nothing but a copy is ever replaced"
+        if not create_only:
+            self._require_second_copy(key, b"".join(data))
         self.world.tick()
         match self.world.dice.random():
             case x if x < 0.03:
@@ -108,6 +109,17 @@ class SimBackend:
                 self.world.store.put(key, data, create_only=create_only)
                 raise Death
         self.world.store.put(key, data, create_only=create_only)
+
+    def _require_second_copy(self, key: str, data: bytes) -> None:
+        """Nothing else in the log's rooms is ever replaced, and it never says more than what
+        counts."""
+        assert key.startswith(keys.COPIES), key
+        first = key.removeprefix(keys.COPIES)
+        stat = self.world.store.stat(first)
+        assert stat is not None, "a second copy of nothing"
+        out = bytearray(stat.size_bytes)
+        self.world.store.read_into(first, memoryview(out))
+        assert out == data, "a second copy with other bytes"
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         self._look()

@@ -242,7 +242,7 @@ class Run:
         state = state_of(self.sizes, None)
         expected = self.truth.newest() if step is None else self.truth.of_step(step)
         try:
-            info = checkpointer.restore(state, step=step)
+            info = checkpointer.restore(state, step=step, stale="allow")
         except NotFoundError:
             assert None in expected, (
                 f"not found, though it has to be there. step={step} expected={expected}"

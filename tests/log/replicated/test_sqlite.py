@@ -216,3 +216,77 @@ def test_the_file_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.delenv(sqlite.STATE_VARIABLE)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     assert database_path("3" * 32).parent == tmp_path / "state" / "ckpt"
+
+
+MOUNTS = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+30 22 0:40 / /home rw,relatime shared:2 - nfs4 filer:/home rw,vers=4.2
+31 30 0:41 / /home/my\\040disk rw - xfs /dev/sdb1 rw
+32 22 0:42 / /scratch rw - lustre mds@tcp:/scratch rw
+33 22 0:43 / /scratch rw - tmpfs tmpfs rw
+nonsense
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/var/lib/ckpt/x", "ext4"),
+        ("/home/ada/.local/state/ckpt/x", "nfs4"),
+        ("/homes/ada/x", "ext4"),
+        ("/home/my disk/x", "xfs"),
+        ("/scratch/x", "tmpfs"),
+        ("/home", "nfs4"),
+    ],
+)
+def test_file_system_is_that_of_the_innermost_mount(path: str, kind: str) -> None:
+    assert sqlite.file_system_type(MOUNTS, path) == kind
+    assert sqlite.file_system_type("", path) == ""
+
+
+def test_a_network_file_system_is_refused(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = SqliteSequencer(path, LOG_ID)
+    name = file.make(0)
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"30 22 0:40 / {os.path.realpath(tmp_path)} rw - nfs4 filer:/home rw\n")
+    monkeypatch.setattr(sqlite, "MOUNTS", mounts)
+    for ask in (lambda: file.make(0), lambda: file.name, lambda: file.append(0, b"a"), file.renew):
+        with pytest.raises(UsageError, match=r"network file system.*type=nfs4.*CKPT_STATE_DIR"):
+            ask()
+    other = SqliteSequencer(tmp_path / "other" / "log.sqlite3", LOG_ID)
+    with pytest.raises(UsageError, match="network file system"):
+        other.make(0)
+    monkeypatch.setattr(sqlite, "MOUNTS", tmp_path / "a system without that file")
+    assert file.name == name, "nothing was changed"
+
+
+def test_another_machine_is_refused_until_it_takes_over(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = tmp_path / "machine-id"
+    monkeypatch.setattr(sqlite, "MACHINE_ID", machine)
+    file = SqliteSequencer(path, LOG_ID)
+    machine.write_text("aaaa\n")
+    name = file.make(0)
+    assert file.append(0, b"a") == Appended()
+    machine.write_text("bbbb\n")
+    for ask in (lambda: file.name, lambda: file.append(1, b"b"), lambda: file.make(0)):
+        with pytest.raises(UsageError, match="made on another machine"):
+            ask()
+    machine.write_text("aaaa\n")
+    assert file.name == name
+    machine.write_text("bbbb\n")
+    assert file.renew() != name
+    assert file.append(1, b"b") == Appended()
+
+
+def test_a_file_from_before_machines_were_recorded_still_serves(path: Path) -> None:
+    file = SqliteSequencer(path, LOG_ID)
+    name = file.make(0)
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE machine")
+    db.close()
+    assert file.name == name
+    assert file.append(0, b"a") == Appended()
