@@ -10,6 +10,7 @@ are not sent again: a sender that depends on them reacts to ``on_disconnected``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import selectors
 import socket
@@ -154,6 +155,10 @@ SEND_BACKLOG_BYTES_MAX = 256 << 20
 READ_BYTES = 256 << 10
 BACKLOG = 256
 
+ACCEPT_PAUSE_S = 0.5
+"""How long no connection is accepted after the system had no descriptor or memory for one."""
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
@@ -239,6 +244,8 @@ class Mesh:
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
         self._selector = selectors.DefaultSelector()
+        self._listen_again_s = 0.0
+        """When the listener is looked at again; 0: it is."""
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="ckpt-lines", daemon=True)
         self._thread.start()
@@ -317,6 +324,11 @@ class Mesh:
             connection.protocol.peer for connection in self._connections if connection.dialled
         }
         wait_s, silence_s = HEARTBEAT_S, max(SILENCE_S_MAX, self._ttl_s)
+        if self._listen_again_s:
+            wait_s = min(wait_s, self._listen_again_s - now_s)
+            if now_s >= self._listen_again_s:
+                self._listen_again_s = 0.0
+                self._selector.register(self._listener, _READ, None)
         for node, target in targets.items():
             # A node with a smaller id dials this one; it is probed only while its state is unknown.
             if (
@@ -399,7 +411,11 @@ class Mesh:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # closed meanwhile, or no descriptor is left: the other end dials again
+        except OSError as error:
+            # Closed meanwhile: the other end dials again. But if no descriptor is left, it waits on
+            # at the listener, which would be ready again at once.
+            if error.errno in _EXHAUSTED:
+                self._pause_listening(error)
             return
         strangers = [
             connection
@@ -421,6 +437,14 @@ class Mesh:
         disable_nagle(sock)
         self._connections.add(connection)
         self._selector.register(sock, _READ, connection)
+
+    def _pause_listening(self, error: OSError) -> None:
+        self._selector.unregister(self._listener)
+        self._listen_again_s = time.monotonic() + ACCEPT_PAUSE_S
+        text = f"no connection of another node can be accepted now: {error}"
+        if text not in self._reported:
+            self._reported.add(text)
+            self._emit(Event("line-refused", text, alarm=True))
 
     def _serve(self, connection: _MeshConnection, mask: int) -> None:
         if connection.connecting:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
+from kit.jobs import wait_for
 from kit.mesh_nodes import WAIT_S, Node, acquaint
 
 from ckpt.cluster.mesh import connections as lines_room
@@ -276,3 +280,33 @@ def test_what_is_said_to_all_is_encoded_once(
         assert [word for _, word in other.words] == words
     # A beat may come between two: then it is encoded once more.
     assert len([word for word in encoded if isinstance(word, MeshPost)]) < 2 * len(words)
+
+
+@pytest.mark.slow
+def test_process_without_a_free_descriptor_does_not_spin_and_takes_connections_later(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = node("a")
+    tries: list[float] = []
+    accept = one.lines._accept
+
+    def counted() -> None:
+        tries.append(time.monotonic())
+        accept()
+
+    monkeypatch.setattr(one.lines, "_accept", counted)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as caller, ExitStack() as held:
+        highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+        while (file := held.enter_context(Path("/dev/null").open("rb"))).fileno() <= highest:
+            continue  # every gap below is filled
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 1, limits[1]))
+        try:
+            caller.connect(("127.0.0.1", one.lines.port))
+            wait_for(lambda: len(tries) >= 3, "three tries")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert tries[2] - tries[0] >= 1.9 * lines_room.ACCEPT_PAUSE_S, "one try a pause"
+        assert len(one.events) == 1
+    other = node("b")
+    acquaint(one, other)
