@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "integrations" / "ansible"
 BIN = Path(sys.executable).parent
 JOB = "tried-by-ansible"
+STORE_KEY = 'a $key with "quotes" and a \\'
 MEMBERS = ("m1", "m2", "m3")
 PLAY_S = 300
 
@@ -180,7 +181,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Site:
         "ckpt_ranks": 1,
         "ckpt_program": str(folder / "program.py"),
         "ckpt_program_arguments": ["--lr", "0.1"],
-        "ckpt_environment": {"TRIED": "two words"},
+        "ckpt_environment": {"TRIED": "two words", "STORE_KEY": STORE_KEY},
     }
     members = {
         name: {
@@ -241,6 +242,11 @@ def test_what_is_secret_is_private(made: Site) -> None:
     assert read_secret(made.folder / "etc" / "job.secret") == read_secret(
         made.folder / "secrets" / "job.secret"
     )
+
+
+def test_credentials_of_the_store_are_in_no_unit(made: Site) -> None:
+    readable = [path for path in made.folder.rglob("*.service") if STORE_KEY in path.read_text()]
+    assert readable == []
 
 
 def test_key_of_a_node_stays_there_and_the_authoritys_on_the_other_side(made: Site) -> None:
@@ -344,15 +350,18 @@ def test_unit_of_a_node_runs_its_program(made: Site, etcd: list[ServerProcess]) 
     (made.folder / "program.py").write_text(
         "import json, os, pathlib, sys\n"
         "env = os.environ\n"
-        "facts = [env['TRIED'], env['RANK'], env['WORLD_SIZE'], 'CKPT_NODES' in env, "
+        "facts = [env['TRIED'], env['STORE_KEY'], env['RANK'], env['WORLD_SIZE'], 'CKPT_NODES' in env, "
         "sys.argv[1:]]\n"
         f"pathlib.Path({str(said)!r}).write_text(json.dumps(facts))\n"
     )
     # The wheel was installed without what it depends on: that is here already.
     [packages] = (made.folder / "opt" / "venv" / "lib").glob("python*/site-packages")
     (packages / "tried.pth").write_text("\n".join(site.getsitepackages()))
+    [environment] = unit["EnvironmentFile"]
     settings_of_unit = dict(
-        word.split("=", 1) for text in unit["Environment"] for word in shlex.split(text)
+        word.split("=", 1)
+        for text in [*unit["Environment"], *Path(environment).read_text().splitlines()[1:]]
+        for word in shlex.split(text)
     )
     done = subprocess.run(
         command,
@@ -364,7 +373,14 @@ def test_unit_of_a_node_runs_its_program(made: Site, etcd: list[ServerProcess]) 
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(said.read_text()) == ["two words", "0", "1", True, ["--lr", "0.1"]]
+    assert json.loads(said.read_text()) == [
+        "two words",
+        STORE_KEY,
+        "0",
+        "1",
+        True,
+        ["--lr", "0.1"],
+    ]
 
 
 def test_units_are_valid(made: Site) -> None:

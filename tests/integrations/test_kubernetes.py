@@ -347,6 +347,13 @@ def test_labels_meet_their_selectors() -> None:
         ]
 
 
+def test_shared_memory_is_more_than_a_container_has_by_itself() -> None:
+    pod = JOB["template"]["spec"]
+    [mount] = [one for one in TRAIN["volumeMounts"] if one["mountPath"] == "/dev/shm"]
+    [volume] = [one for one in pod["volumes"] if one["name"] == mount["name"]]
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
+
+
 def test_volumes_secrets_and_paths_agree() -> None:
     made = {
         one["name"]: one["files"]

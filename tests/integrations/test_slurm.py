@@ -188,6 +188,7 @@ def test_script_is_valid_bash_and_asks_slurm_for_what_it_relies_on() -> None:
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", SCRIPT.read_text(), re.MULTILINE))
     assert asked["ntasks-per-node"] == "1", "one agent on each node"
     assert {"no-kill", "requeue"} <= asked.keys()
+    assert asked["mem"] == "0", "all memory of a node: slots and mirrors are memory"
     told, seconds = re.fullmatch(r"(\w:\w+)@(\d+)", asked["signal"]).groups()  # type: ignore[union-attr]
     assert told == "B:TERM" and int(seconds) > 60
 

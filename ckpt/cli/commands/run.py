@@ -98,7 +98,8 @@ FLAGS = ("standalone", "module", "m", "no_python", "run_path", "virtual_local_ra
 @click.option(
     "--mirror-rate",
     metavar="SIZE",
-    help="Send no more than this in a second for that, such as 500MiB.",
+    help="Send no more than this in a second for that, such as 500MiB; by default 1GiB, 0: no "
+    "limit.",
 )
 @click.option(
     "--ttl", metavar="SECONDS", help="After how long a silent node is lost; by default 5."

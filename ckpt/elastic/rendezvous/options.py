@@ -29,7 +29,8 @@ SETTINGS_HELP: Mapping[str, str] = {
     "domain": "the failure domain of this node",
     "mirrors": "on how many other nodes staged state is kept",
     "mirror_bytes": "how much memory the mirrors of others may take here",
-    "mirror_rate": "how much is sent in a second at most to have mirrors kept, such as 500MiB",
+    "mirror_rate": "how much is sent in a second at most to have mirrors kept, such as 500MiB "
+    "(default 1GiB; 0: no limit)",
     "ttl": "seconds after which a silent node is lost",
     "standby": "warm: extra nodes start the program at once, and hold no rank; wait: they wait",
     "grow": "restart a running undecorated job with fewer nodes than allowed when one arrives",
@@ -57,6 +58,9 @@ _TORCHS = ("timeout",)
 JOIN_S = 900.0
 """As torch's launcher has it, which always passes a ``timeout``."""
 CLOSE_S = 30.0
+MIRROR_RATE = float(1 << 30)
+"""A third of 25 Gbit/s, a twelfth of 100: gradients are on the same links, and each step waits for
+them, while nobody waits for a mirror."""
 AGENTS_SUFFIX = ".agents"
 """The agents' membership is a job beside the keepers' one, with this suffix."""
 NAME_CHARS_MAX = 190
@@ -169,7 +173,7 @@ def _spec(
         tls_key=read.file("tls_key"),
         tls_ca=read.file("tls_ca"),
         mirror_bytes=read.count("mirror_bytes", 0),
-        mirror_rate=read.rate("mirror_rate"),
+        mirror_rate=read.rate("mirror_rate", MIRROR_RATE),
         last_call_s=rules.last_call_s,
         shrink_wait_s=read.seconds("shrink_timeout", 0.0),
         grow_wait_s=read.seconds("grow_timeout", 10.0),
@@ -232,9 +236,9 @@ class _ConfigReader:
             raise UsageError(f"not a number from 0 on. {key}={text!r}")
         return int(text) if text else default
 
-    def rate(self, key: str) -> float:
+    def rate(self, key: str, default: float) -> float:
         text = self.text(key)
-        value = 0.0 if text in ("", "0") else parse_rate(text)
+        value = (0.0 if text == "0" else parse_rate(text)) if text else default
         if 0.0 < value < RATE_BYTES_MIN:
             raise UsageError(
                 f"so slow a node is taken for one that stalls. {key}={text!r} "

@@ -118,13 +118,13 @@ def test_patience() -> None:
     assert Path(found.nodes.secret).is_absolute()
 
 
-def test_rate_of_mirrors_is_bytes_a_second_and_no_limit_by_default() -> None:
+def test_rate_of_mirrors_is_bytes_a_second_and_has_a_default() -> None:
     rates = [
         found.mirror_rate
         for text in ("", "0", "500MiB", "1.5 GB/s")
         if (found := settings(mirror_rate=text).nodes)
     ]
-    assert rates == [0.0, 0.0, 500.0 * 2**20, 1.5 * 2**30]
+    assert rates == [float(1 << 30), 0.0, 500.0 * 2**20, 1.5 * 2**30]
 
 
 def test_certificates_reach_keepers_and_trainers() -> None:
