@@ -45,6 +45,7 @@ KINDS: Final[Mapping[str, str]] = {
     "keeper-busy": "waiting for the keeper of the last run",
     "keeper-silent": "the keeper of the last run does not answer",
     "keeper-replaced": "a new keeper took over, or training continues without one",
+    "keeper-alarm": "an alarm of the keeper that this process writes through",
     "keeper-failed": "a defect in the keeper",
     "no-keeper": "no keeper can be started or reached; state is not protected by one",
     "home-lost": "the keeper lost its runtime folder",

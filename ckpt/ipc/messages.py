@@ -646,7 +646,10 @@ class Stop(Message, frozen=True, kw_only=True, tag="Stop"):
 
 
 class PrintLine(Message, frozen=True, kw_only=True, tag="Tell"):
-    """To the supervisor of rank 0: print one line for people (a recovery, an alarm)."""
+    """To a supervisor: print one line for people (a recovery, an alarm).
+
+    Without supervisors to a trainer's ``events``, which raises it as an alarm of its own.
+    """
 
     text: str
     alarm: bool = False

@@ -7,12 +7,22 @@ import contextlib
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ckpt.errors import CkptError, UnavailableError
-from ckpt.events import Fact
+from ckpt.events import Emit, Event, Fact
 from ckpt.ipc.frames import FRAME_BYTES_MAX, Inbox, Outbox
-from ckpt.ipc.messages import Done, Hello, Message, OtherSettings, Reply, from_error
+from ckpt.ipc.messages import (
+    Done,
+    Hello,
+    Message,
+    OtherSettings,
+    PrintLine,
+    Reply,
+    from_error,
+)
+from ckpt.rate_limit import AlarmLimiter
 
 UNADMITTED_BYTES_MAX = 64 << 10
 """The largest frame that is accepted from a tool, or from a client before its hello."""
@@ -157,6 +167,61 @@ class Clients:
         for client in self:
             if client.role == role and rank in (None, client.rank):
                 client.send(message)
+
+
+TOLD_OTHERWISE = frozenset(
+    {"missing", "stacks", "slow-start", "recovered", "ended"}
+    | {"line-refused", "node-refused", "nodes-awaited"}
+)
+"""Kinds of alarms of which supervisors get a line of their own where they arise."""
+
+OUTCOMES = frozenset({"save-failed", "tag-failed"})
+"""Kinds of alarms that a trainer raises itself from the outcome that it is sent."""
+
+UNTOLD_MAX = 20
+"""Alarms that wait for a program to tell them to; older ones are only in the log."""
+
+
+class AlarmRelay:
+    """An ``Emit`` of a keeper: everything goes into its log, and alarms to the program too, once:
+    the log of a process that nobody started by hand is read by nobody.
+
+    A node's first supervisor prints them; without supervisors the first trainer raises them. What
+    comes while there is neither waits for the next program. Alarms may come from any thread;
+    ``post`` brings a call into the keeper's loop.
+    """
+
+    def __init__(
+        self, log: Emit, clients: Clients, post: Callable[[Callable[[], object]], None]
+    ) -> None:
+        self._log = log
+        self._clients = clients
+        self._post = post
+        self._limited = AlarmLimiter(lambda event: post(lambda: self._tell(event)))
+        self._untold: deque[Event] = deque(maxlen=UNTOLD_MAX)
+
+    def __call__(self, event: Event) -> None:
+        self._log(event)
+        if event.alarm and event.kind not in TOLD_OTHERWISE:
+            self._limited(event)
+
+    def joined(self) -> None:
+        """A client was admitted: tell it what waited for it."""
+        untold, self._untold = list(self._untold), deque(maxlen=UNTOLD_MAX)
+        for event in untold:
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        members = self._clients.members
+        trainers = [one for one in members if one.role == "events"]
+        if event.kind in OUTCOMES and trainers:
+            return
+        readers = [one for one in members if one.role == "supervisor"] or trainers
+        if not readers:
+            self._untold.append(event)
+            return
+        first = min(readers, key=lambda one: one.rank)
+        first.send(PrintLine(text=event.text, alarm=True))
 
 
 def error_reply(call_id: int, error: CkptError, *, rank: int = -1) -> Reply:

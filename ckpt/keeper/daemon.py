@@ -68,7 +68,6 @@ class Daemon:
         self._alarms: set[str] = set()
         """Kinds of alarms about the folder and the listener that were reported and still last."""
         self._importing: threading.Thread | None = None
-        self._emit = emit
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], object]] = deque()
         # Sockets, not a pipe: a thread that posts after the end must not write to whatever has its
@@ -85,6 +84,7 @@ class Daemon:
             stacks=listener.folder.stacks,
             estate=estate,
         )
+        self._emit: Emit = self._job.state.emit
         self._numbers = 0
 
     @property
@@ -292,6 +292,7 @@ class Daemon:
         if isinstance(message, Hello):
             self._job.hello(client, message)
             if client.role not in ("", "tool"):
+                self._job.state.emit.joined()
                 self._import_ahead()
         elif isinstance(message, Settings) and client.asked_settings:
             self._succeed(message)

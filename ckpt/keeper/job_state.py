@@ -19,7 +19,7 @@ from ckpt.events import Emit
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.messages import DropSlot, Fenced, Hello, Outcome, Policy, RemoteError, Welcome
 from ckpt.keeper.cluster_view import ClusterView, SingleNode
-from ckpt.keeper.connection import ClientConnection, Clients
+from ckpt.keeper.connection import AlarmRelay, ClientConnection, Clients
 from ckpt.keeper.slots import PostToLoop, RankMemory
 from ckpt.values import SnapshotId, SnapshotInfo
 
@@ -227,7 +227,7 @@ class JobState:
     spec: KeeperSpec
     incarnation: str
     post: PostToLoop
-    emit: Emit
+    emit: AlarmRelay
     clients: Clients
     memory: RankMemory
     launch: Launch
@@ -239,6 +239,7 @@ class JobState:
     ) -> JobState:
         """The state of a job that nothing has joined yet."""
         clients = Clients()
+        relay = AlarmRelay(emit, clients, post)
 
         def dropped(rank: int, index: int) -> None:
             clients.broadcast("supervisor", DropSlot(rank=rank, index=index))
@@ -246,9 +247,9 @@ class JobState:
         memory = RankMemory(post, dropped=dropped)
         launch = Launch(SingleNode(memory))
         uploads = JobUploads(
-            spec, memory=memory, launch=launch, clients=clients, post=post, emit=emit
+            spec, memory=memory, launch=launch, clients=clients, post=post, emit=relay
         )
-        return cls(spec, incarnation, post, emit, clients, memory, launch, uploads)
+        return cls(spec, incarnation, post, relay, clients, memory, launch, uploads)
 
     def welcome(self, client: ClientConnection, hello: Hello, *, attempt: int, new: bool) -> None:
         """Answer the hello of a supervisor or trainer."""

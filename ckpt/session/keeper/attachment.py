@@ -300,6 +300,7 @@ class KeeperAttachment:
 
     def _use(self, link: KeeperLink) -> None:
         self.link = link
+        link.on_alarm(lambda text: self._emit(Event("keeper-alarm", text, alarm=True)))
         self.board = link.board()
         self.regions = SharedSlots(link, self.board, link.local_rank)
 

@@ -40,6 +40,7 @@ from ckpt.ipc.messages import (
     Peek,
     Phase,
     Post,
+    PrintLine,
     Progress,
     Reply,
     SlotCreated,
@@ -151,6 +152,7 @@ class KeeperLink:
         self._on_outcome: Callable[[Outcome], None] | None = None
         self._on_lost: Callable[[CkptError], None] | None = None
         self._on_stop: Callable[[float], object] | None = None
+        self._on_alarm: Callable[[str], object] | None = None
         self._stop_s: float | None = None
         self._open(calls, events)
         forget = weakref.WeakMethod(self._forget_after_fork)
@@ -233,6 +235,11 @@ class KeeperLink:
             self._on_stop, grace_s = call, self._stop_s
         if grace_s is not None:
             call(grace_s)
+
+    def on_alarm(self, call: Callable[[str], object]) -> None:
+        """Call ``call`` with each alarm of the keeper, if no supervisor prints them."""
+        with self._state:
+            self._on_alarm = call
 
     def on_lost(self, call: Callable[[CkptError], None]) -> None:
         """Call ``call`` with the reason when the keeper is lost; at once if it is. Not called after
@@ -367,6 +374,9 @@ class KeeperLink:
                     case Outcome():
                         if self._on_outcome is not None:
                             self._on_outcome(message)
+                    case PrintLine(text=text):
+                        if self._on_alarm is not None:
+                            self._on_alarm(text)
                     case Stop(grace_s=grace_s):
                         with self._state:
                             self._stop_s, on_stop = grace_s, self._on_stop
