@@ -207,6 +207,35 @@ def test_byte_that_changes_on_its_way_in_is_refused_by_a_server_that_checks(
     assert keys(world.direct) == ["a"]
 
 
+def test_byte_that_changes_on_its_way_in_is_noticed_without_a_server_that_checks(
+    make: Callable[..., FaultyServer],
+) -> None:
+    world = make(config_kwargs=HASTY)
+    for key, body in (("a", BODY), ("large", LARGE)):
+        world.proxy.rule = first(
+            1, Flip(100, "request"), when=lambda request: request.method == "PUT"
+        )
+        with contextlib.suppress(UnavailableError):  # a server that checks refuses it
+            world.store.put(key, [body])
+            assert read(world.direct, key) == body
+    world.proxy.rule = always(Flip(100, "request"), when=lambda request: request.method == "PUT")
+    with pytest.raises(UnavailableError):
+        world.store.put("never", [BODY])
+
+
+def test_created_object_that_arrived_wrong_is_set_right_by_its_creator(
+    make: Callable[..., FaultyServer], server: S3Server
+) -> None:
+    if server.kind != "moto":
+        pytest.skip("this server checks what it gets, or does not create once")
+    world = make(config_kwargs=HASTY)
+    assert world.store.capabilities().create_only
+    world.proxy.rule = first(1, Flip(100, "request"), when=lambda request: request.method == "PUT")
+    world.store.put("log/1", [BODY], create_only=True)
+    assert read(world.direct, "log/1") == BODY
+    assert not create(world.store, "log/1", b"other")
+
+
 def test_upload_in_parts_that_fails_leaves_no_object_and_no_parts(
     world: FaultyServer, server: S3Server
 ) -> None:

@@ -8,6 +8,7 @@ sends parts in batches, each of which waits for its slowest part.
 from __future__ import annotations
 
 import asyncio
+import base64
 import secrets
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -90,24 +91,31 @@ class S3Writer:
             fs.config_kwargs.get("read_timeout", fs.read_timeout)
         )
 
-    def replace(self, path: str, data: Sequence[Buffer]) -> None:
+    def part_bytes(self, data: Sequence[Buffer], *, create_only: bool) -> int:
+        large = len(JoinedBuffers(data)) >= MULTIPART_BYTES_MIN
+        return PART_BYTES if large and not create_only else 0
+
+    def replace(self, path: str, data: Sequence[Buffer]) -> str | None:
         """Large objects are uploaded in parts that are copied one by one, not joined."""
         joined = JoinedBuffers(data)
         work = self._in_parts if len(joined) >= MULTIPART_BYTES_MIN else self._in_one
-        run_in_loop(work(path, joined), self._fs.loop)
+        return run_in_loop(work(path, joined), self._fs.loop)
 
-    def create(self, path: str, data: Sequence[Buffer]) -> None:
+    def create(self, path: str, data: Sequence[Buffer]) -> str | None:
         """Always one request.
 
         Conditions on multipart uploads are newer than on puts, and are not probed.
         """
-        run_in_loop(self._in_one(path, JoinedBuffers(data), IfNoneMatch="*"), self._fs.loop)
+        return run_in_loop(self._in_one(path, JoinedBuffers(data), IfNoneMatch="*"), self._fs.loop)
 
-    async def _in_one(self, path: str, data: JoinedBuffers, **condition: str) -> None:
+    async def _in_one(self, path: str, data: JoinedBuffers, **condition: str) -> str | None:
         bucket, key, _ = self._fs.split_path(path)
-        await self._call("put_object", len(data), Bucket=bucket, Key=key, Body=data[:], **condition)
+        reply = await self._call(
+            "put_object", len(data), Bucket=bucket, Key=key, Body=data[:], **condition
+        )
+        return _etag(reply)
 
-    async def _in_parts(self, path: str, data: JoinedBuffers) -> None:
+    async def _in_parts(self, path: str, data: JoinedBuffers) -> str | None:
         bucket, key, _ = self._fs.split_path(path)
         target = {"Bucket": bucket, "Key": key}
         reply = await self._call("create_multipart_upload", 0, **target)
@@ -115,9 +123,10 @@ class S3Writer:
         try:
             parts = await self._send(upload, data)
             # Allow time for the whole object: the server joins the parts before it answers.
-            await self._call(
+            reply = await self._call(
                 "complete_multipart_upload", len(data), **upload, MultipartUpload={"Parts": parts}
             )
+            return _etag(reply)
         except BaseException:
             await self._abort(upload)
             raise
@@ -166,6 +175,11 @@ class S3Writer:
         return reply
 
 
+def _etag(reply: Mapping[str, object]) -> str | None:
+    etag = reply.get("ETag")
+    return etag if isinstance(etag, str) else None
+
+
 class JoinedBuffers:
     """The concatenation of buffers, joined slice by slice as an uploader reads it."""
 
@@ -203,11 +217,15 @@ ATOMIC_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "
 class ObjectWriter(Protocol):
     """One way to store an object. ``path`` is fsspec's, without protocol."""
 
-    def replace(self, path: str, data: Sequence[Buffer]) -> None:
-        """Store the concatenation of ``data``, visible whole or not at all."""
+    def part_bytes(self, data: Sequence[Buffer], *, create_only: bool) -> int:
+        """The size of the parts in which it is sent; 0: in one request."""
         ...
 
-    def create(self, path: str, data: Sequence[Buffer]) -> None:
+    def replace(self, path: str, data: Sequence[Buffer]) -> str | None:
+        """Store the concatenation of ``data``, visible whole or not at all; its ETag, or None."""
+        ...
+
+    def create(self, path: str, data: Sequence[Buffer]) -> str | None:
         """As ``replace``, if there is no object yet.
 
         Raises FileExistsError if there is one, and NotImplementedError if the store cannot tell.
@@ -227,29 +245,59 @@ def writer_for(fs: fsspec.AbstractFileSystem, temps: str) -> ObjectWriter:
     return RenameWriter(fs, temps)
 
 
-class OneRequestWriter:
+class _WholeWriter:
+    """Sends an object in one piece."""
+
+    def part_bytes(self, data: Sequence[Buffer], *, create_only: bool) -> int:
+        del data, create_only
+        return 0
+
+
+class OneRequestWriter(_WholeWriter):
     """One put request per object; the server decides whether a key is free."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
         self._fs = fs
 
-    def replace(self, path: str, data: Sequence[Buffer]) -> None:
+    def replace(self, path: str, data: Sequence[Buffer]) -> str | None:
         self._fs.pipe_file(path, _join(data))
+        return self._md5(path)
 
-    def create(self, path: str, data: Sequence[Buffer]) -> None:
+    def create(self, path: str, data: Sequence[Buffer]) -> str | None:
         self._fs.pipe_file(path, _join(data), mode="create")
+        return self._md5(path)
+
+    def _md5(self, path: str) -> str | None:
+        """The MD5 that the store computed: Google and Azure keep it with an object."""
+        self._fs.invalidate_cache(path.rpartition("/")[0])
+        return md5_of(self._fs.info(path))
 
 
-class FsspecMemoryWriter:
+def md5_of(info: Mapping[str, object]) -> str | None:
+    """The MD5 in a description of an object, in hexadecimal; None if it has none."""
+    settings = info.get("content_settings")
+    found = info.get("md5Hash") or getattr(settings, "content_md5", None)
+    if isinstance(settings, Mapping):
+        found = found or settings.get("content_md5")
+    if isinstance(found, str):
+        try:
+            found = base64.b64decode(found, validate=True)
+        except ValueError:
+            return None
+    return bytes(found).hex() if isinstance(found, bytes | bytearray) else None
+
+
+class FsspecMemoryWriter(_WholeWriter):
     """fsspec's memory store: a dictionary of this process with atomic operations."""
 
     def __init__(self, fs: MemoryFileSystem) -> None:
         self._fs = fs
 
-    def replace(self, path: str, data: Sequence[Buffer]) -> None:
+    def replace(self, path: str, data: Sequence[Buffer]) -> str | None:
         self._fs.pipe_file(path, _join(data))
+        return None
 
-    def create(self, path: str, data: Sequence[Buffer]) -> None:
+    def create(self, path: str, data: Sequence[Buffer]) -> str | None:
         """Does not use the file system's own create, which looks first and stores later.
 
         With it two threads could both succeed.
@@ -257,16 +305,17 @@ class FsspecMemoryWriter:
         file = MemoryFile(self._fs, path, _join(data))
         if self._fs.store.setdefault(path, file) is not file:
             raise FileExistsError(path)
+        return None
 
 
-class RenameWriter:
+class RenameWriter(_WholeWriter):
     """File systems whose files grow under their name: a temporary name, then a rename."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, temps: str) -> None:
         self._fs = fs
         self._temps = temps
 
-    def replace(self, path: str, data: Sequence[Buffer]) -> None:
+    def replace(self, path: str, data: Sequence[Buffer]) -> str | None:
         """As durable as the file system's own close and rename."""
         temp = f"{self._temps}/{secrets.token_hex(8)}"
         self._fs.makedirs(self._temps, exist_ok=True)
@@ -276,12 +325,13 @@ class RenameWriter:
                     file.write(buffer)
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._fs.mv(temp, path)
+            return None
         except BaseException:
             if self._fs.exists(temp):
                 self._fs.rm_file(temp)
             raise
 
-    def create(self, path: str, data: Sequence[Buffer]) -> None:
+    def create(self, path: str, data: Sequence[Buffer]) -> str | None:
         raise NotImplementedError("a rename through fsspec replaces an existing file")
 
 

@@ -14,6 +14,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ckpt.backends.base import Buffer, Capabilities, Stat, check_key, check_prefix, is_key
+from ckpt.backends.objects.arrival import ArrivalCheck
 from ckpt.backends.objects.errors import error_from_client, public_url, translate_client_errors
 from ckpt.backends.objects.fsspec_io import (
     ATOMIC_PROTOCOLS,
@@ -213,6 +214,7 @@ class FsspecBackend:
         self._options = dict(storage_options or {})
         self._url = public_url(url)
         self._creates = CreateOnceProbe(self._probe, self._url)
+        self._arrival = ArrivalCheck(self._url)
         self._client: _FsspecConnection | None = self._connect()
 
     @property
@@ -234,17 +236,31 @@ class FsspecBackend:
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
         """Joins the buffers in memory, except for large objects on S3.
 
-        Those are uploaded in parts of 16 MiB, three at once.
+        Those are uploaded in parts of 16 MiB, three at once. What arrives is compared with what was
+        sent: see ``ArrivalCheck``.
         """
         path = self._path(key)
         if create_only:
             self._creates.require()
-        with translate_client_errors("put", self._where(key)):
-            writes = self._live().writes
-            if create_only:
-                writes.create(path, data)
-            else:
-                writes.replace(path, data)
+
+        def store(only_if_absent: bool) -> str | None:
+            with translate_client_errors("put", self._where(key)):
+                writes = self._live().writes
+                return writes.create(path, data) if only_if_absent else writes.replace(path, data)
+
+        self._arrival.put(
+            key,
+            data,
+            store,
+            lambda at, out: self._fill(key, path, out, at),
+            create_only=create_only,
+            part_bytes=self._live().writes.part_bytes(data, create_only=create_only),
+        )
+
+    @property
+    def arrival_check(self) -> str:
+        """How this store tells that objects arrived as they were sent."""
+        return self._arrival.how
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """One ranged request on S3, otherwise one for each 16 MiB. Copies once."""

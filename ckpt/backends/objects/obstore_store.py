@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol, TypedDict, cast
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat, check_key, check_prefix, is_key
+from ckpt.backends.objects.arrival import ArrivalCheck
 from ckpt.backends.objects.errors import public_url, translate_client_errors
 from ckpt.backends.objects.fsspec_io import (
     MULTIPART_BYTES_MIN,
@@ -57,8 +58,8 @@ class ObstoreClient(Protocol):
 
     def put(
         self, path: str, file: object, *, mode: str = ..., use_multipart: bool, **sizes: int
-    ) -> object:
-        """Store a buffer or a list of them."""
+    ) -> Mapping[str, object]:
+        """Store a buffer or a list of them; the reply has the ``e_tag``."""
         ...
 
     def get(self, path: str, *, options: Mapping[str, object]) -> ObjectStream:
@@ -320,6 +321,7 @@ class ObstoreBackend:
         self._settings = settings
         self._root = f"{settings.folder}/" if settings.folder else ""
         self._creates = CreateOnceProbe(self._probe, self._url)
+        self._arrival = ArrivalCheck(self._url)
         self._client: ObstoreClient | None = None
 
     @property
@@ -339,12 +341,30 @@ class ObstoreBackend:
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """Takes no memory; large objects are uploaded in parts of 16 MiB, four at once."""
+        """Takes no memory; large objects are uploaded in parts of 16 MiB, four at once. What
+        arrives is compared with what was sent: see ``ArrivalCheck``.
+        """
         path = self._path(key)
         if create_only:
             self._creates.require()
-        with translate_client_errors("put", self._where(key)):
-            self._put(path, data, create_only=create_only)
+
+        def store(only_if_absent: bool) -> str | None:
+            with translate_client_errors("put", self._where(key)):
+                return self._put(path, data, create_only=only_if_absent)
+
+        self._arrival.put(
+            key,
+            data,
+            store,
+            lambda at, out: self._fill(key, path, out, at),
+            create_only=create_only,
+            part_bytes=0 if self._in_one_request(data, create_only) else PART_BYTES,
+        )
+
+    @property
+    def arrival_check(self) -> str:
+        """How this store tells that objects arrived as they were sent."""
+        return self._arrival.how
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """One ranged request, copied once, 1 MiB at a time."""
@@ -428,20 +448,24 @@ class ObstoreBackend:
     def _where(self, key: str) -> str:
         return f"{self._url.rstrip('/')}/{key}"
 
-    def _put(self, path: str, data: Sequence[Buffer], *, create_only: bool) -> None:
+    def _in_one_request(self, data: Sequence[Buffer], create_only: bool) -> bool:
+        # Conditions on multipart uploads are newer than on puts and are not probed.
+        return create_only or sum(memoryview(one).nbytes for one in data) < MULTIPART_BYTES_MIN
+
+    def _put(self, path: str, data: Sequence[Buffer], *, create_only: bool) -> str | None:
         pieces = [memoryview(buffer).cast("B") for buffer in data if len(buffer)]
         # obstore takes a list's buffers without a copy, but makes an empty list a multipart upload.
         body = pieces if len(pieces) > 1 else pieces[0] if pieces else b""
-        if create_only or sum(map(len, pieces)) < MULTIPART_BYTES_MIN:
-            # Always one request: conditions on multipart uploads are newer than on puts and are not
-            # probed.
-            self._live().put(
+        if self._in_one_request(data, create_only):
+            reply = self._live().put(
                 path, body, mode="create" if create_only else "overwrite", use_multipart=False
             )
         else:
-            self._live().put(
+            reply = self._live().put(
                 path, body, use_multipart=True, chunk_size=PART_BYTES, max_concurrency=_PARTS_MAX
             )
+        etag = reply.get("e_tag")
+        return etag if isinstance(etag, str) else None
 
     def _fill(self, key: str, path: str, out: memoryview, offset_bytes: int) -> int:
         """The bytes filled in ``out``; 0 if the object ends before ``offset_bytes``."""
@@ -507,6 +531,11 @@ class ForkAwareBackend:
     @property
     def url(self) -> str:
         return self._backend.url
+
+    @property
+    def arrival_check(self) -> str:
+        """How the store tells that objects arrived as they were sent."""
+        return str(getattr(self._store(), "arrival_check", "unknown"))
 
     @property
     def client_name(self) -> str:

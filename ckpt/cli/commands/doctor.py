@@ -31,10 +31,10 @@ so (one place twice, two jobs, ...), 11 too few answer or allow what is needed,
 \b
 JSON: {"ok", "write_quorum", "answers_min", "stores": [{"url", "failures",
 "create_only", "latency": {operation: {"median_s", "p95_s", "count"}},
-"up_bytes_per_s", "down_bytes_per_s", "read_back_right", "list_after_put",
-"list_after_delete", "other_client", "skew_s", "free_bytes", "holds": {"kind",
-"job", "store_id", "snapshots", "newest", "next_seq", "hole", "problem"},
-"same_as", "leftovers"}, ...], "advice": [{"level", "code", "store", "text",
+"up_bytes_per_s", "down_bytes_per_s", "read_back_right", "arrival_check",
+"list_after_put", "list_after_delete", "other_client", "skew_s", "free_bytes",
+"holds": {"kind", "job", "store_id", "snapshots", "newest", "next_seq", "hole",
+"problem"}, "same_as", "leftovers"}, ...], "advice": [{"level", "code", "store", "text",
 "remedy"}, ...]}. "store" is a place in "stores", or null for all together;
 "level" is bad, warning, note or ok; null: not tried, or it failed.
 """
@@ -157,6 +157,7 @@ def _store_json(store: StoreFindings) -> JsonValue:
         "up_bytes_per_s": store.up_bytes_per_s,
         "down_bytes_per_s": store.down_bytes_per_s,
         "read_back_right": store.read_back_right,
+        "arrival_check": store.arrival_check,
         "list_after_put": store.list_after_put,
         "list_after_delete": store.list_after_delete,
         "other_client": store.other_client,

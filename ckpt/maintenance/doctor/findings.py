@@ -64,6 +64,9 @@ class StoreFindings:
     up_bytes_per_s: float | None = None
     down_bytes_per_s: float | None = None
     read_back_right: bool | None = None
+    arrival_check: str = ""
+    """How it is told that objects arrived as they were sent: ``etag`` or ``read back``; "" for a
+    folder."""
     list_after_put: bool | None = None
     list_after_delete: bool | None = None
     other_client: bool | None = None
@@ -165,6 +168,7 @@ def _of_store(number: int, store: StoreFindings) -> Iterator[Advice]:
             "an object was read back with other bytes than were put",
             "do not use this store: its disk, its memory or a proxy changes data",
         )
+    yield from _of_arrival(number, store)
     yield from _of_creation(number, store)
     yield from _of_consistency(number, store)
     yield from _of_speed(number, store)
@@ -195,6 +199,19 @@ def _of_permissions(number: int, store: StoreFindings) -> Iterator[Advice]:
             number,
             f"objects can't be deleted, so nothing is ever swept: {store.failures['delete']}",
             "grant permission to delete objects, or clean up with the store's own means",
+        )
+
+
+def _of_arrival(number: int, store: StoreFindings) -> Iterator[Advice]:
+    if store.arrival_check == "etag":
+        yield Advice("ok", "etag-checked", number, "what arrives is compared with what was sent")
+    elif store.arrival_check == "read back":
+        yield Advice(
+            "note",
+            "read-back",
+            number,
+            "its ETags are no digests of what it holds, so each object is read back once it is put",
+            "that doubles the traffic of a save; use encryption that keeps ETags (SSE-S3)",
         )
 
 

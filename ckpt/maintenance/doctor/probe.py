@@ -122,6 +122,7 @@ class StoreProbe:
             up_bytes_per_s=up,
             down_bytes_per_s=down,
             read_back_right=False if self._wrong else right,
+            arrival_check=str(getattr(self.store, "arrival_check", "")),
             list_after_put=seen_put,
             list_after_delete=seen_delete,
             other_client=seen_other,
