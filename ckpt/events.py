@@ -34,6 +34,7 @@ KINDS: Final[Mapping[str, str]] = {
     "tag-failed": "a snapshot is durable, but lacks a tag",
     "memory-short": "not enough shared memory for all slots",
     "pinning-refused": "copies from CUDA devices are slow, because their memory is not locked",
+    "replicas-diverged": "ranks hold different bytes of what they should hold alike",
     # ---- restoring
     "fallback": "a snapshot was damaged; an older one is restored",
     "chosen-anew": "a newer snapshot was committed in the meantime and is restored instead",

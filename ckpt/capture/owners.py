@@ -72,16 +72,24 @@ def owned_boxes(leaves: Sequence[ReplicatedBox], *, rank: int) -> list[OwnedBox]
         groups.setdefault(tuple(sorted(set(leaf.replicas))), []).append(index)
     boxes: list[OwnedBox] = []
     for ranks, indices in groups.items():
-        boxes += _owned_in_group([leaves[i] for i in indices], indices, ranks, rank)
+        boxes += _owned_in_group(
+            [leaves[i] for i in indices], indices, ranks.index(rank), len(ranks)
+        )
     return sorted(boxes, key=lambda box: box.index)
 
 
+def share_boxes(leaves: Sequence[ReplicatedBox], *, number: int, count: int) -> list[OwnedBox]:
+    """The ``number``-th of ``count`` equal shares of ``leaves`` laid end to end, in their order;
+    nothing if a share is smaller than a row and falls between two. O(leaves).
+    """
+    return _owned_in_group(list(leaves), list(range(len(leaves))), number, count)
+
+
 def _owned_in_group(
-    leaves: list[ReplicatedBox], indices: list[int], ranks: tuple[int, ...], rank: int
+    leaves: list[ReplicatedBox], indices: list[int], position: int, count: int
 ) -> list[OwnedBox]:
     sizes = (leaf.box.elements * leaf.itemsize_bytes for leaf in leaves)
     layout = _GroupLayout(tuple(leaves), tuple(itertools.accumulate(sizes, initial=0)))
-    position, count = ranks.index(rank), len(ranks)
     start, stop = _cut(layout, position, count), _cut(layout, position + 1, count)
     boxes = []
     for index, leaf, low, high in zip(

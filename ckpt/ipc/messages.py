@@ -494,6 +494,7 @@ class Persist(Message, frozen=True, kw_only=True, tag="Persist"):
     generation: int
     tags: tuple[str, ...] = ()
     shared: Mapping[str, tuple[int, str]] = {}
+    samples: Mapping[str, tuple[str, str]] = {}
 
 
 class Refuse(Message, frozen=True, kw_only=True, tag="Refuse"):

@@ -213,8 +213,9 @@ class TrainerCalls:
             case Persist():
                 sealed = slots.hold(rank, message.index, message.generation)
                 if sealed is not None:
+                    shared, samples = dict(message.shared), dict(message.samples)
                     uploads.persist(
-                        rank, replace(sealed, shared=dict(message.shared)), message.tags
+                        rank, replace(sealed, shared=shared, samples=samples), message.tags
                     )
                     return
                 error = InternalError(

@@ -21,8 +21,8 @@ from msgspec import structs
 
 from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, ConflictError, InternalError, UnavailableError
-from ckpt.events import Emit, Event
-from ckpt.format.manifest import Manifest
+from ckpt.events import Emit, Event, Fact
+from ckpt.format.manifest import Manifest, metadata_problem
 from ckpt.format.part import Part
 from ckpt.ipc.mailbox import STOP_LOOK_S, RankMailbox, StayingMailbox, wait_for_message
 from ckpt.ipc.messages import RemoteError, from_error, to_error
@@ -33,13 +33,20 @@ from ckpt.save.receipts import (
     Receipt,
     SaveOutcome,
     check_groups,
+    diverged,
     failed_receipt,
     merge_receipts,
     replica_groups,
+    replica_samples,
 )
 from ckpt.save.sealed import SealedSlot
 from ckpt.threads import CallQueue
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo, StagedIndex
+
+SUSPECT_KEY = "suspect_replicas"
+"""The metadata of a snapshot whose replicas were found to differ: which ranks, in what."""
+
+SUSPECT_CHARS_MAX = 500
 
 __all__ = ["Persister", "SaveTarget", "SealedSlot"]
 
@@ -153,6 +160,22 @@ def durable_event(info: SnapshotInfo, *, seconds: float) -> Event:
         "new_bytes": info.new_bytes,
     }
     return Event("durable", f"{info.id} is durable", {**facts, "seconds": round(seconds, 3)})
+
+
+def diverged_event(snapshot: SnapshotId, different: str) -> Event:
+    """Replicas hold different bytes of what they should hold alike."""
+    text = (
+        f"replicas have diverged, so {snapshot} is a mixture of them and is marked "
+        f"{SUSPECT_KEY}: {different}; look for a rank with a failing device, or for an update that "
+        "not all ranks make"
+    )
+    return Event("replicas-diverged", text, {"step": snapshot.step}, alarm=True)
+
+
+def _marked(metadata: Mapping[str, Fact], different: str) -> Mapping[str, Fact]:
+    marked = {**metadata, SUSPECT_KEY: different[:SUSPECT_CHARS_MAX]}
+    # A snapshot whose own metadata leaves no room is better unmarked than not saved.
+    return metadata if metadata_problem(marked) else marked
 
 
 def failed_event(snapshot: SnapshotId, error: CkptError) -> Event:
@@ -271,6 +294,7 @@ class _ShareWriter:
             base=self.base if self.stored_chunks else None,
             shared=replica_groups(staged.shared),
             complete=staged.shared is not None,
+            samples=replica_samples(staged.samples, self._rank),
         )
         return RankShare(receipt, persisted.part), persisted.locations
 
@@ -602,6 +626,10 @@ class Persister:
     def _commit(self, index: StagedIndex, whole: Receipt) -> SnapshotInfo:
         journal = self._target.journal
         assert journal is not None, "rank 0 has the log"
+        metadata = index.metadata
+        if different := diverged(whole):
+            self._emit(diverged_event(index.snapshot, different))
+            metadata = _marked(metadata, different)
         manifest = Manifest(
             job=journal.job,
             snapshot=index.snapshot,
@@ -611,7 +639,7 @@ class Persister:
             size_bytes=whole.size_bytes,
             new_bytes=whole.new_bytes,
             created_unix_s=time.time(),
-            metadata=index.metadata,
+            metadata=metadata,
         )
         return journal.commit(manifest, epoch=self._target.epoch(), proven=whole.stores)
 

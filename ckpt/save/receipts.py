@@ -32,6 +32,20 @@ class ReplicaGroup(msgspec.Struct, frozen=True, array_like=True):
     members: int = 1
 
 
+class ReplicaSample(msgspec.Struct, frozen=True, array_like=True):
+    """A sample of one group's elements: what it is of, its digest, the first rank that has it so,
+    and how many do."""
+
+    label: str
+    digest: str
+    rank: int
+    members: int = 1
+
+
+SAMPLES_MAX = 8
+"""How many different samples of one group are kept."""
+
+
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """What ``ranks`` ranks, from ``rank`` on, wrote of a snapshot, or the first error of one of
     them.
@@ -40,7 +54,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     parts, in rank order. ``base``: the snapshot whose chunks they refer to. ``shared``: their
     groups of replicas; ``complete``: whether all of them reported these. ``passed``: whether all
     are known to have passed that step. ``stores``: the ids of the stores that took the objects, a
-    tuple for each different set of them.
+    tuple for each different set of them. ``samples``: digests of a part of each group's elements.
     """
 
     snapshot: SnapshotId
@@ -55,6 +69,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool = True
     passed: bool = True
     stores: tuple[tuple[str, ...], ...] = ()
+    samples: Mapping[str, tuple[ReplicaSample, ...]] = {}
 
 
 class SaveOutcome(msgspec.Struct, frozen=True):
@@ -101,6 +116,7 @@ def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
         complete=all(receipt.complete for receipt in receipts),
         passed=all(receipt.passed for receipt in receipts),
         stores=_proven(receipts),
+        samples=_samples(receipts),
     )
     error = next((receipt.error for receipt in receipts if receipt.error is not None), None)
     if error is not None:
@@ -115,6 +131,54 @@ def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
         )
     except CkptError as conflict:
         return structs.replace(merged, error=from_error(conflict, rank=first.rank))
+
+
+def replica_samples(
+    samples: Mapping[str, tuple[str, str]], rank: int
+) -> Mapping[str, tuple[ReplicaSample, ...]]:
+    """One rank's ``SealedSlot.samples`` in the form of receipts."""
+    return {
+        group: (ReplicaSample(label, digest, rank),) for group, (label, digest) in samples.items()
+    }
+
+
+def diverged(whole: Receipt) -> str:
+    """Which replicas differ in what, for people; "" if no sample does."""
+    found: list[str] = []
+    for samples in whole.samples.values():
+        by_label: dict[str, list[ReplicaSample]] = {}
+        for sample in samples:
+            by_label.setdefault(sample.label, []).append(sample)
+        for label, different in by_label.items():
+            if len(different) > 1:
+                ranks = " and ".join(_holders(sample) for sample in different)
+                found.append(f"{label} (ranks {ranks})")
+    return ", ".join(found[:DIFFERENT_MAX])
+
+
+def _holders(sample: ReplicaSample) -> str:
+    more = f" with {sample.members - 1} more" if sample.members > 1 else ""
+    return f"{sample.rank}{more}"
+
+
+def _samples(receipts: Sequence[Receipt]) -> Mapping[str, tuple[ReplicaSample, ...]]:
+    """Equal samples counted together, the lowest rank of each kept."""
+    groups: dict[str, dict[tuple[str, str], ReplicaSample]] = {}
+    for receipt in receipts:
+        for name, samples in receipt.samples.items():
+            known = groups.setdefault(name, {})
+            for sample in samples:
+                key = (sample.label, sample.digest)
+                before = known.get(key)
+                if before is None:
+                    known[key] = sample
+                else:
+                    rank, members = min(before.rank, sample.rank), before.members + sample.members
+                    known[key] = structs.replace(before, rank=rank, members=members)
+    return {
+        name: tuple(sorted(known.values(), key=lambda one: one.rank)[:SAMPLES_MAX])
+        for name, known in groups.items()
+    }
 
 
 def check_groups(whole: Receipt) -> Receipt:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckpt.values import StagedIndex
 
@@ -34,6 +34,9 @@ class SealedSlot:
     Replicas must agree on both, or their shares do not fit together. None: not known, because the
     caller has compared them already.
     """
+    samples: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """For each group of replicas, by the same key: what a sample of their elements is of, and its
+    digest. Replicas whose samples differ have diverged."""
     unchanged: Callable[[], bool] = _always
     """Whether the slot has not been begun again, so that everything read from it is of
     ``index``."""

@@ -392,7 +392,9 @@ class Saving:
             )
         began_s = time.monotonic()
         try:
-            staged = self._stager.stage(items, snapshot, metadata=metadata, wait_s=wait_s)
+            staged = self._stager.stage(
+                items, snapshot, metadata=metadata, wait_s=wait_s, sample=True
+            )
         except CkptError as error:
             persister.submit_failure(snapshot, error)
             raise

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import torch
 
 from ckpt.capture.leaves import Capture, TensorLeaf, World
-from ckpt.capture.owners import ReplicatedBox, owned_boxes
+from ckpt.capture.owners import ReplicatedBox, owned_boxes, share_boxes
 from ckpt.capture.plan import CapturePlan
 from ckpt.errors import InternalError, UnavailableError, UsageError
 from ckpt.events import Fact
@@ -40,6 +40,8 @@ class StagedSlot:
     pin: Pin
     shared: Mapping[str, tuple[int, str]]
     """What replicas must agree on for their shares to fit together: see ``replicated_leaves``."""
+    samples: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """For each group of replicas, what a sample is of and its digest: see ``sampled_replicas``."""
 
     def release(self) -> None:
         """Let the slot be reused."""
@@ -48,7 +50,11 @@ class StagedSlot:
     def sealed(self) -> SealedSlot:
         """What a persister takes."""
         return SealedSlot(
-            index=self.index, data=self.slot.data[:], release=self.release, shared=self.shared
+            index=self.index,
+            data=self.slot.data[:],
+            release=self.release,
+            shared=self.shared,
+            samples=self.samples,
         )
 
 
@@ -107,6 +113,7 @@ class Stager:
         self._copy: CopyPlan | None = None
         self._pool: SlotPool | None = None
         self._regions: Regions | None = None
+        self._sampled = 0
         self.origin = ""
         """Of the epoch that is staged in: see ``StagedIndex``."""
 
@@ -131,13 +138,18 @@ class Stager:
         *,
         metadata: Mapping[str, Fact],
         wait_s: float,
+        sample: bool = False,
     ) -> StagedSlot:
         """Copy this rank's share of ``items`` into a slot and seal it. Costs one memcpy of it and
-        one digest pass in cache.
+        one digest pass in cache; with ``sample`` also a digest of a hundredth as much of what
+        replicas hold alike, another part for each snapshot.
 
         Raises UnavailableError if no slot is free within ``wait_s`` seconds, or if memory is short
         now but was not before; UsageError for what can't be captured or never fitted in memory.
         """
+        # Ranks count the same snapshots; attempts of other epochs begin elsewhere.
+        self._sampled += sample
+        number = self._sampled + snapshot.epoch * SAMPLE_STRIDE
         self._copies.settle()  # what objects give as their state may be in pinned memory too
         capture = self._capture(items)
         plan, pool = self._layout(capture)
@@ -169,13 +181,14 @@ class Stager:
                 metadata=metadata,
                 origin=self.origin,
             )
+            samples = sampled_replicas(capture.tensors, number) if sample else {}
             slot.seal(index)
         except BaseException:
             slot.invalidate()
             pin.release()
             raise
         self._staged_once = True
-        return StagedSlot(slot, index, pin, self._shared)
+        return StagedSlot(slot, index, pin, self._shared, samples)
 
     def staged_again(self, snapshot: SnapshotId) -> StagedSlot | None:
         """A snapshot that was staged before and whose slot still holds it, or None."""
@@ -268,6 +281,50 @@ def replicated_leaves(shared: Sequence[TensorLeaf]) -> dict[str, tuple[int, str]
         digest_hex(encode(ranks)): (len(ranks), digest_hex(encode(leaves)))
         for ranks, leaves in groups.items()
     }
+
+
+SAMPLE_SHARE = 100
+"""A sample is this part of what a rank stages of what replicas hold alike: 1 %."""
+
+
+SAMPLE_STRIDE = 7919
+"""How many shares apart the samples of two epochs begin, so that short attempts look at others."""
+
+
+def sampled_replicas(tensors: Sequence[TensorLeaf], number: int) -> dict[str, tuple[str, str]]:
+    """For each group of replicas, by digest of its ranks: which leaves a share of their elements is
+    of, and a digest of it.
+
+    Every replica takes the same share for the same ``number``; consecutive numbers come by all
+    shares. Copies that have diverged since they were compared are found so, without a look at all
+    bytes. Samples of different shares have different labels, and are never compared.
+    """
+    groups: dict[tuple[int, ...], list[TensorLeaf]] = {}
+    for leaf in tensors:
+        if len(leaf.replicas) > 1 and leaf.leaf.alias_of is None:
+            groups.setdefault(leaf.replicas, []).append(leaf)
+    samples: dict[str, tuple[str, str]] = {}
+    for ranks, leaves in groups.items():
+        count = SAMPLE_SHARE * len(ranks)
+        boxes = [
+            ReplicatedBox(leaf.box, DTYPE_BYTES[leaf.leaf.dtype], leaf.replicas) for leaf in leaves
+        ]
+        shares = share_boxes(boxes, number=number % count, count=count)
+        pieces = [_narrowed(leaves[share.index], share.box) for share in shares]
+        names = [leaves[share.index].leaf.name for share in shares]
+        if names:
+            last = f" to {names[-1]}" if len(names) > 1 else ""
+            label = f"{names[0]}{last} [part {number % count + 1} of {count}]"
+            found = digest_hex("".join(content_digests(pieces)).encode())
+            samples[digest_hex(msgspec.json.encode(ranks))] = (label, found)
+    return samples
+
+
+def _narrowed(leaf: TensorLeaf, box: Box) -> torch.Tensor:
+    tensor = leaf.tensor
+    for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        tensor = tensor.narrow(dim, start - leaf.box.offsets[dim], size)
+    return tensor
 
 
 def _tensors(capture: Capture, rank: int) -> Iterator[CopySource]:

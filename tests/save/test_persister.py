@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from ckpt.ipc.mailbox import InProcessMailbox, InProcessRoom
 from ckpt.log.catalog import load_index, load_manifest
 from ckpt.log.journal import Journal
 from ckpt.save.chunks import NO_COMPRESSION
-from ckpt.save.persister import Persister, SaveTarget, SealedSlot
+from ckpt.save.persister import SUSPECT_KEY, Persister, SaveTarget, SealedSlot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 WAIT_S = 60.0
@@ -170,3 +171,48 @@ def test_abandoned_queue_says_whether_its_thread_ended(world: PersisterBench) ->
     go_on.set()
     hung.result(WAIT_S)
     assert world.persister.abandon()
+
+
+@pytest.mark.parametrize(("digests", "marked"), [(("a", "a"), False), (("a", "b"), True)])
+def test_snapshot_of_replicas_that_differ_is_committed_marked_and_told(
+    world: PersisterBench, digests: tuple[str, str], marked: bool
+) -> None:
+    room, told = InProcessRoom(), []
+    futures = []
+    persisters = []
+    for rank, found in enumerate(digests):
+        place = SaveTarget(
+            backend=world.store,
+            writer=writer_name("node", f"{rank}" * 16),
+            epoch=lambda: world.epoch,
+            journal=world.journal if rank == 0 else None,
+        )
+        persister = Persister(
+            InProcessMailbox(room, rank=rank, size=2),
+            place,
+            compression=NO_COMPRESSION,
+            verify=True,
+            emit=told.append,
+        )
+        sealed = _sealed(1)
+        index = structs_of_rank(sealed.index, rank)
+        samples = {"all": ("m/w", found)}
+        futures.append(persister.submit(replace(sealed, index=index, samples=samples), tags=()))
+        persisters.append(persister)
+    for future in futures:
+        assert future.result(WAIT_S).step == 1
+    for persister in persisters:
+        persister.close()
+    manifest = load_manifest(world.store, world.journal.refresh(), SnapshotId(1, 1))
+    alarms = [event.text for event in told if event.kind == "replicas-diverged"]
+    assert (SUSPECT_KEY in manifest.metadata) is marked
+    assert len(alarms) == int(marked)
+    if marked:
+        assert manifest.metadata[SUSPECT_KEY] == "m/w (ranks 0 and 1)"
+        assert "m/w (ranks 0 and 1)" in alarms[0]
+
+
+def structs_of_rank(index: StagedIndex, rank: int) -> StagedIndex:
+    """The same shard as one that each of two ranks has for itself."""
+    shards = tuple(replace(one, leaf=replace(one.leaf, rank=rank)) for one in index.shards)
+    return replace(index, rank=rank, world_size=2, shards=shards)

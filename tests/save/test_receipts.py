@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ckpt.errors import ConflictError, InternalError, UsageError
 from ckpt.format.manifest import PartRef
@@ -13,9 +14,11 @@ from ckpt.save.receipts import (
     ReplicaGroup,
     check_groups,
     common_base,
+    diverged,
     failed_receipt,
     merge_receipts,
     replica_groups,
+    replica_samples,
 )
 from ckpt.values import SnapshotId
 
@@ -166,3 +169,30 @@ def test_unknown_sets_are_compared_as_far_as_they_are_known() -> None:
     assert fits(None, None)
     assert not fits({"a": (2, "x")}, {})
     assert not fits({"a": (3, "x")}, {"a": (3, "y")}, None)
+
+
+def sampled(rank: int, digest: str, label: str = "m/w", group: str = "all") -> Receipt:
+    samples = replica_samples({group: (label, digest)}, rank)
+    return structs.replace(receipt(rank, shared={}), samples=samples)
+
+
+def test_replicas_whose_samples_differ_are_named_with_what_differs() -> None:
+    whole = merge_receipts([sampled(rank, "b" if rank == 2 else "a") for rank in range(5)])
+    assert whole.error is None
+    assert diverged(whole) == "m/w (ranks 0 with 3 more and 2)"
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=9), st.data())
+def test_samples_merge_alike_in_any_grouping(digests: list[str], data: st.DataObject) -> None:
+    one = [sampled(rank, digest) for rank, digest in enumerate(digests)]
+    cut = data.draw(st.integers(0, len(one) - 1))
+    grouped = merge_receipts([merge_receipts(one[: cut + 1]), *one[cut + 1 :]])
+    assert grouped.samples == merge_receipts(one).samples
+    assert bool(diverged(grouped)) == (len(set(digests)) > 1)
+
+
+def test_samples_of_different_parts_or_groups_are_not_compared() -> None:
+    parts = [sampled(0, "a", label="m/w"), sampled(1, "b", label="m/v")]
+    assert diverged(merge_receipts(parts)) == ""
+    groups = [sampled(0, "a", group="one"), sampled(1, "b", group="two")]
+    assert diverged(merge_receipts(groups)) == ""

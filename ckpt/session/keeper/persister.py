@@ -94,6 +94,7 @@ class KeeperPersister:
                     generation=slot.generation,
                     tags=tags,
                     shared=dict(staged.shared),
+                    samples=dict(staged.samples),
                 )
             )
         except CkptError as error:
@@ -268,6 +269,9 @@ class KeeperPersister:
                     else 0.0,
                 )
             )
+            different = info.metadata.get(events.SUSPECT_KEY)
+            if different is not None and self._link.rank == 0:
+                self._emit(events.diverged_event(snapshot, str(different)))
             if error is not None:
                 self._emit(events.untagged_event(info, error))
         else:

@@ -1,0 +1,77 @@
+"""Replicas that diverge after they were compared: each durable snapshot digests another hundredth of
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckpt.capture.leaves import TensorLeaf
+from ckpt.capture.owners import ReplicatedBox, share_boxes
+from ckpt.session.staging import SAMPLE_SHARE, sampled_replicas
+from ckpt.values import Box, Leaf, LeafKind
+
+
+def leaf(name: str, tensor: torch.Tensor, replicas: tuple[int, ...] = (0, 1)) -> TensorLeaf:
+    shape = tuple(tensor.shape)
+    recorded = Leaf(name=name, kind=LeafKind.TENSOR, dtype="float32", shape=shape)
+    return TensorLeaf(recorded, Box.whole(shape), tensor, replicas)
+
+
+def state() -> list[TensorLeaf]:
+    torch.manual_seed(1)
+    return [
+        leaf("m/weight", torch.randn(60, 50)),
+        leaf("m/bias", torch.randn(700)),
+        leaf("own", torch.randn(3), replicas=(0,)),
+        leaf("m/turned", torch.randn(40, 30).t()),
+    ]
+
+
+def sample(leaves: Sequence[TensorLeaf], number: int) -> tuple[str, str] | None:
+    found = sampled_replicas(leaves, number)
+    assert len(found) <= 1, "one group"
+    return next(iter(found.values()), None)
+
+
+def test_one_changed_element_is_found_while_numbers_come_by_all_shares() -> None:
+    count = 2 * SAMPLE_SHARE
+    changed = state()
+    changed[0].tensor[31, 7] += 1.0
+    first = 12_345
+    numbers = range(first, first + count)
+    different = [number for number in numbers if sample(state(), number) != sample(changed, number)]
+    assert len(different) == 1
+    one, other = sample(state(), different[0]), sample(changed, different[0])
+    assert one is not None and other is not None
+    assert one[0] == other[0] == f"m/weight [part {different[0] % count + 1} of {count}]"
+
+
+def test_equal_replicas_have_equal_samples_and_nothing_is_taken_of_what_a_rank_has_alone() -> None:
+    assert sampled_replicas(state(), 5) == sampled_replicas(state(), 5)
+    assert sampled_replicas([leaf("own", torch.ones(500), (1,))], 5) == {}
+
+
+def test_each_group_of_replicas_has_a_sample_of_its_own() -> None:
+    leaves = [leaf("a", torch.ones(5000)), leaf("b", torch.ones(5000), replicas=(0, 2))]
+    assert len(sampled_replicas(leaves, 5)) == 2
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=8), st.integers(1, 60))
+def test_shares_are_disjoint_cover_everything_and_keep_the_budget(
+    lengths: list[int], count: int
+) -> None:
+    leaves = [ReplicatedBox(Box((0,), (length,)), 4, (0, 1)) for length in lengths]
+    seen = [0] * len(leaves)
+    for number in range(count):
+        taken = share_boxes(leaves, number=number, count=count)
+        for share in taken:
+            assert share.box.offsets[0] == seen[share.index], "in order, without a gap"
+            seen[share.index] += share.box.sizes[0]
+        elements = sum(share.box.sizes[0] for share in taken)
+        assert elements <= sum(lengths) / count * 1.01 + 2
+    assert seen == lengths
