@@ -14,9 +14,10 @@ from typing import Protocol
 
 from kit.machines import Cluster, Machine
 from kit.nemesis.clock import Clock
+from kit.nemesis.disks import Disk
 from kit.nemesis.etcd import Etcd
 from kit.nemesis.history import Pause, Silence
-from kit.nemesis.schedule import CLOCK_JUMP_S, Act
+from kit.nemesis.schedule import CLOCK_JUMP_S, ON_STORE, Act
 from kit.networks import Network
 
 Undo = Callable[[], object]
@@ -56,6 +57,7 @@ class Acts:
         hosts: Sequence[int],
         others: Sequence[int],
         clocks: dict[int, Clock],
+        disks: Sequence[Disk],
         start: Callable[[int], Machine],
     ) -> None:
         self._cluster = cluster
@@ -66,10 +68,12 @@ class Acts:
         self._others = others
         """Hosts that are no machine's: etcd's."""
         self._clocks = clocks
+        self._disks = disks
+        """Of each store."""
         self._start = start
         self._on: dict[int, Machine] = {host: start(host) for host in hosts}
         self._in_force: set[tuple[str, int]] = set()
-        """Kinds, each on a host; 0: on etcd."""
+        """Kinds, each on a host; 0: on etcd or a store."""
         self._lost: Counter[tuple[int, int]] = Counter()
         """For how many acts what a host sends to another is lost."""
         self.pauses: list[Pause] = []
@@ -109,7 +113,10 @@ class Acts:
             machine, on = None, 0
         if (act.kind, on) in self._in_force:
             return "left out: it is in force already", None
-        words, undo = self._etcd_act(act) if machine is None else self._act(act, machine)
+        if machine is not None:
+            words, undo = self._act(act, machine)
+        else:
+            words, undo = (self._store_act if act.kind in ON_STORE else self._etcd_act)(act)
         if undo is None:
             return words, None
         self._in_force.add((act.kind, on))
@@ -235,6 +242,19 @@ class Acts:
             undo()
 
         return undone
+
+    # ---- stores
+
+    def _store_act(self, act: Act) -> tuple[str, Undo | None]:
+        disk = self._disks[act.number % len(self._disks)]
+        match act.kind:
+            case "store-stall":
+                disk.stall(act.last_s)
+                return disk.folder.name, disk.resume
+            case "store-full":
+                disk.fill()
+                return disk.folder.name, disk.free
+        raise ValueError(f"no act. kind={act.kind}")
 
     # ---- etcd
 

@@ -74,11 +74,13 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A record of the log: an epoch, and what it goes on from."""
+    """A record of the log: an epoch, what it goes on from, and line and number of the membership
+    epoch in whose name it was opened."""
 
     seq: int
     epoch: int
     resume: Pair | None
+    membership: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def read_log(records: Sequence[Opened | Committed]) -> Log:
 
 def _open(log: Log, record: Opened) -> None:
     newest = log.newest()
-    if record.epoch <= log.epoch:
+    if record.epoch <= log.epoch or _is_superseded(log, record):
         return  # void
     log.opens[record.epoch] = record
     if record.resume is not None and not log.taken_in(record.resume) and record.resume[1] > 0:
@@ -88,6 +88,15 @@ def _open(log: Log, record: Opened) -> None:
             f"an epoch goes on from before the newest snapshot. epoch={record.epoch} "
             f"from={record.resume} newest={newest}"
         )
+
+
+def _is_superseded(log: Log, record: Opened) -> bool:
+    """Whether a later membership epoch of the same line has opened an epoch before."""
+    named = [one.membership for one in log.opens.values() if one.membership is not None]
+    if record.membership is None or not named:
+        return False
+    line, number = named[-1]
+    return line == record.membership[0] and number > record.membership[1]
 
 
 def _commit(log: Log, record: Committed) -> None:

@@ -23,6 +23,7 @@ from kit.jobs import wait_for
 from kit.machines import Cluster, Machine, cluster
 from kit.nemesis.acts import Acts, Undo, now_ns
 from kit.nemesis.clock import Clock
+from kit.nemesis.disks import disk
 from kit.nemesis.etcd import Etcd, etcd
 from kit.nemesis.history import Committed, Content, History, Opened, Pair, Pause
 from kit.nemesis.schedule import Act, Schedule
@@ -82,6 +83,10 @@ class Nemesis:
             cluster(folder / "cluster", nodes=NODES, where=self._etcd.where, secret=secret)
         )
         self._stores = [self._cluster.results / f"store-{number}" for number in range(stores)]
+        disks = [
+            ending.enter_context(disk(store, folder / f"{store.name}.img"))
+            for store in self._stores
+        ]
         if stores > 1:
             self._begin_log()
         watches = [LogWatch(store / "log", number) for number, store in enumerate(self._stores)]
@@ -97,6 +102,7 @@ class Nemesis:
             hosts=MACHINES,
             others=ETCD_HOSTS,
             clocks=self._clocks,
+            disks=disks,
             start=self._start,
         )
 
@@ -345,9 +351,12 @@ def nemesis(schedules: Sequence[Schedule], folder: Path, *, stores: int) -> Iter
 
 def _said(record: Record) -> Opened | Committed | None:
     match record.body:
-        case Open(epoch, resume):
+        case Open(epoch, resume, membership):
             return Opened(
-                record.seq, epoch, (resume.epoch, resume.step) if resume is not None else None
+                record.seq,
+                epoch,
+                (resume.epoch, resume.step) if resume is not None else None,
+                (membership.line, membership.number) if membership is not None else None,
             )
         case Commit(snapshot, _, _):
             return Committed(record.seq, record.epoch, (snapshot.epoch, snapshot.step))

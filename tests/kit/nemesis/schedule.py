@@ -31,12 +31,15 @@ ACTS = {
     "etcd-freeze-all": 2,
     "etcd-cut": 2,
     "etcd-restart-all": 2,
+    "store-stall": 4,
+    "store-full": 2,
 }
 """What is done, and how often in proportion.
 
 ``cut``: the link of a machine is down. ``deaf``: all that is sent to it is lost, while what it
 sends arrives; ``mute``: the other way. ``apart``: it and one other can't reach each other, while
-both reach all else. ``clock``: its wall clock jumps.
+both reach all else. ``clock``: its wall clock jumps. ``store-stall``: what is written to a store
+waits; ``store-full``: no byte is left on it.
 """
 
 ONCE = frozenset({"kill-trainer", "kill-keeper"})
@@ -46,12 +49,13 @@ is started in its place."""
 ON_TRAINER = frozenset({"kill-trainer", "pause-trainer"})
 """Only machines that hold ranks have one."""
 
+ON_STORE = frozenset(kind for kind in ACTS if kind.startswith("store"))
 ON_ETCD = frozenset(kind for kind in ACTS if kind.startswith("etcd"))
 
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """One act. ``whom``: one of ``WHOM``; "" where it is etcd's. ``number`` chooses where several
+    """One act. ``whom``: one of ``WHOM``; "" where it is etcd's or a store's. ``number`` chooses where several
     may be meant."""
 
     at_s: float
@@ -94,7 +98,11 @@ def draw(seed: int, *, ttl_s: float = TTL_S, acts_min: int = 4, acts_max: int = 
     acts: list[Act] = []
     for _ in range(dice.randint(acts_min, acts_max)):
         kind = dice.choices(list(ACTS), list(ACTS.values()))[0]
-        whom = "" if kind in ON_ETCD else dice.choice(WHOM[:2] if kind in ON_TRAINER else WHOM)
+        whom = (
+            ""
+            if kind in ON_ETCD | ON_STORE
+            else dice.choice(WHOM[:2] if kind in ON_TRAINER else WHOM)
+        )
         last_s = 0.0 if kind in ONCE else round(dice.uniform(1.0, longest_s(ttl_s)), 1)
         acts.append(Act(round(at_s, 1), kind, whom, last_s, dice.randrange(100)))
         # Now and then at once: what meets a recovery that has just begun.

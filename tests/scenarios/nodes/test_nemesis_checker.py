@@ -20,6 +20,7 @@ from kit.nemesis.history import (
     Silence,
     Trainer,
 )
+from kit.nemesis.log import read_log
 from kit.nemesis.made_up import FIRST, REFERENCE, S, epoch, node, right, steps, with_steps
 from kit.nemesis.schedule import ACTS, draw, longest_s
 
@@ -302,3 +303,10 @@ def test_schedule_is_the_same_each_time_and_ends() -> None:
 
 def test_schedules_of_a_campaign_have_every_act() -> None:
     assert {act.kind for seed in range(1, 61) for act in draw(seed).acts} == ACTS.keys()
+
+
+def test_open_of_an_earlier_membership_epoch_is_void_to_the_checker_too() -> None:
+    late = Opened(2, 3, None, ("a", 4))
+    first = Opened(0, 1, None, ("a", 4))
+    assert sorted(read_log([first, Opened(1, 2, None, ("a", 5)), late]).opens) == [1, 2]
+    assert sorted(read_log([first, Opened(1, 2, None, ("b", 5)), late]).opens) == [1, 2, 3]
