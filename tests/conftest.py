@@ -87,6 +87,7 @@ def _keepers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     )  # a launcher's, left behind by a test of launchers in this process
     patch = request.getfixturevalue("monkeypatch")
     patch.setenv("CKPT_RUNTIME_DIR", str(tmp_path_factory.getbasetemp() / "keepers"))
+    patch.setenv("CKPT_STATE_DIR", str(tmp_path_factory.getbasetemp() / "state"))
     folder = request.path.parent.relative_to(ROOT).as_posix()
     if not folder.startswith(FULL):
         patch.setenv("CKPT_KEEPER", "off")

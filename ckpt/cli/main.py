@@ -37,6 +37,7 @@ COMMANDS = {
     "key": "ckpt.cli.commands.key",
     "ps": "ckpt.cli.commands.ps",
     "top": "ckpt.cli.commands.top",
+    "logs": "ckpt.cli.commands.logs",
     "standby": "ckpt.cli.commands.standby",
     "completion": "ckpt.cli.commands.completion",
 }

@@ -251,9 +251,7 @@ def _first_reply(wire: MessageSocket, message: Message) -> Reply:
     except (UnavailableError, OSError) as error:  # OSError: cut off with our hello unread
         raise HungUpError(f"the keeper gave no answer to the hello: {error}") from error
     if received is None:
-        raise HungUpError(
-            "the keeper hung up at the hello; see keeper.log in the job's runtime folder"
-        )
+        raise HungUpError("the keeper hung up at the hello; see `ckpt logs`")
     reply, fds = received
     close_fds(fds)
     if not isinstance(reply, Reply):

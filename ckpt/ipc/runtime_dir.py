@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,8 +244,31 @@ class JobFolder:
         except FileNotFoundError:
             return ""
 
+    def keep_log(self) -> Path | None:
+        """Copy the end of the keepers' output to where it outlives the folder; None if there is
+        nothing to keep, or no room for it.
+
+        The copy's first line says whose it is. The newest LOGS_PER_JOB_MAX of a job stay.
+        """
+        tail = self.log_tail(limit_bytes=LOG_BYTES_MAX)
+        if not tail:
+            return None
+        info = self.read_info() or JobFolderInfo("", "", 0)
+        try:
+            folder = log_root()
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path = folder / f"{self.path.name}-{time.time_ns():020}.log"
+            head = msgspec.json.encode(info).decode()
+            path.write_text(f"{head}\n{tail}\n", encoding="utf-8", errors="replace")
+            path.chmod(0o600)
+            for old in sorted(folder.glob(f"{self.path.name}-*.log"))[:-LOGS_PER_JOB_MAX]:
+                old.unlink(missing_ok=True)
+        except OSError:  # a full or foreign home must keep no folder from being removed
+            return None
+        return path
+
     def remove(self) -> None:
-        """Remove the folder and its content.
+        """Remove the folder and its content; its log is kept (``keep_log``).
 
         Only for the holder of ``lock``, which is worth nothing afterwards.
 
@@ -252,10 +276,16 @@ class JobFolder:
         removed.
         """
         self.socket_path.unlink(missing_ok=True)
+        self.keep_log()
         self._remove(unless=lambda: False)
 
     def sweep(self) -> bool:
-        """Remove the folder unless a keeper lives here or is being started; true if it is gone."""
+        """Remove the folder unless a keeper lives here or is being started; true if it is gone.
+
+        The log of the keeper that died is kept.
+        """
+        if self.path.is_dir() and not self.has_keeper():
+            self.keep_log()
         return self._remove(unless=self.has_keeper)
 
     def _remove(self, *, unless: Callable[[], bool]) -> bool:
@@ -305,6 +335,46 @@ def claim_instance(job: str) -> InstanceClaim:
     raise UsageError(
         f"too many agents of one job run on this machine. job={job!r} limit={INSTANCES_MAX}"
     )
+
+
+# ---- logs of keepers that have ended
+
+LOG_BYTES_MAX = 1 << 20
+LOGS_PER_JOB_MAX = 5
+"""Kept logs: the end of each, and the newest of each job with one store."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLog:
+    """The log of a keeper that ended at ``ended_unix_s``. ``text`` begins with its first line."""
+
+    path: Path
+    info: JobFolderInfo
+    ended_unix_s: float
+    text: str
+
+
+def log_root() -> Path:
+    """Where logs outlive the runtime folder: ``$CKPT_STATE_DIR/logs``, else below
+    ``$XDG_STATE_HOME``, else ``~/.local/state/ckpt/logs``.
+    """
+    if chosen := os.environ.get("CKPT_STATE_DIR"):
+        return Path(chosen).absolute() / "logs"
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path("~/.local/state").expanduser()) / "ckpt" / "logs"
+
+
+def kept_logs() -> list[KeptLog]:
+    """The logs that were kept, newest first; what is unreadable is left out."""
+    found: list[KeptLog] = []
+    for path in log_root().glob("*.log"):
+        name, _, ended_ns = path.stem.rpartition("-")
+        with contextlib.suppress(OSError, ValueError, msgspec.MsgspecError):
+            head, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+            info = msgspec.json.decode(head, type=JobFolderInfo)
+            if _NAME.fullmatch(name):
+                found.append(KeptLog(path, info, int(ended_ns) / 1e9, text))
+    return sorted(found, key=lambda log: log.ended_unix_s, reverse=True)
 
 
 def list_jobs() -> list[JobFolder]:

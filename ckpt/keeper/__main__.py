@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ckpt.keeper.slots import Estate
 
 LOCKED_STATUS = 3
+FAILED_STATUS = 70
 
 
 def main() -> int:
@@ -66,6 +68,11 @@ def main() -> int:
             emit=emit_to_logging(-1),
             estate=estate,
         ).run()
+    except Exception:  # noqa: BLE001  the border of a process that nobody waits for
+        # Into the log, while there is one: the folder goes next, and its log is kept.
+        traceback.print_exc()
+        sys.stderr.flush()
+        return FAILED_STATUS
     finally:
         listener.close()
     return 0

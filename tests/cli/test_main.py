@@ -32,7 +32,7 @@ def test_every_command_takes_json_and_those_on_stores_storage_options() -> None:
     for name in COMMANDS.keys() - {"run"}:  # that one is torchrun
         flags = {flag for one in cli.get_command(context, name).params for flag in one.opts}
         assert {"--json", "--debug"} <= flags
-        assert name in ("completion", "ps", "top", "standby", "key") or (
+        assert name in ("completion", "ps", "top", "logs", "standby", "key") or (
             "--storage-option" in flags and flags & {"url", "urls", "src"}
         )
 

@@ -214,8 +214,7 @@ class SupervisorConnection:
         self._lost_in_row += 1
         if self._lost_in_row > RECONNECTS_MAX:
             raise UnavailableError(
-                f"keepers die one after another. count={RECONNECTS_MAX}; see keeper.log in the "
-                "job's runtime folder"
+                f"keepers die one after another. count={RECONNECTS_MAX}; see `ckpt logs`"
             )
         self._link, welcome = connect_with_hello(
             self._reconnect, self._hello_now(attempt), spec=self._spec
