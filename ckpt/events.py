@@ -107,7 +107,7 @@ KINDS: Final[Mapping[str, str]] = {
     "stores": "the log's set of stores changed",
     "store-down": "a store does not answer; writes to it are put off",
     "store-back": "a store answers again and receives what it missed",
-    "store-behind": "a store lacks records of the log",
+    "store-behind": "a store lacks records of the log, or objects that another store has",
     "store-empty": "a store came back empty and cannot be filled",
     "store-returns": "a store came back empty and is being filled",
     "store-full": "a store holds everything again and counts",

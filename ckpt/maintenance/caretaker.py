@@ -23,6 +23,7 @@ from ckpt.maintenance.scrub.scrub import Scrub
 from ckpt.maintenance.store_set import (
     LogCoverage,
     catch_up,
+    missing_by_listing,
     reachable_members,
     replace,
     returned_empty,
@@ -89,6 +90,7 @@ class StoreCaretaker:
             try:
                 journal = journal or Journal.open(self._backend)
                 self._refill_empty(journal)
+                self._find_missed(journal)
                 self._catch_up(journal)
                 self._scrub_when_due()
             except CkptError as error:
@@ -120,6 +122,34 @@ class StoreCaretaker:
             self._reported.clear()
             text = f"{store.url} holds everything again and counts"
             self._emit(Event("store-full", text, {"store": store.url}))
+
+    def _find_missed(self, journal: Journal) -> None:
+        """Once for each store, as soon as it answers: bring what an earlier keeper knew it to miss.
+
+        A write needs W stores; what another one missed is remembered by the keeper that wrote, and
+        forgotten with it. The log does not show it if only packs or parts were missed, so until the
+        next scrub such a snapshot would be on fewer stores than its user believes.
+        """
+        members = reachable_members(journal, self._backend)
+        if len(members) < 2 or all(store_id in self._coverage.compared for _, store_id in members):
+            return
+        missing = missing_by_listing([store for store, _ in members])
+        for (store, store_id), count in zip(members, missing, strict=True):
+            if store_id in self._coverage.compared:
+                continue
+            if count:
+                if not self._has_newest_epoch(journal):
+                    return
+                text = (
+                    f"{store.url} lacks {count} objects that another store has, so snapshots are "
+                    "on fewer stores than they should be; it is catching up"
+                )
+                self._emit_once("store-behind", text, alarm=True)
+                limits = SyncLimits(rate_bytes_per_s=RATE_BYTES_PER_S, stop=self._stop)
+                catch_up(journal, self._backend, store, limits=limits, emit=self._emit)
+                text = f"{store.url} has caught up: it has all that the log names"
+                self._emit(Event("store-full", text, {"store": store.url}))
+            self._coverage.compared.add(store_id)
 
     def _catch_up(self, journal: Journal) -> None:
         # Only up to the log's end at the previous check: newer records may still be in flight to a

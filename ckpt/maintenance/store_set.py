@@ -9,9 +9,11 @@ next read of the log.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
@@ -226,6 +228,26 @@ def catch_up(
     _filled(journal, backend, store, limits, emit)
 
 
+def missing_by_listing(stores: Sequence[Backend]) -> list[int]:
+    """For each store, how many packs, parts and manifests it does not list and another one does.
+
+    Objects that are being written or deleted meanwhile count too. Cost: one list of each store;
+    memory for a page of it. Raises UnavailableError.
+    """
+    missing = [0] * len(stores)
+    for prefix in (keys.PACKS, keys.PARTS, keys.MANIFESTS):
+        listings = [_numbered(store, prefix, number) for number, store in enumerate(stores)]
+        for _, entries in groupby(heapq.merge(*listings), key=lambda entry: entry[0]):
+            holders = {number for _, number in entries}
+            for number in range(len(stores)):
+                missing[number] += number not in holders
+    return missing
+
+
+def _numbered(store: Backend, prefix: str, number: int) -> Iterator[tuple[str, int]]:
+    return ((stat.key, number) for stat in store.list(prefix))
+
+
 def _filled(
     journal: Journal,
     backend: Backend,
@@ -376,6 +398,8 @@ class LogCoverage:
 
     def __init__(self) -> None:
         self._complete: dict[str, int] = {}
+        self.compared: set[str] = set()
+        """The ids of the stores whose listings were compared with those of the others."""
 
     def first_gap(self, store: Backend, store_id: str, *, upto_seq: int) -> int | None:
         """The first position below ``upto_seq`` with no record in ``store``; None if all are there.

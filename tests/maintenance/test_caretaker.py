@@ -1,0 +1,117 @@
+"""The caretaker of a job's stores: what an earlier keeper knew to be missing is found again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ckpt.backends.memory import MemoryBackend
+from ckpt.backends.replicated.store import ReplicatedBackend
+from ckpt.events import Event
+from ckpt.format import keys
+from ckpt.log.journal import Journal
+from ckpt.maintenance.caretaker import StoreCaretaker
+from ckpt.maintenance.store_set import missing_by_listing
+from ckpt.testing.sample import write_sample_store
+
+WAIT_S = 20.0
+
+
+def objects(store: MemoryBackend) -> set[str]:
+    """The keys of packs, parts and manifests."""
+    prefixes = (keys.PACKS, keys.PARTS, keys.MANIFESTS)
+    return {stat.key for prefix in prefixes for stat in store.list(prefix)}
+
+
+@pytest.fixture
+def stores() -> list[MemoryBackend]:
+    """Three stores that hold the same snapshots, and nobody who remembers anything of them."""
+    stores = [MemoryBackend(str(number)) for number in range(3)]
+    writing = ReplicatedBackend(stores, write_quorum=2, emit=lambda _: None, seed=1)
+    write_sample_store(writing)
+    assert writing.await_caught_up(WAIT_S)
+    writing.close()
+    return stores
+
+
+@pytest.fixture
+def backend(stores: list[MemoryBackend]) -> Iterator[ReplicatedBackend]:
+    """The stores as a keeper that was just started has them."""
+    opened = ReplicatedBackend(stores, write_quorum=2, emit=lambda _: None, seed=2)
+    yield opened
+    opened.close()
+
+
+class Watched:
+    """The events of a caretaker, and whether it has looked at all stores once."""
+
+    def __init__(self, backend: ReplicatedBackend, *, newest: bool = True) -> None:
+        self.events: list[Event] = []
+        self.looks = 0
+        self.changed = threading.Condition()
+        self.caretaker = StoreCaretaker(
+            backend,
+            has_newest_epoch=lambda _: self._is_newest(newest),
+            emit=self.events.append,
+            interval_s=0.01,
+        )
+
+    def _is_newest(self, newest: bool) -> bool:
+        with self.changed:
+            self.looks += 1
+            self.changed.notify_all()
+        return newest
+
+    def wait_compared(self, stores: int) -> None:
+        """Until the listings of all stores were compared, and what was missing was brought."""
+        until_s = time.monotonic() + WAIT_S
+        while len(self.caretaker._coverage.compared) < stores:
+            assert time.monotonic() < until_s, self.events
+            threading.Event().wait(0.01)
+
+
+def test_what_a_store_missed_is_brought_to_it_after_the_keeper_that_knew_it_is_gone(
+    stores: list[MemoryBackend], backend: ReplicatedBackend
+) -> None:
+    whole = objects(stores[0])
+    lost = [key for key in sorted(whole) if key.startswith(keys.PACKS)][:2]
+    for key in lost:
+        stores[2].delete(key)
+    part = next(key for key in whole if key.startswith(keys.PARTS))
+    stores[1].delete(part)
+    assert missing_by_listing(stores) == [0, 1, 2]
+    watched = Watched(backend)
+    watched.wait_compared(3)
+    watched.caretaker.stop(WAIT_S)
+    assert [objects(store) for store in stores] == [whole] * 3
+    alarms = [event.text for event in watched.events if event.alarm]
+    assert [text.partition(", so")[0] for text in alarms] == [
+        f"{stores[1].url} lacks 1 objects that another store has",
+        f"{stores[2].url} lacks 2 objects that another store has",
+    ]
+    assert Journal.open(backend).refresh().stale_reason == ""
+
+
+def test_whole_stores_are_compared_once_without_a_word(
+    stores: list[MemoryBackend], backend: ReplicatedBackend
+) -> None:
+    watched = Watched(backend)
+    watched.wait_compared(3)
+    watched.caretaker.stop(WAIT_S)
+    assert watched.events == []
+    assert watched.looks == 0
+
+
+def test_keeper_that_was_replaced_brings_nothing(
+    stores: list[MemoryBackend], backend: ReplicatedBackend
+) -> None:
+    lost = next(key for key in objects(stores[0]) if key.startswith(keys.PACKS))
+    stores[2].delete(lost)
+    watched = Watched(backend, newest=False)
+    with watched.changed:
+        assert watched.changed.wait_for(lambda: watched.looks > 1, WAIT_S)
+    watched.caretaker.stop(WAIT_S)
+    assert lost not in objects(stores[2])
