@@ -203,10 +203,26 @@ class HostCopies:
                 if device not in used:
                     used[device] = self._stream(device)
                     used[device].wait_stream(self._calls.current_stream(device))
-                self._calls.copy(target, source, used[device])
+                self._copy(target, source, used[device])
             yield
         finally:
             _wait_for_all([stream.synchronize for stream in used.values()])
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        """Queue one copy. A tensor that is not contiguous is first made so on its device; without
+        memory for that it is copied in halves.
+        """
+        try:
+            self._calls.copy(target, source, stream)
+        except torch.OutOfMemoryError:
+            dim = max(range(source.dim()), key=lambda at: source.shape[at], default=None)
+            if dim is None or source.shape[dim] < 2:
+                raise
+            half = source.shape[dim] // 2
+            for start, length in ((0, half), (half, source.shape[dim] - half)):
+                self._copy(
+                    target.narrow(dim, start, length), source.narrow(dim, start, length), stream
+                )
 
     def _stream(self, device: torch.device) -> Any:
         if device not in self._streams:

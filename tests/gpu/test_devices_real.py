@@ -166,7 +166,8 @@ def test_refused_pinning_leaves_no_error_and_copies_are_right(stages: list[Stage
 
 def test_device_without_free_memory_is_staged(stages: list[Stage]) -> None:
     tensor = torch.full((ELEMENTS,), 7.0, device="cuda")
-    stages.append(Stage(tensor))
+    turned = torch.full((4096, 8192), 8.0, device="cuda").t()
+    stages.append(Stage(tensor, turned))
     stages[0].run()
     kept = []
     try:
@@ -176,11 +177,11 @@ def test_device_without_free_memory_is_staged(stages: list[Stage]) -> None:
                 kept.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
             except torch.cuda.OutOfMemoryError:
                 size //= 2
-        (found,) = stages[0].run()
+        found, also = stages[0].run()
     finally:
         kept.clear()
         torch.cuda.empty_cache()
-    assert found.eq(7.0).all()
+    assert found.eq(7.0).all() and also.eq(8.0).all()
 
 
 def test_tensors_of_several_devices_are_staged(stages: list[Stage]) -> None:

@@ -3,12 +3,13 @@ goes wrong on a device harms nothing else."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from kit.cuda_calls import FakeCalls, FakeCuda
+from kit.cuda_calls import FakeCalls, FakeCuda, FakeStream
 
 from ckpt.capture.leaves import World
 from ckpt.session.staging import Stager
@@ -135,6 +136,40 @@ def test_after_one_device_failed_no_other_writes_to_the_slot(
         plan.run(slot)
     assert [stream.device for stream in cuda.streams if stream.queue] == []
     slot.invalidate()
+
+
+class Cramped(FakeCalls):
+    """A device with room for few elements: what is not contiguous has to be made so there."""
+
+    room = 6
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: FakeStream) -> None:
+        if not source.is_contiguous() and source.numel() > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        super().copy(target, source, stream)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (1, 40), (3, 2, 9)])
+def test_tensor_for_whose_contiguous_copy_there_is_no_room_is_staged_in_pieces(
+    cuda: FakeCuda, shape: tuple[int, ...]
+) -> None:
+    base = torch.arange(2.0 * math.prod(shape)).reshape(*reversed(shape), 2)
+    tensor = cuda.on(0, base)[..., 0].permute(*reversed(range(len(shape))))
+    copies = HostCopies(Cramped(cuda))
+    pool = SlotPool(count=1, data_bytes=DATA, prefault=False)
+    assert run(pool, copies, source("t", tensor)) == [tensor.flatten().tolist()]
+    pool.close()
+
+
+def test_device_without_any_room_fails_the_stage(cuda: FakeCuda) -> None:
+    class Full(FakeCalls):
+        def copy(self, target: torch.Tensor, source: torch.Tensor, stream: FakeStream) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pool = SlotPool(count=1, data_bytes=DATA, prefault=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(pool, HostCopies(Full(cuda)), source("t", cuda.on(0, torch.ones(4))))
+    pool.close()
 
 
 def test_slots_are_pinned_in_the_background_on_the_device_of_the_state(
