@@ -85,7 +85,8 @@ class LogFindings:
 
     ``digests`` has 16 bytes for each position of ``state``. ``open_tail``: the last record is on
     too few stores to be final, so it must not be copied. ``silent``: stores that could not be
-    listed, and why.
+    listed, and why. ``lost``: positions without a readable record on any store, before a fold from
+    which readers start.
     """
 
     state: LogState
@@ -95,6 +96,7 @@ class LogFindings:
     open_tail: bool = False
     hole: Hole | None = None
     silent: dict[int, str] = field(default_factory=dict)
+    lost: set[int] = field(default_factory=set)
 
     def digest(self, seq: int) -> str:
         """The digest of the record at ``seq``, which is below ``state.next_seq``."""
@@ -125,8 +127,9 @@ def compare_logs(
 ) -> LogFindings:
     """Read every record and fold of ``stores`` and compare them.
 
-    ``stores`` and ``ids`` are by store number; an unknown id is "". Stops at a hole that
-    ``counted_record`` cannot fill. Raises FormatVersionError and Stopped. Cost: for each store two
+    ``stores`` and ``ids`` are by store number; an unknown id is "". A hole that ``counted_record``
+    cannot fill is passed over with a fold behind it, as readers do; without one it stops there.
+    Raises FormatVersionError and Stopped. Cost: for each store two
     lists and every small object; memory for WINDOW positions and 16 bytes for each record.
     """
     size = 1 + max(stores, default=-1)
@@ -178,6 +181,8 @@ def compare_logs(
         if hole is not None and not (
             hole.seq > before and hole.seq == seqs[-1] and hole.seq + 1 < end
         ):
+            if _pass_over(log, stores, ids, listings, newer, observe, pace):
+                continue
             log.hole = hole
             break
         # A hole at a window's last position is read again as the first one of the next window:
@@ -186,6 +191,107 @@ def compare_logs(
         # No store has a readable record there, and at least one holds a newer release's record.
         raise newer[log.hole.seq]
     return log
+
+
+def _pass_over(
+    log: LogFindings,
+    stores: Mapping[int, Backend],
+    ids: Mapping[int, str],
+    listings: Mapping[int, _Listing],
+    newer: dict[int, FormatVersionError],
+    observe: CopyObserver,
+    pace: MaintenancePace,
+) -> bool:
+    """Go on at the first fold behind a hole that readers would start from; whether there is one.
+
+    The records before it are found backwards from the one that it ends with, and compared as all
+    others; those that no store has are ``lost``.
+    """
+    low = log.state.next_seq
+    state = _fold_behind(stores, listings, log.state.job, low)
+    if state is None:
+        return False
+    digests: dict[int, str] = {}
+    faults = [RecordFaults() for _ in log.faults]
+    expected, top = state.head_digest, state.next_seq
+    while top > low:
+        seqs = range(max(low, top - WINDOW), top)
+        copies = {
+            number: _read_records(
+                stores[number], ids.get(number, ""), listings[number], seqs, newer, pace
+            )
+            for number in stores
+        }
+        for seq in reversed(seqs):
+            record = next(
+                (
+                    record
+                    for copy in copies.values()
+                    if isinstance(copy, StoreRecords)
+                    for record in copy.all_at(seq)
+                    if record.digest == expected
+                ),
+                None,
+            )
+            if record is None:
+                _note_lost(log, copies, seq, observe)
+                digests[seq] = expected
+                expected = ""  # nothing names the record before it
+                continue
+            digests[seq], expected = record.digest, record.prev
+            for number, copy in copies.items():
+                _compare_record(faults[number], number, copy, record, observe)
+        top = seqs.start
+    unknown = "0" * 2 * DIGEST_BYTES
+    for seq in range(low, state.next_seq):
+        log.digests += bytes.fromhex(digests[seq] or unknown)
+    for number, found in enumerate(faults):
+        log.faults[number].first.extend(reversed(found.first))
+        log.faults[number].second.extend(reversed(found.second))
+    _compare_fold(log, stores, state, observe, pace)
+    log.state = state
+    return True
+
+
+def _fold_behind(
+    stores: Mapping[int, Backend], listings: Mapping[int, _Listing], job: str, low: int
+) -> LogState | None:
+    """The first fold at or behind ``low`` that verifies by the record that it ends with."""
+    seqs = {seq for listing in listings.values() for seq in listing.folds if seq >= low}
+    for seq in sorted(seqs):
+        for store in stores.values():
+            try:
+                state = decode_fold(read_alone(store, keys.fold_key(seq), bytes_max=FOLD_BYTES_MAX))
+            except (NotFoundError, IntegrityError, FormatVersionError, UnavailableError):
+                continue
+            if (state.job, state.next_seq) == (job, seq + 1) and any(
+                _has_record(other, seq, state.head_digest) for other in stores.values()
+            ):
+                return state
+    return None
+
+
+def _has_record(store: Backend, seq: int, digest: str) -> bool:
+    try:
+        return right_record(store, seq, digest) is not None
+    except UnavailableError:
+        return False
+
+
+def _note_lost(
+    log: LogFindings,
+    copies: Mapping[int, StoreRecords | NoAnswer],
+    seq: int,
+    observe: CopyObserver,
+) -> None:
+    log.lost.add(seq)
+    for number, copy in copies.items():
+        if isinstance(copy, NoAnswer):
+            observe(number, keys.log_key(seq), CopyStatus.UNREADABLE, copy.reason)
+        elif seq in copy.damaged or copy.all_at(seq):
+            observe(number, keys.log_key(seq), CopyStatus.DAMAGED, INVALID)
+        else:
+            observe(number, keys.log_key(seq), CopyStatus.MISSING, "it is not there")
 
 
 def right_record(store: Backend, seq: int, digest: str) -> bytes | None:

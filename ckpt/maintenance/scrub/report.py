@@ -430,6 +430,8 @@ class PendingNotes:
             for seq in faults.second
         }
         faulty |= {(number, keys.fold_key(fold.seq)) for fold in log.folds for number in fold.wrong}
+        lost = {keys.log_key(seq) for seq in log.lost}
+        context.findings.lost += len(lost)
         findings = context.findings
         unreadable = wrong = 0
         for (number, status), count in self._counts.items():
@@ -437,10 +439,19 @@ class PendingNotes:
             unreadable += count if status is CopyStatus.UNREADABLE else 0
             wrong += 0 if status is CopyStatus.OK else count
         for number, key, status, message in self._wrong:
-            is_repaired = status is not CopyStatus.UNREADABLE and (number, key) not in faulty
+            is_repaired = (
+                status is not CopyStatus.UNREADABLE
+                and (number, key) not in faulty
+                and key not in lost
+            )
             findings.add(
                 ScrubProblem(
-                    key=key, store=number, status=status, message=message, repaired=is_repaired
+                    key=key,
+                    store=number,
+                    status=status,
+                    message=message,
+                    lost=key in lost,
+                    repaired=is_repaired,
                 )
             )
         findings.total += wrong - len(self._wrong)

@@ -107,7 +107,8 @@ def start_scrub(
     # A replica that was made just now holds nothing, so it has no vote on which record counts.
     ids |= dict.fromkeys(new_replicas, "")
     log, notes = _compare_logs(context, ids, job, counted_record)
-    if log.hole is not None and counted_record is None and context.is_alone(log.state):
+    is_broken = log.hole is not None or bool(log.lost)
+    if is_broken and counted_record is None and context.is_alone(log.state):
         counted_record = partial(counted_alone, stores[0])
         log, notes = _compare_logs(context, ids, job, counted_record)
     headless_ids = _headless_ids(roles, log)

@@ -581,6 +581,50 @@ def test_fold_that_is_wrong_everywhere_is_made_anew() -> None:
     assert bytes_of(store, keys.fold_key(1023)) == right
 
 
+def log_past_a_fold(store: Backend) -> SampleWriter:
+    """Snapshots before and behind the log's first fold, at record 63."""
+    writer = SampleWriter(store)
+    writer.open_epoch()
+    writer.write(SnapshotId(1, 1), sample_ranks(1))
+    for number in range(70):
+        writer.journal.tag(f"t{number % 5}", SnapshotId(1, 1))
+    writer.write(SnapshotId(1, 2), sample_ranks(2))
+    return writer
+
+
+def test_record_lost_before_a_fold_hides_no_snapshot_and_no_live_object() -> None:
+    store = MemoryBackend("long")
+    log_past_a_fold(store)
+    without_second_copies(store)
+    store.delete(keys.log_key(7))
+    report = scrubbed([store])
+    assert report.hole is None
+    assert (report.snapshots, report.records) == (2, 73)
+    assert report.lost == 1
+    assert not report.ok
+    assert [(entry.key, entry.lost) for entry in report.problems] == [(keys.log_key(7), True)]
+    assert [one.orphans for one in report.stores] == [0]
+
+
+def test_records_around_a_lost_one_are_mended_in_each_store() -> None:
+    store, other = MemoryBackend("long"), MemoryBackend("copy")
+    log_past_a_fold(store)
+    without_second_copies(store)
+    for key, data in objects_of(store).items():
+        assert data is not None
+        other.put(key, [data])
+    other.put(keys.JOB_KEY, [replace(record_of(store), store_id="1" * 32).encode()])
+    truth = objects_of(store)
+    for one in (store, other):
+        one.delete(keys.log_key(7))
+    for seq in (5, 8, 40, 66):
+        other.delete(keys.log_key(seq))
+    report = scrubbed([store, other])
+    assert (report.lost, report.unrepaired, report.hole) == (1, 0, None)
+    del truth[keys.log_key(7)]
+    assert objects_of(store) == objects_of(other) == truth
+
+
 def test_what_was_scrubbed_restores(three: list[FileBackend]) -> None:
     rng = random.Random(21)
     for key in objects_of(three[0]):
