@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pwd
 import re
 import socket
 import stat
@@ -50,10 +51,13 @@ def runtime_root() -> Path:
     """The folder of this user's jobs on this machine; made if it is missing.
 
     ``$CKPT_RUNTIME_DIR``, else ``/tmp/ckpt-<uid>``. Only if ``/tmp`` is unusable,
-    ``$XDG_RUNTIME_DIR/ckpt``: that one is removed at logout, while jobs still run. Raises
-    UsageError if others could read or change the folder.
+    ``$XDG_RUNTIME_DIR/ckpt``: that one is removed at logout, while jobs still run. If another user
+    took the name in ``/tmp`` first, a folder of this machine in the user's home. Raises UsageError
+    if others could read or change the folder.
     """
     root = _root_of_environment()
+    if not os.environ.get("CKPT_RUNTIME_DIR") and _is_foreign(root):
+        root = _root_at_home()
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = root.lstat()
@@ -82,6 +86,29 @@ def _root_of_environment() -> Path:
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
                 return Path(session) / "ckpt"
     return TMP / f"ckpt-{os.getuid()}"
+
+
+def _is_foreign(root: Path) -> bool:
+    """Whether something of another user, or no folder, has the name: anybody may take it first."""
+    try:
+        status = root.lstat()
+    except OSError:
+        return False
+    return not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid()
+
+
+def _root_at_home() -> Path:
+    """Of this machine alone, since machines may share a home. By the user's entry rather than by
+    variables, so that all processes of the user agree.
+    """
+    try:
+        home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError as error:  # as in a container that is run as an arbitrary user
+        raise UsageError(
+            "another user has taken the folder for sockets, and this user has no home. "
+            f"uid={os.getuid()}; set CKPT_RUNTIME_DIR to a folder of your own"
+        ) from error
+    return home / ".local" / "state" / "ckpt" / f"run-{socket.gethostname()}"
 
 
 @dataclass(frozen=True, slots=True, init=False)

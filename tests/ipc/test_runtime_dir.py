@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pwd
 import socket
 import subprocess
 import sys
@@ -95,6 +96,47 @@ def test_a_root_that_is_a_link_is_refused(root: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir(mode=0o700)
     root.symlink_to(tmp_path / "real")
     with pytest.raises(UsageError, match="open to others"):
+        runtime_root()
+
+
+@pytest.mark.parametrize("taken", ["file", "link", "foreign"])
+def test_a_name_in_tmp_that_another_user_took_is_replaced_by_a_private_folder_at_home(
+    tmp_path: Path, monkeypatch, taken: str
+) -> None:
+    monkeypatch.delenv("CKPT_RUNTIME_DIR")
+    monkeypatch.setattr(runtime, "TMP", tmp_path)
+    entry = pwd.struct_passwd(("me", "x", os.getuid(), 1, "", str(tmp_path / "home"), ""))
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: entry)
+    name = tmp_path / f"ckpt-{os.getuid()}"
+    match taken:
+        case "file":
+            name.touch()
+        case "link":
+            name.symlink_to(tmp_path)
+        case "foreign":
+            if os.getuid() != 0:
+                pytest.skip("only root can make a folder of somebody else")
+            name.mkdir(mode=0o700)
+            os.chown(name, 12345, 12345)
+    root = runtime_root()
+    assert root.is_relative_to(tmp_path / "home")
+    assert socket.gethostname() in root.name
+    assert root.stat().st_mode & 0o777 == 0o700
+    assert runtime_root() == root
+
+
+def test_a_name_that_was_taken_is_refused_where_the_user_has_no_home(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.delenv("CKPT_RUNTIME_DIR")
+    monkeypatch.setattr(runtime, "TMP", tmp_path)
+    (tmp_path / f"ckpt-{os.getuid()}").touch()
+
+    def unknown(uid: int) -> pwd.struct_passwd:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(UsageError, match="set CKPT_RUNTIME_DIR"):
         runtime_root()
 
 
