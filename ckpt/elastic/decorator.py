@@ -137,7 +137,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     encryption_key: str | None = None,
     scrub_every: str | None = None,
     keep: KeepArgument = None,
-    grace: str = "24h",
+    grace: str = "auto",
 ) -> Callable[[Callable[Concatenate[Run, P], R]], Callable[P, R]]:
     """Make a training function survive failures: what it tracks is saved, and training continues
     from there when a process dies.
@@ -180,7 +180,8 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     ``keep``: which snapshots stay, a policy such as ``keep_last(5) | keep_best("loss")`` or its
     text ``"last=5,best=loss:1"`` (default: all). The newest and tagged ones always stay. The
     others are dropped in the background after commits, and their bytes are deleted ``grace``
-    later by the stores' clocks: longer than any restore that may have begun before.
+    later by the stores' clocks (default: a quarter of an hour, more if restores take longer, less
+    while a store is full): longer than any restore that may have begun before.
     ``scrub_every``: a duration after which the keeper reads everything in the stores at a low
     rate, compares and repairs it (default: never; `ckpt scrub` does it on request).
 

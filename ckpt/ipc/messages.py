@@ -257,10 +257,14 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True):
-    """Which snapshots to keep: the policy's text, and how long the bytes of dropped ones stay."""
+    """Which snapshots to keep: the policy's text, and how long the bytes of dropped ones stay.
+
+    ``adapts``: the user left the latter to the keeper.
+    """
 
     keep: str
     grace_s: float
+    adapts: bool = False
 
 
 WIRE_VERSION = 4

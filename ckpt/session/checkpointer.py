@@ -59,7 +59,7 @@ class Checkpointer:
         write_quorum: int | None = None,
         encryption_key: str | None = None,
         keep: KeepArgument = None,
-        grace: str = "24h",
+        grace: str = "auto",
     ) -> None:
         """``store`` is a path, an fsspec URL or a ``Backend``; ``job`` names the run in it
         (default: its last path component).
@@ -78,7 +78,8 @@ class Checkpointer:
         ``keep`` says which snapshots stay, such as ``keep_last(5) | keep_best("loss")`` or
         ``"last=5,best=loss:1"`` (default: all); the newest and tagged ones always stay. The others
         are dropped in the background after saves. Their bytes are deleted ``grace`` later, by the
-        stores' clocks: choose it longer than any restore that may have begun before.
+        stores' clocks (default: a quarter of an hour, more if restores take longer, less while a
+        store is full): longer than any restore that may have begun before.
         """
         options = SessionOptions(
             job=job,

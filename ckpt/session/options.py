@@ -54,7 +54,7 @@ class SessionOptions:
     encryption_key: str | None = None
     scrub_every_s: float | None = None
     keep: KeepPolicy | None = None
-    grace_s: float = GRACE_S
+    grace_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.job is not None and not (isinstance(self.job, str) and is_job_name(self.job)):
@@ -195,14 +195,23 @@ def check_keep(keep: KeepArgument) -> KeepPolicy | None:
 def retention_of(options: SessionOptions) -> Retention | None:
     """The retention that a keeper is asked for, or None to keep everything."""
     return (
-        Retention(keep=str(options.keep), grace_s=options.grace_s)
+        Retention(
+            keep=str(options.keep),
+            grace_s=options.grace_s if options.grace_s is not None else GRACE_S,
+            adapts=options.grace_s is None,
+        )
         if options.keep is not None
         else None
     )
 
 
-def check_grace(grace: str) -> float:
-    """Seconds in ``"24h"``. Raises UsageError if ``grace`` is not a duration."""
+def check_grace(grace: str) -> float | None:
+    """Seconds in ``"24h"``, None for ``"auto"``.
+
+    Raises UsageError if ``grace`` is not a duration.
+    """
+    if grace == "auto":
+        return None
     if not isinstance(grace, str):
         raise UsageError(f"grace is a length of time such as '24h'. grace={grace!r}")
     return float(duration_s(grace))

@@ -16,12 +16,20 @@ import msgspec
 import torch
 
 from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.errors import CkptError, ConflictError, FencedError, UnavailableError, UsageError
+from ckpt.errors import (
+    CkptError,
+    ConflictError,
+    FencedError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.events import Emit, Event, Fact
 from ckpt.format.keys import writer_name
 from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.ipc.messages import RemoteError, from_error, to_error
 from ckpt.maintenance.gc.rounds import GcRounds, RetentionSettings
+from ckpt.maintenance.gc.sweep import GRACE_S
 from ckpt.save.chunks import Compression
 from ckpt.save.persister import Persister, SaveTarget
 from ckpt.session.agreement import Skip, Take, take_or_skip
@@ -252,7 +260,11 @@ class Saving:
         )
         self._end_rounds()
         if self._options.keep is not None and place.journal is not None:
-            keep = RetentionSettings(policy=self._options.keep, grace_s=self._options.grace_s)
+            keep = RetentionSettings(
+                policy=self._options.keep,
+                grace_s=self._options.grace_s if self._options.grace_s is not None else GRACE_S,
+                adapts=self._options.grace_s is None,
+            )
             self._rounds = GcRounds(place.backend, keep, epoch=place.epoch, emit=self._emit)
 
     def write_through_keeper(
@@ -691,8 +703,13 @@ class Saving:
 
 def _report_committed(rounds: GcRounds) -> Callable[[Future[SnapshotInfo]], None]:
     def done(future: Future[SnapshotInfo]) -> None:
-        if not future.cancelled() and future.exception() is None:
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is None:
             rounds.on_commit()
+        elif isinstance(error, StoreFullError):
+            rounds.on_store_full()
 
     return done
 

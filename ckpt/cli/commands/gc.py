@@ -116,7 +116,12 @@ def command(urls: StoreList, *, keep: str | None, dry_run: bool, grace: str, yes
         else:
             _ask(choice, store, plan, request)
             plan, state = drop(
-                store.backend, store.journal, request.policy, now_unix_s=now_unix_s, approved=plan
+                store.backend,
+                store.journal,
+                request.policy,
+                now_unix_s=now_unix_s,
+                approved=plan,
+                grace_s=request.grace_s,
             )
             report = sweep(store.backend, state, grace_s=request.grace_s)
         if choice.as_json:

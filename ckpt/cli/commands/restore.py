@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -20,8 +21,9 @@ from ckpt.cli.store_options import (
     snapshot_options,
     store_command,
 )
-from ckpt.errors import IntegrityError, UsageError
+from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.log.catalog import candidates, load_index
+from ckpt.maintenance.gc.drop import with_dropped
 from ckpt.restore.export.items import ExportedFile, ExportOptions, ItemWriter, export
 from ckpt.restore.reader import SnapshotReader
 from ckpt.values import SnapshotId
@@ -44,6 +46,7 @@ Examples:
   ckpt restore runs/a --to out --step 1200 --item model
   ckpt restore s3://bucket/run-a --to out --format safetensors --memory 1GiB
   ckpt restore runs/a --to out --all-ranks
+  ckpt restore runs/a --to out --dropped --step 1200
 
 \b
 torch: <item>.pt, which torch.load(weights_only=True) reads; tied tensors stay
@@ -86,6 +89,11 @@ JSON: {"snapshot": {"epoch", "step"}, "format", "fell_back_from":
     help="Fail on a damaged snapshot instead of taking the next older one.",
 )
 @click.option("--force", is_flag=True, help="Replace files.")
+@click.option(
+    "--dropped",
+    is_flag=True,
+    help="A snapshot that was dropped, as long as its bytes are there; needs --step.",
+)
 def command(  # noqa: PLR0913
     choice: StoreChoice,
     *,
@@ -98,13 +106,18 @@ def command(  # noqa: PLR0913
     memory: str,
     strict: bool,
     force: bool,
+    dropped: bool,
 ) -> None:
     """Write a snapshot of the store at URL as plain files, one for each tracked item.
 
     Without a selector it takes the newest; where that is damaged it says so and takes the next
     older one, unless --strict. A snapshot that was named is restored or the command fails. Data is
-    streamed: memory stays small whatever its size.
+    streamed: memory stays small whatever its size. With --dropped the grace of deletion is an undo.
     """
+    if dropped and selector.step is None:
+        raise UsageError(
+            "--dropped needs the step that was dropped. add --step, and --epoch if two"
+        )
     if all_ranks and rank is not None:
         raise UsageError("one rank or all. leave out --rank or --all-ranks")
     options = ExportOptions(
@@ -117,6 +130,14 @@ def command(  # noqa: PLR0913
     module, name = WRITERS[form]
     writer: ItemWriter = getattr(importlib.import_module(module), name)()
     with open_store(choice) as store:
+        if dropped and selector.step is not None:
+            state, snapshot = with_dropped(
+                store.backend, store.state, step=selector.step, epoch=selector.epoch
+            )
+            store = replace(store, state=state)
+            files = _restore_dropped(store, snapshot, folder, writer, options)
+            _print(choice, snapshot, form, [], files)
+            return
         wanted = (
             list(candidates(store.state))
             if selector.empty and not strict
@@ -136,6 +157,18 @@ def command(  # noqa: PLR0913
                 continue
             _print(choice, snapshot, form, skipped, files)
             return
+
+
+def _restore_dropped(
+    store: OpenStore, snapshot: SnapshotId, folder: Path, writer: ItemWriter, options: ExportOptions
+) -> Sequence[ExportedFile]:
+    try:
+        return _restore(store, snapshot, folder, writer, options)
+    except IntegrityError as error:
+        raise NotFoundError(
+            f"the snapshot was dropped, and its bytes are deleted, or some of them. "
+            f"snapshot={snapshot} why={error}"
+        ) from error
 
 
 def _restore(

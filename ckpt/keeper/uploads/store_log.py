@@ -280,6 +280,12 @@ class StoreLog:
         if rounds is not None:
             rounds.on_commit()
 
+    def store_full(self) -> None:
+        """A snapshot was not stored, because a store is full: make room if a policy allows it."""
+        rounds = self._rounds
+        if rounds is not None:
+            rounds.on_store_full()
+
     def restoring(self, busy: bool) -> None:
         """Whether trainers are about to restore: then nothing is dropped or deleted, whatever the
         grace is."""
@@ -420,7 +426,9 @@ class StoreLog:
     def _start_rounds(self) -> None:
         if self._rounds is None and self._retention is not None and self._writer is not None:
             keep = RetentionSettings(
-                policy=parse_policy(self._retention.keep), grace_s=self._retention.grace_s
+                policy=parse_policy(self._retention.keep),
+                grace_s=self._retention.grace_s,
+                adapts=self._retention.adapts,
             )
             self._rounds = GcRounds(
                 self.backend, keep, epoch=lambda: self._recorded, emit=self._emit

@@ -19,6 +19,7 @@ from ckpt.errors import (
     CkptError,
     FencedError,
     NotFoundError,
+    StoreFullError,
     SupersededError,
     UnavailableError,
     UsageError,
@@ -587,6 +588,8 @@ class Uploads:
             self.durable = info
             self._epochs.view.committed(info.id)
             self._log.committed()
+        if isinstance(error, StoreFullError):
+            self._log.store_full()
         if rank == 0 and error is not None and submitted and submission.n >= self._generation_from:
             # Only rank 0 writes the log. Other ranks report it later, perhaps after a new launch
             # began.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
@@ -16,15 +17,15 @@ from ckpt.errors import (
     StoreFullError,
 )
 from ckpt.format import keys
-from ckpt.format.records import DROPS_MAX, Record
+from ckpt.format.records import DROPS_MAX, Commit, Drop, Record
 from ckpt.log.access import LogAccess
 from ckpt.log.catalog import load_index, snapshots
 from ckpt.log.journal import Journal
-from ckpt.log.reader import LogNote, read_all
+from ckpt.log.reader import RECORDS_AT_ONCE, LogNote, fold_seqs, read_all, records_back
 from ckpt.log.sequencers import Appended, KeyTaken, WriteUnknown
-from ckpt.log.state import LogState
+from ckpt.log.state import Committed, LogState
 from ckpt.maintenance.gc.plan import GcPlan, plan_gc, restore_order
-from ckpt.maintenance.gc.sweep import require_known, store_clock
+from ckpt.maintenance.gc.sweep import GRACE_S, require_known, store_clock, sweep
 from ckpt.maintenance.retention import KeepPolicy
 from ckpt.values import SnapshotId
 
@@ -111,13 +112,15 @@ def drop(
     *,
     now_unix_s: float,
     approved: GcPlan | None = None,
+    grace_s: float = GRACE_S,
 ) -> tuple[GcPlan, LogState]:
     """Record the drops of a new plan; the recorded plan and the state after it.
 
     ``approved``: a plan that the user confirmed; nothing is dropped that it does not drop. A
-    snapshot that was tagged or became the newest meanwhile stays. Raises as ``preview`` and
-    ``Journal.append``.
+    snapshot that was tagged or became the newest meanwhile stays. A store that is too full for the
+    record is swept first, with ``grace_s``. Raises as ``preview`` and ``Journal.append``.
     """
+    full = False
     for races in range(RACES_MAX + 1):
         require_known(journal.refresh())
         # The plan rests on confirmed records only. Otherwise a commit that is later overruled could
@@ -129,10 +132,71 @@ def drop(
             return plan, _record(journal, state, plan.drops, plan.floor)
         except FencedError:
             raise
+        except StoreFullError:
+            if full or races == RACES_MAX:
+                raise
+            full = True
+            _make_room(backend, state, plan.drops, grace_s=grace_s)
         except ConflictError:
             if races == RACES_MAX:
                 raise
     raise AssertionError("the last race is raised")
+
+
+def _make_room(
+    backend: Backend, state: LogState, drops: tuple[SnapshotId, ...], *, grace_s: float
+) -> None:
+    """Free space in full stores for one small record.
+
+    What is garbage already goes first. If there is none, what is held twice goes: older folds, and
+    second copies of records of the snapshots that are about to be dropped. Raises as ``sweep``.
+    """
+    report = sweep(backend, state, grace_s=grace_s)
+    if any(store.deleted for store in report.stores):
+        return
+    for store in stores_of(backend):
+        for seq in fold_seqs(store)[:-1]:
+            store.delete(keys.fold_key(seq))
+        for snapshot in drops:
+            for prefix in (f"{keys.PARTS}{snapshot.key}/", f"{keys.MANIFESTS}{snapshot.key}-"):
+                for stat in list(store.list(keys.copy_key(prefix))):
+                    store.delete(stat.key)
+
+
+def with_dropped(
+    backend: Backend, state: LogState, *, step: int, epoch: int | None
+) -> tuple[LogState, SnapshotId]:
+    """``state`` with a snapshot that was dropped since, and that snapshot: to read what is left.
+
+    The last one of that ``step`` (of ``epoch``, if given). Raises NotFoundError if none was
+    committed and dropped; UnavailableError. Cost: reads the log back to its commit.
+    """
+    named: set[SnapshotId] = set()
+    digest, top = state.head_digest, state.next_seq
+    while top > 0:
+        seqs = range(top - 1, max(0, top - RECORDS_AT_ONCE) - 1, -1)
+        for record in records_back(stores_of(backend), seqs, digest):
+            digest = record.prev
+            if state.void_at(record.seq) is not None:
+                continue
+            match record.body:
+                case Drop(snapshots, _):
+                    named.update(snapshots)
+                case Commit(snapshot, manifest_digest, base) if (
+                    snapshot.step == step
+                    and epoch in (None, snapshot.epoch)
+                    and snapshot in named
+                    and state.find(snapshot) is None
+                ):
+                    entry = Committed(snapshot, manifest_digest, base, record.seq, record.epoch)
+                    return replace(state, snapshots=(*state.snapshots, entry)), snapshot
+                case _:
+                    pass
+        top = seqs[-1]
+    raise NotFoundError(
+        f"no snapshot of that step was dropped. step={step} epoch={epoch or 'any'} "
+        f"job={state.job!r}"
+    )
 
 
 def newest_intact(backend: Backend, state: LogState) -> SnapshotId | None:

@@ -16,27 +16,40 @@ from ckpt.errors import CkptError, FencedError, InternalError
 from ckpt.events import Emit, Event, Fact
 from ckpt.log.journal import Journal
 from ckpt.maintenance.gc.drop import drop, fenced_journal, require_newest_epoch
-from ckpt.maintenance.gc.plan import GcHistory, GcIdle, GcPlan, GcRound, next_round
+from ckpt.maintenance.gc.plan import ROUND_S, GcHistory, GcIdle, GcPlan, GcRound, next_round
 from ckpt.maintenance.gc.sweep import SweepReport, sweep
 from ckpt.maintenance.retention import KeepPolicy
 from ckpt.threads import start_thread
 
+RESTORES_PER_GRACE = 4.0
+"""An adapting grace is so many times the longest restore seen: others may have a slower link."""
+FULL_GRACE_S = 60.0
+"""The least grace while a store is full, where it adapts: saving comes before reading what was
+dropped."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionSettings:
-    """What is kept, and how long the bytes of dropped snapshots stay, by the stores' clocks."""
+    """What is kept, and how long the bytes of dropped snapshots stay, by the stores' clocks.
+
+    ``adapts``: longer where a restore took longer, and shorter while a store is full.
+    """
 
     policy: KeepPolicy
     grace_s: float
+    adapts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _DueRound:
-    """A round to run. ``commits``: the count when it began. ``is_last``: the job is over."""
+    """A round to run. ``commits``: the count when it began. ``is_last``: the job is over.
+    ``full``: a store takes no more.
+    """
 
     sweep: bool
     commits: int
     is_last: bool
+    full: bool
 
 
 class GcRounds:
@@ -68,6 +81,9 @@ class GcRounds:
         self._history = GcHistory()
         self._commits = 0
         self._paused = self._hurry = self._running = self._stopped = self._ended = False
+        self._full = False
+        self._paused_at_s = 0.0
+        self._restore_s = 0.0
         self._journal: Journal | None = None
         self._reported: set[str] = set()
         start_thread(self._run, name="ckpt-gc")
@@ -78,20 +94,36 @@ class GcRounds:
             self._commits += 1
             self._changed.notify_all()
 
+    def on_store_full(self) -> None:
+        """A snapshot was not stored, because a store is full: make room as soon as possible."""
+        with self._changed:
+            self._full = True
+            self._changed.notify_all()
+
     def pause(self) -> None:
         """Start no round until ``resume``: a restore is running.
 
         With a grace of 0 s a round could delete the snapshot that is being restored.
         """
         with self._changed:
-            self._paused = True
+            if not self._paused:
+                self._paused, self._paused_at_s = True, self._clock()
 
     def resume(self) -> None:
         """The restore is complete."""
         with self._changed:
             if self._paused:
                 self._paused = False
+                self._restore_s = max(self._restore_s, self._clock() - self._paused_at_s)
                 self._changed.notify_all()
+
+    def grace_s(self, *, full: bool = False) -> float:
+        """How long the bytes of dropped snapshots stay. ``full``: while a store takes no more."""
+        if not self._settings.adapts:
+            return self._settings.grace_s
+        if full:
+            return max(FULL_GRACE_S, self._restore_s)
+        return max(self._settings.grace_s, RESTORES_PER_GRACE * self._restore_s)
 
     def start_last_round(self) -> None:
         """The job is over: do what is due now, once, without rest."""
@@ -141,11 +173,15 @@ class GcRounds:
     def _next(self) -> GcRound | GcIdle:
         if self._paused and not self._hurry:
             return GcIdle(None)
+        if self._full and not self._paused:
+            ended_s, now_s = self._history.round_ended_s, self._clock()
+            rested_s = now_s if ended_s is None else ended_s + ROUND_S
+            return GcRound(sweep=True) if rested_s <= now_s else GcIdle(rested_s - now_s)
         return next_round(
             self._history,
             self._clock(),
             commits=self._commits,
-            grace_s=self._settings.grace_s,
+            grace_s=self.grace_s(),
             hurry=self._hurry,
         )
 
@@ -156,7 +192,8 @@ class GcRounds:
                 step = self._next()
                 if isinstance(step, GcRound):
                     self._running = True
-                    return _DueRound(step.sweep, self._commits, self._hurry)
+                    full, self._full = self._full, False
+                    return _DueRound(step.sweep, self._commits, self._hurry, full)
                 self._changed.wait(step.seconds)
             return None
 
@@ -165,7 +202,7 @@ class GcRounds:
         started_s = self._clock()
         history = self._history
         try:
-            plan, report = self._drop_and_sweep(sweeps=due.sweep)
+            plan, report = self._drop_and_sweep(due)
             complete = report is None or not any(store.problem for store in report.stores)
             # A round that failed counts as not run: its commits stay due.
             history = replace(history, commits=due.commits if complete else history.commits)
@@ -188,19 +225,25 @@ class GcRounds:
                     history, round_started_s=started_s, round_ended_s=self._clock()
                 )
 
-    def _drop_and_sweep(self, *, sweeps: bool) -> tuple[GcPlan, SweepReport | None]:
+    def _drop_and_sweep(self, due: _DueRound) -> tuple[GcPlan, SweepReport | None]:
         # A journal of its own: no upload waits for a round. The fence checks the epoch again at the
         # very seq that a drop gets.
         self._journal = self._journal or fenced_journal(self._backend, self._writer)
         require_newest_epoch(self._journal.refresh(), self._writer())
+        grace_s = self.grace_s(full=due.full)
         plan, state = drop(
-            self._backend, self._journal, self._settings.policy, now_unix_s=self._wall()
+            self._backend,
+            self._journal,
+            # Before the first commit it is not certain that the job continues from here: nothing
+            # is dropped then, and a full store loses only what is garbage already.
+            self._settings.policy if due.commits else None,
+            now_unix_s=self._wall(),
+            grace_s=grace_s,
         )
         for problem in plan.problems:
             self._emit_alarm(Event("gc-rule", problem, alarm=True))
-        if not sweeps:
+        if not due.sweep:
             return plan, None
-        grace_s = self._settings.grace_s
         return plan, sweep(self._backend, state, grace_s=grace_s, emit=self._emit_alarm)
 
     def _writer(self) -> int:

@@ -21,6 +21,7 @@ from ckpt.errors import (
     FormatVersionError,
     IntegrityError,
     NotFoundError,
+    StoreFullError,
     UnavailableError,
 )
 from ckpt.events import Emit, Event, Fact
@@ -225,10 +226,14 @@ _PROBE_RE = re.compile(r"probes/[0-9a-f]{32}", re.ASCII)
 def store_clock(store: Backend) -> float:
     """The store's time in seconds since 1970: the stamp of an object written and deleted now.
 
-    Also deletes probes that dead processes left. Raises UnavailableError, StoreDeniedError.
+    A full store's is taken from what it stamped last. Also deletes probes that dead processes left.
+    Raises UnavailableError, StoreDeniedError.
     """
     key = f"{CLOCK_PROBES}{secrets.token_hex(16)}"
-    store.put(key, [b"ckpt"])
+    try:
+        store.put(key, [b"ckpt"])
+    except StoreFullError:
+        return _earliest_time(store)
     try:
         stat = store.stat(key)
     finally:
@@ -243,6 +248,17 @@ def store_clock(store: Backend) -> float:
     return stat.modified_unix_s
 
 
+def _earliest_time(store: Backend) -> float:
+    """A time that the store's clock has certainly passed: the newest stamp of its objects.
+
+    For a store that takes no probe. Nothing looks older than it is. Raises UnavailableError.
+    """
+    return max(
+        (stat.modified_unix_s for prefix in (keys.LOG, *PREFIXES) for stat in store.list(prefix)),
+        default=0.0,
+    )
+
+
 def is_probe(key: str) -> bool:
     """Whether ``key`` is one that ``store_clock`` uses."""
     return _PROBE_RE.fullmatch(key) is not None
@@ -250,8 +266,11 @@ def is_probe(key: str) -> bool:
 
 # ---- the sweep
 
-GRACE_S = 86400.0
-"""How long dropped snapshots stay readable, by each store's clock: longer than a restore takes."""
+GRACE_S = 900.0
+"""How long dropped snapshots stay readable, by each store's clock: longer than a restore takes.
+
+A job makes it longer where its own restores took longer.
+"""
 DELETES_AT_ONCE = 16
 BATCH = 1000
 """Objects given to a store's threads at once; one request of the S3 protocol names as many."""
@@ -312,7 +331,7 @@ def sweep(
     # Before anything is deleted: raises if a store that may have a record does not answer.
     existing = snapshot_references(backend, state)
     dropped: list[SnapshotReferences] = []
-    if grace_s > 0:
+    if grace_s > 0 and answering:  # else nothing is deleted anywhere
         quorum = write_quorum_of(backend)
         dropped = dropped_within(backend, state, answering, grace_s=grace_s, write_quorum=quorum)
     recent = [*dropped, *(about_to_drop if grace_s > 0 else ())]

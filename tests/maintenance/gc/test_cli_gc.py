@@ -232,3 +232,21 @@ def test_metric_that_no_snapshot_has_is_told_before_anything_is_dropped(ckpt, st
     assert "metric='accuracy'" in done.json["problems"][0]
     assert ckpt("gc", store.url, "--keep", "best=loss:1", "--yes").code == 0
     assert steps(store) == [20, 40]
+
+
+def test_what_was_dropped_can_be_restored_until_its_bytes_are_gone(
+    ckpt, store, tmp_path: Path
+) -> None:
+    assert ckpt("gc", store.url, "--keep", "last=1", "--yes").code == 0
+    assert steps(store) == [20, 40]
+    restore = ("--json", "restore", store.url, "--format", "safetensors", "--step", "30")
+    assert ckpt(*restore, "--to", tmp_path / "no").code == 10, "dropped: only if that is meant"
+    done = ckpt(*restore, "--to", tmp_path / "undo", "--dropped")
+    assert done.code == 0 and done.json["snapshot"] == {"epoch": 1, "step": 30}
+    assert (tmp_path / "undo" / "model.safetensors").exists()
+    assert ckpt("restore", store.url, "--to", tmp_path / "x", "--dropped").code == 2
+    exists = ckpt(*restore[:-1], "40", "--to", tmp_path / "x", "--dropped")
+    assert exists.code == 10, "it was not dropped"
+    assert ckpt("gc", store.url, "--grace", "0", "--yes").code == 0
+    gone = ckpt(*restore, "--to", tmp_path / "gone", "--dropped")
+    assert gone.code == 10 and "deleted" in gone.err

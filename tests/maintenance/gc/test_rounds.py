@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 from kit.collected_store import ClockedStore, Watched
 
-from ckpt.backends.base import Backend
+from ckpt.backends.base import Backend, Buffer
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
-from ckpt.errors import ConflictError, FencedError, UnavailableError
+from ckpt.errors import ConflictError, FencedError, StoreFullError, UnavailableError
 from ckpt.events import Event
 from ckpt.format import keys
 from ckpt.log.catalog import load_index
@@ -449,3 +449,61 @@ def test_age_is_by_the_stores_stamps_whatever_the_trainers_clock_was(rounds: Rou
     assert made.await_idle(WAIT_S)
     assert steps(store) == [30, 40], "two days old and newer"
     assert not rounds.told("gc-rule")
+
+
+class FullStore(MemoryBackend):
+    """A store that takes ``room`` bytes more and no more; what is deleted makes room."""
+
+    def __init__(self) -> None:
+        super().__init__("full")
+        self.room: int | None = None
+
+    def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        size = sum(len(memoryview(piece).cast("B")) for piece in data)
+        if self.room is not None and size > self.room:
+            raise StoreFullError(f"no space. key={key}")
+        super().put(key, data, create_only=create_only)
+        if self.room is not None:
+            self.room -= size
+
+    def delete(self, key: str) -> None:
+        stat = self.stat(key)
+        super().delete(key)
+        if self.room is not None and stat is not None:
+            self.room += stat.size_bytes
+
+
+@pytest.mark.parametrize("grace_s", [0.0, 3600.0])
+def test_full_store_is_collected_also_if_not_one_record_fits(
+    rounds: Rounds, grace_s: float
+) -> None:
+    store = FullStore()
+    write_sample_store(store, steps=STEPS)
+    store.room = 0
+    made = rounds.over(store, keep_last(1), grace_s=grace_s)
+    made.on_commit()
+    assert made.await_idle(WAIT_S)
+    assert steps(store) == [20, 40] and not any(event.alarm for event in rounds.events)
+    assert (objects(store) == needed(store)) == (grace_s == 0.0)
+    assert verify(load_index(store, Journal.open(store).refresh(), SnapshotId(1, 40)), store).ok
+
+
+def test_store_that_fills_is_swept_at_once_and_with_a_shorter_grace(rounds: Rounds) -> None:
+    store, now_s = MemoryBackend(), [0.0]
+    writer = write_sample_store(store, steps=STEPS)
+    writer.journal.drop([SnapshotId(1, 10)])
+    keep = RetentionSettings(policy=keep_last(2), grace_s=900.0, adapts=True)
+    made = rounds.make(
+        store, keep, epoch=lambda: 1, emit=rounds.events.append, clock=lambda: now_s[0]
+    )
+    assert (made.grace_s(), made.grace_s(full=True)) == (900.0, 60.0)
+    made.pause()
+    now_s[0] += 300.0
+    made.resume()  # a restore took five minutes
+    assert (made.grace_s(), made.grace_s(full=True)) == (1200.0, 300.0)
+    made.on_store_full()
+    assert made.await_idle(WAIT_S)
+    assert steps(store) == [20, 30, 40], "nothing is dropped before the job's own first commit"
+    fixed = RetentionSettings(policy=keep_last(2), grace_s=900.0)
+    set_by_the_user = rounds.make(store, fixed, epoch=lambda: 1, emit=rounds.events.append)
+    assert set_by_the_user.grace_s(full=True) == 900.0

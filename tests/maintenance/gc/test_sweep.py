@@ -267,8 +267,9 @@ def test_store_that_stops_answering_is_told_and_a_repeat_finishes() -> None:
     assert swept(inner).stores[0].deleted == 0
 
 
+@pytest.mark.parametrize("grace_s", [0.0, 3600.0])
 @pytest.mark.parametrize("harm", [Harm.LOST_REPLY, Harm.DENIED])
-def test_store_without_a_clock_is_left_alone(harm: Harm) -> None:
+def test_store_without_a_clock_is_left_alone(harm: Harm, grace_s: float) -> None:
     inner = MemoryBackend()
     writer = write_sample_store(inner)
     writer.journal.drop([SnapshotId(1, 10)])
@@ -276,7 +277,7 @@ def test_store_without_a_clock_is_left_alone(harm: Harm) -> None:
     report = sweep(
         FaultyBackend(inner, [Fault(harm=harm, op="put")]),
         Journal.open(inner).refresh(),
-        grace_s=0.0,
+        grace_s=grace_s,
     )
     assert report.stores[0].problem
     assert objects(inner) == before
