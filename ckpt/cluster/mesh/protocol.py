@@ -214,6 +214,10 @@ class MeshProtocol:
                 f"not a connection of this job's nodes. reason={error}"
             ) from error
         if greeting.version != PROTOCOL_VERSION:
+            if self._dials is None:
+                self._greet(
+                    ""
+                )  # sent before this end hangs up, so that the other one learns it too
             raise FormatVersionError(
                 f"a node runs another release of torch-ckpt. node={greeting.node!r} "
                 f"theirs={greeting.version} ours={PROTOCOL_VERSION}; "

@@ -13,6 +13,7 @@ import pytest
 from msgspec import structs
 
 from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.membership.admission import NO_LOG
 from ckpt.cluster.membership.leases import LeaseState
 from ckpt.cluster.membership.outcomes import LeaseStatus
 from ckpt.cluster.membership.records import EpochRecord, NodePlacement
@@ -29,7 +30,7 @@ from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Un
 from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import LocalMailbox
 from ckpt.keeper.nodes import nodes as nodes_room
-from ckpt.keeper.nodes.join import check_spec, memory_address
+from ckpt.keeper.nodes.join import check_spec, memory_address, said_by
 from ckpt.keeper.nodes.nodes import Nodes
 from ckpt.keeper.nodes.progress import REPORTS_PER_S_MAX, report_every_s
 from ckpt.keeper.nodes.remote_mailbox import RemoteMailbox
@@ -256,6 +257,17 @@ def test_refused_node_ends_its_launch_with_the_status_of_wrong_options(joined: K
     (ended,) = joined.heard
     assert isinstance(ended, JobEnded)
     assert (ended.status, "a=(/x) b=(/y)" in ended.text) == (2, True)
+
+
+def test_options_that_say_what_is_written_are_said_to_the_other_nodes() -> None:
+    nodes = NodesSpec(where="/meet", job="j", nodes_min=2, nodes_max=4)
+    job = KeeperSpec(job="run", store="/a/run", others=("/b/run",))
+    plain = said_by(job, nodes, None)
+    assert (plain.options, plain.log_id) == ("nodes=2:4 stores=2", NO_LOG)
+    more = structs.replace(job, job="mine", write_quorum=2, encryption_key="env:KEY")
+    assert said_by(more, nodes, "").options == (
+        "nodes=2:4 stores=2 write_quorum=2 encrypted=yes job=mine"
+    )
 
 
 def told_lines(joined: Keeper, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -159,3 +159,44 @@ def test_standby_with_the_wrong_secret_takes_no_place_and_stops_no_job(
     newest = ckpt.Checkpointer(str(one.results / "store")).latest()
     assert newest is not None and newest.step == STEPS, one.output()
     assert one.job.losses[0].poll().redone <= REDONE_MAX, one.output()
+
+
+@pytest.mark.slow
+def test_relative_store_in_different_working_directories_is_two_stores(
+    made: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    one = made(nodes="2")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        one.start(*ARGUMENTS, "--store", "runs/a", before=["env", "-C", str(tmp_path / name)])
+    assert set(one.wait_end().values()) == {REFUSED}, one.output()
+    for machine in one.machines:
+        assert "absolute paths" in said(machine), one.output()
+        assert all(str(tmp_path / name / "runs/a") in said(machine) for name in ("here", "there"))
+
+
+@pytest.mark.slow
+def test_standby_of_another_release_is_told_and_takes_no_place(
+    made: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    one = made(nodes="2")
+    arguments = (5 * STEPS, *ARGUMENTS[1:])
+    for _ in range(2):
+        one.start(*arguments)
+    one.wait_steps(RUNNING)
+    (tmp_path / "sitecustomize.py").write_text(
+        "from ckpt.cluster.mesh import protocol\nprotocol.PROTOCOL_VERSION += 1\n"
+    )
+    other = one.start(*arguments, before=["env", f"PYTHONPATH={tmp_path}"])
+    wait_for(
+        lambda: (
+            "another release of torch-ckpt" in said(other)
+            and any("another release" in said(machine) for machine in one.machines[:2])
+        ),
+        "a word at both programs",
+        say=one.output,
+    )
+    (one.results / "hurry").touch()
+    ends = one.wait_end()
+    assert [ends[machine.name] for machine in one.machines[:2]] == [0, 0], one.output()
+    assert one.job.attempts(0) == 1, one.output()
