@@ -1,7 +1,7 @@
 """Trains to the end, whatever is done to it from outside.
 
     python steady.py FOLDER STEPS [--step-s S] [--ballast-mib N] [--every N] [--hang 3s] [--linger 60s]
-        [--stall-at N] [--raise-at N] [--prepared] [--store STORE]
+        [--stall-at N] [--raise-at N] [--prepared] [--store STORE] [--grace 25s]
     torchrun ... steady.py FOLDER STEPS ...
 
 ``--stall-at``: that step never ends. ``--raise-at``: that step raises, whenever it is tried.
@@ -34,13 +34,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--raise-at", type=int)
     parser.add_argument("--prepared", action="store_true")
     parser.add_argument("--store")
+    parser.add_argument("--grace", default="25s")
     return parser.parse_args()
 
 
 OPTIONS = parse()
 
 
-POLICY = ckpt.RestartPolicy(hang=OPTIONS.hang, linger=OPTIONS.linger)
+POLICY = ckpt.RestartPolicy(hang=OPTIONS.hang, linger=OPTIONS.linger, grace=OPTIONS.grace)
 
 
 @ckpt.resilient(

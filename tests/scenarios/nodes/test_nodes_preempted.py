@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from kit.jobs import wait_for
 from kit.machines import cluster
+from kit.nemesis import disks
 
 import ckpt
 
@@ -61,3 +62,27 @@ def test_standby_goes_on_in_the_place_of_a_node_that_is_asked_to_go(
         assert "not done within the grace period" not in made.output()
         newest = ckpt.Checkpointer(str(made.results / "store")).latest()
         assert newest is not None and newest.step == STEPS
+
+
+@pytest.mark.slow
+def test_keepers_bring_to_a_slow_store_what_all_nodes_had_when_they_were_asked_to_go(
+    tmp_path: Path,
+) -> None:
+    disks.require()
+    with (
+        cluster(tmp_path / "cluster", nodes="2") as made,
+        disks.disk(made.results / "store", tmp_path / "store.img") as store,
+    ):
+        for _ in range(2):
+            made.start(10_000, "--every", 100_000, "--step-s", 0.05, "--grace", "2s")
+        made.wait_steps(BEGUN)
+        store.stall(60.0)
+        for machine in made.machines:
+            assert machine.process is not None
+            machine.process.send_signal(signal.SIGTERM)
+        wait_for(made.ended, "the end of all programs", say=made.output)
+        store.resume()
+        assert set(made.wait_end().values()) == {PREEMPTED}, made.output()
+        made.wait_gone()
+        newest = ckpt.Checkpointer(str(made.results / "store")).latest()
+        assert newest is not None and newest.step == made.job.completed, made.output()
