@@ -388,14 +388,18 @@ def _stored(shard: StagedShard, all_locations: Mapping[Digest, ChunkLocation]) -
 
 
 class PackSizes:
-    """The sizes of one store's packs: those written here are known, others are queried once.
+    """The sizes and ages of one store's packs: those written here are known, others are queried
+    once.
 
-    For one thread.
+    ``clock`` is this machine's time since 1970: next to a store's stamps a wrong one only makes
+    repacking earlier or later. For one thread.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, clock: Callable[[], float] = time.time) -> None:
         self._backend = backend
+        self._clock = clock
         self._sizes: dict[str, int] = {}
+        self._stamps_unix_s: dict[str, float] = {}
 
     def of(self, packs: Iterable[str]) -> Mapping[str, int]:
         """The sizes of ``packs``; all others are forgotten. One request for each that is new.
@@ -411,18 +415,28 @@ class PackSizes:
             if size is not None:
                 sizes[pack] = size
         self._sizes = sizes
+        self._stamps_unix_s = {pack: self._stamps_unix_s[pack] for pack in sizes}
         return sizes
+
+    def ages_s(self) -> Mapping[str, float]:
+        """The ages of the packs that ``of`` was last asked for."""
+        now_unix_s = self._clock()
+        return {pack: now_unix_s - stamp for pack, stamp in self._stamps_unix_s.items()}
 
     def note(self, sizes: Mapping[str, int]) -> None:
         """Remember packs that were just written."""
         self._sizes |= sizes
+        self._stamps_unix_s |= dict.fromkeys(sizes, self._clock())
 
     def _ask(self, pack: str) -> int | None:
         try:
             stat = self._backend.stat(pack)
         except CkptError:
             return None  # a save must not fail because of repacking
-        return None if stat is None else stat.size_bytes
+        if stat is None:
+            return None
+        self._stamps_unix_s[pack] = stat.modified_unix_s
+        return stat.size_bytes
 
 
 # ---- the part of a node's ranks

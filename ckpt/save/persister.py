@@ -299,12 +299,18 @@ class _ShareWriter:
         return RankShare(receipt, persisted.part), persisted.locations
 
     def _worth_keeping(self, index: StagedIndex, size_bytes: int) -> Mapping[Digest, ChunkLocation]:
-        """The stored chunks, without those of sparse packs: these are written anew."""
+        """The stored chunks, without those of sparse and old packs: these are written anew."""
         wanted = {digest for shard in index.shards for digest in shard.digests}
         stored = self.stored_chunks
         sizes = self._pack_sizes.of(stored[digest].pack for digest in wanted if digest in stored)
         budget_bytes = default_budget_bytes(size_bytes)
-        return plan_repacking(stored, wanted, sizes, budget_bytes=budget_bytes).stored_chunks
+        return plan_repacking(
+            stored,
+            wanted,
+            sizes,
+            budget_bytes=budget_bytes,
+            ages_s=self._pack_sizes.ages_s(),
+        ).stored_chunks
 
 
 class Persister:

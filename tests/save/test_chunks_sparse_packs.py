@@ -204,3 +204,16 @@ def test_threshold_is_the_callers(live_min: float) -> None:
         known, {name("a", 0)}, {"a": PACK_BYTES}, budget_bytes=1 << 30, live_min=live_min
     )
     assert bool(found.given_up) is bool(live_min)
+
+
+def test_oldest_full_packs_are_written_anew_with_what_sparse_ones_leave_of_the_budget() -> None:
+    known = {digest: place for pack in "abcd" for digest, place in whole(pack, PAGES).items()}
+    wanted = {digest for digest in known if known[digest].pack != "d"} | {name("d", 0)}
+    ages_s = {pack: hours * 3600.0 for pack, hours in zip("abcd", (7, 9, 5, 1), strict=True)}
+    sizes = dict.fromkeys("abcd", PACK_BYTES)
+    for budget, given_up in ((0, ""), (1, "d"), (PAGES, "d"), (PAGES + 1, "db"), (1000, "dba")):
+        found = plan_repacking(
+            known, wanted, sizes, budget_bytes=budget * PAGE_BYTES, ages_s=ages_s
+        )
+        assert "".join(one.pack for one in found.given_up) == given_up, budget
+        assert not {known[digest].pack for digest in found.stored_chunks} & set(given_up) - {"d"}

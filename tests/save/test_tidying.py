@@ -103,3 +103,18 @@ def test_pack_that_cannot_be_asked_for_is_passed_over_and_asked_for_again() -> N
     sizes.note({"packs/c": 7})
     assert sizes.of(["packs/c"]) == {"packs/c": 7}
     assert sizes.of(["packs/a"]) == {"packs/a": 4}
+
+
+def test_ages_are_from_the_write_or_from_the_stores_stamp() -> None:
+    store = MemoryBackend()
+    store.put("there", [b"x" * 10])
+    stat = store.stat("there")
+    assert stat is not None
+    now_unix_s = [stat.modified_unix_s + 5.0]
+    sizes = PackSizes(store, clock=lambda: now_unix_s[0])
+    sizes.note({"written": 7})
+    now_unix_s[0] += 100.0
+    assert sizes.of(["there", "written"]) == {"there": 10, "written": 7}
+    assert sizes.ages_s() == {"there": 105.0, "written": 100.0}
+    sizes.of(["there"])
+    assert set(sizes.ages_s()) == {"there"}
