@@ -191,8 +191,9 @@ _READ_BYTES = 512
 class SignalPipe:
     """Catches signals and makes them readable as bytes; ``fd`` is readable when there are some.
 
-    Catches the supervisor's own signals, those that the user's program handles, and SIGUSR1:
-    schedulers send these to the process that they know, the supervisor, and mean the trainer.
+    Catches the supervisor's own signals, those that the user's program handles, SIGUSR1 and
+    SIGUSR2: schedulers send these to the process that they know, the supervisor, and mean the
+    trainer.
     """
 
     def __init__(self) -> None:
@@ -259,7 +260,8 @@ def _watched() -> list[signal.Signals]:
         and number not in _FAULTS
         and callable(signal.getsignal(number))
     ]
-    return sorted({*SUPERVISOR_SIGNALS, signal.SIGUSR1, *handled})
+    # The function may set handlers for these later, which only its trainer knows of.
+    return sorted({*SUPERVISOR_SIGNALS, signal.SIGUSR1, signal.SIGUSR2, *handled})
 
 
 def _noted(number: int, frame: FrameType | None) -> None:

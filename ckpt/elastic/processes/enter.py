@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import importlib
 import multiprocessing
@@ -79,6 +80,7 @@ def gather_process_facts(*, probe: Callable[[], bool] | None = None) -> ProcessF
         threads=tuple(
             thread.name for thread in threading.enumerate() if thread is not threading.main_thread()
         ),
+        event_loop=asyncio._get_running_loop() is not None,
         gpu_open=_gpu_open(),
         rerun=bool(sys.executable) and not from_stdin and multiprocessing.parent_process() is None,
     )
@@ -270,6 +272,9 @@ def _choose_start_method(spec: KeeperSpec | None) -> Fork | Spawn | InPlace:
     start = choose_start_method(gather_process_facts(probe=lambda: False))
     if isinstance(start, InPlace):
         return start
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        # Inherited from the parent: children that end would vanish, and nobody could tell how.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if spec is None:
         return InPlace(
             "the store is in this process's memory, or its options can't be passed to the keeper",

@@ -15,6 +15,7 @@ class ProcessFacts:
     ``ranks_unknown``: there are several ranks, and the number on this node is unknown.
     ``unranked_child``: multiprocessing started this process, and it has no rank. ``threads`` are
     the names of Python threads beside the main one. ``main_thread``: the call is made there.
+    ``event_loop``: the call is made inside a running loop of asyncio.
     ``rerun``: the same command can be run again. ``probe_hung``: a forked child did not return
     from one parallel operation.
     """
@@ -28,6 +29,7 @@ class ProcessFacts:
     ranks_unknown: bool = False
     unranked_child: bool = False
     main_thread: bool = True
+    event_loop: bool = False
     threads: tuple[str, ...] = ()
     gpu_open: bool = False
     rerun: bool = True
@@ -115,6 +117,12 @@ def _in_place(facts: ProcessFacts) -> InPlace | None:
         return InPlace(
             "the decorated function is called in a thread beside the main one",
             "call it in the main thread",
+        )
+    if facts.event_loop:
+        return InPlace(
+            "the decorated function is called inside a running event loop, which a second process "
+            "would share",
+            "call it outside of asyncio.run()",
         )
     return None
 

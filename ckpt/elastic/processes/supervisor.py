@@ -301,6 +301,8 @@ class Supervisor:
             self._terminal.take_back()
             exit_with(PREEMPTED_STATUS)
         self._preempt()  # only the first call has an effect
+        if meaning is SigtermMeaning.FIRST and self._live is not None:
+            self._live.signal(signal.SIGTERM)  # the program may have a handler of its own
 
     def _preempt(self) -> None:
         if not self._preempted:

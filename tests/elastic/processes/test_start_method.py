@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,6 +35,7 @@ STAYS = [
     ({"ranks_unknown": True}, "on this node", "LOCAL_WORLD_SIZE"),
     ({"unranked_child": True}, "multiprocessing", "torchrun"),
     ({"main_thread": False}, "thread", "main thread"),
+    ({"event_loop": True}, "event loop", "asyncio.run"),
 ]
 NO_FORK = [
     ({"threads": ("Timer",)}, "Timer"),
@@ -43,6 +46,46 @@ NO_FORK = [
 
 def test_process_with_nothing_special_forks() -> None:
     assert choose_start_method(ProcessFacts()) == Fork()
+
+
+def test_call_inside_a_coroutine_is_noticed() -> None:
+    async def call() -> ProcessFacts:
+        return gather_process_facts(probe=lambda: False)
+
+    assert asyncio.run(call()).event_loop
+    assert not gather_process_facts(probe=lambda: False).event_loop
+
+
+@pytest.mark.slow
+def test_program_whose_parent_ignores_ended_children_is_supervised(tmp_path: Path) -> None:
+    program = (
+        "import ckpt, os\n"
+        f"@ckpt.resilient(store={str(tmp_path / 'store')!r}, every=1)\n"
+        "def train(run):\n"
+        "    run.track(x={'v': 1})\n"
+        "    for step in run.steps(3):\n"
+        "        if step == 1 and run.restored is None: os.kill(os.getpid(), 9)\n"
+        "    print('done', flush=True)\n"
+        "train()\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    ended = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=WAIT_S,
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
+            "CKPT_RUNTIME_DIR": str(tmp_path / "run"),
+            "CKPT_IN_PLACE": "0",
+            "CKPT_KEEPER": "",
+        },
+        preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "done\n"
+    assert "recovered" in ended.stderr
 
 
 @pytest.mark.parametrize(("facts", "why", "remedy"), STAYS)

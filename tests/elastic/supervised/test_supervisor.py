@@ -297,6 +297,21 @@ def test_signals_that_the_program_handles_reach_the_trainer(program, keeper) -> 
 
 
 @pytest.mark.slow
+def test_signals_that_the_function_itself_handles_reach_the_trainer(program, keeper) -> None:
+    run = program(
+        "sit()\n"
+        "for name in ('SIGUSR2', 'SIGTERM'):\n"
+        "    signal.signal(getattr(signal, name), lambda number, _: say('got', int(number)))\n"
+        "say('in')\nforever()\n"
+    )
+    keeper.accept().start()
+    assert run.line() == "in"
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        os.kill(run.pid, number)
+        assert run.line() == f"got {int(number)}"
+
+
+@pytest.mark.slow
 def test_what_was_printed_before_the_call_is_printed_once(program, keeper) -> None:
     run = program(
         "print('early')\nseat = sit()\nprint('attempt', seat.attempt)\n",
