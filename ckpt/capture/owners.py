@@ -78,18 +78,43 @@ def owned_boxes(leaves: Sequence[ReplicatedBox], *, rank: int) -> list[OwnedBox]
     return sorted(boxes, key=lambda box: box.index)
 
 
-def share_boxes(leaves: Sequence[ReplicatedBox], *, number: int, count: int) -> list[OwnedBox]:
-    """The ``number``-th of ``count`` equal shares of ``leaves`` laid end to end, in their order;
-    nothing if a share is smaller than a row and falls between two. O(leaves).
-    """
-    return _owned_in_group(list(leaves), list(range(len(leaves))), number, count)
+class LeafShares:
+    """``leaves`` laid end to end, to be cut into equal shares. Made in O(leaves)."""
+
+    __slots__ = ("_layout",)
+
+    def __init__(self, leaves: Sequence[ReplicatedBox]) -> None:
+        self._layout = _laid_out(leaves)
+
+    def boxes(self, number: int, count: int) -> list[OwnedBox]:
+        """The ``number``-th of ``count`` shares, in the leaves' order; nothing if a share is less
+        than a row and falls between two. Empty leaves are in none. O(log leaves + result).
+        """
+        layout = self._layout
+        start, stop = _cut(layout, number, count), _cut(layout, number + 1, count)
+        boxes: list[OwnedBox] = []
+        if start == stop:
+            return boxes
+        for index in range(bisect.bisect_right(layout.starts, start) - 1, len(layout.leaves)):
+            low, high = layout.starts[index], layout.starts[index + 1]
+            if low >= stop:
+                break
+            if low < high:
+                leaf = layout.leaves[index]
+                rows = _rows(leaf, max(low, start) - low, min(high, stop) - low)
+                boxes.append(OwnedBox(index, rows))
+        return boxes
+
+
+def _laid_out(leaves: Sequence[ReplicatedBox]) -> _GroupLayout:
+    sizes = (leaf.box.elements * leaf.itemsize_bytes for leaf in leaves)
+    return _GroupLayout(tuple(leaves), tuple(itertools.accumulate(sizes, initial=0)))
 
 
 def _owned_in_group(
     leaves: list[ReplicatedBox], indices: list[int], position: int, count: int
 ) -> list[OwnedBox]:
-    sizes = (leaf.box.elements * leaf.itemsize_bytes for leaf in leaves)
-    layout = _GroupLayout(tuple(leaves), tuple(itertools.accumulate(sizes, initial=0)))
+    layout = _laid_out(leaves)
     start, stop = _cut(layout, position, count), _cut(layout, position + 1, count)
     boxes = []
     for index, leaf, low, high in zip(

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.capture.leaves import TensorLeaf
-from ckpt.capture.owners import ReplicatedBox, share_boxes
-from ckpt.session.staging import SAMPLE_SHARE, sampled_replicas
+from ckpt.capture.owners import LeafShares, ReplicatedBox
+from ckpt.session import staging
+from ckpt.session.staging import SAMPLE_SHARE, ReplicaSampler
 from ckpt.values import Box, Leaf, LeafKind
 
 
@@ -32,12 +34,15 @@ def state() -> list[TensorLeaf]:
 
 
 def sample(leaves: Sequence[TensorLeaf], number: int) -> tuple[str, str] | None:
-    found = sampled_replicas(leaves, number)
+    found = ReplicaSampler(leaves).samples(number)
     assert len(found) <= 1, "one group"
     return next(iter(found.values()), None)
 
 
-def test_one_changed_element_is_found_while_numbers_come_by_all_shares() -> None:
+def test_one_changed_element_is_found_while_numbers_come_by_all_shares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(staging, "SAMPLE_BYTES_MIN", 16)
     count = 2 * SAMPLE_SHARE
     changed = state()
     changed[0].tensor[31, 7] += 1.0
@@ -50,14 +55,22 @@ def test_one_changed_element_is_found_while_numbers_come_by_all_shares() -> None
     assert one[0] == other[0] == f"m/weight [part {different[0] % count + 1} of {count}]"
 
 
+def test_small_group_is_looked_at_whole_each_time() -> None:
+    changed = state()
+    changed[1].tensor[699] += 1.0
+    assert all(sample(state(), number) != sample(changed, number) for number in range(3))
+    one = sample(state(), 7)
+    assert one is not None and one[0] == "m/weight to m/turned [part 1 of 1]"
+
+
 def test_equal_replicas_have_equal_samples_and_nothing_is_taken_of_what_a_rank_has_alone() -> None:
-    assert sampled_replicas(state(), 5) == sampled_replicas(state(), 5)
-    assert sampled_replicas([leaf("own", torch.ones(500), (1,))], 5) == {}
+    assert ReplicaSampler(state()).samples(5) == ReplicaSampler(state()).samples(5)
+    assert ReplicaSampler([leaf("own", torch.ones(500), (1,))]).samples(5) == {}
 
 
 def test_each_group_of_replicas_has_a_sample_of_its_own() -> None:
     leaves = [leaf("a", torch.ones(5000)), leaf("b", torch.ones(5000), replicas=(0, 2))]
-    assert len(sampled_replicas(leaves, 5)) == 2
+    assert len(ReplicaSampler(leaves).samples(5)) == 2
 
 
 @settings(max_examples=50)
@@ -67,8 +80,9 @@ def test_shares_are_disjoint_cover_everything_and_keep_the_budget(
 ) -> None:
     leaves = [ReplicatedBox(Box((0,), (length,)), 4, (0, 1)) for length in lengths]
     seen = [0] * len(leaves)
+    shares = LeafShares(leaves)
     for number in range(count):
-        taken = share_boxes(leaves, number=number, count=count)
+        taken = shares.boxes(number, count)
         for share in taken:
             assert share.box.offsets[0] == seen[share.index], "in order, without a gap"
             seen[share.index] += share.box.sizes[0]
