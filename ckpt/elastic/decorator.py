@@ -155,7 +155,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     ``RestartPolicy(same_error_max=1)`` and in place.
 
     The decorated function receives a ``Run`` before its own arguments. Nothing is read or written
-    before it tracks something.
+    before it tracks something, except that of several nodes each looks which log its stores hold.
 
     ``store`` is a path, an fsspec URL or a ``Backend``, or a list of paths and URLs that will all
     hold the same; a snapshot is durable when ``write_quorum`` of them have it (default: the
