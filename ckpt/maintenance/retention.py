@@ -18,6 +18,8 @@ from ckpt.values import SnapshotId, SnapshotInfo
 Mode = Literal["min", "max"]
 SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 """Units of durations, largest first."""
+PAUSE_S_MAX = 86400.0
+"""A longer pause between snapshots may be a clock that was set; see ``KeepPolicy.pause_doubt``."""
 DIGITS_MAX = 15
 """Digits of a rule's number at most; a step has no more."""
 
@@ -154,6 +156,29 @@ class KeepPolicy:
     def by_age(self) -> bool:
         """Whether a rule looks at the age of snapshots."""
         return any(isinstance(rule, For) for rule in self.rules)
+
+    def pause_doubt(self, infos: Sequence[SnapshotInfo], ages_s: Mapping[SnapshotId, float]) -> str:
+        """Why the clock may have been set forward, if a rule goes by age; "" if there is no sign.
+
+        A folder and this machine have one clock, so nothing else contradicts it. The sign is a
+        pause longer than the rule's time (and than a day) right before all that the rule keeps. A
+        real pause looks the same, and its doubt ends when snapshots were made for the rule's time.
+        """
+        ages = [ages_s[info.id] for info in infos if info.problem is None and info.id in ages_s]
+        for rule in self.rules:
+            if not isinstance(rule, For):
+                continue
+            older = [age_s for age_s in ages if age_s > rule.seconds]
+            kept = [age_s for age_s in ages if age_s <= rule.seconds]
+            pause_s = min(older, default=0.0) - max(kept, default=0.0)
+            if older and pause_s > max(rule.seconds, PAUSE_S_MAX):
+                return (
+                    "no snapshot was made for long before those that a rule keeps by age, so the "
+                    f"clock may have been set, and nothing is dropped. rule={rule} "
+                    f"pause={duration_text(int(pause_s))}; check the clock; if it is right, keep "
+                    "by last=N, or wait for newer snapshots"
+                )
+        return ""
 
     def missing_metric(self, infos: Sequence[SnapshotInfo]) -> str | None:
         """A metric that a rule keeps by and that no snapshot has, or None.

@@ -25,7 +25,7 @@ from ckpt.log.reader import RECORDS_AT_ONCE, LogNote, fold_seqs, read_all, recor
 from ckpt.log.sequencers import Appended, KeyTaken, WriteUnknown
 from ckpt.log.state import Committed, LogState
 from ckpt.maintenance.gc.plan import GcPlan, plan_gc, restore_order
-from ckpt.maintenance.gc.sweep import GRACE_S, require_known, store_clock, sweep
+from ckpt.maintenance.gc.sweep import GRACE_S, probed_clock, require_known, sweep
 from ckpt.maintenance.retention import KeepPolicy
 from ckpt.values import SnapshotId
 
@@ -89,7 +89,7 @@ def _ages(
         store_unix_s, apart_s = now_unix_s, newest_s - now_unix_s
         if asks_clocks:
             try:
-                store_unix_s = store_clock(store)
+                store_unix_s = probed_clock(store)
                 apart_s = abs(store_unix_s - now_unix_s)
             except (StoreFullError, StoreDeniedError):
                 store_unix_s = newest_s

@@ -23,6 +23,7 @@ NEWEST = "newest"
 NEWEST_INTACT = "newest found whole"
 NO_POLICY = "nothing is to be dropped"
 NONE_INTACT = "no snapshot was found whole"
+CLOCK_DOUBTED = "the clock may have been set"
 NO_METRIC = "no snapshot has the metric of a rule"
 METRICS_SHOWN_MAX = 20
 NOT_APPROVED = "to be dropped only since the plan was approved"
@@ -97,7 +98,8 @@ def plan_gc(
     """Decide for each snapshot of ``infos`` (those of ``state``, in log order).
 
     ``ages_s`` are the snapshots' ages, as far as they are known, and ``problems`` why they are not.
-    Nothing is dropped while no snapshot has the metric that a rule keeps by. ``policy`` None keeps
+    Nothing is dropped while no snapshot has the metric that a rule keeps by, or while a pause makes
+    it doubtful that ages are right. ``policy`` None keeps
     all. ``intact`` is the first of ``restore_order(state)`` whose bytes were
     found complete. It is kept beside the newest: a job whose newest snapshot is damaged falls back
     to it. If there is none, nothing is dropped. It also becomes the floor: nothing older that was
@@ -116,6 +118,12 @@ def plan_gc(
         reasons += [NONE_INTACT] if intact is None and not reasons else []
         decisions.append(SnapshotDecision(info, info.id in lineage, tuple(reasons)))
     told = list(problems)
+    doubt = "" if policy is None else policy.pause_doubt(infos, ages_s)
+    if doubt and not all(entry.kept for entry in decisions):
+        decisions = [
+            entry if entry.kept else replace(entry, reasons=(CLOCK_DOUBTED,)) for entry in decisions
+        ]
+        told.append(doubt)
     metric = None if policy is None else policy.missing_metric(infos)
     if metric is not None and not all(entry.kept for entry in decisions):
         decisions = [

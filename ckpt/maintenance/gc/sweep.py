@@ -226,14 +226,20 @@ _PROBE_RE = re.compile(r"probes/[0-9a-f]{32}", re.ASCII)
 def store_clock(store: Backend) -> float:
     """The store's time in seconds since 1970: the stamp of an object written and deleted now.
 
-    A full store's is taken from what it stamped last. Also deletes probes that dead processes left.
-    Raises UnavailableError, StoreDeniedError.
+    A full store's is taken from what it stamped last: nothing looks older than it is. Raises
+    UnavailableError, StoreDeniedError.
     """
-    key = f"{CLOCK_PROBES}{secrets.token_hex(16)}"
     try:
-        store.put(key, [b"ckpt"])
+        return probed_clock(store)
     except StoreFullError:
-        return _earliest_time(store)
+        return earliest_time(store)
+
+
+def probed_clock(store: Backend) -> float:
+    """As ``store_clock``, but raises StoreFullError. Also deletes probes that dead processes
+    left."""
+    key = f"{CLOCK_PROBES}{secrets.token_hex(16)}"
+    store.put(key, [b"ckpt"])
     try:
         stat = store.stat(key)
     finally:
@@ -248,7 +254,7 @@ def store_clock(store: Backend) -> float:
     return stat.modified_unix_s
 
 
-def _earliest_time(store: Backend) -> float:
+def earliest_time(store: Backend) -> float:
     """A time that the store's clock has certainly passed: the newest stamp of its objects.
 
     For a store that takes no probe. Nothing looks older than it is. Raises UnavailableError.

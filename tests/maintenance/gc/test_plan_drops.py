@@ -276,3 +276,29 @@ def test_damaged_snapshots_are_dropped_unless_a_rule_names_them(seed: int) -> No
     by_pair = {one.info.id: one for one in found.decisions}
     assert by_pair[best[2]].kept, "a damaged one does not take the place of one that can be read"
     assert by_pair[best[1]].kept == bool(by_pair[best[1]].info.tags)
+
+
+@pytest.mark.parametrize(
+    ("ages_days", "doubted"),
+    [
+        ((10, 9, 8, 7), False),
+        ((368, 367, 366, 365), True),
+        ((367, 366, 365, 0), True),
+        ((367, 366, 8, 2), False),
+        ((370, 8, 6.9, 0), False),
+    ],
+    ids=["saves", "clock ahead", "clock ahead, saved", "pause over", "saved for the rule's time"],
+)
+def test_clock_that_was_set_forward_drops_nothing_by_age(
+    ages_days: tuple[float, ...], doubted: bool
+) -> None:
+    state = straight(10, 20, 30, 40).state
+    ages_s = {
+        entry.snapshot: days * 86400.0
+        for entry, days in zip(state.snapshots, ages_days, strict=True)
+    }
+    found = plan_gc(
+        state, infos(state), keep_for("7d"), ages_s=ages_s, intact=restore_order(state)[0]
+    )
+    assert bool(found.drops) != doubted
+    assert bool(found.problems) == doubted

@@ -507,3 +507,22 @@ def test_store_that_fills_is_swept_at_once_and_with_a_shorter_grace(rounds: Roun
     fixed = RetentionSettings(policy=keep_last(2), grace_s=900.0)
     set_by_the_user = rounds.make(store, fixed, epoch=lambda: 1, emit=rounds.events.append)
     assert set_by_the_user.grace_s(full=True) == 900.0
+
+
+def test_full_store_that_took_nothing_for_hours_is_still_judged_by_age() -> None:
+    now_s = [1_000_000.0]
+    inner = ClockedStore(MemoryBackend(), lambda: now_s[0])
+    writer = write_sample_store(inner, steps=())
+    for step in STEPS:
+        writer.write(SnapshotId(1, step), sample_ranks(step))
+        now_s[0] += 86400.0
+    full = FaultyBackend(inner, [Fault(harm=Harm.FULL, op="put", key="probes/", times=None)])
+    planned = preview(
+        full,
+        writer.journal.refresh(),
+        keep_for("36h"),
+        now_unix_s=now_s[0],
+        asks_clocks=True,
+    )
+    assert planned.problems == ()
+    assert planned.drops == (SnapshotId(1, 10), SnapshotId(1, 20))
