@@ -68,6 +68,7 @@ PREEMPTED_STATUS = 128 + signal.SIGTERM
 
 NOT_DURABLE_STATUS = 75
 """How a preempted program exits whose last step is not durable: EX_TEMPFAIL of sysexits."""
+_STOPPED = (PREEMPTED_STATUS, NOT_DURABLE_STATUS)
 
 STORES_MAX = 64
 """Runs on so many other stores are followed."""
@@ -331,7 +332,7 @@ def _of_end(event: JobEnded, at_s: float) -> Failure:
 
 def _well(roster: Roster, status: int) -> bool:
     """Whether a trainer with this exit status was done."""
-    return status == 0 or (roster.preempted and status in (PREEMPTED_STATUS, NOT_DURABLE_STATUS))
+    return status == 0 or (roster.preempted and status in _STOPPED)
 
 
 def _start(roster: Roster) -> tuple[Roster, list[RosterAction]]:
@@ -389,7 +390,7 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
             roster, actions = _gone(roster)
             return roster, [*leaves, *actions]
         ended = all(entry.seat is RankState.ENDED for entry in roster.members.values())
-        if ended and roster.shared and event.status == PREEMPTED_STATUS:
+        if ended and roster.shared and event.status in _STOPPED:
             leaves = [LeaveNodes(roster.record.completed), *leaves]
         elif ended and roster.shared:
             leaves = [ReportEnded(event.status), *leaves]
@@ -402,7 +403,7 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
     if event.status == -signal.SIGINT:  # a person wants the end, whatever else went wrong
         text = f"rank {event.rank} {status_text(event.status)}"
         failure = Failure(event.rank, "died", text, event.status, event.at_s, final=True)
-    elif roster.shared and event.status == PREEMPTED_STATUS:
+    elif roster.shared and event.status in _STOPPED:
         if any(entry.seat in _LIVE for entry in roster.members.values()):
             return roster, []  # the others stop as well; once the next epoch comes they are killed
         text = f"rank {event.rank} stopped with all others, because another node is asked to go"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from msgspec import structs
@@ -11,6 +12,7 @@ from ckpt.ipc.messages import Failing, Policy
 from ckpt.keeper.attempts import roster as rules
 from ckpt.keeper.attempts.events import (
     AttemptOver,
+    EpochChanged,
     GatheringTimedOut,
     GraceExpired,
     Hung,
@@ -20,6 +22,7 @@ from ckpt.keeper.attempts.events import (
     Pause,
     PauseOver,
     PreemptRequested,
+    RequestEpoch,
     RequestStop,
     RosterAction,
     RosterEvent,
@@ -35,7 +38,13 @@ from ckpt.keeper.attempts.events import (
     TrainerStarted,
 )
 from ckpt.keeper.attempts.failures import ECHO_S, RESTARTS_HOUR_MAX
-from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, RankState, Roster, RosterState
+from ckpt.keeper.attempts.roster import (
+    NOT_DURABLE_STATUS,
+    PREEMPTED_STATUS,
+    RankState,
+    Roster,
+    RosterState,
+)
 
 
 def failing(*, fingerprint: str = "f", step: int = 7, final: bool = False) -> Failing:
@@ -516,3 +525,17 @@ def test_ranks_that_ended_while_there_was_no_keeper_are_not_started_again() -> N
 
 def test_a_rank_that_died_while_there_was_no_keeper_is_started_again() -> None:
     assert Told(1, attempt=4)(SupervisorJoined(0, 0, 1, -9)) == [StartAll(5)]
+
+
+@pytest.mark.parametrize("status", [PREEMPTED_STATUS, NOT_DURABLE_STATUS])
+def test_ranks_that_stop_for_another_node_are_no_failure_and_stay_supervised(status: int) -> None:
+    told = Told(2)
+    told.roster = replace(told.roster, shared=True)
+    told(*(SupervisorJoined(rank, rank, 1) for rank in range(2)))
+    told(EpochChanged(1, True, "first", 90.0))
+    told.started()
+    assert told.die(0, status) == [], "the other one stops as well"
+    *_, asked = told.die(1, status)
+    assert isinstance(asked, RequestEpoch) and asked.failure is not None
+    assert (asked.failure.kind, asked.failure.final) == ("stopped", False)
+    assert told.roster.state is RosterState.WAITING

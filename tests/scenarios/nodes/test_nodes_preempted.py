@@ -13,6 +13,7 @@ from kit.nemesis import disks
 import ckpt
 
 PREEMPTED = 128 + signal.SIGTERM
+NOT_DURABLE = 75
 BEGUN = 20
 STEPS = 200
 
@@ -82,7 +83,7 @@ def test_keepers_bring_to_a_slow_store_what_all_nodes_had_when_they_were_asked_t
             machine.process.send_signal(signal.SIGTERM)
         wait_for(made.ended, "the end of all programs", say=made.output)
         store.resume()
-        assert set(made.wait_end().values()) == {PREEMPTED}, made.output()
+        assert set(made.wait_end().values()) <= {PREEMPTED, NOT_DURABLE}, made.output()
         made.wait_gone()
         newest = ckpt.Checkpointer(str(made.results / "store")).latest()
         assert newest is not None and newest.step == made.job.completed, made.output()
