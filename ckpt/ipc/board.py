@@ -45,7 +45,7 @@ def open_anonymous(name: str) -> int:
     """
     if hasattr(os, "memfd_create"):
         try:
-            return os.memfd_create(name)
+            return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EPERM):
                 raise

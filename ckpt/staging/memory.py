@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import sys
@@ -49,6 +50,7 @@ class Region:
         try:
             if fd is not None:
                 os.ftruncate(fd, size_bytes)
+                _seal_size(fd)
             self._take(fd, size_bytes)
         except BaseException:
             if fd is not None:
@@ -86,6 +88,8 @@ class Region:
         self._close_fd = None if fd is None else weakref.finalize(self, os.close, fd)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        if hasattr(mmap, "MADV_DONTDUMP"):  # a core of the program would hold the state again
+            self._map.madvise(mmap.MADV_DONTDUMP)
 
     def prefault(self, start: int, stop: int) -> Iterator[int]:
         """Make the pages of a byte range present without changing a byte, PREFAULT_BYTES at a time;
@@ -127,6 +131,12 @@ class Region:
                 return False
             raise
         return True
+
+
+def _seal_size(fd: int) -> None:
+    """Let nobody change the size: touching memory beyond a file's new end kills the process."""
+    with contextlib.suppress(OSError):  # an unlinked file, or a kernel without seals
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
 
 def _check_size(size_bytes: int) -> None:

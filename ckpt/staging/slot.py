@@ -384,7 +384,7 @@ SLOTS_DEFAULT = 3
 
 class SlotPool:
     """Up to ``count`` slots with ``data_bytes`` (rounded up to pages) of data each, made and
-    pre-faulted in the background.
+    pre-faulted in the background; fewer if memory has no room for so many.
 
     A slot is made when it is first needed or when the background thread gets to it. Raises
     UsageError if the slots exceed the memory that the machine and the control group have left.
@@ -435,10 +435,7 @@ class SlotPool:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._adopt()
-        missing = count - len(self._slots)
-        check_available(
-            missing * self.slot_bytes, purpose=f"{missing} slots", available=available_bytes
-        )
+        self._fit_in_memory()
         self._start_prefault()
 
     @property
@@ -578,6 +575,31 @@ class SlotPool:
         ]
         self._slots = fit[-self.count :]
         self._retired = [slot for slot in adopted if slot not in self._slots]
+
+    def _fit_in_memory(self) -> None:
+        """Do with as many slots as memory has room for, and say so. With the fewest that the owner
+        of the memory needs, training still survives, but skips snapshots while one is uploaded.
+
+        Raises UsageError if not even these fit.
+        """
+        fewest = max(1, self._regions.slots_min, len(self._slots))
+        for count in range(self.count, fewest - 1, -1):
+            missing = count - len(self._slots)
+            try:
+                check_available(
+                    missing * self.slot_bytes,
+                    purpose=f"{missing} slots",
+                    available=self._available,
+                )
+            except UsageError as error:
+                if count <= fewest:
+                    raise
+                self.shortage = self.shortage or error
+                continue
+            if self.shortage is not None and self._on_short is not None:
+                self._on_short(self.shortage)
+            self.count = count
+            return
 
     def _choose(self) -> Slot | None:
         idle = self._idle_slots()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from ckpt.errors import UsageError
-from ckpt.staging.memory import available_bytes, check_available
+from ckpt.staging.memory import Region, available_bytes, check_available
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -62,3 +64,19 @@ def test_shortage_names_both_sizes() -> None:
         UsageError, match=r"not enough memory for 3 slots\. needed_bytes=11 available_bytes=10"
     ):
         check_available(11, purpose="3 slots", available=4, freed_bytes=6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="seals are of Linux")
+def test_shared_memory_can_not_be_shrunk_and_is_in_no_core() -> None:
+    region = Region(8192)
+    try:
+        assert region.fd is not None
+        for size in (4096, 16384):
+            with pytest.raises(PermissionError):
+                os.ftruncate(region.fd, size)
+        maps = Path("/proc/self/smaps").read_text()
+        start = maps.index(f"{region.address:x}-")
+        flags = maps[start:].split("VmFlags:", 1)[1].splitlines()[0]
+        assert "dd" in flags.split()
+    finally:
+        region.close()

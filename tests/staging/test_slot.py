@@ -13,7 +13,7 @@ import pytest
 
 from ckpt.errors import InternalError, UsageError
 from ckpt.format.canonical import digest
-from ckpt.staging.slot import Slot, SlotPool, generation_of, read_slot
+from ckpt.staging.slot import OwnRegions, Slot, SlotPool, generation_of, read_slot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 HEADER = 64 << 10
@@ -262,6 +262,34 @@ def test_resized_pool_gives_larger_slots_and_frees_old_ones_once_unpinned(pool: 
     assert not {old[0], old[1]} & set(pool.slots)
     pool.resize(DATA)
     assert pool.data_bytes == DATA * 2
+
+
+@pytest.mark.parametrize(("room", "made"), [(3.0, 3), (2.5, 2), (2.0, 2), (1.9, 1)])
+def test_pool_does_with_as_many_slots_as_fit_and_says_so(room: float, made: int) -> None:
+    short: list[UsageError] = []
+    pool = SlotPool(
+        count=3,
+        data_bytes=DATA,
+        header_bytes=HEADER,
+        available_bytes=int(room * (DATA + HEADER)),
+        on_short=short.append,
+    )
+    try:
+        assert pool.count == made
+        assert len(short) == (made < 3)
+    finally:
+        pool.close()
+
+
+def test_pool_without_room_for_the_fewest_slots_of_its_owner_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(OwnRegions, "slots_min", 2)
+    with pytest.raises(UsageError, match="not enough memory"):
+        SlotPool(
+            count=3,
+            data_bytes=DATA,
+            header_bytes=HEADER,
+            available_bytes=int(1.9 * (DATA + HEADER)),
+        )
 
 
 def test_too_large_pool_is_refused_before_anything_is_taken() -> None:
