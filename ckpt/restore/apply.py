@@ -598,7 +598,9 @@ class OptimizerMatcher:
                     before = boxes[member.name]
                     fits = piece == before
                 else:  # not sharded then, or written before pieces were recorded
-                    fits = not is_dtensor(member.tensor) or self._targets.in_world_of_same_size
+                    whole = before.sizes == leaf.shape  # laid out as the parameter is
+                    same_world = self._targets.in_world_of_same_size
+                    fits = not is_dtensor(member.tensor) or whole or same_world
                 if not fits and not self._targets.is_one_number(leaf):
                     self._problems.add(
                         "optimizer's state is of another piece of its parameter. "

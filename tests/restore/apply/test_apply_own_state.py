@@ -148,3 +148,10 @@ def test_state_of_parameters_that_each_rank_has_for_itself_follows_its_rank(stor
     apply(items, snapshot.index, read=snapshot.read, world=World(2, 3))  # type: ignore[attr-defined]
     (entry,) = items["optimizer"].state.values()  # type: ignore[attr-defined]
     assert entry["scale"].tolist() == [0.0] * 3
+
+
+def test_state_as_large_as_a_parameter_that_was_whole_is_cut_as_it_is(store: Store) -> None:
+    moments = torch.arange(24.0).reshape(12, 2)
+    snapshot = store(capture(make(plain, moments), world=World(0, 1)))
+    found = restored(snapshot, sharded, 1, 2)
+    assert found._local_tensor.tolist() == moments[6:].tolist()  # type: ignore[attr-defined]
