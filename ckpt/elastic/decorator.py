@@ -167,7 +167,8 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     ``every`` is a number of steps, a duration such as ``"30s"``, or ``"auto"``: these snapshots
     become durable. ``memory_every``: the number of boundaries from one snapshot in memory to the
     next (0: none); each costs one memcpy of this rank's share. ``slots``: how many staged
-    snapshots memory may hold, each as large as this rank's share of the state. ``compression``:
+    snapshots memory may hold, each as large as this rank's share of the state; fewer, with an
+    alarm, if memory has no room for them. ``compression``:
     chunks are compressed never, if it pays, or always. ``max_stale``: a duration after which
     training stops with UnavailableError if nothing became durable (default: never; a dead store
     only raises alarms).
