@@ -135,7 +135,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     storage_options: StorageOptions = None,
     write_quorum: int | None = None,
     encryption_key: str | None = None,
-    scrub_every: str | None = None,
+    scrub_every: str | None = "24h",
     keep: KeepArgument = None,
     grace: str = "auto",
 ) -> Callable[[Callable[Concatenate[Run, P], R]], Callable[P, R]]:
@@ -184,7 +184,8 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     later by the stores' clocks (default: a quarter of an hour, more if restores take longer, less
     while a store is full): longer than any restore that may have begun before.
     ``scrub_every``: a duration after which the keeper reads everything in the stores at a low
-    rate, compares and repairs it (default: never; `ckpt scrub` does it on request).
+    rate, compares and repairs it, and raises an alarm for what it cannot repair; None for never
+    (`ckpt scrub` does it on request).
 
     Raises UsageError at once if an argument cannot work.
     """

@@ -45,7 +45,7 @@ class StoreCaretaker:
 
     ``has_newest_epoch`` says whether this keeper's epoch is the newest in the log: a keeper that
     was replaced must not change the set of stores. ``scrub_every_s``: how often everything is read
-    and compared; None for never.
+    and compared; None for never. A store alone is only scrubbed: no other could refill it.
     """
 
     def __init__(
@@ -89,10 +89,11 @@ class StoreCaretaker:
         while not self._stop.wait(self._interval_s):
             try:
                 journal = journal or Journal.open(self._backend)
-                self._refill_empty(journal)
-                self._find_missed(journal)
-                self._catch_up(journal)
-                self._scrub_when_due()
+                if len(stores_of(self._backend)) > 1:
+                    self._refill_empty(journal)
+                    self._find_missed(journal)
+                    self._catch_up(journal)
+                self._scrub_when_due(journal)
             except CkptError as error:
                 # No alarm: commits raise one for a store that does not answer. Here it is retried.
                 text = f"the stores could not be checked; trying again: {error}"
@@ -166,8 +167,12 @@ class StoreCaretaker:
             limits = SyncLimits(rate_bytes_per_s=RATE_BYTES_PER_S, stop=self._stop)
             catch_up(journal, self._backend, store, limits=limits, emit=self._emit)
 
-    def _scrub_when_due(self) -> None:
-        if self._scrub_every_s is not None and time.monotonic() >= self._scrub_due_s:
+    def _scrub_when_due(self, journal: Journal) -> None:
+        if (
+            self._scrub_every_s is not None
+            and time.monotonic() >= self._scrub_due_s
+            and self._has_newest_epoch(journal)  # one node of several, not each
+        ):
             report = self._scrub.run(self._stop)
             if report is not None and report.complete:
                 self._scrub_due_s = time.monotonic() + self._scrub_every_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
+from ckpt.elastic.decorator import resilient
 from ckpt.events import Event
 from ckpt.format import keys
 from ckpt.log.journal import Journal
@@ -115,3 +117,43 @@ def test_keeper_that_was_replaced_brings_nothing(
         assert watched.changed.wait_for(lambda: watched.looks > 1, WAIT_S)
     watched.caretaker.stop(WAIT_S)
     assert lost not in objects(stores[2])
+
+
+def test_jobs_scrub_once_a_day_unless_told_otherwise() -> None:
+    assert inspect.signature(resilient).parameters["scrub_every"].default == "24h"
+
+
+@pytest.mark.parametrize("newest", [True, False])
+def test_damage_in_a_store_alone_is_told_by_the_newest_writer(newest: bool) -> None:
+    store = MemoryBackend()
+    write_sample_store(store)
+    pack = next(stat for stat in store.list(keys.PACKS))
+    store.put(pack.key, [b"x" * pack.size_bytes])
+    events: list[Event] = []
+    told = threading.Event()
+    asked = threading.Semaphore(0)
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if event.kind == "scrub-done":
+            told.set()
+
+    def has_newest_epoch(journal: Journal) -> bool:
+        asked.release()
+        return newest
+
+    caretaker = StoreCaretaker(
+        store,
+        has_newest_epoch=has_newest_epoch,
+        emit=emit,
+        scrub_every_s=0.01,
+        interval_s=0.01,
+    )
+    if newest:
+        assert told.wait(WAIT_S)
+    else:
+        assert asked.acquire(timeout=WAIT_S)
+        assert asked.acquire(timeout=WAIT_S), "the first answer was acted on"
+    caretaker.stop(WAIT_S)
+    assert told.is_set() == newest
+    assert any(event.alarm and pack.key in event.text for event in events) == newest
