@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from ckpt.errors import UsageError
@@ -161,17 +162,19 @@ class KeepPolicy:
         """Why the clock may have been set forward, if a rule goes by age; "" if there is no sign.
 
         A folder and this machine have one clock, so nothing else contradicts it. The sign is a
-        pause longer than the rule's time (and than a day) right before all that the rule keeps. A
-        real pause looks the same, and its doubt ends when snapshots were made for the rule's time.
+        pause longer than the rule's time, than a day and than twice any pause before, right before
+        all that the rule keeps. A first real pause looks the same; its doubt ends when snapshots
+        were made for the rule's time, and a job that runs now and then has had such pauses.
         """
         ages = [ages_s[info.id] for info in infos if info.problem is None and info.id in ages_s]
         for rule in self.rules:
             if not isinstance(rule, For):
                 continue
-            older = [age_s for age_s in ages if age_s > rule.seconds]
+            older = sorted(age_s for age_s in ages if age_s > rule.seconds)
             kept = [age_s for age_s in ages if age_s <= rule.seconds]
             pause_s = min(older, default=0.0) - max(kept, default=0.0)
-            if older and pause_s > max(rule.seconds, PAUSE_S_MAX):
+            usual_s = max((b - a for a, b in pairwise(older)), default=0.0)
+            if older and pause_s > max(rule.seconds, PAUSE_S_MAX, 2 * usual_s):
                 return (
                     "no snapshot was made for long before those that a rule keeps by age, so the "
                     f"clock may have been set, and nothing is dropped. rule={rule} "

@@ -11,6 +11,7 @@ from kit.damage import bytes_of, without_second_copies
 from safetensors.torch import load_file
 
 from ckpt.backends.file.store import FileBackend
+from ckpt.errors import UnavailableError
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.testing.sample import damage, sample_state
@@ -90,6 +91,20 @@ def test_verify_of_the_newest_knows_damage_of_any_small_object(ckpt, store) -> N
     assert ckpt("verify", store.url).code == 0
     damage(store, key, 20)
     assert f"DAMAGED  {key} on {store.url}" in ckpt("verify", store.url).out
+
+
+def test_verify_of_what_can_not_be_read_is_not_ok(ckpt, store, monkeypatch) -> None:
+    part = next(stat.key for stat in store.list("parts/"))
+    read_into = FileBackend.read_into
+
+    def away(self: FileBackend, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        if key == part:
+            raise UnavailableError("no route")
+        read_into(self, key, out, offset_bytes=offset_bytes)
+
+    monkeypatch.setattr(FileBackend, "read_into", away)
+    done = ckpt("verify", store.url)
+    assert done.code == 11 and f"UNREAD   {part}" in done.out and "ok       the log" not in done.out
 
 
 def test_verify_of_all_and_of_one_is_refused(ckpt, store) -> None:

@@ -41,17 +41,19 @@ def etcd_without_secret(
     """Where nodes would meet in etcd without a secret; "" if they would not. A first look, without
     torch's parser: importing torch takes seconds.
 
-    ``own``: our options by name. ``arguments``: torch's options, then the script. torch finds
-    options in the ``environment`` too.
+    ``own``: our options by name. ``arguments``: torch's options, then the script; ours that come
+    after one of torch's with a value of its own are among them. torch finds options in the
+    ``environment`` too.
     """
     torch = dict(_options(arguments))
     endpoint = torch.get("rdzv_endpoint") or environment.get("PET_RDZV_ENDPOINT", "")
     conf = torch.get("rdzv_conf") or environment.get("PET_RDZV_CONF", "")
     keys = {part.partition("=")[0].strip(): part.partition("=")[2] for part in conf.split(",")}
-    standby = own.get("standby") or keys.get("standby") or "warm"
+    standby = own.get("standby") or torch.get("standby") or keys.get("standby") or "warm"
     if not endpoint or endpoint.startswith("/") or standby != "warm":
         return ""  # on one machine the secret is made; an undecorated program needs none
-    return "" if own.get("secret") or keys.get("secret") else endpoint
+    secret = own.get("secret") or torch.get("secret") or keys.get("secret")
+    return "" if secret else endpoint
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

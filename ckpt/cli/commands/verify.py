@@ -110,7 +110,7 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_s
         code = 0
         if hole is not None or kinds - {"unreadable"} or _is_damaged(log):
             code = IntegrityError.exit_code
-        elif kinds:
+        elif kinds or _has_unread(log):
             code = UnavailableError.exit_code
         if choice.as_json:
             emit_json(
@@ -144,6 +144,11 @@ def _is_damaged(log: ScrubReport) -> bool:
     return bool(log.lost) or any(problem.status is CopyStatus.DAMAGED for problem in log.problems)
 
 
+def _has_unread(log: ScrubReport) -> bool:
+    """Whether a copy could not be read, so that it is not known whether it is right."""
+    return any(problem.status is CopyStatus.UNREADABLE for problem in log.problems)
+
+
 def _print_log(log: ScrubReport, hole: Hole | None) -> None:
     if hole is not None:
         click.echo(
@@ -156,7 +161,11 @@ def _print_log(log: ScrubReport, hole: Hole | None) -> None:
         click.echo(f"DAMAGED  {problem.key} on {url}\n    {problem.message}; run ckpt scrub")
     if len(damaged) > PROBLEMS_SHOWN:
         click.echo(f"... and {len(damaged) - PROBLEMS_SHOWN} more")
-    if hole is None and not _is_damaged(log):
+    unread = [problem for problem in log.problems if problem.status is CopyStatus.UNREADABLE]
+    for problem in unread[:PROBLEMS_SHOWN]:
+        url = log.stores[problem.store].url
+        click.echo(f"UNREAD   {problem.key} on {url}\n    {problem.message}; repeat")
+    if hole is None and not _is_damaged(log) and not _has_unread(log):
         click.echo(f"ok       the log: {log.records} records, indexes of {log.snapshots} snapshots")
 
 

@@ -15,6 +15,7 @@ from ckpt.errors import (
     NotFoundError,
     StoreDeniedError,
     StoreFullError,
+    UnavailableError,
 )
 from ckpt.format import keys
 from ckpt.format.records import DROPS_MAX, Commit, Drop, Record
@@ -72,27 +73,33 @@ def _ages(
     """The age of each snapshot, and why ages are not known (then none is).
 
     A store's own stamps and clock, so that no machine's clock matters; of several stores the
-    youngest, because a copy may have been made late.
+    youngest, because a copy may have been made late. A store that does not answer has no say.
     """
     digests = {entry.snapshot: entry.manifest_digest for entry in state.snapshots}
     ages_s: dict[SnapshotId, float] = {}
-    for store in stores_of(backend):
-        stamps = {
-            parsed[0]: stat.modified_unix_s
-            for stat in store.list(keys.MANIFESTS)
-            if (parsed := keys.parse_manifest_key(stat.key)) is not None
-            and digests.get(parsed[0]) == parsed[1]
-        }
-        # No stamp is later than the store's time. A store that can't be asked is taken to be at
-        # the last one: then nothing looks older than it is.
-        newest_s = max(stamps.values(), default=now_unix_s)
-        store_unix_s, apart_s = now_unix_s, newest_s - now_unix_s
-        if asks_clocks:
-            try:
-                store_unix_s = probed_clock(store)
-                apart_s = abs(store_unix_s - now_unix_s)
-            except (StoreFullError, StoreDeniedError):
-                store_unix_s = newest_s
+    silent: list[UnavailableError] = []
+    stores = stores_of(backend)
+    for store in stores:
+        try:
+            stamps = {
+                parsed[0]: stat.modified_unix_s
+                for stat in store.list(keys.MANIFESTS)
+                if (parsed := keys.parse_manifest_key(stat.key)) is not None
+                and digests.get(parsed[0]) == parsed[1]
+            }
+            # No stamp is later than the store's time. A store that can't be asked is taken to be
+            # at the last one: then nothing looks older than it is.
+            newest_s = max(stamps.values(), default=now_unix_s)
+            store_unix_s, apart_s = now_unix_s, newest_s - now_unix_s
+            if asks_clocks:
+                try:
+                    store_unix_s = probed_clock(store)
+                    apart_s = abs(store_unix_s - now_unix_s)
+                except (StoreFullError, StoreDeniedError):
+                    store_unix_s = newest_s
+        except UnavailableError as error:
+            silent.append(error)
+            continue
         if apart_s > CLOCKS_APART_S:
             return {}, (
                 "the clocks of this machine and of a store differ, so nothing is dropped for its "
@@ -102,6 +109,8 @@ def _ages(
         for snapshot, stamp_s in stamps.items():
             age_s = max(0.0, store_unix_s - stamp_s)
             ages_s[snapshot] = min(age_s, ages_s.get(snapshot, age_s))
+    if len(silent) == len(stores):
+        raise silent[0]
     return ages_s, ()
 
 

@@ -148,6 +148,8 @@ def test_bad_options_exit_2(ckpt: Callable, arguments: tuple[str, ...], says: st
         ({}, ["--rdzv-endpoint=h:1", "--rdzv-conf=ttl=2,secret=s", "x.py"], {}, ""),
         ({}, ["--rdzv-endpoint=h:1", "x.py"], {"PET_RDZV_CONF": "secret=s"}, ""),
         ({"standby": "wait"}, ["--rdzv-endpoint=h:1", "x.py"], {}, ""),
+        ({}, ["--nnodes", "2", "--rdzv-endpoint", "h:1", "--secret", "s", "x.py"], {}, ""),
+        ({}, ["--nnodes", "2", "--rdzv-endpoint=h:1", "--standby=wait", "x.py"], {}, ""),
         ({}, ["--rdzv-endpoint=/a/folder", "x.py"], {}, ""),
         ({}, ["--nnodes=2", "x.py", "--rdzv-endpoint=h:1"], {}, ""),  # the script's own
         ({}, ["-m", "x", "--rdzv-endpoint=h:1"], {}, ""),

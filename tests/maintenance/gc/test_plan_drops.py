@@ -302,3 +302,13 @@ def test_clock_that_was_set_forward_drops_nothing_by_age(
     )
     assert bool(found.drops) != doubted
     assert bool(found.problems) == doubted
+
+
+def test_job_that_runs_for_an_hour_each_week_is_no_clock_set_forward() -> None:
+    state = straight(*range(10, 90, 10)).state
+    ages = [days * 86400.0 for days in (21.1, 21.0, 14.1, 14.0, 7.1, 7.0, 0.1, 0.0)]
+    ages_s = {entry.snapshot: age for entry, age in zip(state.snapshots, ages, strict=True)}
+    found = plan_gc(
+        state, infos(state), keep_for("3d"), ages_s=ages_s, intact=restore_order(state)[0]
+    )
+    assert [pair.step for pair in found.drops] == [10, 20, 30, 40, 50, 60] and not found.problems

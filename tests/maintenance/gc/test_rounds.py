@@ -437,6 +437,18 @@ def test_clock_of_this_machine_that_is_a_year_off_makes_nothing_old(
     assert event.alarm and "clocks" in event.text
 
 
+def test_store_that_is_away_keeps_no_rule_by_age_from_being_applied(rounds: Rounds) -> None:
+    stores = [MemoryBackend(f"store-{n}") for n in range(3)]
+    away = FaultyBackend(stores[2], [Fault(harm=Harm.LOST_REQUEST, op="list", times=None)])
+    policy = keep_last(1) | keep_for("1s")
+    now_s = time.time()
+    several = ReplicatedBackend([*stores[:2], away], emit=lambda _: None, seed=1)
+    writer = write_sample_store(several, steps=STEPS)
+    planned = preview(several, writer.journal.refresh(), policy, now_unix_s=now_s + 5.0)
+    assert [one.info.step for one in planned.decisions if one.kept] == [20, 40]
+    several.close()
+
+
 def test_age_is_by_the_stores_stamps_whatever_the_trainers_clock_was(rounds: Rounds) -> None:
     now_s = [1_000_000.0]
     store = ClockedStore(MemoryBackend(), lambda: now_s[0])
