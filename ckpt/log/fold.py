@@ -5,8 +5,8 @@ but changes nothing. ``void_reason`` holds the rules; what they guarantee:
 
 * An ``open`` exceeds all epochs before it, and fences the writers of lower epochs: their later
   commits are void. So a writer that was paused and resumed can write bytes, but they do not count.
-* Of a job with several nodes, an ``open`` of a membership epoch below the last that opened one is
-  void: the nodes have another writer by then.
+* Of a job with several nodes, an ``open`` of a membership epoch below the last of its line that
+  opened one is void: the nodes have another writer by then.
 * A commit refers only to a base that exists at its position. Dropping the base of a snapshot that
   is already committed is allowed: references lead straight to packs, and a pack is kept by any
   snapshot that refers to it.
@@ -161,10 +161,10 @@ class FoldBuilder:
         del self.snapshots[pair]
         del self.steps[pair.epoch][pair.step]
 
-    def last_membership(self) -> MembershipEpoch | None:
-        """The last membership epoch that opened an epoch here."""
+    def last_membership(self, line: str) -> MembershipEpoch | None:
+        """The last membership epoch of ``line`` that opened an epoch here. O(opens)."""
         every = (opened.membership for opened in reversed(self.opens.values()))
-        return next((membership for membership in every if membership is not None), None)
+        return next((found for found in every if found is not None and found.line == line), None)
 
     def protected_snapshot(self) -> SnapshotId | None:
         """The snapshot that no drop may remove: the newest on the lineage, or the greatest of all.
@@ -253,7 +253,8 @@ def _refuse_open(log: FoldBuilder, writer_epoch: int, body: Open) -> VoidReason 
             "epoch-not-new",
             f"opened by a writer of another epoch. epoch={body.epoch} writer={writer_epoch}",
         )
-    last = log.last_membership() if body.membership is not None else None
+    # Of the same line: what another one opened since says nothing about this one.
+    last = None if body.membership is None else log.last_membership(body.membership.line)
     if last is not None and last.supersedes(body.membership):
         # Its writer was paused, or waited for the store, while the job's nodes got another one.
         return (

@@ -9,6 +9,7 @@ from ckpt.errors import ConflictError, FencedError, SupersededError
 from ckpt.format.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, make_record
 from ckpt.log.fold import Unreadable, empty, fold, require_counted, void_error, void_if_appended
 from ckpt.log.state import LogState, Void, VoidCode
+from ckpt.log.stored_fold import decode_fold, encode_fold
 from ckpt.values import MembershipEpoch, SnapshotId
 
 A, B = "a" * 32, "b" * 32
@@ -169,6 +170,26 @@ def test_membership_epochs_are_compared_within_one_line_only() -> None:
     assert codes(folded(_open_by(1, "a", 5), (2, Open(2, None)), _open_by(3, "a", 4))) == [
         (2, "superseded")
     ]
+
+
+def test_an_old_membership_epoch_opens_nothing_though_another_line_opened_in_between() -> None:
+    state = folded(
+        _open_by(1, "a", 3),
+        _open_by(2, "a", 5),
+        _open_by(3, "b", 1),
+    )
+    state = decode_fold(encode_fold(state))  # readers may start here
+    late = make_record(
+        _open_by(4, "a", 4)[1],
+        job="run-a",
+        seq=3,
+        epoch=4,
+        write_id="late",
+        prev=state.head_digest,
+    )
+    state = fold(state, [late])
+    assert codes(state) == [(3, "superseded")]
+    assert state.epoch == 3, "the writer of the other line goes on"
 
 
 @pytest.mark.parametrize(("line", "code"), [("a", "superseded"), ("b", "fenced")])
