@@ -181,7 +181,7 @@ def log_id_of(spec: KeeperSpec, emit: Emit) -> str | None:
     def read() -> str | None:
         backend = open_job_of(spec, emit)
         try:
-            return Journal.open(backend).log_id
+            return _log_id_at(backend)
         except NotFoundError:
             return None
         finally:
@@ -250,12 +250,7 @@ class StoreLog:
 
     def check_log(self, log_id: str) -> None:
         """Raise UsageError if the stores hold another log, NotFoundError if they hold none."""
-        try:
-            found = Journal.open(self.backend).log_id
-        except NotFoundError:
-            # A network file system remembers that a file is missing until its folder is opened.
-            next(iter(self.backend.list("")), None)
-            found = Journal.open(self.backend).log_id
+        found = _log_id_at(self.backend)
         if found != log_id:
             raise UsageError(f"found_log={found} log={log_id}")
 
@@ -553,6 +548,17 @@ class StoreLog:
 def new_origin(after: str = "") -> str:
     """A write id for an open: with the launch prefix of ``after``, or with a new one."""
     return launch_prefix(after or new_write_id()) + new_write_id()[LAUNCH_PREFIX_CHARS:]
+
+
+def _log_id_at(backend: Backend) -> str:
+    """The id of the log that a store holds; raises NotFoundError if it holds none, also not at a
+    second look."""
+    try:
+        return Journal.open(backend).log_id
+    except NotFoundError:
+        # A network file system remembers that a file is missing until its folder is opened.
+        next(iter(backend.list("")), None)
+        return Journal.open(backend).log_id
 
 
 def _read_log(journal: Journal, epochs: Collection[int]) -> LogReading:
