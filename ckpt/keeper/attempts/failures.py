@@ -237,8 +237,14 @@ def decide(
         until_s = min(failure.at_s for failure in asked) + LEAVES_WITHIN_S
         if not known.lost and now_s < until_s:
             return WaitForCause(until_s)
-        completed = max(history.completed, known.completed)
-        return StartNextEpoch(replace(history, completed=completed), asked[0].text, stopped=True)
+        if known.lost or any(failure.kind == "preempted" for failure in asked):
+            completed = max(history.completed, known.completed)
+            record = replace(history, completed=completed)
+            return StartNextEpoch(record, asked[0].text, stopped=True)
+        # No node was asked to go: the programs exit so by themselves, which counts as any failure.
+        if cause.kind == "stopped":
+            text = f"rank {cause.rank} exited with {cause.status}, and no node is asked to go"
+            cause = replace(cause, kind="died", text=text)
     if finals:  # whatever else happened, that node can't continue
         cause = finals[0]
     elif cause.kind in UNEXPLAINED and now_s < cause.at_s + ECHO_S:

@@ -70,6 +70,9 @@ NOT_DURABLE_STATUS = 75
 """How a preempted program exits whose last step is not durable: EX_TEMPFAIL of sysexits."""
 _STOPPED = (PREEMPTED_STATUS, NOT_DURABLE_STATUS)
 
+PREEMPTED_KIND = "Preempted"
+"""What a preempted trainer reports as the kind of its exception (``Failing.kind``)."""
+
 STORES_MAX = 64
 """Runs on so many other stores are followed."""
 
@@ -403,7 +406,7 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
     if event.status == -signal.SIGINT:  # a person wants the end, whatever else went wrong
         text = f"rank {event.rank} {status_text(event.status)}"
         failure = Failure(event.rank, "died", text, event.status, event.at_s, final=True)
-    elif roster.shared and event.status in _STOPPED:
+    elif roster.shared and _stopped_for_another(entry, event.status):
         if any(entry.seat in _LIVE for entry in roster.members.values()):
             return roster, []  # the others stop as well; once the next epoch comes they are killed
         text = f"rank {event.rank} stopped with all others, because another node is asked to go"
@@ -436,6 +439,14 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
             event.at_s,
         )
     return _fail(roster, failure, event.completed)
+
+
+def _stopped_for_another(entry: RosterEntry, status: int) -> bool:
+    """Whether a trainer ended as one that stops because another node is asked to go. A program may
+    also exit with these numbers by itself: then it reported another exception, or its call had
+    returned."""
+    told = entry.failing is None or entry.failing.kind == PREEMPTED_KIND
+    return status in _STOPPED and told and not entry.finished
 
 
 def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[RosterAction]]:

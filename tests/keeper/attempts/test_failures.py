@@ -149,3 +149,18 @@ def test_stop_for_a_node_that_is_asked_to_go_waits_for_its_leave_and_counts_agai
     assert isinstance(stays, StartNextEpoch), "the node that was asked did not go"
     after_end = decide(trouble(stopped, ended=("y",)), before, Policy(), NOW_S + 1)
     assert isinstance(after_end, EndJob)
+
+
+def test_programs_that_exit_as_if_they_were_stopped_though_no_node_goes_are_given_up() -> None:
+    stopped = Failure(0, "stopped", "rank 0 stopped with all others", 75, NOW_S)
+    record, now_s = FailureHistory(), NOW_S + LEAVES_WITHIN_S
+    for number in range(1, 6):
+        came = decide(trouble(stopped, completed=-1), record, Policy(stuck_max=5), now_s)
+        assert isinstance(came, EndJob if number == 5 else StartNextEpoch)
+        assert "exited with 75, and no node is asked to go" in came.text
+        if isinstance(came, StartNextEpoch):
+            assert not came.stopped, "the world need not shrink"
+            record = came.record
+    asked = Failure(-1, "preempted", "a node is asked to go", 143, NOW_S)
+    came = decide(trouble(stopped, asked, completed=-1), record, Policy(stuck_max=5), now_s)
+    assert came == StartNextEpoch(record, stopped.text, stopped=True)

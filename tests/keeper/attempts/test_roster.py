@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from msgspec import structs
 
+from ckpt.elastic.failure import Preempted, describe_failure
 from ckpt.ipc.messages import Failing, Policy
 from ckpt.keeper.attempts import roster as rules
 from ckpt.keeper.attempts.events import (
@@ -527,15 +528,42 @@ def test_a_rank_that_died_while_there_was_no_keeper_is_started_again() -> None:
     assert Told(1, attempt=4)(SupervisorJoined(0, 0, 1, -9)) == [StartAll(5)]
 
 
-@pytest.mark.parametrize("status", [PREEMPTED_STATUS, NOT_DURABLE_STATUS])
-def test_ranks_that_stop_for_another_node_are_no_failure_and_stay_supervised(status: int) -> None:
-    told = Told(2)
+def shared(ranks: int = 2) -> Told:
+    """Ranks of one node of several, in their first epoch."""
+    told = Told(ranks)
     told.roster = replace(told.roster, shared=True)
-    told(*(SupervisorJoined(rank, rank, 1) for rank in range(2)))
+    told(*(SupervisorJoined(rank, rank, 1) for rank in range(ranks)))
     told(EpochChanged(1, True, "first", 90.0))
-    told.started()
-    assert told.die(0, status) == [], "the other one stops as well"
-    *_, asked = told.die(1, status)
+    return told.started()
+
+
+@pytest.mark.parametrize("status", [PREEMPTED_STATUS, NOT_DURABLE_STATUS])
+def test_program_that_exits_by_itself_with_the_status_of_a_stop_has_failed(status: int) -> None:
+    told = shared()
+    exited = Failing(kind="SystemExit", text=str(status), fingerprint="f", step=7)
+    assert KillAll in kinds(told.die(0, status, told=exited)), "its peer would wait for it"
+    *_, asked = told.killed(1)
+    assert isinstance(asked, RequestEpoch) and asked.failure is not None
+    assert (asked.failure.kind, asked.failure.status) == ("error", status)
+
+
+def test_status_of_a_stop_after_the_call_had_returned_is_a_failure_that_nothing_follows() -> None:
+    told = shared(1)
+    told(TrainerFinished(0, told.attempt))
+    *_, asked = told.die(0, NOT_DURABLE_STATUS)
+    assert isinstance(asked, RequestEpoch) and asked.failure is not None
+    assert (asked.failure.kind, asked.failure.final) == ("died", True)
+
+
+@pytest.mark.parametrize("reports", [True, False])
+@pytest.mark.parametrize("status", [PREEMPTED_STATUS, NOT_DURABLE_STATUS])
+def test_ranks_that_stop_for_another_node_are_no_failure_and_stay_supervised(
+    status: int, reports: bool
+) -> None:
+    told = shared()
+    stops = Failing(step=7, **describe_failure(Preempted(7))) if reports else None
+    assert told.die(0, status, told=stops) == [], "the other one stops as well"
+    *_, asked = told.die(1, status, told=stops)
     assert isinstance(asked, RequestEpoch) and asked.failure is not None
     assert (asked.failure.kind, asked.failure.final) == ("stopped", False)
     assert told.roster.state is RosterState.WAITING
