@@ -122,15 +122,39 @@ def read_new(backend: Backend, state: LogState) -> LogState:
 
 def _read_new_once(backend: Backend, state: LogState) -> LogState:
     for batch in _batches(positions(backend, state.next_seq), RECORDS_AT_ONCE):
-        # Records after a gap are not read: the fold stops at the gap anyway. One is passed to it
-        # unread, so that it reports the hole.
-        unbroken = [entry for n, entry in enumerate(batch) if entry[0] == state.next_seq + n]
-        records = read_all(unbroken, lambda entry: _read_record(backend, *entry))
-        after_gap = [Unreadable(seq, "after a gap") for seq, _ in batch[len(unbroken) :][:1]]
-        state = fold(state, [*records, *after_gap])
+        while batch and state.hole is None:
+            if batch[0][0] != state.next_seq:
+                state = _fold_over_gap(backend, state, *batch[0])
+                batch = batch[1:]
+                continue
+            unbroken = [entry for n, entry in enumerate(batch) if entry[0] == state.next_seq + n]
+            state = fold(state, read_all(unbroken, lambda entry: _read_record(backend, *entry)))
+            batch = batch[len(unbroken) :]
         if state.hole is not None:
             return state
     return state
+
+
+def _fold_over_gap(backend: Backend, state: LogState, seq: int, stat: Stat) -> LogState:
+    """``state``, the records below ``seq`` from their second copies, and the listed one at ``seq``.
+
+    That one proves them: it was given its position after them, and names their digests. Where one
+    is missing or out of this chain, ``state`` with a hole. Second copies never tell what is last.
+    """
+    filled = state
+    # In a log on several stores there are none: what lies there is from before, or no vote.
+    if state.stores is None or len(state.stores.ids) == 1:
+        for seqs in _batches(range(state.next_seq, seq), READ_THREADS):
+            found = read_all(seqs, lambda missing: second_record(backend, missing))
+            records = [record for record in found if record is not None]
+            filled = fold(filled, records)
+            if filled.hole is not None or len(records) < len(found):
+                break
+    if filled.hole is None and filled.next_seq == seq:
+        filled = fold(filled, [_read_record(backend, seq, stat)])
+        if filled.hole is None:
+            return filled
+    return fold(state, [Unreadable(seq, "after a gap")])  # unread: it reports the hole
 
 
 def records_back(stores: Sequence[Backend], seqs: Sequence[int], digest: str) -> list[Record]:

@@ -13,6 +13,7 @@ from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.format import keys
+from ckpt.format.records import decode_record, make_record
 from ckpt.log.catalog import load_index, snapshots
 from ckpt.log.journal import Journal
 from ckpt.log.select import select
@@ -142,6 +143,47 @@ def test_every_byte_of_every_small_object(sample: dict[str, bytes]) -> None:
         if not key.startswith((keys.PACKS, keys.COPIES)):
             for at in range(0, len(data), 3):
                 check(sample, key, at, 1 << at % 8)
+
+
+def test_missing_first_copies_hide_no_snapshot_but_decide_nothing_at_the_end(
+    sample: dict[str, bytes],
+) -> None:
+    end = sum(key.startswith(keys.LOG) for key in sample)
+    for gone in ([0], [1], [0, 1, 2], [1, 2], list(range(1, end - 1, 2)), list(range(end - 1))):
+        store = MemoryBackend()
+        for name, data in sample.items():
+            store.put(name, [data])
+        for seq in gone:
+            store.delete(keys.log_key(seq))
+        assert damaged_steps(store) == (set(), set()), gone
+        journal = Journal.open(store)
+        journal.tag("after", select(journal.refresh()))
+        assert Journal.open(store).refresh().tags == {"after": SnapshotId(1, 3)}
+    # No listed record follows the last one: what has no position in the log does not count.
+    store = MemoryBackend()
+    for name, data in sample.items():
+        store.put(name, [data])
+    store.delete(keys.log_key(end - 1))
+    assert Journal.open(store).refresh().next_seq == end - 1
+
+
+def test_second_copy_outside_of_the_chain_fills_no_gap(sample: dict[str, bytes]) -> None:
+    store = MemoryBackend()
+    for name, data in sample.items():
+        store.put(name, [data])
+    right = decode_record(sample[keys.log_key(1)])
+    other = make_record(
+        right.body, job=right.job, seq=1, epoch=1, write_id="other", prev=right.prev
+    )
+    store.delete(keys.log_key(1))
+    for copy in (other.encode(), sample[keys.log_key(0)], b"rot", None):
+        if copy is None:
+            store.delete(keys.copy_key(keys.log_key(1)))
+        else:
+            store.put(keys.copy_key(keys.log_key(1)), [copy])
+        state = Journal.open(store).refresh()
+        assert state.hole is not None
+        assert (state.hole.seq, state.next_seq) == (1, 1)
 
 
 def test_version_number_that_a_flip_made_newer_is_damage(sample: dict[str, bytes]) -> None:
