@@ -4,6 +4,7 @@ their output is compared."""
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+import ckpt
 
 ROOT = Path(__file__).parents[2]
 RUN_S_MAX = 300
@@ -81,6 +84,29 @@ def test_first_missing_ignores_figures_and_elided_lines() -> None:
 
 def test_first_missing_ignores_how_numpy_pads_figures() -> None:
     assert first_missing(("[[-0.33364415 0.37614447]]",), "[[ 0.1126923   0.4852597 ]]\n") is None
+
+
+def package_names(text: str) -> set[str]:
+    """What a page names of the package; not its files and hosts, as ``ckpt.json``."""
+    found = re.findall(r"(?<![\w.\-*/])ckpt\.(?!(?:json|fish|svc)\b)([A-Za-z]\w*)", text)
+    return {*map(str, found)}
+
+
+def test_package_names_are_not_those_of_files() -> None:
+    text = "`ckpt.Lost(x)` @ckpt.lost a.ckpt.svc `ckpt.json` =ckpt.testing.store; in ckpt. Then"
+    assert package_names(text) == {"Lost", "lost", "testing"}
+
+
+def test_what_pages_name_of_the_package_is_exported() -> None:
+    modules = {found.name for found in pkgutil.iter_modules(ckpt.__path__)}
+    pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
+    unknown = {
+        f"{page.relative_to(ROOT)}: ckpt.{name}"
+        for page in pages
+        for name in package_names(page.read_text()) - modules - {*ckpt.__all__}
+    }
+    assert len(pages) > 10
+    assert not unknown
 
 
 def test_every_program_in_the_readme_names_its_file() -> None:
