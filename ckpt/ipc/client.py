@@ -67,6 +67,19 @@ _ACCESS_FILES = {
 }
 """Variables that name files with credentials, and where the file is without the variable."""
 
+_PATH_VARIABLES = (
+    *_ACCESS_FILES,
+    "AWS_CA_BUNDLE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "CKPT_STATE_DIR",
+    "REQUESTS_CA_BUNDLE",
+    "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
+    "XDG_STATE_HOME",
+)
+"""Variables whose relative paths would mean other files in a keeper, which has a working folder of
+its own."""
+
 _DIGEST_BYTES = 16
 
 
@@ -132,7 +145,7 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
 
         Ranks of one launch may differ in it: each may hold a token of its own. Reads small files.
         """
-        variables = os.environ if environment is None else environment
+        variables = _with_absolute_paths(os.environ if environment is None else environment)
         # These two are others with each launch, and are sent with the hello.
         nodes = self.nodes and msgspec.structs.replace(self.nodes, agent="", ends_after=-1)
         options = (self.storage_options, self.compression, self.scrub_every_s, nodes)
@@ -167,6 +180,19 @@ def _access_of(spec: KeeperSpec, variables: Mapping[str, str]) -> list[bytes]:
         files |= {variables.get(name, usual) for name, usual in _ACCESS_FILES.items()} - {""}
     found = [os.fsencode(f"{name}={variables.get(name, '')}") for name in sorted(named)]
     return found + [os.fsencode(path) + b"\0" + _content(path) for path in sorted(files)]
+
+
+def _with_absolute_paths(variables: Mapping[str, str]) -> dict[str, str]:
+    """The same, with what names files relative to this process's working folder made absolute."""
+    try:
+        here = Path.cwd()
+    except OSError:  # it was removed: such a path names no file for anybody, but must stay the same
+        here = Path("/proc/self/cwd")
+    found = dict(variables)
+    for name in _PATH_VARIABLES:
+        if (value := found.get(name)) and not value.startswith(("/", "~")):
+            found[name] = os.fspath(here / value)
+    return found
 
 
 def _content(path: str) -> bytes:
@@ -358,8 +384,9 @@ class _KeeperStarter:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, changed so that the keeper imports the same ``ckpt``."""
-    environment = dict(os.environ)
+    """This process's environment, changed so that the keeper imports the same ``ckpt`` and finds
+    the same files."""
+    environment = _with_absolute_paths(os.environ)
     home = os.fspath(Path(__file__).parents[2])
     # Not for site-packages: it is found anyway, and as first entry it would hide the standard
     # library.

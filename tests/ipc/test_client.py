@@ -404,3 +404,35 @@ def test_key_that_a_variable_or_file_holds_counts_by_its_content(tmp_path: Path)
     assert one.access_digest({"RUN_KEY": "2"}) != digest
     file.write_text("2")
     assert one.access_digest({"RUN_KEY": "1"}) != digest
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "GOOGLE_APPLICATION_CREDENTIALS"]
+)
+def test_credentials_at_a_relative_path_are_the_same_file_to_the_keeper(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "credentials").write_text("secret")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "credentials")
+    one = KeeperSpec(job="j", store="s3://bucket/run")
+    digest, handed = one.access_digest(), client._environment()
+    assert Path(handed[name]).read_text() == "secret"
+    monkeypatch.chdir("/")
+    assert one.access_digest(handed) == digest
+    (tmp_path / "credentials").write_text("another")
+    assert one.access_digest(handed) != digest
+
+
+def test_relative_path_in_a_working_folder_that_is_gone_keeps_nothing_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setenv("AWS_CONFIG_FILE", "config")
+    one = KeeperSpec(job="j", store="s3://bucket/run")
+    digest, handed = one.access_digest(), client._environment()
+    monkeypatch.chdir(tmp_path)
+    assert one.access_digest(handed) == digest
