@@ -247,6 +247,15 @@ class AdmissionVerdict:
     refusal: str = ""
     look_s: float = math.inf
 
+    def wait_until_s(self, decided_s: float) -> float:
+        """Until when an epoch that was first decided at ``decided_s`` waits for ``pending`` at the
+        latest; -inf: it does not.
+
+        All of them together have one limit: members that come and go without end can't delay it
+        further.
+        """
+        return decided_s + PROOF_S if self.pending else -math.inf
+
 
 class Admission:
     """What one node learned about the others since it joined. ``silent_s``: how long a member's

@@ -171,6 +171,8 @@ class Node:
         """The nodes to be connected to, and their addresses."""
         self._epoch_since = (0, 0.0)
         self._timers = WaitTimers()
+        self._decided_s: float | None = None
+        """Since when this leader would publish the next epoch; None: it would not."""
         self._put_inventory: tuple[str, bytes] | None = None
         self._lost: dict[str, float] = {}
         self._reported_text = ""
@@ -494,7 +496,7 @@ class Node:
         elif leads and me.node not in suspects:
             return min(self._lead(view, me, admission), admission.look_s)
         # Waits are counted only while this node leads without a break.
-        self._timers = WaitTimers()
+        self._timers, self._decided_s = WaitTimers(), None
         return min(time.monotonic() + LOOK_S, admission.look_s)
 
     def _judge_members(
@@ -551,16 +553,21 @@ class Node:
             return now_s + LOOK_S
         number = view.epoch.number if view.epoch is not None else 0
         if self._epoch_since[0] != number:
-            self._epoch_since = (number, now_s)
+            self._epoch_since, self._decided_s = (number, now_s), None
         may_grow = now_s >= self._epoch_since[1] + self._grow_wait_s
         options = replace(self._options, may_grow=may_grow, epoch_floor=epoch_floor(view))
         # Decided for those that may have ranks; all else is about all members.
         fit = without_members(view, admission.excluded)
         self._timers = update_timers(self._timers, fit, options, now_s)
         decision = decide(fit, self._timers, options, now_s)
-        if isinstance(decision, NewEpoch) and admission.pending:
-            # Or earlier, as soon as they are connected.
-            decision = WaitForNodes(admission.pending_until_s, "members are being connected")
+        if isinstance(decision, NewEpoch):
+            self._decided_s = now_s if self._decided_s is None else self._decided_s
+            until_s = admission.wait_until_s(self._decided_s)
+            if now_s < until_s:
+                # Or earlier: as soon as they are connected, or when ``admission.look_s`` comes.
+                decision = WaitForNodes(until_s, "members are being connected")
+        else:
+            self._decided_s = None
         problems = self._problems(view, me, now_s)
         failure_decision = assess(view, problems, self._decide_failures, now_s)
         next_ = next_epoch(view, decision, failure_decision, problems)

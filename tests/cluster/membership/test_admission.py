@@ -184,6 +184,24 @@ def test_member_without_a_proof_is_waited_for_briefly_and_then_gets_no_ranks() -
     assert not looked(view, "a", proved="bs").excluded
 
 
+def test_strangers_that_take_turns_are_waited_for_once() -> None:
+    admission = Admission(silent_s=SILENT_S)
+    for turn in range(4):
+        now_s = 3.0 * turn
+        verdict = admission.look(
+            view_of(["a", "b", f"s{turn}"], places="ab"),
+            "a",
+            proved=frozenset("b"),
+            suspects=(),
+            ended=False,
+            now_s=now_s,
+        )
+        assert verdict.pending, "each is new when it comes"
+        assert verdict.wait_until_s(0.0) == PROOF_S
+    proved = looked(view_of("ab", places="ab"), "a", proved="b")
+    assert proved.wait_until_s(0.0) == -math.inf
+
+
 def test_node_that_holds_ranks_is_no_stranger_to_a_new_leader() -> None:
     assert not looked(view_of("abc", places="abc"), "a", at_s=(0.0, 1e6)).excluded
 

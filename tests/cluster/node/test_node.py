@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 from kit.membership.memory_keyspace import MemoryKeyspace, MemoryServer
 
+from ckpt.cluster.membership import admission
 from ckpt.cluster.membership.decide import MembershipOptions
 from ckpt.cluster.membership.leases import LeaseState
 from ckpt.cluster.membership.member import KeyspaceMembership
@@ -331,6 +332,41 @@ def test_lost_node_is_replaced_by_a_standby_before_its_lease_runs_out(
     assert second.record.world_size == 3
     assert second.note.era == second.number
     assert second.note.stuck == 0, "nobody could tell how far they were"
+
+
+@pytest.mark.slow
+def test_stranger_that_comes_again_and_again_does_not_hold_up_the_replacement_of_a_lost_node(
+    world: NodesOfOneJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "PROOF_S", 1.0)
+    nodes = [world.node("a"), world.node("b")]
+    first = world.epoch(*nodes)
+    leader = next(one for one in nodes if one.id == first.record.leader)
+    (lost,) = [one for one in nodes if one is not leader]
+    spare = world.node("c")
+    world.until(lambda: spare.id and leader.node.is_connected(spare.id), "a standby")
+    over, came = threading.Event(), itertools.count()
+
+    def come_and_go() -> None:
+        """Nobody can prove it, and it is always too new to be passed over."""
+        while not over.is_set():
+            stranger = KeyspaceMembership(
+                MemoryKeyspace(world.server), "job", ttl_s=TTL_S, witnesses_min=1
+            )
+            stranger.join(NodeInfo(node=f"s-{next(came)}", host="s", slots=1))
+            over.wait(0.3)
+            stranger.leave()
+
+    comes = start_thread(come_and_go, name="test-stranger")
+    try:
+        world.until(lambda: any(m.node[0] == "s" for m in leader.member.view().members), "it")
+        lost.kill()
+        second = world.epoch(leader, spare, beyond=first.number)
+        assert set(second.record.ranks) == {leader.id, spare.id}
+    finally:
+        over.set()
+        comes.result()
+    assert next(came) > 2, "it came under more than one name"
 
 
 def test_leader_that_is_lost_is_followed_by_another(world: NodesOfOneJob) -> None:
