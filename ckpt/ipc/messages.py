@@ -313,8 +313,8 @@ class Settings(Message, frozen=True, kw_only=True, tag="Settings"):
     """A call, only after ``OtherSettings``. The keeper starts its successor with these settings.
 
     ``spec`` is an encoded ``KeeperSpec``, ``environment`` the peer's variables, ``program`` what
-    runs a keeper there. The reply is the end of the connection, or the error that left the keeper
-    as it was.
+    runs a keeper there. The reply is the end of the connection, after which the peer says hello
+    again, or the error that left the keeper as it was.
     """
 
     spec: bytes

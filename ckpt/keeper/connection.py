@@ -46,11 +46,10 @@ class ClientConnection:
         self.sock = sock
         self.hello: Hello | None = None
         self.planned = False
-        self.asked_settings = False
-        """Whether it was told that this keeper has other settings than it."""
+        self.other: Hello | None = None
+        """Its hello, if it was told that this keeper has other settings than it."""
         self.lost = False
-        """Whether it was disconnected because it reads nothing: messages that still arrive from it
-        are ignored."""
+        """Whether the keeper hung up: messages that still arrive from it are ignored."""
         self.since_s = time.monotonic()
         self._inbox = Inbox(frame_bytes_max=UNADMITTED_BYTES_MAX)
         self._outbox = Outbox()
@@ -84,11 +83,18 @@ class ClientConnection:
         if hello.role != "tool":
             self._inbox.frame_bytes_max = FRAME_BYTES_MAX
 
-    def ask_settings(self, call_id: int) -> None:
+    def ask_settings(self, hello: Hello) -> None:
         """Answer its hello: it has other settings than this keeper, and is to send them."""
-        self.asked_settings = True
+        self.other = hello
         self._inbox.frame_bytes_max = FRAME_BYTES_MAX
-        self.send(OtherSettings(id=call_id))
+        self.send(OtherSettings(id=hello.id))
+
+    def hang_up(self) -> None:
+        """End the connection. Not closed here: the loop reads its end next, and removes it in one
+        place."""
+        self.lost = True
+        with contextlib.suppress(OSError):  # already disconnected by the client
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def read(self) -> tuple[list[tuple[Message, list[int]]], bool]:
         """The complete messages that have arrived, with their descriptors, and whether the
@@ -107,11 +113,7 @@ class ClientConnection:
             # Duplicates: the caller may close its own before the socket takes the message.
             self._outbox.push(message, [os.dup(fd) for fd in fds])
         except UnavailableError:
-            # Not closed here: the loop reads the end of the connection next, and removes it in one
-            # place.
-            self.lost = True
-            with contextlib.suppress(OSError):  # already disconnected by the client
-                self.sock.shutdown(socket.SHUT_RDWR)
+            self.hang_up()
             return
         if not self.flush():
             self._on_blocked(self)

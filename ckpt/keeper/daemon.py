@@ -294,8 +294,11 @@ class Daemon:
             if client.role not in ("", "tool"):
                 self._job.state.emit.joined()
                 self._import_ahead()
-        elif isinstance(message, Settings) and client.asked_settings:
-            self._succeed(message)
+        elif isinstance(message, Settings) and client.other is not None:
+            if self._job.may_end_for(client.other, KeeperSpec.decode(message.spec)):
+                self._succeed(message)
+            else:
+                client.hang_up()  # it says hello again
         elif client.hello is None:
             raise UsageError(f"a client must say hello first. message={type(message).__name__}")
         else:
@@ -308,7 +311,6 @@ class Daemon:
         Blocks the loop: nobody but tools is served meanwhile. No orderly end: what is in flight is
         the successor's, by the slots that it has.
         """
-        self._job.may_end_for(KeeperSpec.decode(settings.spec))
         self._listener.start_successor(settings, self._job.state.memory.estate(self._listener.lock))
         self._emit(Event("replaced", "a new launch has other settings; its keeper takes over"))
         os._exit(0)

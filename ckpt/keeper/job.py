@@ -114,7 +114,7 @@ class Job:
             )
             return
         if self._serves_other(hello):
-            client.ask_settings(hello.id)
+            client.ask_settings(hello)
             return
         new = self.admit(hello)
         client.admit(hello)
@@ -230,14 +230,19 @@ class Job:
         self._check_alone()
         return True
 
-    def may_end_for(self, settings: KeeperSpec) -> None:
-        """Raise the reason why no keeper with ``settings`` may follow this one now."""
+    def may_end_for(self, hello: Hello, settings: KeeperSpec) -> bool:
+        """Whether a keeper with ``settings`` may follow this one now. Raises the reason why it may
+        not; false: since ``hello`` was answered another rank of its launch was admitted here, so
+        it would be as well."""
+        if hello.launch == self.state.launch.id:
+            return False
         self._check_alone()
         ours, theirs = self.state.spec, settings
         if (ours.store, ours.job) != (theirs.store, theirs.job):
             raise UsageError(
                 f"another job's settings. job={theirs.job!r} ours={ours.job!r} store={theirs.store}"
             )
+        return True
 
     def _abandon(self) -> None:
         """All clients are gone, and not as planned: upload the newest snapshot, and wait for one to

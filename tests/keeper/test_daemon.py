@@ -168,6 +168,24 @@ def test_keeper_whose_successor_cannot_start_goes_on(serve: Serve) -> None:
     second.leave()
 
 
+def test_rank_whose_launch_was_admitted_before_its_settings_came_says_hello_again(
+    serve: Serve,
+) -> None:
+    served = serve()
+    stores, access = served.spec.stores_digest(), served.spec.access_digest()
+    late = KeeperClient(served.wire())
+    hello = served.hello(launch="b", rank=1, ranks=2, stores=stores, access="token of its own")
+    assert isinstance(late.call(hello, timeout_s=WAIT_S), OtherSettings)
+    first = served.trainer(0, 2, launch="b", stores=stores, access=access)
+    settings = Settings(spec=served.spec.encode(), environment={}, program=("/bin/false",))
+    with pytest.raises(UnavailableError, match="closed it"):
+        late.call(settings, timeout_s=WAIT_S)
+    late.close()
+    again = served.trainer(1, 2, launch="b", stores=stores, access="token of its own")
+    again.leave()
+    first.leave()
+
+
 def test_settings_that_nobody_asked_for_are_refused(serve: Serve) -> None:
     served = serve()
     trainer = served.trainer()
