@@ -33,6 +33,7 @@ KINDS: Final[Mapping[str, str]] = {
     "save-failed": "a snapshot did not become durable",
     "tag-failed": "a snapshot is durable, but lacks a tag",
     "memory-short": "not enough shared memory for all slots",
+    "replicas-unsampled": "replicas are not compared, because a device's memory is full",
     "pinning-refused": "copies from CUDA devices are slow, because their memory is not locked",
     "replicas-diverged": "ranks hold different bytes of what they should hold alike",
     # ---- restoring

@@ -187,6 +187,7 @@ class Saving:
             threads=options.threads,
             compare_replicas=self._compare,
             on_short=self._memory_short,
+            on_unsampled=self._unsampled,
             copies=HostCopies(on_slow=self._pinning_refused),
         )
         self._short_reported = False
@@ -661,6 +662,16 @@ class Saving:
                     alarm=True,
                 )
             )
+
+    def _unsampled(self, reason: str) -> None:
+        self._emit(
+            Event(
+                "replicas-unsampled",
+                "the memory of a device is too full to compare a part of what ranks hold alike; "
+                f"snapshots go on without. {reason}; leave some MiB of it free",
+                alarm=True,
+            )
+        )
 
     def _pinning_refused(self, reason: str) -> None:
         """Called by the thread that pins."""

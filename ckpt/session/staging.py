@@ -78,8 +78,9 @@ class Stager:
     next.
 
     Used by one thread. ``compare_replicas`` is called the first time that a set of replicas
-    appears. ``on_short`` is called once if memory becomes short during training. ``copies`` copies
-    from CUDA devices.
+    appears. ``on_short`` is called once if memory becomes short during training,
+    ``on_unsampled`` once if a device has no memory for a sample of replicas. ``copies`` copies from
+    CUDA devices.
 
     Over the limit of attributes: plan, layout, slots and buffers are kept from one snapshot to the
     next, and all of them change if one does.
@@ -93,6 +94,7 @@ class Stager:
         threads: int | None,
         compare_replicas: CompareReplicas,
         on_short: Callable[[UsageError], None] | None = None,
+        on_unsampled: Callable[[str], None] | None = None,
         copies: HostCopies | None = None,
     ) -> None:
         self._copies = HostCopies() if copies is None else copies
@@ -104,6 +106,7 @@ class Stager:
         )
         self._agree = compare_replicas
         self._short = on_short
+        self._unsampled = on_unsampled
         self._staged_once = False
         self._plan: CapturePlan | None = None
         self._items: tuple[tuple[str, int], ...] = ()
@@ -113,8 +116,8 @@ class Stager:
         self._copy: CopyPlan | None = None
         self._pool: SlotPool | None = None
         self._regions: Regions | None = None
-        self._sampled = 0
         self._sampler = ReplicaSampler(())
+        self._sample_refused = False
         self.origin = ""
         """Of the epoch that is staged in: see ``StagedIndex``."""
 
@@ -148,9 +151,6 @@ class Stager:
         Raises UnavailableError if no slot is free within ``wait_s`` seconds, or if memory is short
         now but was not before; UsageError for what can't be captured or never fitted in memory.
         """
-        # Ranks count the same snapshots; attempts of other epochs begin elsewhere.
-        self._sampled += sample
-        number = self._sampled + snapshot.epoch * SAMPLE_STRIDE
         self._copies.settle()  # what objects give as their state may be in pinned memory too
         capture = self._capture(items)
         plan, pool = self._layout(capture)
@@ -182,7 +182,7 @@ class Stager:
                 metadata=metadata,
                 origin=self.origin,
             )
-            samples = self._sampler.samples(number) if sample else {}
+            samples = self._samples(snapshot) if sample else {}
             slot.seal(index)
         except BaseException:
             slot.invalidate()
@@ -190,6 +190,18 @@ class Stager:
             raise
         self._staged_once = True
         return StagedSlot(slot, index, pin, self._shared, samples)
+
+    def _samples(self, snapshot: SnapshotId) -> Mapping[str, tuple[str, str]]:
+        """The sample of this snapshot; nothing where a device's memory is full: training owns it,
+        and a snapshot without a sample is as good. Said once.
+        """
+        try:
+            return self._sampler.samples(sample_number(snapshot))
+        except torch.OutOfMemoryError as error:
+            if not self._sample_refused and self._unsampled is not None:
+                self._unsampled(f"snapshot={snapshot} cause={error!r}")
+            self._sample_refused = True
+            return {}
 
     def staged_again(self, snapshot: SnapshotId) -> StagedSlot | None:
         """A snapshot that was staged before and whose slot still holds it, or None."""
@@ -294,8 +306,75 @@ of the time of a stage of 1 GiB.
 SAMPLE_BYTES_MIN = 256 << 10
 """A sample is not smaller: less would take as long, and small groups are looked at whole."""
 
-SAMPLE_STRIDE = 7919
-"""How many shares apart the samples of two epochs begin, so that short attempts look at others."""
+SAMPLE_TENSORS_MAX = 32
+"""A sample is of not more tensors, give or take two: each costs some calls, however small it is."""
+
+SAMPLE_JOINED_BYTES_MAX = 256 << 10
+"""Parts of a sample that are smaller are joined and digested at once."""
+
+SAMPLE_SUM_ELEMENTS = 1 << 16
+"""As ``SUM_ELEMENTS``, for samples: training may have left little memory of the device."""
+
+
+def sample_number(snapshot: SnapshotId) -> int:
+    """Which sample is taken with a snapshot: the same on all ranks, whatever each staged before.
+
+    Mixed, as intervals that divide the number of shares would otherwise come by few of them.
+    """
+    return int(digest_hex(f"{snapshot.epoch} {snapshot.step}".encode())[:15], 16)
+
+
+@dataclass(frozen=True, slots=True)
+class _SampledGroup:
+    """What one group of replicas is sampled by: shares of its leaves, then sets of small ones.
+
+    Equal shares alone could each be of thousands of tensors of one number, such as optimizers'
+    ``step``.
+    """
+
+    name: str
+    large: tuple[TensorLeaf, ...]
+    shares: LeafShares
+    count: int
+    small: tuple[tuple[TensorLeaf, ...], ...]
+
+    @classmethod
+    def of(cls, ranks: tuple[int, ...], leaves: Sequence[TensorLeaf]) -> _SampledGroup:
+        """Cut a group up. O(leaves)."""
+        sizes = [leaf.box.elements * DTYPE_BYTES[leaf.leaf.dtype] for leaf in leaves]
+        most = SAMPLE_SHARE * len(ranks)
+        share_bytes = max(sum(sizes) // most, SAMPLE_BYTES_MIN)
+        least = share_bytes // SAMPLE_TENSORS_MAX if len(leaves) > SAMPLE_TENSORS_MAX else 0
+        pairs = list(zip(leaves, sizes, strict=True))
+        large = [(leaf, size) for leaf, size in pairs if size >= least]
+        small = [leaf for leaf, size in pairs if 0 < size < least]
+        large_bytes = sum(size for _, size in large)
+        return cls(
+            digest_hex(msgspec.json.encode(ranks)),
+            tuple(leaf for leaf, _ in large),
+            LeafShares([_replicated(leaf) for leaf, _ in large]),
+            min(most, max(large_bytes // SAMPLE_BYTES_MIN, 1)) if large_bytes else 0,
+            tuple(
+                tuple(small[start : start + SAMPLE_TENSORS_MAX])
+                for start in range(0, len(small), SAMPLE_TENSORS_MAX)
+            ),
+        )
+
+    def sample(self, number: int) -> tuple[str, list[tuple[TensorLeaf, Box]]] | None:
+        """What the ``number``-th sample is of and its parts; None if it is of nothing."""
+        count = self.count + len(self.small)
+        if not count:
+            return None
+        number %= count
+        if number < self.count:
+            boxes = self.shares.boxes(number, self.count)
+            parts = [(self.large[share.index], share.box) for share in boxes]
+        else:
+            parts = [(leaf, leaf.box) for leaf in self.small[number - self.count]]
+        if not parts:
+            return None
+        last = f" to {parts[-1][0].leaf.name}" if len(parts) > 1 else ""
+        return f"{parts[0][0].leaf.name}{last} [part {number + 1} of {count}]", parts
 
 
 class ReplicaSampler:
@@ -310,10 +389,7 @@ class ReplicaSampler:
         for leaf in tensors:
             if len(leaf.replicas) > 1 and leaf.leaf.alias_of is None:
                 groups.setdefault(leaf.replicas, []).append(leaf)
-        self._groups = [
-            (ranks, leaves, LeafShares([_replicated(leaf) for leaf in leaves]), _parts(leaves))
-            for ranks, leaves in groups.items()
-        ]
+        self._groups = [_SampledGroup.of(ranks, leaves) for ranks, leaves in groups.items()]
 
     def samples(self, number: int) -> dict[str, tuple[str, str]]:
         """For each group, by digest of its ranks: which leaves a share of their elements is of, and
@@ -321,27 +397,33 @@ class ReplicaSampler:
 
         Every replica takes the same share for the same ``number``; consecutive numbers come by all
         shares. Samples of different shares have different labels, and are never compared. Costs a
-        digest pass over the shares.
+        digest pass over the shares, and calls for ``SAMPLE_TENSORS_MAX`` tensors of each group.
+        Raises torch.OutOfMemoryError if a device has no scratch memory for it.
         """
         samples: dict[str, tuple[str, str]] = {}
-        for ranks, leaves, shares, count in self._groups:
-            boxes = shares.boxes(number % count, count)
-            if not boxes:
-                continue
-            names = [leaves[share.index].leaf.name for share in boxes]
-            last = f" to {names[-1]}" if len(names) > 1 else ""
-            label = f"{names[0]}{last} [part {number % count + 1} of {count}]"
-            pieces = [_narrowed(leaves[share.index], share.box) for share in boxes]
-            found = digest_hex("".join(content_digests(pieces)).encode())
-            samples[digest_hex(msgspec.json.encode(ranks))] = (label, found)
+        for group in self._groups:
+            if (taken := group.sample(number)) is not None:
+                label, parts = taken
+                pieces = _joined([_narrowed(leaf, box) for leaf, box in parts])
+                digests = content_digests(pieces, elements=SAMPLE_SUM_ELEMENTS)
+                samples[group.name] = (label, digest_hex("".join(digests).encode()))
         return samples
 
 
-def _parts(leaves: Sequence[TensorLeaf]) -> int:
-    """In how many shares one group is looked at."""
-    size_bytes = sum(leaf.box.elements * DTYPE_BYTES[leaf.leaf.dtype] for leaf in leaves)
-    most = SAMPLE_SHARE * len(leaves[0].replicas)
-    return max(1, min(most, size_bytes // SAMPLE_BYTES_MIN))
+def _joined(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The bits of ``pieces``: small ones of one size of element and device as one tensor. All
+    replicas join the same ones in the same order.
+    """
+    joined: list[torch.Tensor] = []
+    small: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for piece in pieces:
+        bits = _integers(piece.detach())
+        if bits.numel() * bits.element_size() > SAMPLE_JOINED_BYTES_MAX:
+            joined.append(bits)
+        else:
+            small.setdefault((bits.device, bits.dtype), []).append(bits.reshape(-1))
+    joined.extend(some[0] if len(some) == 1 else torch.cat(some) for some in small.values())
+    return joined
 
 
 def _replicated(leaf: TensorLeaf) -> ReplicatedBox:
@@ -350,6 +432,8 @@ def _replicated(leaf: TensorLeaf) -> ReplicatedBox:
 
 def _narrowed(leaf: TensorLeaf, box: Box) -> torch.Tensor:
     tensor = leaf.tensor
+    if box == leaf.box:
+        return tensor
     for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
         tensor = tensor.narrow(dim, start - leaf.box.offsets[dim], size)
     return tensor
@@ -400,7 +484,7 @@ def compare_replicas(
     """
     if mailbox.size == 1:
         return
-    found = content_digests([leaf.tensor for leaf in leaves])
+    found = digests_of_replicas([leaf.tensor for leaf in leaves])
     own_digests = {leaf.leaf.name: one for leaf, one in zip(leaves, found, strict=True)}
     mailbox.post(f"replicas/{n}/{mailbox.rank}", msgspec.json.encode(own_digests))
     first_digests: dict[int, dict[str, str]] = {}
@@ -432,20 +516,53 @@ def compare_replicas(
         )
 
 
+def digests_of_replicas(
+    tensors: Sequence[torch.Tensor],
+    *,
+    on_device: Callable[[torch.Tensor], bool] | None = None,
+) -> list[str]:
+    """As ``content_digests``; where a device has no scratch memory for them the same sums are
+    computed on the host, one tensor at a time: other ranks wait for them.
+    """
+    on_device = on_device or is_on_device
+    try:
+        return content_digests(tensors, on_device=on_device)
+    except torch.OutOfMemoryError:
+        digests: list[str] = []
+        for tensor in tensors:
+            digests += content_digests(
+                [tensor.detach().cpu()], on_device=_always if on_device(tensor) else _never
+            )
+        return digests
+
+
+def _always(tensor: torch.Tensor) -> bool:
+    return True
+
+
+def _never(tensor: torch.Tensor) -> bool:
+    return False
+
+
 def is_on_device(tensor: torch.Tensor) -> bool:
     """Whether a tensor's bytes are on an accelerator that can digest them there."""
     return tensor.device.type == "cuda"
 
 
 def content_digests(
-    tensors: Sequence[torch.Tensor], *, on_device: Callable[[torch.Tensor], bool] = is_on_device
+    tensors: Sequence[torch.Tensor],
+    *,
+    on_device: Callable[[torch.Tensor], bool] = is_on_device,
+    elements: int | None = None,
 ) -> list[str]:
     """A digest of each tensor's elements, equal for equal bits of equal shapes and dtypes.
 
     Tensors on a device are digested there, at the speed of its memory, and 16 bytes of each are
-    copied to the host; one wait for each device. Not made to withstand forgery.
+    copied to the host; one wait for each device. ``elements`` (or SUM_ELEMENTS) are digested there
+    at a time, and digests of other numbers differ. Not made to withstand forgery. Raises
+    torch.OutOfMemoryError if a device has no scratch memory for it.
     """
-    sums = [device_sums(tensor) if on_device(tensor) else None for tensor in tensors]
+    sums = [device_sums(one, elements=elements) if on_device(one) else None for one in tensors]
     by_device: dict[torch.device, list[int]] = {}
     for index, pair in enumerate(sums):
         if pair is not None:
@@ -467,16 +584,17 @@ SUM_ELEMENTS = 1 << 20
 _WORD = (1 << 64) - 1
 
 
-def device_sums(tensor: torch.Tensor) -> torch.Tensor:
+def device_sums(tensor: torch.Tensor, *, elements: int | None = None) -> torch.Tensor:
     """Two 64-bit sums of a tensor's elements, weighted by odd numbers, on its own device.
 
     A change of one element always changes both: an odd weight times a difference is never a
-    multiple of 2^64. Waits for nothing.
+    multiple of 2^64. ``elements`` (or SUM_ELEMENTS) are summed at a time. Waits for nothing.
     """
+    elements = elements or SUM_ELEMENTS
     bits = _integers(tensor.detach())
     sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
-    weights = _weights(min(SUM_ELEMENTS, max(1, bits.numel())), bits.device)
-    for piece in _pieces(bits):
+    weights = _weights(min(elements, max(1, bits.numel())), bits.device)
+    for piece in _pieces(bits, elements):
         flat = piece.reshape(-1).to(torch.int64)
         # Two flipped signs would cancel: their differences are both 2^63, whatever the weights.
         flat = flat ^ ((flat >> 32) & _LOW_WORD)
@@ -510,18 +628,18 @@ def _integers(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 
-def _pieces(bits: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensor in pieces of at most SUM_ELEMENTS in C order, cut alike whatever its strides."""
-    if bits.numel() <= SUM_ELEMENTS:
+def _pieces(bits: torch.Tensor, elements: int) -> Iterator[torch.Tensor]:
+    """The tensor in pieces of at most ``elements`` in C order, cut alike whatever its strides."""
+    if bits.numel() <= elements:
         if bits.numel():
             yield bits
         return
     inner = bits[0].numel()
-    if inner > SUM_ELEMENTS:
+    if inner > elements:
         for row in bits:
-            yield from _pieces(row)
+            yield from _pieces(row, elements)
         return
-    rows = SUM_ELEMENTS // inner
+    rows = elements // inner
     for start in range(0, len(bits), rows):
         yield bits[start : start + rows]
 

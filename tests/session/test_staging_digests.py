@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.session import staging
-from ckpt.session.staging import content_digests, device_sums
+from ckpt.session.staging import content_digests, device_sums, digests_of_replicas
 from ckpt.values import DTYPE_BYTES
 
 
@@ -83,6 +83,27 @@ def test_strides_do_not_count(shape: tuple[int, ...], small: None) -> None:
 def test_conjugate_view_is_digested_as_its_values() -> None:
     base = torch.tensor([1 + 2j, 3 - 4j])
     assert digests(base.conj()) == digests(base.conj().resolve_conj()) != digests(base)
+
+
+def test_device_without_memory_gives_the_same_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [torch.randn(300), torch.arange(5), torch.ones(())]
+    asked: list[torch.Tensor] = []
+    sums = device_sums
+
+    def full(tensor: torch.Tensor, *, elements: int | None = None) -> torch.Tensor:
+        asked.append(tensor)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("full")
+        return sums(tensor, elements=elements)
+
+    monkeypatch.setattr(staging, "device_sums", full)
+
+    def on_device(tensor: torch.Tensor) -> bool:
+        return tensor is not tensors[1]
+
+    found = digests_of_replicas(tensors, on_device=on_device)
+    assert len(asked) == 4
+    assert found == content_digests(tensors, on_device=on_device)
 
 
 def test_tensors_of_host_and_device_are_told_apart_by_what_is_asked() -> None:
