@@ -273,7 +273,7 @@ class JobFolder:
 
     def keep_log(self) -> Path | None:
         """Copy the end of the keepers' output to where it outlives the folder; None if there is
-        nothing to keep, or no room for it.
+        nothing to keep, or no room or home for it.
 
         The copy's first line says whose it is. The newest LOGS_PER_JOB_MAX of a job stay.
         """
@@ -290,7 +290,9 @@ class JobFolder:
             path.chmod(0o600)
             for old in sorted(folder.glob(f"{self.path.name}-*.log"))[:-LOGS_PER_JOB_MAX]:
                 old.unlink(missing_ok=True)
-        except OSError:  # a full or foreign home must keep no folder from being removed
+        except (OSError, RuntimeError):
+            # A home that is full, foreign or unknown (RuntimeError of expanduser) must keep no
+            # folder from being removed.
             return None
         return path
 
@@ -383,7 +385,8 @@ class KeptLog:
 
 def log_root() -> Path:
     """Where logs outlive the runtime folder: ``$CKPT_STATE_DIR/logs``, else below
-    ``$XDG_STATE_HOME``, else ``~/.local/state/ckpt/logs``.
+    ``$XDG_STATE_HOME``, else ``~/.local/state/ckpt/logs``. Raises RuntimeError if this user has no
+    home.
     """
     if chosen := os.environ.get("CKPT_STATE_DIR"):
         return Path(chosen).absolute() / "logs"
@@ -394,7 +397,11 @@ def log_root() -> Path:
 def kept_logs() -> list[KeptLog]:
     """The logs that were kept, newest first; what is unreadable is left out."""
     found: list[KeptLog] = []
-    for path in log_root().glob("*.log"):
+    try:
+        root = log_root()
+    except RuntimeError:  # without a home none was kept
+        return []
+    for path in root.glob("*.log"):
         name, _, ended_ns = path.stem.rpartition("-")
         with contextlib.suppress(OSError, ValueError, msgspec.MsgspecError):
             head, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")

@@ -15,7 +15,7 @@ import pytest
 
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.ipc import runtime_dir as runtime
-from ckpt.ipc.runtime_dir import JobFolder, claim_instance, list_jobs, runtime_root
+from ckpt.ipc.runtime_dir import JobFolder, claim_instance, kept_logs, list_jobs, runtime_root
 
 
 @pytest.fixture(autouse=True)
@@ -296,6 +296,23 @@ def test_a_keeper_leaves_its_folder_to_who_has_entered_it(folder: JobFolder) -> 
         os.close(lock)
         assert folder.path.is_dir()
         assert not folder.socket_path.exists()
+
+
+def test_user_without_a_home_keeps_no_logs_and_folders_are_removed_all_the_same(
+    folder: JobFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(uid: int) -> pwd.struct_passwd:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "CKPT_STATE_DIR", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for remove in (folder.sweep, folder.remove):
+        with folder.in_use():
+            folder.log_path.write_text("a line\n")
+        remove()
+        assert not folder.path.exists()
+    assert kept_logs() == []
 
 
 def sweep_dead() -> list[JobFolder]:
