@@ -190,6 +190,7 @@ class KeeperFailover:
         self._log = log
         self._completed = 0  # failovers of this rank: names the next one's message
         self._under_way = False
+        self._gathered = -1  # the last failover that all ranks are known to have followed
         self._submitted: list[int] = []
         self._bases: dict[int, SnapshotId | None] = {}
         self.counts_from = 0
@@ -201,6 +202,20 @@ class KeeperFailover:
         attachment = self._connected.attachment
         lost = attachment.link is not None and attachment.link.lost is not None
         return not attachment.supervised and (lost or self._under_way)
+
+    def late_ranks(self) -> Sequence[int]:
+        """The ranks that have not followed the last failover of this one: only with their slots can
+        the next keeper go on. Asks the mailbox until there is none.
+        """
+        mailbox, last = self._connected.mailbox, self._completed - 1
+        if self._gathered >= last:
+            return ()
+        late = [
+            rank for rank in range(mailbox.size) if mailbox.peek(f"follows/{last}/{rank}") is None
+        ]
+        if not late:
+            self._gathered = last
+        return late
 
     def record_submitted(self, step: int) -> None:
         """This rank submitted or refused a snapshot of that step."""
@@ -222,6 +237,7 @@ class KeeperFailover:
         elif self.needed:
             attachment.reconnect(slots)
         self._under_way, self._submitted, self.counts_from = False, [], 0
+        self._gathered = self._completed - 1  # they all open the same epoch
 
     def fail_over(
         self, step: int, *, epoch: int, base: SnapshotId | None, wait_s: float = 0.0
@@ -334,6 +350,8 @@ class KeeperFailover:
             if attachment.regions is not None:
                 attachment.regions.epoch = change.epoch
             submit_again(committed)
+        mailbox = self._connected.mailbox
+        mailbox.post(f"follows/{self._completed}/{mailbox.rank}", b"1")
         self._completed += 1
         self._under_way = False
         self.counts_from = change.at_step
@@ -390,6 +408,7 @@ class SessionEpochs:
         self._log = log
         self._failover = KeeperFailover(connected, open_epoch=lineage.open_next, log=log)
         connected.saving.replace_keeper = self._replace_keeper
+        connected.saving.late_ranks = self._failover.late_ranks
         self._tries = 0  # names the message about the next epoch
         self._verified = False
         self.epoch = 0
@@ -489,14 +508,14 @@ class SessionEpochs:
             )
         self._failover.record_submitted(step)
 
-    def _replace_keeper(self) -> None:
+    def _replace_keeper(self, limit_s: float | None) -> None:
         """While nothing is submitted: have another keeper go on with what the lost one had."""
         last_step = self._connected.saving.last_step
         base = self.restored.id if self.restored is not None else None
         step = 0 if last_step is None else last_step + 1
+        wait_s = OPEN_WAIT_S if limit_s is None else min(OPEN_WAIT_S, max(limit_s, 0.001))
         self.epoch = (
-            self._failover.fail_over(step, epoch=self.epoch, base=base, wait_s=OPEN_WAIT_S)
-            or self.epoch
+            self._failover.fail_over(step, epoch=self.epoch, base=base, wait_s=wait_s) or self.epoch
         )
 
 

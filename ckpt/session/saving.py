@@ -48,6 +48,14 @@ from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 AwaitOutcome = Callable[[Future[SnapshotInfo], float | None], None]
 
+SUCCESSOR_WAIT_S = 300.0
+"""After a keeper's death: how long a wait for an outcome goes on while no successor can give one,
+because the thread that saves has not started it, or a rank has not handed over its slots. Shorter
+than the time limits of collectives, in which that rank may wait for this one.
+"""
+LATE_LOOK_S = 0.25
+"""How often such a wait looks for the rank."""
+
 
 class Pending:
     """What ``save_async`` returns. The state is copied, so training may change it; it becomes
@@ -97,7 +105,8 @@ class Pending:
         Raises what made it fail (StoreFullError, StoreDeniedError, FencedError, ...), and
         UnavailableError after ``timeout_s`` seconds without an outcome. The save then still goes on
         and may be waited for again. If the keeper that has it dies, the thread that saves has
-        another one started, which goes on with it.
+        another one started, which goes on with it once all ranks saved or waited again; without
+        that, UnavailableError after SUCCESSOR_WAIT_S seconds.
         """
         began_s = time.monotonic()
         if self._await is not None:
@@ -200,8 +209,13 @@ class Saving:
         self._began_s = time.monotonic()
         self._saves_in = threading.get_ident()
         """The thread that took the last snapshot: the only one that may replace a keeper."""
-        self.replace_keeper: Callable[[], None] | None = None
-        """Has another keeper go on with what a lost one had, or raises why none can."""
+        self._replacing = threading.RLock()
+        self.replace_keeper: Callable[[float | None], None] | None = None
+        """Has another keeper go on with what a lost one had, or raises why none can. Waits that
+        many seconds at most for another rank.
+        """
+        self.late_ranks: Callable[[], Sequence[int]] = tuple
+        """The ranks that have not followed to the keeper that replaced a lost one."""
 
     def prepare(self, items: Mapping[str, object]) -> None:
         """Lay out and pre-fault the slots in the background. Every rank calls it, and all raise the
@@ -329,27 +343,50 @@ class Saving:
 
     def await_outcome(self, future: Future[SnapshotInfo], timeout_s: float | None) -> None:
         """Wait until a snapshot has an outcome, ``timeout_s`` seconds at most. The thread that
-        saves replaces a lost keeper meanwhile; any other one just waits.
+        saves replaces a lost keeper meanwhile; if no keeper follows, what is in flight has failed.
 
-        Raises nothing: if no keeper follows, what is in flight has failed.
+        Raises UnavailableError if for SUCCESSOR_WAIT_S seconds no keeper can go on with it: in
+        another thread nobody replaced it, or another rank has not followed.
         """
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        while not future.done() and threading.get_ident() == self._saves_in:
+        stuck_s: float | None = None  # since when no keeper can go on with it
+        while not future.done():
             keeper, replace_keeper = self.through_keeper, self.replace_keeper
-            if keeper is None or replace_keeper is None:
+            left_s = None if until_s is None else until_s - time.monotonic()
+            if keeper is None or replace_keeper is None or (left_s is not None and left_s <= 0):
                 return
-            left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
-            either: list[Future[Any]] = [future, keeper.lost]
-            wait(either, timeout=left_s, return_when=FIRST_COMPLETED)
-            if future.done() or not keeper.lost.done():
-                return
-            self._replace(keeper, replace_keeper)
+            owns = threading.get_ident() == self._saves_in
+            if keeper.lost.done() and owns:
+                self._replace(keeper, replace_keeper, until_s)
+                continue
+            late = () if keeper.lost.done() else self.late_ranks()
+            if not keeper.lost.done() and not late:
+                stuck_s = None
+                either: list[Future[Any]] = [future, keeper.lost]
+                wait(either, timeout=left_s, return_when=FIRST_COMPLETED)
+                continue
+            stuck_s = time.monotonic() if stuck_s is None else stuck_s
+            stuck_left_s = stuck_s + SUCCESSOR_WAIT_S - time.monotonic()
+            if stuck_left_s <= 0:
+                raise _no_successor(late)
+            pause_s = min(LATE_LOOK_S, stuck_left_s)
+            wait([future], timeout=pause_s if left_s is None else min(pause_s, left_s))
 
-    def _replace(self, keeper: KeeperPersister, replace_keeper: Callable[[], None]) -> None:
-        try:
-            replace_keeper()
-        except CkptError as error:
-            keeper.fail(error)
+    def _replace(
+        self,
+        keeper: KeeperPersister,
+        replace_keeper: Callable[[float | None], None],
+        until_s: float | None = None,
+    ) -> None:
+        with self._replacing:
+            if not keeper.lost.done():  # the thread that saved before has done it
+                return
+            try:
+                replace_keeper(None if until_s is None else until_s - time.monotonic())
+            except CkptError as error:
+                if until_s is None or time.monotonic() < until_s:
+                    keeper.fail(error)
+                # Else only this wait is over: the next one tries again.
 
     def use_regions(self, regions: Regions) -> None:
         """Take the slots' memory from ``regions``. Once, before anything is laid out."""
@@ -514,10 +551,15 @@ class Saving:
         return time.monotonic() - (durable_s or self._began_s)
 
     def drain(self) -> None:
-        """Wait until nothing is in flight and end the persister's thread."""
+        """Wait until nothing is in flight and end the persister's thread. From here on the calling
+        thread is the one that saves.
+
+        What no keeper can go on with in time has failed (see ``await_outcome``).
+        """
+        self._saves_in = threading.get_ident()
         keeper = self.through_keeper
         for future in keeper.futures if keeper is not None else ():
-            self.await_outcome(future, None)
+            self._await_or_fail(future, None)
         if self._persister is not None:
             self._persister.close()
             self._persister = None
@@ -526,7 +568,7 @@ class Saving:
         """Wait until nothing is in flight, ``timeout_s`` seconds at most."""
         until_s = time.monotonic() + timeout_s
         for pending in self._pendings:
-            self.await_outcome(pending.future, max(0.0, until_s - time.monotonic()))
+            self._await_or_fail(pending.future, max(0.0, until_s - time.monotonic()))
         left_s = max(0.0, until_s - time.monotonic())
         wait([pending.future for pending in self._pendings], timeout=left_s)
 
@@ -568,8 +610,16 @@ class Saving:
                 return
 
     def _await_settled(self, future: Future[SnapshotInfo]) -> None:
-        self.await_outcome(future, None)
+        self._await_or_fail(future, None)
         wait([future])
+
+    def _await_or_fail(self, future: Future[SnapshotInfo], timeout_s: float | None) -> None:
+        """As ``await_outcome``, but what no keeper goes on with fails."""
+        try:
+            self.await_outcome(future, timeout_s)
+        except UnavailableError as error:
+            if (keeper := self.through_keeper) is not None:
+                keeper.fail(error)
 
     def _tell_end_waits(self, last: Pending, error: CkptError, pause_s: float) -> None:
         if self._mailbox.rank != 0:
@@ -710,6 +760,19 @@ class Saving:
             awaited=f"rank {rank} to lay out its share",
         )
         return msgspec.json.decode(result, type=RemoteError | None)
+
+
+def _no_successor(late: Sequence[int]) -> UnavailableError:
+    cause = (
+        f"ranks have not followed to the next one. ranks={list(late)}; call save or durable on "
+        "every rank"
+        if late
+        else "the thread that saves has not replaced it; save, wait or close there"
+    )
+    return UnavailableError(
+        "the snapshot is not durable yet: its keeper was lost, and "
+        f"{cause}. waited_s={SUCCESSOR_WAIT_S:g}"
+    )
 
 
 def _report_committed(rounds: GcRounds) -> Callable[[Future[SnapshotInfo]], None]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 from ckpt.errors import CkptError, InternalError, UnavailableError
 from ckpt.events import Emit
@@ -204,10 +205,14 @@ class KeeperPersister:
             self._link.send(verified_chunks(base, known))
 
     def close(self) -> None:
-        """Wait until every submission has its outcome, or the keeper is lost."""
-        with self._changed:
-            futures = [submission.future for submission in self._pending]
-        wait(futures)
+        """Wait until every submission has its outcome, or the keeper is lost: then the rest fails,
+        and its slots keep it.
+        """
+        for future in self.futures:
+            either: list[Future[Any]] = [future, self.lost]
+            wait(either, return_when=FIRST_COMPLETED)
+        if self.lost.done():
+            self._fail_all(UnavailableError("the keeper was lost before the snapshot was durable"))
 
     def abandon(self) -> None:
         """Stop waiting. The keeper continues with what was submitted."""

@@ -4,6 +4,7 @@ death, and no more."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from ckpt.errors import FencedError, UnavailableError
 from ckpt.events import Event
 from ckpt.ipc.messages import Choices, GetChoices, Message, Persist
 from ckpt.log.journal import Journal
+from ckpt.session import connected, saving
 from ckpt.session.keeper import attachment as keeping
 from ckpt.session.keeper import connection as keeper_link
 from ckpt.session.options import SessionOptions
@@ -174,6 +176,66 @@ def test_two_ranks_hand_in_and_their_keeper_dies(
     assert first == second
     assert [pair.step for pair in first] == [2, 3]
     assert first[0].epoch == 1
+    ranks.finish()
+
+
+def in_another_thread(call: Callable[[], object]) -> list[object]:
+    """What the call returned or raised; fails if it does not end."""
+    ended: list[object] = []
+
+    def run() -> None:
+        try:
+            ended.append(call())
+        except UnavailableError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(WAIT_S)
+    assert ended, "it waits for ever"
+    return ended
+
+
+@pytest.mark.slow
+def test_another_thread_than_the_saving_one_waits_for_a_bounded_time_and_closes(
+    store: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(saving, "SUCCESSOR_WAIT_S", 0.5)
+    c = ckpt.Checkpointer(store)
+    c.save(state(1), step=1)
+    pending = hand_in_to_a_keeper_that_dies(c, 2, tag="best")
+    (error,) = in_another_thread(pending.durable)
+    assert "the thread that saves has not replaced it" in str(error)
+    assert not pending.done()
+    assert in_another_thread(c.close) == [None]
+    assert pending.durable(0).id == SnapshotId(1, 2)
+
+
+@pytest.mark.slow
+def test_rank_that_waits_alone_after_the_keepers_death_waits_for_a_bounded_time(
+    store: Path, make_channels, monkeypatch
+) -> None:
+    monkeypatch.setattr(saving, "SUCCESSOR_WAIT_S", 0.5)
+    monkeypatch.setattr(connected, "OPEN_WAIT_S", WAIT_S / 2)
+    ranks = Ranks(store, make_channels, monkeypatch)
+    ranks.durable([ranks.save(rank, 1) for rank in range(2)])
+    dies_at_the_next_submission(ranks.sessions[0])
+    first, second = (ranks.save(rank, 2) for rank in range(2))
+    began_s = time.monotonic()
+    with pytest.raises(UnavailableError, match="the save continues"):
+        second.durable(0.5)  # rank 0 replaces nothing meanwhile
+    assert time.monotonic() - began_s < WAIT_S / 3
+    assert not second.done()
+
+    def wait_alone() -> object:
+        ranks.sessions[0].saving._saves_in = threading.get_ident()
+        return first.durable()
+
+    (error,) = in_another_thread(wait_alone)
+    assert re.search(r"have not followed to the next one\. ranks=\[1\]", str(error))
+    assert not first.done()
+    assert second.durable(WAIT_S).id == SnapshotId(1, 2)
+    assert first.durable(WAIT_S).id == SnapshotId(1, 2)
     ranks.finish()
 
 
