@@ -146,11 +146,20 @@ class LogAccess(Protocol):
         UnavailableError."""
         ...
 
-    def prove_stores(self, state: LogState) -> tuple[LogState, tuple[str, ...]]:
+    def look_at_stores(self, state: LogState) -> tuple[LogState, int]:
+        """Before objects are written: learn on which stores they count. The number is for
+        ``prove_stores``; the state may be ``state``.
+
+        Raises UnavailableError if a lone store is another one now, or none.
+        """
+        ...
+
+    def prove_stores(self, state: LogState, since: int) -> tuple[LogState, tuple[str, ...]]:
         """``state`` and all records after it, and the ids of the stores on which objects count now.
 
-        Raises UnavailableError if a store on which objects counted since the last read is another
-        one now, or none: what it acknowledged may be nowhere.
+        ``since``: the number that ``look_at_stores`` gave before the objects were written. Raises
+        UnavailableError if a store on which objects counted at any time since then became another
+        one, or none: what it acknowledged may be nowhere.
         """
         ...
 
@@ -245,7 +254,14 @@ class SingleStoreLog:
     def record_at(self, seq: int) -> bytes:
         return record_alone(self._backend, seq).encode()
 
-    def prove_stores(self, state: LogState) -> tuple[LogState, tuple[str, ...]]:
+    def look_at_stores(self, state: LogState) -> tuple[LogState, int]:
+        """Also lets a folder store that was mounted anew take objects again: it reads
+        ``ckpt.json``."""
+        require_same_store(self._backend, self._record)
+        return state, 0
+
+    def prove_stores(self, state: LogState, since: int) -> tuple[LogState, tuple[str, ...]]:
+        del since  # any other store than this one's own is an error, whenever it came
         require_same_store(self._backend, self._record)
         return self.read_new(state), (self._record.store_id,)
 

@@ -114,11 +114,15 @@ class Journal:
         UnavailableError; FormatVersionError for a record of a newer release.
         """
         with self._lock:
-            if self._state is None:
-                self._state, notes = self._access.read_start()
-                self._notes.extend(notes)
-            self._state = self._access.read_new(self._state)
+            self._state = self._access.read_new(self._started())
             return self._state
+
+    def _started(self) -> LogState:
+        """The state as last read; the one to start from if none was read."""
+        if self._state is None:
+            self._state, notes = self._access.read_start()
+            self._notes.extend(notes)
+        return self._state
 
     def refresh_confirmed(self) -> LogState:
         """As ``refresh``, with a last record that certainly counts.
@@ -136,17 +140,26 @@ class Journal:
             f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later"
         )
 
-    def prove_stores(self) -> tuple[str, ...]:
-        """The ids of the stores on which objects count. Cost: as ``refresh``.
+    def look_at_stores(self) -> int:
+        """Before objects are written: learn on which stores they count. Returns a number for
+        ``prove_stores``.
 
-        Raises UnavailableError if a store on which they counted at this journal's last read is
-        another one now, or none: what it acknowledged since may be nowhere.
+        Raises UnavailableError if a lone store is another one now, or none. Cost: one small read
+        of a lone store; as ``refresh`` with several.
         """
         with self._lock:
-            if self._state is None:
-                self.refresh()
-            assert self._state is not None, "refresh sets it"
-            self._state, ids = self._access.prove_stores(self._state)
+            self._state, since = self._access.look_at_stores(self._started())
+            return since
+
+    def prove_stores(self, since: int) -> tuple[str, ...]:
+        """The ids of the stores on which objects count. Cost: as ``refresh``.
+
+        ``since``: from ``look_at_stores``, called before the objects were written. Raises
+        UnavailableError if a store on which they counted at any time since then became another
+        one, or none, whatever read the log meanwhile: what it acknowledged may be nowhere.
+        """
+        with self._lock:
+            self._state, ids = self._access.prove_stores(self._started(), since)
             return ids
 
     def append(
@@ -472,33 +485,49 @@ class StoreProof:
     """Which stores take the objects of one node. Thread-safe.
 
     A disk that was unmounted leaves an empty place that takes objects like the store did. So the
-    stores are looked at before the first object is written, which also excludes those that do not
-    count, and again after each part. ``journal``: the node's access to the log, if it has one; else
-    one is opened on ``backend``.
+    stores are looked at before the objects of each snapshot are written, which also excludes those
+    that do not count and finds again those that came back, and once more after its part.
+    ``journal``: the node's access to the log, if it has one; else one is opened on ``backend``.
+
+    Snapshots are told apart by a number that rises with each submission, not by their id: one that
+    is submitted again is written again, maybe to other stores.
     """
 
-    __slots__ = ("_backend", "_journal", "_lock", "_looked")
+    __slots__ = ("_backend", "_journal", "_lock", "_looked", "_since")
 
     def __init__(self, backend: Backend, journal: Journal | None = None) -> None:
         self._backend = backend
         self._journal = journal
         self._lock = threading.Lock()
-        self._looked = journal is not None
-        """A writing journal has read the log: it opened the epoch."""
+        self._looked = 0
+        """The newest snapshot before which the stores were looked at."""
+        self._since = 0
 
-    def begin(self) -> None:
-        """Before objects are written: learn which stores count. Costs a read of the log once."""
-        if not self._looked:
-            with self._lock:
-                if not self._looked:
-                    self._log().refresh()
-                    self._looked = True
+    def begin(self, number: int) -> None:
+        """Before objects of the snapshot ``number`` are written: learn which stores count.
 
-    def finish(self) -> tuple[str, ...]:
-        """After objects were written: the ids of the stores that took them. See
-        ``Journal.prove_stores``."""
-        self.begin()
-        return self._log().prove_stores()
+        The first of the node's ranks looks, for all. Cost and errors: ``Journal.look_at_stores``;
+        after an error the next rank looks again.
+        """
+        with self._lock:
+            if number > self._looked:
+                self._since = self._log().look_at_stores()
+                self._looked = number
+
+    def finish(self, number: int) -> tuple[str, ...]:
+        """After the objects of the snapshot ``number`` were written: the ids of the stores that
+        took them.
+
+        See ``Journal.prove_stores``. Raises InternalError unless ``begin`` was called for it last.
+        """
+        with self._lock:
+            looked, since = self._looked, self._since
+        if looked != number:
+            raise InternalError(
+                "the stores were not looked at before this snapshot, or for a later one since. "
+                f"number={number} looked={looked}"
+            )
+        return self._log().prove_stores(since)
 
     def _log(self) -> Journal:
         if self._journal is None:

@@ -303,6 +303,10 @@ class ReplicatedLog:
         self._ids: tuple[str, ...] = ("",) * len(copies.stores)
         self._silent = frozenset(range(len(copies.stores)))
         self._counted = dict.fromkeys(range(len(copies.stores)), "")
+        self._exchanges = 0
+        self._exchanged: dict[int, tuple[int, str]] = {}
+        """Of each store that ceased to be the one that counted: which exchange that was last, from
+        1 on, and its id before."""
         self._tail: LastRecord | None = None
         self._before_tail: LogState | None = None
         self._takeover_sequencer = ""
@@ -389,7 +393,7 @@ class ReplicatedLog:
             # A store that counted and is silent now still takes objects: it may be back before the
             # log is read again, and must not lack them then.
             was = {n: store_id for n, store_id in self._counted.items() if n in self._silent}
-            self._counted = was | {number: self._ids[number] for number in merged.full}
+            self._note_counted(was | {number: self._ids[number] for number in merged.full})
             self._backend.count_only(merged.full, silent=frozenset(was) - merged.full)
             if merged.tail is not None or redecide:
                 self._tail, self._before_tail, redecide = merged.tail, merged.before, False
@@ -399,6 +403,19 @@ class ReplicatedLog:
             ):
                 return merged.state
             state = merged.state
+
+    def _note_counted(self, counted: dict[int, str]) -> None:
+        """Remember on which stores objects count, and which of those before are others now.
+
+        Whoever reads the log, the writer of objects must learn of it: what such a store
+        acknowledged may be nowhere.
+        """
+        for number, store_id in self._counted.items():
+            # Of a store that has never answered no id is known.
+            if number not in counted or store_id not in ("", counted[number]):
+                self._exchanges += 1
+                self._exchanged[number] = (self._exchanges, store_id)
+        self._counted = counted
 
     def record_at(self, seq: int) -> bytes:
         held = self._records_at(seq)
@@ -424,22 +441,23 @@ class ReplicatedLog:
         best_first = sorted(copies, key=lambda held: (held[0], copies[held], held[1]), reverse=True)
         return {digest: records[digest] for _, digest in best_first}
 
-    def prove_stores(self, state: LogState) -> tuple[LogState, tuple[str, ...]]:
+    def look_at_stores(self, state: LogState) -> tuple[LogState, int]:
+        return self.read_new(state), self._exchanges
+
+    def prove_stores(self, state: LogState, since: int) -> tuple[LogState, tuple[str, ...]]:
         """A store that does not answer keeps the id under which it counted."""
-        before = self._counted
         state = self.read_new(state)
-        changed = [
-            number
-            for number, store_id in before.items()
-            # Of a store that has never answered no id is known.
-            if number not in self._counted or store_id not in ("", self._counted[number])
-        ]
-        if changed:
+        expected = {
+            number: store_id
+            for number, (exchange, store_id) in self._exchanged.items()
+            if exchange > since
+        }
+        if expected:
             raise UnavailableError(
                 "a store that took objects is another one now, or none, so they may be nowhere. "
-                f"stores={[self._replicas.urls[number] for number in changed]} "
-                f"expected={[before[number] for number in changed]} "
-                f"found={[self._ids[number] for number in changed]}; mount it or move it back"
+                f"stores={[self._replicas.urls[number] for number in expected]} "
+                f"expected={list(expected.values())} "
+                f"found={[self._ids[number] for number in expected]}; mount it or move it back"
             )
         return state, tuple(sorted(filter(None, self._counted.values())))
 

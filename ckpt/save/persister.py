@@ -256,12 +256,12 @@ class _ShareWriter:
         """Write later shares under another name."""
         self.writer, self._packs_written = writer, 0
 
-    def write(self, staged: SealedSlot) -> tuple[RankShare, Mapping[Digest, ChunkLocation]]:
+    def write(self, n: int, staged: SealedSlot) -> tuple[RankShare, Mapping[Digest, ChunkLocation]]:
         """Write the new chunks, then release the slot. A failure becomes a receipt that says so."""
         index = staged.index
         size_bytes = sum(shard.size_bytes for shard in index.shards)
         try:
-            self._proof.begin()
+            self._proof.begin(n)
             persisted = persist(
                 index,
                 staged.data,
@@ -448,7 +448,7 @@ class Persister:
         snapshot = staged.index.snapshot
         share: RankShare | None = None
         try:
-            share, locations = self._share_writer.write(staged)
+            share, locations = self._share_writer.write(n, staged)
             outcome = self._outcome(n, share, staged.index, tags)
             if outcome.info is None:
                 assert outcome.error is not None, "an outcome has one or the other"
@@ -569,7 +569,7 @@ class Persister:
             parts = [share.part for share in shares if share.part is not None]
             ref = put_part(parts, backend=self._target.backend, writer=self._share_writer.writer)
             # After the last object: what a store acknowledged before it vanished is in doubt.
-            return structs.replace(receipt, refs=(ref,), stores=(self._proof.finish(),))
+            return structs.replace(receipt, refs=(ref,), stores=(self._proof.finish(n),))
         except CkptError as error:
             return Receipt(
                 snapshot=snapshot, rank=rank, ranks=ranks, error=from_error(error, rank=rank)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckpt.backends.base import Backend
+from ckpt.backends.base import Backend, Buffer
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import UnavailableError
 from ckpt.format.canonical import digest
-from ckpt.format.keys import PACKS, part_key, writer_name
+from ckpt.format.keys import PACKS, PARTS, part_key, writer_name
 from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.records import Stores
 from ckpt.ipc.mailbox import InProcessMailbox, InProcessRoom
@@ -108,10 +108,31 @@ def start() -> Iterator[Callable[[Backend, Backend], TwoNodes]]:
 
 
 class Mount:
-    """A place at which one store or another is mounted."""
+    """A place at which one store or another is mounted. ``then`` is called at the next put of a
+    key that begins with ``at``, before it."""
 
     def __init__(self, store: Backend) -> None:
         self.inner = store
+        self.at = ""
+        self.then: Callable[[], object] | None = None
+
+    def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        if self.then is not None and key.startswith(self.at):
+            then, self.then = self.then, None
+            then()
+        self.inner.put(key, data, create_only=create_only)
+
+    def exchange_at(
+        self, at: str, store: Backend, then: Callable[[], object] | None = None
+    ) -> None:
+        """Mount another store at the next put of a key that begins with ``at``."""
+
+        def exchange() -> None:
+            self.inner = store
+            if then is not None:
+                then()
+
+        self.at, self.then = at, exchange
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
@@ -126,8 +147,10 @@ def test_folder_unmounted_between_snapshots_takes_none_that_counts(
     nodes.save(1)
     mount.unlink()
     mount.mkdir()
-    with pytest.raises(UnavailableError, match="in the place of the store"):
+    with pytest.raises(UnavailableError, match="store identity changed"):
         nodes.save(2)
+    with pytest.raises(UnavailableError, match="in the place of the store"):
+        nodes.other.put(f"{PACKS}x", [b"x"])  # as one would that began before
     assert not list(mount.rglob("*.pack")), "a bare folder is not written to"
     shutil.rmtree(mount)
     with pytest.raises(UnavailableError):
@@ -136,6 +159,27 @@ def test_folder_unmounted_between_snapshots_takes_none_that_counts(
     mount.symlink_to(disk)
     nodes.save(4)
     assert nodes.steps == [1, 4]
+
+
+@pytest.mark.parametrize("fails_meanwhile", [False, True])
+def test_lone_store_that_is_mounted_anew_takes_the_next_snapshot(
+    fails_meanwhile: bool, tmp_path: Path, start: Callable[[Backend, Backend], TwoNodes]
+) -> None:
+    disk, again, mount = tmp_path / "disk", tmp_path / "again", tmp_path / "mount"
+    disk.mkdir()
+    mount.symlink_to(disk)
+    nodes = start(FileBackend(mount), FileBackend(mount))
+    nodes.save(1)
+    mount.unlink()
+    if fails_meanwhile:
+        with pytest.raises(UnavailableError):
+            nodes.save(2)
+        assert not mount.exists(), "a folder that is gone is not made anew"
+    shutil.copytree(disk, again)  # the same store, whose folder is another one to the system
+    mount.symlink_to(again)
+    nodes.save(3)
+    nodes.save(4)
+    assert nodes.steps == [1, 3, 4]
 
 
 @pytest.mark.parametrize("other", [None, "another"])
@@ -148,9 +192,10 @@ def test_place_exchanged_while_a_share_is_written_fails_the_snapshot(
     mount = Mount(store)
     nodes = start(store, mount)  # type: ignore[arg-type]
     nodes.save(1)
-    mount.inner = bare
+    mount.exchange_at(PACKS, bare)
     with pytest.raises(UnavailableError, match="store identity changed"):
         nodes.save(2)
+    assert list(bare.list(PACKS)), "it was exchanged after the first look"
     mount.inner = store
     nodes.save(3)
     assert nodes.steps == [1, 3]
@@ -183,13 +228,49 @@ def test_store_exchanged_at_a_node_counts_no_longer_from_the_next_snapshot_on(
     root, other = replicated(stores), replicated([stores[0], stores[1], mount])  # type: ignore[list-item]
     nodes = start(root, other)
     nodes.save(1)
-    mount.inner = bare = MemoryBackend("bare")
+    bare = MemoryBackend("bare")
+    mount.exchange_at(PACKS, bare)
     with pytest.raises(UnavailableError, match="another one now, or none"):
         nodes.save(2)
     written = len(list(bare.list(PACKS)))
     nodes.save(3)
     assert len(list(bare.list(PACKS))) == written, "it is written to no more"
     assert nodes.steps == [1, 3]
+    root.close()
+    other.close()
+
+
+def test_store_exchanged_between_snapshots_takes_nothing_of_the_next(
+    start: Callable[[Backend, Backend], TwoNodes],
+) -> None:
+    stores = [MemoryBackend(str(number)) for number in range(3)]
+    mount = Mount(stores[2])
+    root, other = replicated(stores), replicated([stores[0], stores[1], mount])  # type: ignore[list-item]
+    nodes = start(root, other)
+    nodes.save(1)
+    mount.inner = bare = MemoryBackend("bare")
+    nodes.save(2)
+    assert not list(bare.list(PACKS))
+    assert nodes.steps == [1, 2]
+    root.close()
+    other.close()
+
+
+def test_store_exchanged_fails_the_snapshot_though_the_log_is_read_before_its_stores_are_proven(
+    start: Callable[[Backend, Backend], TwoNodes],
+) -> None:
+    stores = [MemoryBackend(str(number)) for number in range(3)]
+    full = FaultyBackend(stores[1], [Fault(harm=Harm.FULL, key=PACKS, times=None)])
+    mount = Mount(stores[2])
+    root = replicated([stores[0], full, mount])  # type: ignore[list-item]
+    other = replicated([stores[0], full, stores[2]])
+    nodes = start(root, other)
+    nodes.save(1)
+    # Its packs are on the first store and on this one, which is gone when its part is written.
+    mount.exchange_at(PARTS, MemoryBackend("bare"), nodes.journal.refresh)
+    with pytest.raises(UnavailableError, match="another one now, or none"):
+        nodes.save(2)
+    assert nodes.steps == [1]
     root.close()
     other.close()
 
@@ -201,7 +282,9 @@ def test_commit_of_what_is_on_a_store_that_left_the_log_is_refused() -> None:
     epoch = journal.open_epoch(resume=None)
     before = journal.refresh().stores
     assert before is not None
-    proven = StoreProof(backend).finish()
+    proof = StoreProof(backend)
+    proof.begin(1)
+    proven = proof.finish(1)
     assert set(proven) == set(before.ids)
     ids = (*before.ids[:2], "f" * 32)
     journal.change_stores(Stores(ids, 2, before.sequencer), before=before)

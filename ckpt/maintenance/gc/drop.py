@@ -299,8 +299,11 @@ class FencedLogAccess:
     def record_at(self, seq: int) -> bytes:
         return self._inner.record_at(seq)
 
-    def prove_stores(self, state: LogState) -> tuple[LogState, tuple[str, ...]]:
-        return self._inner.prove_stores(state)
+    def look_at_stores(self, state: LogState) -> tuple[LogState, int]:
+        return self._inner.look_at_stores(state)
+
+    def prove_stores(self, state: LogState, since: int) -> tuple[LogState, tuple[str, ...]]:
+        return self._inner.prove_stores(state, since)
 
     def members(self, state: LogState) -> tuple[tuple[str, ...], int]:
         return self._inner.members(state)

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from ckpt.backends.base import Buffer, Capabilities, Stat
+from ckpt.backends.checked import read_alone
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import UnavailableError
 from ckpt.format import keys
-from ckpt.log.journal import Journal
+from ckpt.format.store import JOB_BYTES_MAX
+from ckpt.log.journal import Journal, StoreProof
 
 
 class Switched:
@@ -92,3 +94,30 @@ def test_a_store_that_came_back_empty_is_not_counted_because_it_is_silent_next(
     stores[2].silent, stores[1].silent = False, True
     with pytest.raises(UnavailableError, match="acknowledged=1 needed=2"):
         several.put("packs/x", [b"x"])
+
+
+@pytest.mark.parametrize("counts", ["from the first look on", "only after it"])
+def test_a_store_that_was_exchanged_since_the_first_look_is_told_whatever_reads_the_log(
+    counts: str, stores: list[Switched], several: ReplicatedBackend, journal: Journal
+) -> None:
+    def mount() -> None:
+        stores[2].put(keys.JOB_KEY, [whose])
+
+    whose = read_alone(stores[2], keys.JOB_KEY, bytes_max=JOB_BYTES_MAX)
+    proof = StoreProof(several, journal)
+    if counts == "only after it":
+        stores[2].delete(keys.JOB_KEY)
+    proof.begin(1)
+    mount()
+    journal.refresh()
+    stores[2].delete(keys.JOB_KEY)
+    for _ in range(2):  # nor does a look that failed use up what it found
+        journal.refresh()
+        with pytest.raises(UnavailableError, match="another one now, or none"):
+            proof.finish(1)
+    mount()
+    journal.refresh()
+    with pytest.raises(UnavailableError, match="another one now, or none"):
+        proof.finish(1)
+    proof.begin(2)
+    assert len(proof.finish(2)) == 3
