@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, TypeGuard
 
 import numpy as np
@@ -77,9 +77,50 @@ class RngState:
                         )
 
 
-def state_of_new_rank(state: Mapping[str, object], *, salt: bytes) -> dict[str, object]:
+def generators_alike(states: Sequence[object]) -> frozenset[str]:
+    """Which entries of ``RngState``'s states say that all (several) ranks drew alike with that
+    generator; empty for one state alone.
+
+    Of CUDA generators only that of each rank's own device counts, the one that drew most: others
+    have the seed alone, and the own device's number differs between the ranks of one machine.
+    """
+    if len(states) < 2:
+        return frozenset()
+    first, *others = [_marks(state) for state in states]
+    return frozenset(
+        kind for kind, mark in first.items() if all(one.get(kind) == mark for one in others)
+    )
+
+
+def _marks(state: object) -> dict[str, object]:
+    """Equal for generators that draw alike, by entry."""
+    marks: dict[str, object] = {}
+    match state:
+        case {"torch": bytes(cpu)}:
+            marks["torch"] = cpu
+    match state:
+        case {"numpy": (str(name), np.ndarray() as keys, *rest)}:
+            marks["numpy"] = (name, keys.tobytes(), *rest)
+    match state:
+        case {"python": (version, np.ndarray() as words, gauss)}:
+            marks["python"] = (version, words.tobytes(), gauss)
+    match state:
+        case {"cuda": [_, *_] as devices}:
+            marks["cuda"] = _own_device(devices)
+    return marks
+
+
+def _own_device(devices: Sequence[bytes]) -> bytes:
+    """The state of the CUDA generator that drew most: 8 bytes of seed, then how many it drew."""
+    return max(map(bytes, devices), key=lambda one: int.from_bytes(one[8:16], "little"))
+
+
+def state_of_new_rank(
+    state: Mapping[str, object], *, salt: bytes, alike: Collection[str] = ()
+) -> dict[str, object]:
     """What ``RngState`` made, folded with ``salt``: generators that draw other numbers than the old
-    rank does whose state it was.
+    rank does whose state it was. Those that ``alike`` names (see ``generators_alike``) are kept,
+    and every CUDA device gets the state of the old rank's own.
 
     Equal states and salts give equal results, so ranks that drew alike still do.
     """
@@ -116,7 +157,10 @@ def state_of_new_rank(state: Mapping[str, object], *, salt: bytes) -> dict[str, 
             # devices are folded at once: which of them it uses may differ from the old rank's.
             number = seed("cuda", *(bytes(one) for one in devices))[:8]
             folded["cuda"] = [number + bytes(len(one) - len(number)) for one in devices]
-    return folded
+            if "cuda" in alike:
+                folded["cuda"] = [_own_device(devices)] * len(devices)
+    kept = {kind: state[kind] for kind in alike if kind != "cuda"}
+    return {**folded, **kept}
 
 
 def _cuda_in_use() -> bool:

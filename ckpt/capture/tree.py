@@ -234,10 +234,11 @@ class Walker:
             entry = state.get(member.tensor)
             if entry is not None:
                 path = f"{source.path}/state/{member.name}"
-                nodes[member.name] = {
-                    key: self.node(value, join(path, key), member.sharing)
-                    for key, value in entry.items()
-                }
+                with self._replaced():
+                    nodes[member.name] = {
+                        key: self.node(value, join(path, key), member.sharing)
+                        for key, value in entry.items()
+                    }
                 live.extend(entry.values())
                 if is_dtensor(member.tensor) and any(map(_is_own_piece, entry.values())):
                     box = describe(

@@ -21,13 +21,20 @@ from ckpt.capture.leaves import World, clean_fqn, escape, join
 from ckpt.capture.modules import EXTRA_STATE, ComputedEntry, ModuleSource
 from ckpt.capture.optimizers import OptimizerParameter, OptimizerSource
 from ckpt.capture.plan import CapturePlan
-from ckpt.capture.streams import RngState, is_iterated, is_loader, restore_loader, state_of_new_rank
-from ckpt.capture.tensors import is_dtensor
+from ckpt.capture.streams import (
+    RngState,
+    generators_alike,
+    is_iterated,
+    is_loader,
+    restore_loader,
+    state_of_new_rank,
+)
+from ckpt.capture.tensors import is_dtensor, is_expanded
 from ckpt.capture.tree import PLAIN, Stateful, Walker, class_name, is_stateful, state_of, type_name
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref, StateNode
-from ckpt.restore.reader import ReadWants, read_objects
+from ckpt.restore.reader import ReadWants, read_object_of_all_ranks, read_objects
 from ckpt.restore.targets import (
     Coverage,
     NewTensor,
@@ -65,8 +72,10 @@ class ValueMatcher:
         problems: RestoreProblems,
         sources: SourceMatch,
         *,
+        old_states: Callable[[str], Sequence[object]],
         any_class: bool = False,
     ) -> None:
+        self._old_states = old_states
         self._any_class = any_class
         self._targets = targets
         self._selection = selection
@@ -280,8 +289,9 @@ class ValueMatcher:
             return lambda: live
         step = self.fresh(state, node, path)
         if isinstance(live, RngState):
-            salt = self._targets.salt_of_new_rank(path.partition("/")[0])
-            self.last.append(lambda: _set_generators(live, step(), salt))
+            salt = self._targets.salt_of_new_rank()
+            alike = frozenset() if salt is None else generators_alike(self._old_states(path))
+            self.last.append(lambda: _set_generators(live, step(), salt, alike))
         else:
             self.late.append(lambda: _load(live, step()))
         return lambda: live
@@ -407,9 +417,35 @@ def _set_generator(generator: torch.Generator, state: bytes) -> None:
     generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
-def _set_generators(live: RngState, state: object, salt: bytes | None) -> None:
+def _set_generators(
+    live: RngState, state: object, salt: bytes | None, alike: frozenset[str]
+) -> None:
     assert isinstance(state, dict), "a state of another kind is a difference"
-    live.load_state_dict(state if salt is None else state_of_new_rank(state, salt=salt))
+    live.load_state_dict(
+        state if salt is None else state_of_new_rank(state, salt=salt, alike=alike)
+    )
+
+
+def _node_at(node: object, path: str) -> object:
+    """What an item's skeleton has at ``path``, or None."""
+    place, _, rest = path.partition("/")
+    while rest or isinstance(node, StateNode):
+        match node:
+            case StateNode():
+                node = node.state
+                continue
+            case dict():
+                parts = {join(place, key): part for key, part in node.items()}
+            case list() | tuple():
+                parts = {join(place, number): part for number, part in enumerate(node)}
+            case DataclassNode():
+                parts = {join(place, key): part for key, part in node.fields.items()}
+            case _:
+                return None
+        component, _, rest = rest.partition("/")
+        place = f"{place}/{component}"
+        node = parts.get(place)
+    return node
 
 
 def _load(live: Stateful, state: object) -> None:
@@ -703,7 +739,7 @@ class OptimizerMatcher:
         leaf = self._targets.stored(node)
         parameter = member.tensor
         device = parameter.device if on_device or node.device != "cpu" else torch.device("cpu")
-        if isinstance(live, torch.Tensor) and live.device == device:
+        if isinstance(live, torch.Tensor) and live.device == device and not is_expanded(live):
             fits = tuple(live.shape) == leaf.shape and str(live.dtype) == f"torch.{leaf.dtype}"
             if fits or (leaf.shape and live.shape == parameter.shape):
                 return self._targets.into(live, node, value_path).value
@@ -809,9 +845,9 @@ def apply(
     selection = Selection(only)
     problems = RestoreProblems(keep_missing=missing == "keep")
     restore = _RestoreDecision(
-        CapturePlan(items, world), index, selection, problems, any_class=classes == "any"
+        CapturePlan(items, world), index, selection, problems, read=read, any_class=classes == "any"
     )
-    steps = restore.decide(read)
+    steps = restore.decide()
     fill_tensors(restore.targets.fills(), read)
     for step in [*steps, *restore.values.late, *restore.values.last]:
         step()
@@ -828,20 +864,27 @@ class _RestoreDecision:
         selection: Selection,
         problems: RestoreProblems,
         *,
+        read: ReadWants,
         any_class: bool,
     ) -> None:
+        self._read = read
         self._plan = plan
         self._index = index
         self._selection = selection
         self._problems = problems
         self.targets = TensorTargets(index, plan.world, problems)
         self.values = ValueMatcher(
-            self.targets, selection, problems, self._source, any_class=any_class
+            self.targets,
+            selection,
+            problems,
+            self._source,
+            old_states=self._old_states,
+            any_class=any_class,
         )
         self._modules = ModuleMatcher(self.targets, selection, problems, self.values)
         self._optimizers = OptimizerMatcher(self.targets, selection, problems, self.values)
 
-    def decide(self, read: ReadWants) -> list[RestoreStep]:
+    def decide(self) -> list[RestoreStep]:
         """The steps to take once all bytes are there. Raises UsageError that lists every
         difference.
         """
@@ -852,7 +895,7 @@ class _RestoreDecision:
             for name, item in live.items()
             if self._selection.cover(name) is not Coverage.NONE
         }
-        stored = read_objects(self._index, list(names), rank=rank, read=read)
+        stored = read_objects(self._index, list(names), rank=rank, read=self._read)
         steps: list[RestoreStep] = []
         for name, item in names.items():
             if name in stored:
@@ -864,6 +907,12 @@ class _RestoreDecision:
         self.targets.check_ties()
         self._problems.check()
         return steps
+
+    def _old_states(self, path: str) -> list[object]:
+        """The stored values at ``path`` of each rank of the snapshot. One read of the item."""
+        item = path.partition("/")[0]
+        nodes = read_object_of_all_ranks(self._index, item, read=self._read)
+        return [_node_at(node, path) for node in nodes]
 
     def _source(self, live: nn.Module | Optimizer, node: object, path: str) -> RestoreStep:
         match self._plan.sources().get(id(live)):

@@ -4,6 +4,7 @@ bounded memory.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from ckpt.format.index import SnapshotIndex
 from ckpt.format.objects import DataclassNode, NamedTupleNode, Ref, StateNode, decode_object
 from ckpt.restore.fetch import BUDGET_BYTES, Fetcher, OnProgress
 from ckpt.restore.plan import Want, plan_reads, split_flat, unknown_leaf
-from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, Leaf, LeafKind
+from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, Digest, Leaf, LeafKind
 
 _NUMPY = frozenset(
     (
@@ -281,6 +282,27 @@ def read_objects(
         name: decode_object(buffers[name]) if name in buffers else Ref(name)
         for name in leaf_by_name
     }
+
+
+def read_object_of_all_ranks(index: SnapshotIndex, name: str, *, read: ReadWants) -> list[object]:
+    """The skeletons that an item has on each rank of the snapshot, in one read; equal bytes are
+    read once. Ranks without it, and those whose item is a tensor, are left out.
+
+    Raises IntegrityError if bytes differ from their digest.
+    """
+    found: dict[int, tuple[Digest, ...]] = {}
+    wants: dict[tuple[Digest, ...], Want] = {}
+    for rank in index.ranks:
+        leaf = find_leaf(index, name, rank)
+        if leaf is None or leaf.kind is LeafKind.TENSOR:
+            continue
+        shards = index.shards(name, leaf.rank)
+        found[rank] = tuple(digest for shard in shards for digest in shard.digests)
+        wants.setdefault(found[rank], Want(name, leaf.rank, Box.whole(leaf.shape)))
+    buffers = {digests: bytearray(math.prod(want.box.sizes)) for digests, want in wants.items()}
+    read(list(wants.values()), [memoryview(buffer) for buffer in buffers.values()])
+    skeletons = {digests: decode_object(buffer) for digests, buffer in buffers.items()}
+    return [skeletons[digests] for digests in found.values()]
 
 
 def rebuild(

@@ -39,7 +39,6 @@ def as_optimizer_state() -> object:
         lambda: {"b": expanded()},
         lambda: {"inner": [(expanded(),)]},
         as_buffer,
-        as_optimizer_state,
     ],
 )
 def test_expanded_tensor_is_refused_when_it_is_captured(make: object) -> None:
@@ -71,7 +70,9 @@ class WithExtra(nn.Module):
         return {"sum": expanded()}
 
 
-@pytest.mark.parametrize("make", [Metric, WithExtra, lambda: {"f": Frozen(expanded())}])
+@pytest.mark.parametrize(
+    "make", [Metric, WithExtra, as_optimizer_state, lambda: {"f": Frozen(expanded())}]
+)
 def test_expanded_tensor_that_a_restore_makes_anew_is_stored(make: object) -> None:
     (found,) = capture({"x": make()}, world=WORLD).tensors  # type: ignore[operator]
     assert found.leaf.shape == (3, 2)

@@ -12,7 +12,7 @@ import torch
 
 from ckpt.capture.leaves import World
 from ckpt.capture.plan import capture
-from ckpt.capture.streams import RngState, state_of_new_rank
+from ckpt.capture.streams import RngState, generators_alike, state_of_new_rank
 from ckpt.errors import UsageError
 from ckpt.restore.apply import apply
 
@@ -85,6 +85,48 @@ def test_ranks_that_drew_alike_in_groups_still_do(store: Store) -> None:
 
 def test_world_that_drew_alike_as_a_whole_still_does(store: Store) -> None:
     assert len(set(drawn_by_all(saved(store, 1, 1), 4))) == 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_each_generator_that_all_ranks_had_alike_stays_alike(store: Store, nested: bool) -> None:
+    """A usual script seeds torch on all ranks with one number, and nothing else."""
+
+    def items() -> dict[str, object]:
+        return {"x": {"a/b": [1, RngState()]} if nested else RngState()}
+
+    captures = []
+    for rank in range(2):
+        seeded(rank)
+        torch.manual_seed(7)
+        captures.append(capture(items(), world=World(rank, 2)))
+    snapshot = store(*captures)
+    found = []
+    for rank in range(4):
+        seeded(99)
+        apply(items(), snapshot.index, read=snapshot.read, world=World(rank, 4))  # type: ignore
+        found.append(draws())
+    of_torch, *others = [set(numbers) for numbers in zip(*found, strict=True)]
+    assert len(of_torch) == 1
+    assert [len(one) for one in others] == [4, 4, 4]
+
+
+def test_cuda_generators_are_alike_if_those_of_the_ranks_own_devices_are() -> None:
+    def state(*devices: tuple[int, int]) -> dict[str, object]:
+        return {
+            **RngState().state_dict(),
+            "cuda": [b"".join(one.to_bytes(8, "little") for one in pair) for pair in devices],
+        }
+
+    drew, seeded_only = (7, 40), (7, 0)
+    ranks = [state(drew, seeded_only), state(seeded_only, drew)]
+    assert "cuda" in generators_alike(ranks)
+    assert (
+        state_of_new_rank(ranks[1], salt=b"1", alike={"cuda"})["cuda"]
+        == (state(drew, drew)["cuda"])
+    )
+    assert "cuda" not in generators_alike([ranks[0], state((7, 40), (8, 44))])
+    assert "cuda" not in generators_alike([ranks[0], {}])
+    assert generators_alike(ranks[:1]) == frozenset()
 
 
 def test_generator_of_the_users_own_is_taken_as_it_is(store: Store) -> None:

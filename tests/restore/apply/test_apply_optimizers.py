@@ -172,6 +172,22 @@ def test_state_tensors_are_filled_in_their_own_memory(store: Callable[..., objec
     assert [id(one) for one in optimizer.param_groups] == groups
 
 
+def test_expanded_state_is_made_anew(store: Callable[..., object]) -> None:
+    """An optimizer may share one number among all rows; a fresh process has no such state yet."""
+
+    def made(value: float) -> torch.optim.Optimizer:
+        parameter = nn.Parameter(torch.ones(3, 2))
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        optimizer.state[parameter] = {"scale": torch.full((1, 2), value).expand(3, 2)}
+        return optimizer
+
+    snapshot = store(capture({"o": made(4.0)}, world=WORLD))
+    for live in (made(0.0), torch.optim.SGD([nn.Parameter(torch.ones(3, 2))], lr=0.1)):
+        apply({"o": live}, snapshot.index, read=snapshot.read, world=WORLD)  # type: ignore
+        ((entry),) = live.state.values()
+        assert torch.equal(entry["scale"], torch.full((3, 2), 4.0))
+
+
 def test_one_optimizer_over_two_models_with_equal_names(store: Callable[..., object]) -> None:
     def pair() -> tuple[Items, Optimizer]:
         generator, critic, loose = nn.Linear(2, 2), nn.Linear(2, 2), nn.Parameter(torch.zeros(3))
