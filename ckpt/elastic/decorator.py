@@ -73,12 +73,12 @@ class RestartPolicy:
     growing pauses between them, end the job. ``hang``: the least time without a completed
     step that counts as a hang, or ``"never"``; if the job's own steps are long, ten times the
     longest recent one. What precedes the first step, pauses and debuggers are exempt. ``start``: as
-    that, for the first step of an attempt, which may compile; once one was completed, ten times
-    what it took. ``grace``: how long a preempted job may take until it has ended; its trainers get
-    four fifths of that. ``linger``: how long slots are kept for a program that was
-    killed as a whole. ``end_wait``: how long the end of a finished training is tried again while
-    the store does not take it (``"never"``: raise at once). Raises UsageError if a value cannot
-    work.
+    that, for the first step of an attempt, which may compile; once one was completed in this launch
+    on the same nodes, ten times what it took, at least ``hang``. ``grace``: how long a preempted
+    job may take until it has ended; its trainers get four fifths of that. ``linger``: how long
+    slots are kept for a program that was killed as a whole. ``end_wait``: how long the end of a
+    finished training is tried again while the store does not take it (``"never"``: raise at once).
+    Raises UsageError if a value cannot work.
     """
 
     same_error_max: int = 2

@@ -53,6 +53,12 @@ class ClusterView(Protocol):
         ...
 
     @property
+    def generation(self) -> int:
+        """Which placement generation the newest membership epoch belongs to: it changes when other
+        nodes hold the ranks. 0: the job has one node, or there is no epoch yet."""
+        ...
+
+    @property
     def epoch_reason(self) -> str:
         """Why the newest membership epoch was opened; "" if no leader gave a reason."""
         ...
@@ -128,6 +134,7 @@ class SingleNode:
 
     busy = False
     placement: RankPlacement | None = None
+    generation = 0
     epoch_reason = ""
     channel_of: Callable[[int], RankMailbox] | None = None
 

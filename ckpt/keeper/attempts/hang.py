@@ -2,9 +2,9 @@
 
 A step is late if it takes far longer than the job's own steps. The first step of an attempt has a
 limit of its own, since it may compile: the user's, or far longer than the first steps of earlier
-attempts took. What precedes it, pauses and debuggers are exempt: a long wait means nothing there. A
-stopped process (SIGSTOP) is not
-exempt, whatever its phase, because nothing that it does takes time.
+attempts of this launch took on the same nodes. What precedes it, pauses and debuggers are exempt: a
+long wait means nothing there. A stopped process (SIGSTOP) is not exempt, whatever its phase,
+because nothing that it does takes time.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def timeout_s(pulses: Sequence[Pulse], *, floor_s: float) -> float:
 
 def start_limit_s(longest_s: float | None, *, floor_s: float, start_s: float) -> float:
     """How long an attempt's first step may take; 0: without limit. ``longest_s``: the longest of
-    earlier attempts, which ran the same code; None: none got past it.
+    earlier attempts, which ran the same code on the same nodes; None: it is not known.
     """
     if longest_s is None or not start_s:
         return start_s

@@ -30,8 +30,8 @@ STACKS_POLL_S = 0.05
 
 
 class HangWatch:
-    """Observes the trainers of the running attempt. ``stacks``: the folder to which they write
-    their stacks."""
+    """Observes the trainers of one launch's running attempt. ``stacks``: the folder to which they
+    write their stacks."""
 
     def __init__(self, state: JobState, *, stacks: Path) -> None:
         self._state = state
@@ -39,15 +39,25 @@ class HangWatch:
         self._observation: Observation | None = None
         self._check_at_s = 0.0
         self._first_step_s: float | None = None
-        """The longest wait for a first step of this attempt so far; None: none was seen."""
+        """The longest wait for a first step of this attempt so far; None: none was seen, or all
+        ranks are past it."""
         self._longest_start_s: float | None = None
-        """The longest of those of earlier attempts, in which a step was completed."""
+        """The longest of those that were completed, of earlier attempts in this generation; None:
+        there is none, or the last attempt ended in its first step."""
+        self._generation = 0
         self._slow_told = False
         self._dumping: tuple[float, Hung] | None = None
         """Until when stacks are awaited, and what is reported then."""
 
-    def begin(self) -> None:
-        """An attempt begins: earlier observations do not count."""
+    def begin(self, *, generation: int) -> None:
+        """An attempt begins: earlier observations do not count. ``generation``: changes when other
+        nodes hold the ranks."""
+        # A node that has just come compiles what the others have in their caches. And an attempt
+        # that ended in its first step may only have been slow: what was learned from faster ones
+        # would then end the next one too, on every node, again and again.
+        if generation != self._generation or self._first_step_s is not None:
+            self._longest_start_s = None
+        self._generation = generation
         self._first_step_s, self._slow_told = None, False
         self._observation, self._check_at_s, self._dumping = None, 0.0, None
 
@@ -124,6 +134,7 @@ class HangWatch:
             self._first_step_s = max(waited_s, self._first_step_s or 0.0)
         elif self._first_step_s is not None and all(pulse.first_step_done for pulse in pulses):
             self._longest_start_s = max(self._first_step_s, self._longest_start_s or 0.0)
+            self._first_step_s = None
         if (
             waited_s is not None
             and limit_s
@@ -131,10 +142,12 @@ class HangWatch:
             and waited_s > min(SLOW_START_S, limit_s / 2)
         ):
             self._slow_told = True
+            learned = limit_s < self._state.launch.policy.start_s
             text = (
-                f"the first step has taken {waited_s:.0f} s so far; after {limit_s:.0f} s it "
+                f"the first step has taken {waited_s:.0f} s so far; after {limit_s:.0f} s "
+                f"{'(earlier attempts took far less) ' if learned else ''}it "
                 "counts as a hang, and all ranks start again. If it compiles that long, set "
-                "RestartPolicy(start=...)"
+                f"RestartPolicy({'hang' if learned else 'start'}=...)"
             )
             facts = {"seconds": round(waited_s, 1)}
             self._state.emit(Event("slow-start", text, facts, alarm=True))

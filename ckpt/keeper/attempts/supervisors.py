@@ -83,6 +83,7 @@ class Supervisors:
         self._state = state
         self._calls = calls
         self._drain = drain
+        self._stacks = stacks
         self._watch = HangWatch(state, stacks=stacks)
         self.roster: Roster | None = None
         self.recoveries: deque[Mapping[str, Fact]] = deque(maxlen=RECOVERIES_KEPT)
@@ -147,6 +148,8 @@ class Supervisors:
                 attempt=self._attempt,
                 shared=self._enter_cluster(hello),
             )
+            # Another program may compile longer: what was learned of the last one does not count.
+            self._watch = HangWatch(state, stacks=self._stacks)
             self._cut_off = False
             self._grace_until_s = self._leaving = self._pause_until = self._ends_s = None
             self._gathering_s, self._missing_reported = time.monotonic(), False
@@ -384,7 +387,7 @@ class Supervisors:
         self._calls.begin(attempt)
         if self._state.memory.board is not None:
             self._state.memory.board.begin_attempt(attempt)
-        self._watch.begin()
+        self._watch.begin(generation=self._state.launch.cluster.generation)
         # With several nodes the epoch says why the last one ended: what failed here may only follow
         # from that.
         reason = self._state.launch.cluster.epoch_reason

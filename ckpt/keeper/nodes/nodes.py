@@ -120,6 +120,10 @@ class Nodes:
         return self.view.placement
 
     @property
+    def generation(self) -> int:
+        return self.view.epoch.note.era if self.view.epoch is not None else 0
+
+    @property
     def epoch_reason(self) -> str:
         return self.view.epoch.note.why if self.view.epoch is not None else ""
 

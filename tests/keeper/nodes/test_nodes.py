@@ -218,6 +218,15 @@ def test_epoch_that_places_this_node_starts_it_where_its_ranks_are(joined: Keepe
     assert joined.nodes.placement is None
 
 
+def test_generation_is_that_of_the_newest_epoch(joined: Keeper) -> None:
+    assert joined.nodes.generation == 0
+    joined.come(3, "root", "me", era=3)
+    joined.come(4, "root", "me", era=3)
+    assert joined.nodes.generation == 3
+    joined.come(5, "other", "me", era=5)
+    assert joined.nodes.generation == 5
+
+
 def test_node_of_rank_0_has_the_room_and_answers_others(joined: Keeper) -> None:
     joined.come(3, "me", "other")
     room = LocalMailbox()
