@@ -7,12 +7,16 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, ConflictError, FencedError, NotFoundError, UnavailableError
 from ckpt.events import Emit, Event
+from ckpt.format.records import Commit, Tag, Untag
 from ckpt.keeper.uploads.epochs import LogEpochs
 from ckpt.keeper.uploads.persisters import Persisters
 from ckpt.keeper.uploads.retry import Retries
 from ckpt.keeper.uploads.submissions import Submission, Submissions
+from ckpt.log.journal import Journal
+from ckpt.log.reader import RECORDS_AT_ONCE, records_back
 from ckpt.save.receipts import shares_problem
 from ckpt.save.sealed import SealedSlot
 from ckpt.values import SnapshotId
@@ -195,12 +199,50 @@ def unfit_reason(
     return UnavailableError(f"{problem} snapshot={submission.snapshot}") if problem else None
 
 
+def tag_late(
+    journal: Journal,
+    stores: Sequence[Backend],
+    snapshot: SnapshotId,
+    tags: Sequence[str],
+    *,
+    epoch: Callable[[], int],
+) -> None:
+    """Set the tags of a snapshot that another keeper was to commit and tag: those that no record
+    names since the commit. What people removed or moved stays so.
+
+    Raises ConflictError if it was never committed, or was dropped before a tag was set; as
+    ``Journal.tag`` and ``records_back``. ``epoch``: the writer's. Cost: reads the log back to the
+    commit, or if there is none to the opening of its epoch.
+    """
+    state = journal.refresh()
+    named: set[str] = set()
+    opened = next((one.seq for one in state.opens if one.epoch == snapshot.epoch), 0)
+    expected, top = state.head_digest, state.next_seq
+    while top > opened:
+        seqs = range(top - 1, max(opened, top - RECORDS_AT_ONCE) - 1, -1)
+        for record in records_back(stores, seqs, expected):
+            expected = record.prev
+            if state.void_at(record.seq) is not None:
+                continue
+            match record.body:
+                case Tag(name) | Untag(name):
+                    named.add(name)
+                case Commit(committed) if committed == snapshot:
+                    for tag in tags:
+                        if tag not in named:
+                            journal.tag(tag, snapshot, epoch=epoch())
+                    return
+        top = seqs[-1]
+    raise ConflictError(f"a later snapshot of its epoch is durable already. snapshot={snapshot}")
+
+
 class HandedIn:
     """What an earlier keeper was handed in and died with: slots carry a mark of it, with the tags.
     It is submitted once an epoch is open here, as soon as all ranks' slots are here.
 
     ``find``: the marked snapshots that all ranks hold, oldest first. ``failed`` tells all ranks why
-    one of them can't become durable; ``tag`` sets a tag that its keeper may not have come to.
+    one of them can't become durable; ``follow_up`` sees to one that may be, as ``tag_late`` does:
+    sets the tags that its keeper may not have come to.
     """
 
     def __init__(
@@ -211,14 +253,14 @@ class HandedIn:
         *,
         ranks: int,
         failed: Callable[[SnapshotId, CkptError], object],
-        tag: Callable[[str, SnapshotId], object],
+        follow_up: Callable[[SnapshotId, tuple[str, ...]], object],
     ) -> None:
         self._view = epochs.view
         self._persisters = persisters
         self._submissions = submissions
         self._ranks = ranks
         self._failed = failed
-        self._tag = tag
+        self._follow_up = follow_up
         self._find: Callable[[], Mapping[SnapshotId, tuple[str, ...]]] | None = None
         self._sealed_of: HoldSnapshot | None = None
         self._first_epoch = 0
@@ -261,15 +303,10 @@ class HandedIn:
                 self._submit(pair, tags, sealed_of)
 
     def _submit(self, pair: SnapshotId, tags: tuple[str, ...], sealed_of: HoldSnapshot) -> None:
-        if self._view.has(pair):
-            for tag in tags:
-                bearer = self._view.state.tags.get(tag)
-                if bearer is None or bearer < pair:
-                    self._tag(tag, pair)
-            return
         if self._view.superseded(pair):
-            text = f"a later snapshot of its epoch is durable already. snapshot={pair}"
-            self._failed(pair, ConflictError(text))
+            # A snapshot that retention dropped is not in the fold any more, but was durable.
+            if tags or not self._view.has(pair):
+                self._follow_up(pair, tags)
             return
         sealed = {rank: slot for rank in range(self._ranks) if (slot := sealed_of(rank, pair))}
         reason = unfit_reason(Submission(0, pair), sealed, self._ranks)

@@ -15,8 +15,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Backend
+from ckpt.backends.checked import stores_of
 from ckpt.errors import (
     CkptError,
+    ConflictError,
     FencedError,
     NotFoundError,
     StoreFullError,
@@ -34,6 +36,7 @@ from ckpt.keeper.uploads.final_flush import (
     FinalFlush,
     HandedIn,
     HoldSnapshot,
+    tag_late,
     unfit_reason,
 )
 from ckpt.keeper.uploads.persisters import Persisters
@@ -146,7 +149,7 @@ class Uploads:
             self._submissions,
             ranks=ranks,
             failed=self._not_durable,
-            tag=self.tag,
+            follow_up=self._tag_late,
         )
         self._final_flush = FinalFlush(
             self._epochs,
@@ -562,6 +565,27 @@ class Uploads:
         self._emit_now(Event("save-failed", text, facts, alarm=True))
         for rank in range(self._ranks):
             self._outcome(rank, snapshot, None, from_error(error, rank=-1))
+
+    def _tag_late(self, snapshot: SnapshotId, tags: tuple[str, ...]) -> None:
+        """What was handed in to an earlier keeper may be durable, and lack tags."""
+        log = self._log
+
+        def tag() -> None:
+            stores = stores_of(log.backend)
+            tag_late(log.journal, stores, snapshot, tags, epoch=log.writer_epoch)
+
+        def failed(error: CkptError) -> None:
+            if isinstance(error, ConflictError) and not self._epochs.view.has(snapshot):
+                self._not_durable(snapshot, error)
+                return
+            facts: dict[str, Fact] = {"step": snapshot.step, "code": error.code}
+            text = (
+                f"what an earlier keeper was handed in with tags may lack them. "
+                f"snapshot={snapshot} tags={list(tags)} why={error}"
+            )
+            self._emit_now(Event("tag-failed", text, facts, alarm=True))
+
+        self._epochs.when_done(self._persisters.call(tag), lambda _: None, failed)
 
     def _fenced(self, error: FencedError | SupersededError) -> None:
         self._final_flush.stop()

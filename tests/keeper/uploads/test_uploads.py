@@ -6,7 +6,7 @@ import pytest
 
 from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
-from ckpt.errors import NotFoundError, UsageError
+from ckpt.errors import ConflictError, NotFoundError, UsageError
 from ckpt.format.records import Commit
 from ckpt.ipc.messages import Choice
 from ckpt.log.catalog import load_index, load_manifest
@@ -230,3 +230,77 @@ def test_new_launch_opens_its_epoch_behind_what_is_in_flight(make_world) -> None
     assert world.state().lineage == (pair,)
     assert not world.fences
     uploads.close(WAIT_S)
+
+
+def take_over(world, marks: dict[SnapshotId, tuple[str, ...]], resume: SnapshotId) -> None:
+    """The next keeper finds slots with marks and opens an epoch; then it is idle."""
+    uploads = world.uploads()
+    world.told.clear()
+    world.events.clear()
+    uploads.slots_came(lambda: marks, world.sealed_of)
+    world.opened(uploads, resume)
+    world.until(lambda: uploads.idle)
+    uploads.close(WAIT_S)
+
+
+def saved_twice(world, *tags: str) -> Journal:
+    """Two snapshots that a keeper made durable, the second with tags; then it died."""
+    uploads = world.uploads()
+    world.opened(uploads, None)
+    world.save(uploads, SnapshotId(1, 1))
+    assert all(world.infos(world.save(uploads, SnapshotId(1, 2), tags)))
+    world.until(lambda: uploads.idle)
+    uploads.close(WAIT_S)
+    return Journal.open(FileBackend(world.root))
+
+
+@pytest.mark.parametrize("tags", [(), ("best",), ("removed",)])
+def test_dropped_snapshot_that_an_earlier_keeper_made_durable_is_not_told_as_lost(
+    make_world, tags: tuple[str, ...]
+) -> None:
+    world = make_world()
+    outside = saved_twice(world, "best")
+    outside.tag("removed", SnapshotId(1, 1))
+    outside.untag("removed")
+    outside.drop([SnapshotId(1, 1)])
+    take_over(world, {SnapshotId(1, 1): tags, SnapshotId(1, 2): ("best",)}, SnapshotId(1, 2))
+    assert world.told == []
+    assert not any(event.alarm for event in world.events)
+    assert world.state().tags == {"best": SnapshotId(1, 2)}
+
+
+@pytest.mark.parametrize("tags", [(), ("best",), ("never",)])
+def test_snapshot_that_no_keeper_made_durable_is_told_as_lost_though_a_later_one_is(
+    make_world, tags: tuple[str, ...]
+) -> None:
+    world = make_world()
+    saved_twice(world, "best")
+    take_over(world, {SnapshotId(1, 0): tags}, SnapshotId(1, 2))
+    assert world.codes(world.told) == ["conflict", "conflict"]
+    (text,) = world.alarms("save-failed")
+    assert "is not durable" in text
+
+
+def test_tag_that_was_removed_or_moved_since_is_not_set_again_by_the_next_keeper(
+    make_world,
+) -> None:
+    world = make_world()
+    outside = saved_twice(world, "gone", "back")
+    outside.untag("gone")
+    outside.tag("back", SnapshotId(1, 1))
+    take_over(world, {SnapshotId(1, 2): ("gone", "back", "late")}, SnapshotId(1, 2))
+    assert world.state().tags == {"back": SnapshotId(1, 1), "late": SnapshotId(1, 2)}
+
+
+def test_late_tag_that_can_not_be_set_is_told(make_world, monkeypatch) -> None:
+    world = make_world()
+    saved_twice(world)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConflictError("no tag today")
+
+    monkeypatch.setattr(Journal, "tag", refuse)
+    take_over(world, {SnapshotId(1, 2): ("late",)}, SnapshotId(1, 2))
+    (text,) = world.alarms("tag-failed")
+    assert "no tag today" in text
+    assert world.told == []
