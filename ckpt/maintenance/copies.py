@@ -26,7 +26,7 @@ class CopyStatus(str, enum.Enum):
     DAMAGED = "damaged"
     """Too short, not decodable, or with bytes that differ from their digest."""
     UNREADABLE = "unreadable"
-    """The store did not answer, so nothing is known."""
+    """The store did not answer, or nothing proves which bytes are right: nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import UnavailableError
+from ckpt.format import keys
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.testing.sample import damage, sample_state
@@ -91,6 +92,19 @@ def test_verify_of_the_newest_knows_damage_of_any_small_object(ckpt, store) -> N
     assert ckpt("verify", store.url).code == 0
     damage(store, key, 20)
     assert f"DAMAGED  {key} on {store.url}" in ckpt("verify", store.url).out
+
+
+@pytest.mark.slow
+def test_verify_names_a_record_that_no_copy_is_left_of(ckpt, store) -> None:
+    journal = Journal.open(store)
+    for number in range(66):
+        journal.tag(f"t{number % 5}", SnapshotId(1, 10))
+    without_second_copies(store)
+    store.delete(keys.log_key(7))
+    assert Journal.open(store).refresh().hole is None, "readers start at the fold behind it"
+    done = ckpt("verify", store.url)
+    assert done.code == 20
+    assert f"DAMAGED  {keys.log_key(7)} on {store.url}\n    it is not there" in done.out
 
 
 def test_verify_of_what_can_not_be_read_is_not_ok(ckpt, store, monkeypatch) -> None:

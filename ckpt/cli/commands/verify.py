@@ -155,7 +155,12 @@ def _print_log(log: ScrubReport, hole: Hole | None) -> None:
             f"DAMAGED  the log: record {hole.seq} and all after it are lost to readers\n    "
             f"{hole.reason}"
         )
-    damaged = [problem for problem in log.problems if problem.status is CopyStatus.DAMAGED]
+    damaged = [
+        problem
+        for problem in log.problems
+        if problem.status is CopyStatus.DAMAGED
+        or (problem.lost and problem.status is CopyStatus.MISSING)
+    ]
     for problem in damaged[:PROBLEMS_SHOWN]:
         url = log.stores[problem.store].url
         click.echo(f"DAMAGED  {problem.key} on {url}\n    {problem.message}; run ckpt scrub")

@@ -46,6 +46,7 @@ FOLD_KEPT_BYTES_MAX = 16 << 20
 are left to the log's writers."""
 
 INVALID = "it is no valid record of this position"
+UNPROVEN = "it cannot be proven which record counted here: one behind it is lost"
 
 CountedRecord = Callable[[int], "bytes | None"]
 """Returns the bytes of the record that counts at a seq, or None if the caller does not know."""
@@ -205,7 +206,8 @@ def _pass_over(
     """Go on at the first fold behind a hole that readers would start from; whether there is one.
 
     The records before it are found backwards from the one that it ends with, and compared as all
-    others; those that no store has are ``lost``.
+    others; those that no store has are ``lost``. Below a lost one the fold tells which record
+    counted; where it does not know, that is told as not known, and nothing is copied.
     """
     low = log.state.next_seq
     state = _fold_behind(stores, listings, log.state.job, low)
@@ -229,12 +231,13 @@ def _pass_over(
                     for copy in copies.values()
                     if isinstance(copy, StoreRecords)
                     for record in copy.all_at(seq)
-                    if record.digest == expected
+                    if _is_counted(record, expected, state)
                 ),
                 None,
             )
             if record is None:
-                _note_lost(log, copies, seq, observe)
+                is_known = bool(expected) or state.write_id_at(seq) is not None
+                _note_absent(log, copies, seq, is_known, observe)
                 digests[seq] = expected
                 expected = ""  # nothing names the record before it
                 continue
@@ -278,20 +281,42 @@ def _has_record(store: Backend, seq: int, digest: str) -> bool:
         return False
 
 
-def _note_lost(
+def _is_counted(record: Record, expected: str, state: LogState) -> bool:
+    """Whether ``record`` counted below a fold; ``expected``: its digest, "" below a lost record."""
+    if expected:
+        return record.digest == expected
+    if record.job != state.job:
+        return False
+    # A record that lost a race at this position has another write id.
+    write_id = state.write_id_at(record.seq)
+    if write_id is not None:
+        return record.write_id == write_id
+    return state.stores is None  # one store gave out the positions: no record lost a race
+
+
+def _note_absent(
     log: LogFindings,
     copies: Mapping[int, StoreRecords | NoAnswer],
     seq: int,
+    is_known: bool,
     observe: CopyObserver,
 ) -> None:
-    log.lost.add(seq)
+    """Note that no store has the record that counted at ``seq``, or that none can be proven to have
+    counted: unless ``is_known``, one that is held there may be it."""
+    key = keys.log_key(seq)
+    read = [copy for copy in copies.values() if isinstance(copy, StoreRecords)]
+    unproven = not is_known and any(any(copy.all_at(seq)) for copy in read)
+    if not unproven:
+        log.lost.add(seq)
     for number, copy in copies.items():
         if isinstance(copy, NoAnswer):
-            observe(number, keys.log_key(seq), CopyStatus.UNREADABLE, copy.reason)
-        elif seq in copy.damaged or copy.all_at(seq):
-            observe(number, keys.log_key(seq), CopyStatus.DAMAGED, INVALID)
+            observe(number, key, CopyStatus.UNREADABLE, copy.reason)
+        elif unproven:
+            observe(number, key, CopyStatus.UNREADABLE, UNPROVEN)
+        elif seq in copy.damaged or any(copy.all_at(seq)):
+            observe(number, key, CopyStatus.DAMAGED, INVALID)
         else:
-            observe(number, keys.log_key(seq), CopyStatus.MISSING, "it is not there")
+            observe(number, key, CopyStatus.MISSING, "it is not there")
 
 
 def right_record(store: Backend, seq: int, digest: str) -> bytes | None:

@@ -26,12 +26,14 @@ from kit.damage import (
 from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
+from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.format import keys
 from ckpt.format.records import Tag, decode_record, make_record
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
+from ckpt.maintenance.copies import CopyStatus
 from ckpt.maintenance.scrub.report import ScrubReport
 from ckpt.maintenance.scrub.scrub import Scrub, scrub
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
@@ -604,6 +606,63 @@ def test_record_lost_before_a_fold_hides_no_snapshot_and_no_live_object() -> Non
     assert not report.ok
     assert [(entry.key, entry.lost) for entry in report.problems] == [(keys.log_key(7), True)]
     assert [one.orphans for one in report.stores] == [0]
+
+
+@pytest.mark.parametrize("gone", [(7, 17), (7, 8, 30, 62), (0, 2, 4)])
+def test_records_between_lost_ones_are_neither_lost_nor_damaged(gone: tuple[int, ...]) -> None:
+    store, other = MemoryBackend("long"), MemoryBackend("copy")
+    log_past_a_fold(store)
+    without_second_copies(store)
+    truth = objects_of(store)
+    for key, data in truth.items():
+        assert data is not None
+        other.put(key, [data])
+    other.put(keys.JOB_KEY, [replace(record_of(store), store_id="1" * 32).encode()])
+    for seq in gone:
+        store.delete(keys.log_key(seq))
+        other.delete(keys.log_key(seq))
+        del truth[keys.log_key(seq)]
+    store.put(keys.log_key(gone[-1]), [b"rot"])
+    truth[keys.log_key(gone[-1])] = b"rot"
+    other.delete(keys.log_key(12))
+    report = scrubbed([store, other])
+    assert (report.lost, report.unrepaired, report.hole) == (len(gone), 0, None)
+    assert {(entry.key, entry.store, entry.status) for entry in report.problems if entry.lost} == {
+        (keys.log_key(seq), number, CopyStatus.MISSING) for seq in gone for number in (0, 1)
+    } - {(keys.log_key(gone[-1]), 0, CopyStatus.MISSING)} | {
+        (keys.log_key(gone[-1]), 0, CopyStatus.DAMAGED)
+    }
+    assert objects_of(store) == truth
+    del truth[keys.log_key(gone[-1])]
+    assert objects_of(other) == truth
+
+
+def test_old_records_between_lost_ones_that_nothing_proves_are_not_called_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ckpt.log.fold.RECENT_MAX", 32)
+    monkeypatch.setattr("ckpt.log.stored_fold.RECENT_MAX", 32)
+    stores = [MemoryBackend(str(number)) for number in range(3)]
+    several = ReplicatedBackend(stores, write_quorum=2, emit=lambda _: None, seed=1)
+    log_past_a_fold(several)
+    assert several.await_caught_up(10.0)
+    several.close()
+    for store in stores:
+        store.delete(keys.log_key(7))
+        store.delete(keys.log_key(17))
+        store.delete(keys.log_key(50))
+    stores[1].delete(keys.log_key(12))
+    report = scrubbed(list(stores))
+    assert report.lost == 3
+    assert {entry.key for entry in report.problems if entry.lost} == {
+        keys.log_key(seq) for seq in (7, 17, 50)
+    }
+    # Behind 17 the fold knows who wrote which record; before it nothing does, so nothing is copied.
+    unproven = [entry for entry in report.problems if not entry.lost]
+    assert {entry.status for entry in unproven} == {CopyStatus.UNREADABLE}
+    assert {entry.key for entry in unproven} == {keys.log_key(seq) for seq in range(8, 17)}
+    assert all("cannot be proven" in entry.message for entry in unproven)
+    assert stores[1].stat(keys.log_key(12)) is None
 
 
 def test_records_around_a_lost_one_are_mended_in_each_store() -> None:
