@@ -151,18 +151,17 @@ class Stager:
         Raises UnavailableError if no slot is free within ``wait_s`` seconds, or if memory is short
         now but was not before; UsageError for what can't be captured or never fitted in memory.
         """
+        if wait_s <= 0 and self._pool is not None and not self._pool.has_room():
+            # A skip costs no wait for the devices. Other ranks may stage, and compare replicas.
+            _, pool = self._layout(self._capture(items))
+            if not pool.has_room():
+                raise _no_slot(pool, snapshot, wait_s)
         self._copies.settle()  # what objects give as their state may be in pinned memory too
         capture = self._capture(items)
         plan, pool = self._layout(capture)
         slot = pool.acquire(wait_s=wait_s)
         if slot is None:
-            short = f"; {pool.shortage}" if pool.shortage is not None else ""
-            raise UnavailableError(
-                f"all slots are held by uploads. snapshot={snapshot} slots={pool.count} "
-                f"waited_s={wait_s:g}; "
-                "the store is too slow for this interval: save less often or allow more "
-                f"slots{short}"
-            )
+            raise _no_slot(pool, snapshot, wait_s)
         pin = (
             slot.pin()
         )  # before the seal: a sealed slot without pin may be given to another writer
@@ -236,6 +235,7 @@ class Stager:
         shared = [leaf for leaf in tensors if len(leaf.replicas) > 1]
         replicated = tuple((leaf.leaf, leaf.box, leaf.replicas) for leaf in shared)
         if replicated != self._agreed:
+            self._copies.settle()
             self._agree(shared)
             self._agreed = replicated
             self._shared = replicated_leaves(shared)
@@ -281,6 +281,15 @@ class Stager:
     def slots(self) -> Sequence[Slot]:
         """The slots made so far."""
         return self._pool.slots if self._pool is not None else ()
+
+
+def _no_slot(pool: SlotPool, snapshot: SnapshotId, wait_s: float) -> UnavailableError:
+    short = f"; {pool.shortage}" if pool.shortage is not None else ""
+    return UnavailableError(
+        f"all slots are held by uploads. snapshot={snapshot} slots={pool.count} "
+        f"waited_s={wait_s:g}; "
+        f"the store is too slow for this interval: save less often or allow more slots{short}"
+    )
 
 
 def replicated_leaves(shared: Sequence[TensorLeaf]) -> dict[str, tuple[int, str]]:

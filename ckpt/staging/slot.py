@@ -481,6 +481,7 @@ class SlotPool:
     def has_room(self) -> bool:
         """Whether ``acquire`` would find a slot now. Takes and makes none."""
         with self._changed:
+            self._free_retired()
             return self._next_number() is not None or any(
                 map(self._may_overwrite, self._idle_slots())
             )

@@ -12,7 +12,8 @@ import torch
 from kit.cuda_calls import FakeCalls, FakeCuda, FakeStream
 
 from ckpt.capture.leaves import World
-from ckpt.session.staging import Stager
+from ckpt.errors import UnavailableError
+from ckpt.session.staging import StagedSlot, Stager
 from ckpt.staging.copy import CopyPlan, CopySource
 from ckpt.staging.devices import CudaCalls, HostCopies, _loaded_runtime
 from ckpt.staging.slot import Slot, SlotPool
@@ -98,6 +99,69 @@ def test_state_of_an_object_with_a_copy_in_flight_is_staged_as_it_will_be(cuda: 
         == 2
     )
     staged_slot.release()
+    stager.close()
+
+
+def test_skip_for_want_of_a_slot_waits_for_no_device(
+    cuda: FakeCuda, copies: HostCopies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled: list[int] = []
+    monkeypatch.setattr(copies, "settle", lambda: settled.append(1))
+    stager = Stager(
+        World(0, 1),
+        slots=1,
+        threads=1,
+        compare_replicas=lambda leaves: None,
+        copies=copies,
+    )
+
+    def stage(step: int) -> StagedSlot:
+        return stager.stage({"n": {"step": step}}, SnapshotId(1, step), metadata={}, wait_s=0.0)
+
+    first = stage(1)
+    del settled[:]
+    for step in (2, 3):
+        with pytest.raises(UnavailableError, match="all slots are held"):
+            stage(step)
+    assert settled == []
+    first.release()
+    stage(4).release()
+    assert settled
+    stager.close()
+
+
+def test_skip_compares_a_new_set_of_replicas_which_other_ranks_wait_for(
+    copies: HostCopies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stager = Stager(
+        World(0, 1), slots=1, threads=1, compare_replicas=lambda leaves: None, copies=copies
+    )
+    laid_out: list[int] = []
+    layout = stager._layout
+    monkeypatch.setattr(stager, "_layout", lambda capture: (laid_out.append(1), layout(capture))[1])
+    held = stager.stage({"n": {"step": 1}}, SnapshotId(1, 1), metadata={}, wait_s=0.0)
+    del laid_out[:]
+    with pytest.raises(UnavailableError):
+        stager.stage({"n": {"step": 2}}, SnapshotId(1, 2), metadata={}, wait_s=0.0)
+    assert laid_out == [1]
+    held.release()
+    stager.close()
+
+
+def test_state_that_grew_while_its_only_slot_was_held_is_staged_once_that_is_free(
+    copies: HostCopies,
+) -> None:
+    stager = Stager(
+        World(0, 1), slots=1, threads=1, compare_replicas=lambda leaves: None, copies=copies
+    )
+    held = stager.stage({"t": torch.ones(4)}, SnapshotId(1, 1), metadata={}, wait_s=0.0)
+    large = {"t": torch.ones(1 << 20)}
+    grown = stager.stage(large, SnapshotId(1, 2), metadata={}, wait_s=0.0)
+    with pytest.raises(UnavailableError):
+        stager.stage(large, SnapshotId(1, 3), metadata={}, wait_s=0.0)
+    held.release()
+    grown.release()
+    stager.stage(large, SnapshotId(1, 4), metadata={}, wait_s=0.0).release()
     stager.close()
 
 

@@ -231,3 +231,15 @@ def test_header_area_is_known_once_a_slot_was_begun() -> None:
     assert header_bytes_of(slot.memory) is None
     assert header_bytes_of(slot.memory[:64]) is None
     pool.close()
+
+
+def test_room_is_found_where_slots_of_an_old_size_hold_all_numbers_until_they_are_free() -> None:
+    owner = Owner()
+    owner.slots_max = 1
+    pool = make_pool(owner, count=1)
+    pin = stage(pool, 1).pin()
+    pool.resize(2 * DATA)
+    assert not pool.has_room()
+    pin.release()
+    assert pool.has_room()
+    pool.close()
