@@ -43,6 +43,7 @@ def receipt(
         base=base,
         shared=replica_groups(shared),
         complete=shared is not None,
+        stores=(("one", "two"),),
     )
 
 

@@ -48,10 +48,14 @@ def endpoint(driver: str, request: pytest.FixtureRequest, tmp_path: Path) -> str
 
 @pytest.fixture
 def agents(
-    driver: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+    driver: str, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Agents]]:
     """Makes the agents of one job: ``agents(nodes_min, nodes_max, **config)``."""
     made: list[Agents] = []
+    file = tmp_path / "job.secret"
+    file.touch(0o600)
+    file.write_text("0" * 64)
+    secret = {"secret": str(file)} if driver == "etcd" else {}
 
     def make(nodes_min: int, nodes_max: int, **config: object) -> Agents:
         ttl = {"embedded": "1.0", "etcd": "2"}[driver]
@@ -62,7 +66,7 @@ def agents(
                 job,
                 nodes_min,
                 nodes_max,
-                {"ttl": ttl, "last_call_timeout": "0.5", **config},
+                {"ttl": ttl, "last_call_timeout": "0.5", **secret, **config},
             )
         )
         return made[-1]

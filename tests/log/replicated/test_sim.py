@@ -189,4 +189,4 @@ def test_one_history_whatever_is_lost_delayed_doubled_or_dies(shard: int, tmp_pa
         scene = run(seed, tmp_path / str(seed))
         counts.update(scene.world.counts)
     print(dict(counts))
-    assert counts["commits"] > SEEDS // SHARDS, "the runs get somewhere"
+    assert counts["commits"] >= SEEDS // SHARDS, "the runs get somewhere"

@@ -92,7 +92,7 @@ def test_drop_comes_first_and_bytes_go_when_the_grace_is_over(ckpt, store) -> No
     done = ckpt("gc", store.url, "--keep", "last=1", "--yes")
     assert done.code == 0
     assert "dropped 2 of 4 snapshots" in done.out
-    assert "go when the grace of 1d is over" in done.out
+    assert "go when the grace of 15m is over" in done.out
     assert steps(store) == [20, 40]
     assert objects(store) == before
     promised = ckpt("gc", store.url, "--grace", "0", "--dry-run", "--json").json["stores"][0][
