@@ -210,7 +210,7 @@ class SingleStoreLog:
     by the next writer for the last record, and by scrub for all.
     """
 
-    __slots__ = ("_backend", "_copies_due", "_record", "_sequencer")
+    __slots__ = ("_backend", "_copies_due", "_record", "_sequencer", "_unanswered")
 
     def __init__(self, backend: Backend, record: JobRecord) -> None:
         self._backend = backend
@@ -218,6 +218,8 @@ class SingleStoreLog:
         self._sequencer: Sequencer | None = None
         self._copies_due: dict[str, bytes] | None = None
         """Second copies to write, by the key of their object; None before the first append."""
+        self._unanswered: dict[int, Record] = {}
+        """Records that may have their position, by seq; no second copy before it is known."""
 
     @property
     def job(self) -> str:
@@ -291,19 +293,28 @@ class SingleStoreLog:
         require_same_store(self._backend, self._record)
         data = record.encode()
         result = self._sequencer.append(record.seq, data)
-        if isinstance(result, Appended):
-            self._write_copies(record, data)
+        match result:
+            case Appended():
+                self._unanswered.pop(record.seq, None)
+                self._write_copies(state, {keys.log_key(record.seq): data})
+            case WriteUnknown():
+                self._unanswered[record.seq] = record
         return result
 
-    def _write_copies(self, record: Record, data: bytes) -> None:
-        """Write the second copy of a record that counts, and those that are due.
+    def _write_copies(self, state: LogState, appended: dict[str, bytes]) -> None:
+        """Write the second copies of records that were appended after ``state``, and those that are
+        due.
 
-        The record counts whatever becomes of its copy, so what cannot be written stays due.
+        The records count whatever becomes of their copies, so what cannot be written stays due.
         """
         try:
             if self._copies_due is None:
-                self._copies_due = self._missing_copies(record.seq - 1)
-            self._copies_due[keys.log_key(record.seq)] = data
+                self._copies_due = self._missing_copies(state.next_seq - 1)
+            self._copies_due |= appended
+            for seq in [seq for seq in self._unanswered if seq < state.next_seq]:
+                record = self._unanswered.pop(seq)
+                if state.write_id_at(seq) == record.write_id:  # else another one has the position
+                    self._copies_due[keys.log_key(seq)] = record.encode()
             for due in list(self._copies_due):
                 self._backend.put(keys.copy_key(due), [self._copies_due[due]])
                 del self._copies_due[due]
@@ -324,7 +335,13 @@ class SingleStoreLog:
 
     def confirm_last(self, state: LogState) -> KeyTaken | WriteUnknown | None:
         short = self._short(state)
-        return WriteUnknown(short) if short else None  # on one store, what is there counts
+        if short:
+            return WriteUnknown(short)
+        if any(seq < state.next_seq for seq in self._unanswered):
+            # A repeated call found its record: it is not appended again, so its copy is due here.
+            require_same_store(self._backend, self._record)
+            self._write_copies(state, {})
+        return None  # on one store, what is there counts
 
     def put_fold(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         return create_once(self._backend, key, data, bytes_max=len(data) + 1)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
-from ckpt.errors import IntegrityError, UnavailableError
+from ckpt.errors import CommitUnknownError, IntegrityError, UnavailableError
 from ckpt.format import keys
-from ckpt.format.records import decode_record, make_record
+from ckpt.format.records import Tag, decode_record, make_record
 from ckpt.log.catalog import load_index, snapshots
 from ckpt.log.journal import Journal
 from ckpt.log.select import select
@@ -245,6 +245,43 @@ def test_copy_that_cannot_be_written_does_not_fail_the_record_and_stays_due(
     held = objects(store)
     end = writer.journal.refresh().next_seq
     assert all(keys.copy_key(keys.log_key(seq)) in held for seq in range(end))
+
+
+@pytest.mark.parametrize("others_between", [False, True])
+def test_record_whose_replies_were_lost_gets_its_copy_from_its_own_writer(
+    monkeypatch: pytest.MonkeyPatch, others_between: bool
+) -> None:
+    store = MemoryBackend()
+    writer = filled(store)
+    epoch = writer.journal.refresh().epoch
+    put, read_into, silent = MemoryBackend.put, MemoryBackend.read_into, [""]
+    writer.journal.tag("before", SnapshotId(1, 1))
+    lost = keys.log_key(writer.journal.refresh().next_seq)
+
+    def put_silently(self: MemoryBackend, key: str, data, *, create_only: bool = False) -> None:  # type: ignore[no-untyped-def]
+        put(self, key, data, create_only=create_only)
+        if key == silent[0]:
+            raise UnavailableError("the reply was lost")
+
+    def read_silently(self: MemoryBackend, key: str, out, *, offset_bytes: int = 0) -> None:  # type: ignore[no-untyped-def]
+        if key == silent[0]:
+            raise UnavailableError("the store does not answer")
+        read_into(self, key, out, offset_bytes=offset_bytes)
+
+    monkeypatch.setattr(MemoryBackend, "put", put_silently)
+    monkeypatch.setattr(MemoryBackend, "read_into", read_silently)
+    silent[0] = lost
+    body = Tag("one", SnapshotId(1, 1))
+    with pytest.raises(CommitUnknownError):
+        writer.journal.append(body, epoch=epoch, write_id="again")
+    silent[0] = ""
+    assert keys.copy_key(lost) not in objects(store), "it may not have got its position"
+    if others_between:
+        writer.journal.tag("two", SnapshotId(1, 2))
+    else:
+        writer.journal.append(body, epoch=epoch, write_id="again")
+    held = objects(store)
+    assert held[keys.copy_key(lost)] == held[lost]
 
 
 def test_second_copies_are_no_votes_of_a_log_on_several_stores() -> None:
