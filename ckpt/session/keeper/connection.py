@@ -268,6 +268,12 @@ class KeeperLink:
         """
         self._calls.send(message)
 
+    def count_as_lost(self) -> None:
+        """The keeper does not take what is sent: end the connection. ``on_lost`` observers are
+        called in the link's thread, also if the keeper still lives.
+        """
+        self._events.close()
+
     # ---- board and slots
 
     def board(self) -> Board:

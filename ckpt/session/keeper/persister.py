@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckpt.errors import CkptError, InternalError, UnavailableError
+from ckpt.errors import CkptError, InternalError, UnavailableError, UsageError
 from ckpt.events import Emit
 from ckpt.ipc.messages import Outcome, Persist, Refuse, from_error, to_error
 from ckpt.save import persister as events
@@ -60,6 +60,8 @@ class KeeperPersister:
         self._changed = threading.Lock()
         self._pending: list[_PendingSubmission] = []
         self._any = False
+        self._unsent: dict[SnapshotId, str] = {}
+        """What could not be sent, with the keeper that did not take it."""
         self.durable_at_s: float | None = None
         """When the last snapshot became durable, by the monotonic clock."""
         self.last_info: SnapshotInfo | None = None
@@ -99,7 +101,8 @@ class KeeperPersister:
                 )
             )
         except CkptError as error:
-            kept = self._survives
+            # A message that is too long is too long for the next keeper as well.
+            kept = self._survives and not isinstance(error, UsageError)
             if not kept:
                 self._slots.take_back(slot)
                 self._fail(submission, error)
@@ -107,6 +110,9 @@ class KeeperPersister:
             staged.release()
             if kept:
                 self._slots.take_back(slot)
+        if kept:
+            self._unsent[snapshot] = self._link.welcome.boot
+            self._link.count_as_lost()
         return submission.future
 
     def submit_failure(self, snapshot: SnapshotId, error: CkptError) -> None:
@@ -154,15 +160,23 @@ class KeeperPersister:
             self._any = True
         if self._link.lost is not None:  # this one as well
             self._note_loss()
+        unsent, self._unsent = self._unsent, {}
+        refused = {pair for pair, boot in unsent.items() if boot == self._link.welcome.boot}
         for one in pending:
             assert one.slot is not None, "chosen above"
-            if one.snapshot in going_on and one.snapshot not in committed:
+            wanted = one.snapshot in going_on and one.snapshot not in committed
+            if wanted and one.snapshot not in refused:
                 self._slots.hand_over(one.slot)
                 continue
             if one.is_staged:
                 self._slots.give_up(one.slot)
             if one.snapshot in committed:
                 self._settle(Outcome(snapshot=one.snapshot, info=committed[one.snapshot]))
+            elif wanted:  # only the connection broke, and this keeper takes up no slots
+                error = UnavailableError("the keeper did not take the snapshot, and lives on")
+                self._fail(one, error)
+                message = from_error(error, rank=self._link.rank)
+                self._link.send(Refuse(snapshot=one.snapshot, error=message))
             else:
                 self._fail(one, _not_on_all_ranks())
 

@@ -7,11 +7,12 @@ import signal
 
 import pytest
 
-from ckpt.errors import CkptError, FencedError, UnavailableError
+from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.format.canonical import digest
 from ckpt.ipc import messages as words
 from ckpt.ipc.messages import RemoteError
 from ckpt.session.keeper.connection import KeeperLink, LinkMailbox
+from ckpt.session.keeper.persister import KeeperPersister
 from ckpt.values import ChunkLocation, Codec, SnapshotId, SnapshotInfo
 
 WAIT_S = 60.0
@@ -133,3 +134,30 @@ def test_trainer_killed_right_after_submit_loses_nothing(keeper, connect, make_r
     entry = keeper.board.rank(0).slot(word.index)
     assert (entry.snapshot, entry.generation, entry.held) == (SNAPSHOT, word.generation, True)
     assert word.index in keeper.slots
+
+
+def test_message_too_long_fails_at_once_and_a_keeper_that_takes_none_counts_as_lost(
+    link: KeeperLink, rank, monkeypatch
+) -> None:
+    persister = KeeperPersister(link, rank.shared, emit=rank.events.append, survives=True)
+    errors: list[CkptError] = [UsageError("too long"), UnavailableError("it reads nothing")]
+
+    def send(message: words.Message) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(link, "send", send)
+    too_long = rank.stage()
+    with pytest.raises(UsageError, match="too long"):
+        persister.submit(too_long, tags=()).result(0)
+    assert not rank.own.slot(too_long.slot.number).held
+    assert link.lost is None
+    future = persister.submit(rank.stage(11), tags=())
+    persister.lost.result(WAIT_S)
+    assert link.lost is not None
+    assert not future.done()
+    monkeypatch.setattr(link, "send", sent := [].append)
+    persister.take_up([SnapshotId(1, 11)], {})  # the same keeper: it never heard of it
+    with pytest.raises(UnavailableError, match="did not take"):
+        future.result(0)
+    assert [type(message) for message in sent.__self__] == [words.Refuse]
+    persister.close()
