@@ -234,6 +234,8 @@ class KeeperFailover:
         attachment, slots = self._connected.attachment, self._connected.saving.slots
         if alone and attachment.link is not None:
             attachment.detach(slots)
+            if attachment.regions is not None:
+                attachment.regions.give_up_all(slots)
         elif self.needed:
             attachment.reconnect(slots)
         self._under_way, self._submitted, self.counts_from = False, [], 0
@@ -350,6 +352,8 @@ class KeeperFailover:
             if attachment.regions is not None:
                 attachment.regions.epoch = change.epoch
             submit_again(committed)
+            if attachment.regions is not None:  # also of what has failed before
+                attachment.regions.give_up_all(saving.slots)
         mailbox = self._connected.mailbox
         mailbox.post(f"follows/{self._completed}/{mailbox.rank}", b"1")
         self._completed += 1

@@ -174,6 +174,12 @@ class SharedSlots:
         self._marked.discard(slot.number)
         self._own.release(slot.number)
 
+    def give_up_all(self, slots: Sequence[Slot]) -> None:
+        """No keeper follows: as ``give_up``, of all that nothing in this process uses."""
+        for slot in slots:
+            if slot.number in self._marked and not slot.pinned:
+                self.give_up(slot)
+
     def hand_over_all(self, slots: Sequence[Slot]) -> None:
         """Give every slot of a pool to a new keeper. Clears marks that this process did not set:
         the keeper that set them is gone.

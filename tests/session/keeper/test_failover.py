@@ -277,6 +277,35 @@ def test_what_no_keeper_can_take_up_fails_and_the_next_save_brings_it_along(stor
 
 
 @pytest.mark.slow
+def test_what_failed_with_its_keeper_holds_no_slot_of_a_process_alone(
+    store: Path, monkeypatch
+) -> None:
+    with ckpt.Checkpointer(store, slots=2) as c:
+        c.save(state(1), step=1)
+        log = c._session._log
+        real = log.newest_epoch
+        pending = hand_in_to_a_keeper_that_dies(c, 2, tag="best")
+
+        def away() -> int:
+            log.newest_epoch = real  # type: ignore[method-assign]
+            raise UnavailableError("the store is away")
+
+        log.newest_epoch = away  # type: ignore[method-assign]
+        with pytest.raises(UnavailableError, match="is away"):
+            pending.durable(WAIT_S)
+        kill_keeper(c._session)  # the one that was started already
+
+        def none(spec: object, *, start: bool) -> None:
+            raise UnavailableError("no keeper can be started")
+
+        monkeypatch.setattr(keeper_link, "open_connections", none)
+        assert c.save(state(3), step=3).id == SnapshotId(2, 3)
+        shown = c._session.saving.slots
+        own = c._session.board.rank(0)
+        assert [own.slot(slot.number).held for slot in shown] == [False, False]
+
+
+@pytest.mark.slow
 def test_second_death_is_mended_too(store: Path) -> None:
     session, _ = run_of(store)
     for step in (1, 2, 3):
