@@ -501,7 +501,7 @@ class Saving:
         and not yet taken.
         """
         in_flight = self._persister.in_flight if self._persister is not None else 0
-        slots = max(1, self._options.slots - self._reserved)
+        slots = max(1, self._stager.slots_max - self._reserved)
         return take_or_skip(in_flight=in_flight + reserved, slots=slots)
 
     def reserve_slots(self, slots: int) -> None:

@@ -278,6 +278,11 @@ class Stager:
             ) from error
 
     @property
+    def slots_max(self) -> int:
+        """How many slots there are or will be: fewer than asked for if memory is short."""
+        return self._pool.count if self._pool is not None else self._count
+
+    @property
     def slots(self) -> Sequence[Slot]:
         """The slots made so far."""
         return self._pool.slots if self._pool is not None else ()

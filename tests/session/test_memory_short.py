@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ckpt.errors import UnavailableError, UsageError
+from ckpt.session.agreement import Skip, Take
 from ckpt.staging import slot
 from ckpt.values import SnapshotId
 
@@ -71,3 +72,18 @@ def test_state_that_has_outgrown_its_slots_is_skipped(rank_over, gauge: Gauge, j
     gauge.short = False
     assert rank.save(large, 4).durable(20).step == 4
     assert [event.kind for event in rank.events if event.kind == "memory-short"] == ["memory-short"]
+
+
+@pytest.mark.usefixtures("_no_helper")
+def test_rank_0_counts_on_no_more_slots_than_memory_has_room_for(
+    job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(needed_bytes: int, *, purpose: str, **more: object) -> None:
+        if purpose.startswith("3"):
+            raise UsageError(f"not enough memory for {purpose}.")
+
+    monkeypatch.setattr(slot, "check_available", check)
+    rank = job.ranks(1, slots=3)[0]
+    rank.saving.prepare(items())
+    assert isinstance(rank.saving.may_take(1), Take)
+    assert isinstance(rank.saving.may_take(2), Skip)
