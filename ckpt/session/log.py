@@ -66,6 +66,15 @@ class SessionLog:
         except NotFoundError:
             return 0
 
+    def committed(self, snapshot: SnapshotId) -> SnapshotInfo | None:
+        """The facts of a snapshot if the store has it committed. None also if the store does not
+        answer.
+        """
+        try:
+            return next(iter(self.infos([snapshot])), None)
+        except CkptError:
+            return None
+
     def has(self, snapshot: SnapshotId) -> bool:
         """Whether the store has the snapshot committed. False if the store does not answer."""
         try:

@@ -588,14 +588,18 @@ class Saving:
             rounds.stop(0.0)
 
     def retry_last(
-        self, retry_s: float, *, stop: threading.Event, committed: Callable[[SnapshotId], bool]
+        self,
+        retry_s: float,
+        *,
+        stop: threading.Event,
+        committed: Callable[[SnapshotId], SnapshotInfo | None],
     ) -> None:
         """The training is finished: while the store does not take its last snapshot, submit that
         again, after pauses of ``retry_s`` seconds together, or until ``stop`` is set.
 
         Every rank calls it alike: they all know each outcome, and make the same tries. Raises
-        nothing: ``finish`` raises what the last try met. ``committed`` tells whether a snapshot is
-        in the log after all, which a lost reply leaves open.
+        nothing: ``finish`` raises what the last try met. ``committed`` gives the facts of a
+        snapshot that is in the log after all, which a lost reply leaves open, or None.
         """
         for pause_s in end_pauses(retry_s):
             last = self.last
@@ -633,7 +637,9 @@ class Saving:
         )
         self._emit(Event("end-waits", text, {"step": last.step, "code": error.code}, alarm=True))
 
-    def _submit_again(self, last: Pending, committed: Callable[[SnapshotId], bool]) -> bool:
+    def _submit_again(
+        self, last: Pending, committed: Callable[[SnapshotId], SnapshotInfo | None]
+    ) -> bool:
         """Submit what the last snapshot staged once more; False if no try can follow."""
         persister = self._persister
         snapshot = SnapshotId(last.epoch, last.step)
@@ -652,8 +658,11 @@ class Saving:
         self._await_settled(durable)
         failure = self._pendings[-1].failure()
         conflict = isinstance(failure, ConflictError) and not isinstance(failure, FencedError)
-        if conflict and committed(snapshot):  # by the try before, whose reply was lost
-            self._pendings.pop()
+        info = committed(snapshot) if conflict else None
+        if info is not None:  # by the try before, whose reply was lost
+            settled: Future[SnapshotInfo] = Future()
+            settled.set_result(info)
+            self._pendings[-1] = Pending(snapshot, settled, tags=last.tags)
         return True
 
     def finish(self) -> None:

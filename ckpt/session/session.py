@@ -495,7 +495,7 @@ class Session:
         ``retry_s`` seconds, or until ``stop`` is set. Every rank calls it alike.
         """
         if self._connected is not None:
-            self._connected.saving.retry_last(retry_s, stop=stop, committed=self._log.has)
+            self._connected.saving.retry_last(retry_s, stop=stop, committed=self._log.committed)
 
     def finish(self, *, run: bool = True) -> None:
         """End well: everything durable, all ranks done. Raises what kept the last snapshot from

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from ckpt.errors import (
 )
 from ckpt.log.catalog import load_index, snapshots
 from ckpt.log.journal import Journal
+from ckpt.session import saving
 from ckpt.session.agreement import Skip, Take
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.values import SnapshotId
@@ -305,6 +307,38 @@ def test_finish_forgives_an_older_failure_that_a_later_snapshot_made_good(job) -
     rank.save(_items(0, 1), 1)
     rank.save(_items(0, 2), 2)
     rank.saving.finish()
+
+
+def test_end_whose_reply_was_lost_is_durable_although_an_older_snapshot_failed(
+    job, monkeypatch
+) -> None:
+    monkeypatch.setattr(saving, "END_PAUSES_S", (0.01,))
+    faulty = FaultyBackend(job.store, [Fault(harm=Harm.FULL, op="put", key="packs/")])
+    rank = job.ranks(1, backends={0: faulty})[0]
+    with pytest.raises(StoreFullError):
+        rank.save(_items(0, 90), 90).durable(20)
+    persister = rank.saving._persister
+    submit = persister.submit
+
+    answers = [UnavailableError("no reply"), ConflictError("it is in the log")]
+
+    def lose_the_reply(staged, *, tags):
+        if len(answers) == 2:
+            submit(staged, tags=tags).result(20)
+        answer: Future[object] = Future()
+        answer.set_exception(answers.pop(0))
+        return answer
+
+    persister.submit = lose_the_reply
+    rank.save(_items(0, 100), 100)
+
+    def committed(snapshot: SnapshotId):
+        state = Journal.open(job.store).refresh()
+        return next(info for info in snapshots(job.store, state) if info.id == snapshot)
+
+    rank.saving.retry_last(0.02, stop=threading.Event(), committed=committed)
+    rank.saving.finish()
+    assert rank.saving.last_info().step == 100
 
 
 def test_older_failure_is_not_the_last_one_after_a_success(job) -> None:
