@@ -127,6 +127,10 @@ class JobUploads:
         durable = self.current.durable if self.current is not None else None
         return durable.id if durable is not None else None
 
+    def is_durable(self, snapshot: SnapshotId) -> bool:
+        """Whether the log, as it was last read, has it or a later one of its epoch."""
+        return self.current is not None and self.current.is_durable(snapshot)
+
     def new_launch(self) -> None:
         """Another launch begins: what an earlier one was refused says nothing about it.
 

@@ -522,7 +522,9 @@ def _is_last(roster: Roster) -> bool:
 
 
 def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]]:
-    if roster.preempted:
+    futile = failure.kind in FUTILE_KINDS
+    # A futile end is the job's, not this node's: its launcher goes by that status.
+    if roster.preempted and not futile:
         status = PREEMPTED_STATUS
     elif failure.status < 0:
         status = 128 - failure.status
@@ -534,7 +536,7 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]
         status,
         failure.text,
         flush_first=failure.kind != "supervisor",
-        futile=failure.kind in FUTILE_KINDS,
+        futile=futile,
     )
     return replace(roster, state=RosterState.OVER, status=status), [leave]
 

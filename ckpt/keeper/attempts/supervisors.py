@@ -258,9 +258,7 @@ class Supervisors:
             self._on(GraceExpired(now_s))
         if self._leaving is not None and (now_s >= self._leaving[0] or self._state.uploads.idle):
             leave, self._leaving = self._leaving[1], None
-            if self.roster is not None and self.roster.preempted:
-                leave = self._preempted_leave(leave)
-            self._state.clients.broadcast("supervisor", leave)
+            self._state.clients.broadcast("supervisor", self._last_word(leave))
         if self._pause_until is not None and now_s >= self._pause_until[0]:
             attempt, self._pause_until = self._pause_until[1], None
             self._on(PauseOver(attempt))
@@ -435,7 +433,7 @@ class Supervisors:
         if self._ends_s is not None:
             wait_s = min(wait_s, max(MIN_FLUSH_S, self._ends_s - time.monotonic()))
         if not action.flush_first or wait_s <= 0 or state.uploads.idle:
-            state.clients.broadcast("supervisor", leave)
+            state.clients.broadcast("supervisor", self._last_word(leave))
             return
         self._leaving = (time.monotonic() + wait_s, leave)
         text = (
@@ -455,9 +453,17 @@ class Supervisors:
     def _grace_left_s(self) -> float:
         return (self._grace_until_s or time.monotonic()) - time.monotonic()
 
-    def _preempted_leave(self, leave: messages.Leave) -> messages.Leave:
-        """The last word of a preempted job, which says whether its last step is durable."""
-        newest, durable = self._state.uploads.newest_staged, self._state.uploads.newest_durable
+    def _last_word(self, leave: messages.Leave) -> messages.Leave:
+        """What supervisors are sent at the end; that of a preempted job says whether its last step
+        is durable."""
+        # Launchers go by the status of a futile end, which is that of the whole job.
+        if self.roster is None or not self.roster.preempted or leave.futile:
+            return leave
+        uploads = self._state.uploads
+        newest, durable = uploads.newest_staged, uploads.newest_durable
+        # An earlier keeper may have made it durable: then only the log has it.
+        if newest is not None and uploads.is_durable(newest):
+            durable = newest if durable is None else max(durable, newest)
         if newest is None or (durable is not None and durable >= newest):
             done = (
                 f"step {durable.step} is durable" if durable is not None else "nothing was staged"

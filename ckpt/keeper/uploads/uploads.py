@@ -192,6 +192,10 @@ class Uploads:
             self._submissions or self._epochs.busy or self._retries or self._final_flush.busy
         )
 
+    def is_durable(self, snapshot: SnapshotId) -> bool:
+        """Whether the log, as it was last read, has it or a later one of its epoch."""
+        return self._epochs.view.superseded(snapshot)
+
     def choices(
         self, staged: Sequence[SnapshotId], origins: Mapping[SnapshotId, str] | None = None
     ) -> Future[tuple[Choice, ...]]:

@@ -453,6 +453,15 @@ def test_a_preempted_job_is_never_started_again() -> None:
     assert told.fail(1)[-1] == LeaveAll(PREEMPTED_STATUS, "rank 1 died of SIGKILL")
 
 
+def test_preempted_job_that_another_program_fenced_leaves_with_that_status() -> None:
+    told = Told(1).run()
+    told(PreemptRequested())
+    fenced = structs.replace(failing(final=True), kind="FencedError")
+    assert told.die(0, 12, told=fenced)[-1] == LeaveAll(
+        12, "rank 0 raised FencedError: bad", futile=True
+    )
+
+
 def test_preempted_while_it_is_killed_is_preempted() -> None:
     told = Told(2).run()
     told.die(0)

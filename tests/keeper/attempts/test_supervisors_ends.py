@@ -101,17 +101,60 @@ def test_a_store_that_takes_too_long_holds_nobody_longer_than_the_grace_time(
 ) -> None:
     served = serve(Policy(linger_s=30.0, hang_s=0.0, grace_s=0.3))
     crew, some = staged_by(served, 1)
-    crew[0].say(words.Preempt(grace_s=0.05))
+    began_s = time.monotonic()
+    crew[0].say(words.Preempt(grace_s=0.3))
     assert crew[0].next(words.Kill).attempt == 1
     some[0].leave(planned=False)
-    killed_s = time.monotonic()
     crew[0].say(words.Killed(attempt=1))
-    assert crew[0].next(words.Leave).status == 143
-    assert 0.25 < time.monotonic() - killed_s < 5.0
+    assert crew[0].next(words.Leave).status == 75
+    assert 0.25 < time.monotonic() - began_s < 5.0
     hold_commits.set()
     gone(crew, [])
     assert served.ends()
     assert durable(served) == [PAIR]
+
+
+def test_preempted_job_that_waits_for_no_store_says_that_its_last_step_is_not_durable(
+    serve: Serve, hold_commits: threading.Event
+) -> None:
+    served = serve(Policy(linger_s=0.0, hang_s=0.0))
+    crew, some = staged_by(served, 1)
+    crew[0].say(words.Preempt(grace_s=0.05))
+    assert crew[0].next(words.Kill).attempt == 1
+    some[0].leave(planned=False)
+    crew[0].say(words.Killed(attempt=1))
+    leave = crew[0].next(words.Leave)
+    assert leave.status == 75
+    assert "step 5 is staged and not durable" in leave.text
+    hold_commits.set()
+    gone(crew, [])
+    assert served.ends()
+
+
+def test_preempted_job_knows_what_an_earlier_keeper_made_durable(serve: Serve) -> None:
+    served = serve(Policy(linger_s=30.0, hang_s=0.0))
+    crew, some = staged_by(served, 1)
+    some[0].hand_in(PAIR, index=0)
+    assert some[0].outcome().info is not None
+    slot, board_fd = some[0].slots[0], os.dup(some[0].board.fd)
+    served.crash()
+    after = serve(Policy(linger_s=30.0, hang_s=0.0))
+    peer = after.peer(role="supervisor", ranks=1, attempt=1, holds=True)
+    assert peer.next(Welcome).new
+    peer.say(words.BoardKept(), [board_fd])
+    peer.say(words.SlotKept(rank=0, index=0, size_bytes=slot.size_bytes), [slot.fd])
+    os.close(board_fd)
+    peer.say(words.Killed(attempt=1))
+    begun = started([peer])
+    peer.say(words.Preempt(grace_s=0.05))
+    peer.next(words.Kill)
+    peer.say(words.Killed(attempt=begun.attempt))
+    leave = peer.next(words.Leave)
+    assert (leave.status, leave.text[-17:]) == (143, "step 5 is durable")
+    for one in (*some, *crew):
+        one.leave(planned=False)
+    gone([peer], [])
+    assert after.ends()
 
 
 @pytest.mark.slow
