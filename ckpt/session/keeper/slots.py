@@ -168,6 +168,7 @@ class SharedSlots:
     def take_back(self, slot: Slot) -> None:
         """The submission could not be sent: this process is responsible for the mark again."""
         self._marked.add(slot.number)
+        self._own.hold(slot.number)  # the end of staging may have cleared it meanwhile
 
     def give_up(self, slot: Slot) -> None:
         """What a lost keeper was to make durable will not be: the slot may be overwritten."""

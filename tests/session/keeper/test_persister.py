@@ -161,3 +161,22 @@ def test_message_too_long_fails_at_once_and_a_keeper_that_takes_none_counts_as_l
         future.result(0)
     assert [type(message) for message in sent.__self__] == [words.Refuse]
     persister.close()
+
+
+def test_slot_stays_held_if_the_loss_is_noticed_while_the_message_is_sent(
+    keeper, link: KeeperLink, rank, monkeypatch
+) -> None:
+    persister = KeeperPersister(link, rank.shared, emit=rank.events.append, survives=True)
+
+    def send(message: words.Message) -> None:
+        keeper.die()
+        persister.lost.result(WAIT_S)
+        raise UnavailableError("the connection is lost")
+
+    monkeypatch.setattr(link, "send", send)
+    staged = rank.stage()
+    future = persister.submit(staged, tags=())
+    assert not future.done()
+    assert rank.own.slot(staged.slot.number).held
+    persister.close()
+    assert future.done()
