@@ -391,8 +391,15 @@ class ReplicatedLog:
             if merged.state.hole is not None and (reads := reads + 1) < HOLE_READS_MAX:
                 continue  # see HOLE_READS_MAX
             # A store that counted and is silent now still takes objects: it may be back before the
-            # log is read again, and must not lack them then.
-            was = {n: store_id for n, store_id in self._counted.items() if n in self._silent}
+            # log is read again, and must not lack them then. One that was replaced in the meantime
+            # is no longer of the log, whether it comes back or not.
+            members = merged.state.stores
+            was = {
+                number: store_id
+                for number, store_id in self._counted.items()
+                if number in self._silent
+                and (members is None or not store_id or store_id in members.ids)
+            }
             self._note_counted(was | {number: self._ids[number] for number in merged.full})
             self._backend.count_only(merged.full, silent=frozenset(was) - merged.full)
             if merged.tail is not None or redecide:
