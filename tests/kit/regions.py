@@ -212,7 +212,7 @@ class Regions:
     def ask_all(self, *words: str) -> tuple[int, dict[str, Any]]:
         """Run one of ``ckpt``'s commands that name all stores alike."""
         options = _option_words([store.options for store in self.stores])
-        quorum = ["--write-quorum", str(self.quorum)] if words[0] == "scrub" else []
+        quorum = ["--write-quorum", str(self.quorum)] if words[0] in ("scrub", "gc") else []
         return ask(*words, *self.urls, "--json", *options, *quorum, key=self.key)
 
     def counting(self) -> dict[str, str]:
