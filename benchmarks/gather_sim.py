@@ -142,7 +142,7 @@ class _World:
 
 
 class GatherRun:
-    """One gather. ``lost``: nodes that nobody has a line to, whose mirrors are with others; not
+    """One gather. ``lost``: nodes without a connection, whose mirrors are with others; not
     node 0, which is rank 0's.
 
     ``real_slots`` and ``real_kept``: how many pairs the real holdings have; costs are always those

@@ -330,7 +330,7 @@ def _ready(agent: Agent) -> bool:
 
 
 def _listens(port: int) -> bool:
-    """Whether somebody listens at that port of this machine: nothing is said to them."""
+    """Whether a process listens at that port of this machine; no connection is made."""
     tables = (Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
     fields = (line.split() for table in tables for line in table)
     return any(one[1].endswith(f":{port:04X}") and one[3] == LISTENING for one in fields)

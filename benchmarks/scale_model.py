@@ -100,7 +100,7 @@ def ranks(nodes: int) -> int:
 
 
 def steps_a_s(step_s: float) -> float:
-    """How often a node's standing changes, and is told at most."""
+    """How often a node's progress changes, and is reported at most."""
     return min(1 / step_s, 1 / PROGRESS_S)
 
 

@@ -233,8 +233,8 @@ def _optimizers(value: object) -> Iterator[Optimizer]:
 # A program that protects nothing ends as well as one that protects everything, until it is killed.
 
 NEVER_STEPPED_AFTER = 100
-"""After that many boundaries without one step of a tracked optimizer, training is told so; fewer
-are common while gradients are accumulated.
+"""After so many boundaries without one step of a tracked optimizer an alarm is emitted; fewer are
+common while gradients are accumulated.
 """
 
 _ANY_LOOP = (

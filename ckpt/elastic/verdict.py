@@ -8,6 +8,7 @@ an agent and by the agent's rendezvous.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import msgspec
 
 from ckpt.errors import FencedError
 from ckpt.format.canonical import prepare_decoders
+
+_log = logging.getLogger("ckpt")
 
 VERDICT_VARIABLE = "CKPT_VERDICT"
 """Names the file to workers."""
@@ -38,9 +41,19 @@ def give_verdict(verdict: Verdict) -> None:
     if not name:
         return
     draft = Path(f"{name}.{os.getpid()}")
-    with contextlib.suppress(OSError):  # the agent is gone, and with it whoever would restart
+    try:
         draft.write_bytes(msgspec.json.encode(verdict))
         draft.replace(name)
+    except FileNotFoundError:
+        return  # the agent removed its folder: it has ended, and restarts nothing
+    except OSError as error:
+        _log.warning(
+            "the agent cannot be told that a restart is futile, and may start the program again. "
+            "file=%s cause=%s; stop it by hand. reason=%s",
+            name,
+            error,
+            verdict.text,
+        )
 
 
 def fenced_verdict(error: BaseException) -> Verdict | None:

@@ -198,7 +198,7 @@ def _with_absolute_paths(variables: Mapping[str, str]) -> dict[str, str]:
 def _content(path: str) -> bytes:
     try:
         return Path(path).expanduser().read_bytes()
-    except (OSError, RuntimeError):  # whoever opens the store tells what is wrong with it
+    except (OSError, RuntimeError):  # the error is raised when the store is opened
         return b""
 
 

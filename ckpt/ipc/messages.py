@@ -598,7 +598,7 @@ class StartPrepared(Message, frozen=True, kw_only=True, tag="RunAhead"):
 
 class Leave(Message, frozen=True, kw_only=True, tag="Leave"):
     """To a supervisor: kill all trainers, print ``text`` if there is one, exit with ``status``.
-    ``futile``: the launcher is told not to start the program again."""
+    ``futile``: a restart would end the same, so the launcher must not start the program again."""
 
     status: int
     text: str = ""

@@ -68,7 +68,7 @@ def main() -> int:
             emit=emit_to_logging(-1),
             estate=estate,
         ).run()
-    except Exception:  # noqa: BLE001  the border of a process that nobody waits for
+    except Exception:  # noqa: BLE001  the border of a process
         # Into the log, while there is one: the folder goes next, and its log is kept.
         traceback.print_exc()
         sys.stderr.flush()

@@ -327,10 +327,8 @@ def positions(store: Backend, first: int) -> Iterator[tuple[int, Stat]]:
             continue  # what a later round settled is at the settled key too, once it was told
         if last is not None and last[0] != found.seq:
             yield last
-        last = (
-            found.seq,
-            found.stat,
-        )  # a settled key follows the first key of its position, and replaces it
+        # A settled key follows the first key of its position, and replaces it.
+        last = found.seq, found.stat
     if last is not None:
         yield last
 

@@ -173,7 +173,7 @@ def _rank_holders(view: View, *, ended: bool) -> list[Member]:
 def awaited_nodes(
     view: View, me: str, *, proved: AbstractSet[str], nodes_min: int, ended: bool
 ) -> str:
-    """For whom a member waits before it can train or stand by, for people; "" if for nobody."""
+    """For whom a member waits before it can train or stand by, for people; "" if for no node."""
     holders = [member.node for member in _rank_holders(view, ended=ended)]
     if me in holders:
         missing = _placed(view) - view.by_node.keys()

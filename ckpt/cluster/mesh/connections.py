@@ -515,7 +515,7 @@ class Mesh:
     def _refuse(self, connection: _MeshConnection, error: CkptError) -> None:
         self.refused += 1
         name = peer_name(connection.sock)
-        # A caller has another port each time; it is told once.
+        # A caller has another port each time, but one event is enough.
         origin = (
             f"the node at {name}"
             if connection.dialled

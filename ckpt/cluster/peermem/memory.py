@@ -116,7 +116,7 @@ class BlockPool:
         return min(fitting, default=0) if size_bytes >= SMALL_BYTES else 0
 
     def free(self, block: MemoryBlock) -> None:
-        """Take a block back that nobody reads any more; the kernel has copied what it sends."""
+        """Take back a block that no reader holds; the kernel has copied what it sends."""
         region = block.take()
         if region is None:
             block.free()

@@ -273,7 +273,7 @@ def _choose_start_method(spec: KeeperSpec | None) -> Fork | Spawn | InPlace:
     if isinstance(start, InPlace):
         return start
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-        # Inherited from the parent: children that end would vanish, and nobody could tell how.
+        # Inherited from the parent: the exit status of a child would be lost.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if spec is None:
         return InPlace(

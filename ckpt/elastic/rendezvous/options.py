@@ -60,7 +60,7 @@ JOIN_S = 900.0
 CLOSE_S = 30.0
 MIRROR_RATE = float(1 << 30)
 """A third of 25 Gbit/s, a twelfth of 100: gradients are on the same links, and each step waits for
-them, while nobody waits for a mirror."""
+them, while no step waits for a mirror."""
 AGENTS_SUFFIX = ".agents"
 """The agents' membership is a job beside the keepers' one, with this suffix."""
 NAME_CHARS_MAX = 190

@@ -24,7 +24,7 @@ from ckpt.keeper.job_state import JobState
 STACKS_WAIT_S = 2.0
 """How long hanging trainers may take to write their stacks; a stopped process never does."""
 SLOW_START_S = 600.0
-"""A first step that takes longer is told, at half of its limit at the latest."""
+"""A first step that takes longer raises an alarm, at half of its limit at the latest."""
 STACKS_SETTLE_S = 0.2
 STACKS_POLL_S = 0.05
 

@@ -381,7 +381,7 @@ class _Asking:
         waited_s = now_s - self.began_s
         if self.asked and waited_s < WAIT_S:
             return True
-        # A standby without a connection may be one that nobody will ever reach.
+        # A standby without a connection may never be reached.
         others = self.unasked if waited_s < RECONNECT_S else self.unasked & self.ranked
         return bool((self.asked or others) and waited_s < WAIT_S_MAX and incomplete(self.held))
 
