@@ -265,8 +265,8 @@ class Admission:
         self._silent_s = silent_s
         self._seen_s: dict[str, float] = {}
         """When each member that is there was first seen."""
-        self._conflict_s: dict[str, float] = {}
-        """Since when a member is known not to fit, or the reference not to fit this node."""
+        self._conflicts: dict[str, tuple[float, str]] = {}
+        """Since when, and why, a member does not fit, or the reference does not fit this node."""
 
     def look(
         self,
@@ -331,22 +331,33 @@ class Admission:
     ) -> tuple[str, float]:
         """Why this node's launch must end, and when.
 
-        While ranks train, only those that do not fit end. Before that nobody knows who is right, so
-        all of them end. A member that was never connected may be gone already; it counts once its
-        key can't be that of an earlier launch.
+        While ranks train, only those that do not fit end. Before that it is not known who is right,
+        so all of them end: also if the other one was quicker and has left. A member that was never
+        connected may be gone already; it counts once its key can't be that of an earlier launch.
         """
         reference = reference_member(view, ended=ended)
-        if reference is None or not unfit or (me not in unfit and is_running(view, ended=ended)):
-            self._conflict_s = {}
+        against: Mapping[str, str] = unfit
+        if reference is not None and me in unfit:
+            against = {reference.node: unfit[me]}
+        elif is_running(view, ended=ended):
+            against, self._conflicts = {}, {}
+        # Nodes of a job that ended leave because of that.
+        left = {
+            node: conflict
+            for node, conflict in self._conflicts.items()
+            if node in proved and node not in view.by_node and not ended
+        }
+        self._conflicts = left | {
+            node: (self._conflicts.get(node, (now_s, ""))[0], why) for node, why in against.items()
+        }
+        if not self._conflicts:
             return "", math.inf
-        against = {reference.node: unfit[me]} if me in unfit else unfit
-        self._conflict_s = {node: self._conflict_s.get(node, now_s) for node in against}
         due = {
             node: since_s + (TELL_S if node in proved else self._silent_s)
-            for node, since_s in self._conflict_s.items()
+            for node, (since_s, _) in self._conflicts.items()
         }
         first = min(due, key=lambda node: (due[node], node))
-        return against[first], due[first]
+        return self._conflicts[first][1], due[first]
 
 
 def _placed(view: View) -> frozenset[str]:

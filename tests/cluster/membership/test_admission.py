@@ -161,6 +161,34 @@ def test_member_that_was_never_heard_counts_once_it_cannot_be_one_that_is_gone()
     assert looked(view, "b", at_s=(0.0, SILENT_S)).refusal
 
 
+@pytest.mark.parametrize("me", ["a", "b"])
+def test_all_nodes_end_though_the_other_one_was_quicker(me: str) -> None:
+    other = "b" if me == "a" else "a"
+    admission = Admission(silent_s=SILENT_S)
+    both = saying(view_of("ab"), a=SHARED, b=ELSEWHERE)
+    alone = saying(view_of(me), a=SHARED, b=ELSEWHERE)
+    running = saying(view_of(me, places=me), a=SHARED, b=ELSEWHERE)
+    scenes = ((both, 0.0, ""), (alone, 0.3, ""), (alone, TELL_S, "different stores"))
+    for view, now_s, says in (*scenes, (running, TELL_S, "")):
+        verdict = admission.look(
+            view, me, proved=frozenset(other), suspects=(), ended=False, now_s=now_s
+        )
+        assert (says in verdict.refusal) if says else not verdict.refusal
+        if view is alone and not says:
+            assert verdict.look_s == TELL_S
+
+
+def test_nodes_of_the_job_before_that_leave_at_its_end_do_not_end_the_next() -> None:
+    admission = Admission(silent_s=SILENT_S)
+    both = saying(view_of("ab", places="a"), a=ELSEWHERE, b=SHARED)
+    alone = saying(view_of("b"), b=SHARED)
+    for view, now_s in ((both, 0.0), (alone, 0.5), (alone, TELL_S), (alone, SILENT_S)):
+        verdict = admission.look(
+            view, "b", proved=frozenset("a"), suspects=(), ended=True, now_s=now_s
+        )
+        assert not verdict.refusal
+
+
 def test_conflict_that_goes_away_is_forgotten() -> None:
     admission = Admission(silent_s=SILENT_S)
     both, alone = saying(view_of("ab"), a=ELSEWHERE, b=SHARED), saying(view_of("b"), b=SHARED)
