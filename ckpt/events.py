@@ -38,6 +38,7 @@ KINDS: Final[Mapping[str, str]] = {
     "replicas-diverged": "ranks hold different bytes of what they should hold alike",
     # ---- restoring
     "fallback": "a snapshot was damaged; an older one is restored",
+    "read-elsewhere": "stored bytes were damaged; equal ones of another place were restored",
     "chosen-anew": "a newer snapshot was committed in the meantime and is restored instead",
     "maybe-stale": "too few stores answered to know that the restored snapshot is the newest",
     "untracked": "the restored snapshot has items that the program does not track",

@@ -3,7 +3,9 @@ parts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import Check, read_object
@@ -17,9 +19,10 @@ from ckpt.format.part import Part, decode_part
 from ckpt.log.reader import read_all
 from ckpt.log.select import candidates, select
 from ckpt.log.state import Committed, LogState
-from ckpt.values import SnapshotId, SnapshotInfo
+from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 __all__ = [
+    "ChunkPlaces",
     "candidates",
     "info_of",
     "load_index",
@@ -83,6 +86,66 @@ def load_index(backend: Backend, state: LogState, snapshot: SnapshotId) -> Snaps
     """
     manifest = load_manifest(backend, state, snapshot)
     return SnapshotIndex(manifest, read_all(manifest.parts, lambda ref: _part(backend, ref)))
+
+
+class ChunkPlaces:
+    """Every place of a snapshot's chunks: in its own parts, then in those of the other snapshots.
+
+    Calling it with a digest gives the places one by one, those of the snapshot itself first, then
+    of the others, newest first. The parts of another snapshot are read when a caller gets so far,
+    each once; one that is unreadable is passed over. Raises UnavailableError. Threads may share it.
+    Costs nothing before the first call, which asks for ``state``. Memory: the distinct places of
+    the snapshot's own chunks.
+    """
+
+    __slots__ = ("_backend", "_found", "_index", "_lock", "_state")
+
+    def __init__(
+        self, backend: Backend, state: Callable[[], LogState], index: SnapshotIndex
+    ) -> None:
+        self._backend = backend
+        self._state = state
+        self._index = index
+        self._lock = threading.Lock()
+        self._found: _FoundPlaces | None = None
+
+    def __call__(self, digest: Digest) -> Iterator[ChunkLocation]:
+        given = 0
+        while True:
+            with self._lock:
+                found = self._found = self._found or _FoundPlaces(self._state(), self._index)
+                places = list(found.places.get(digest, ()))[given:]
+                if not places and not found.look_at_next(self._backend):
+                    return
+            given += len(places)
+            yield from places
+
+
+class _FoundPlaces:
+    """The places that are known so far, and the snapshots that were not looked at."""
+
+    def __init__(self, state: LogState, index: SnapshotIndex) -> None:
+        self.places: dict[Digest, dict[ChunkLocation, None]] = {}
+        self._state = state
+        self._add(index, only_known=False)
+        others = (entry.snapshot for entry in state.snapshots)
+        self._left = sorted(other for other in others if other != index.manifest.snapshot)
+
+    def look_at_next(self, backend: Backend) -> bool:
+        """Add the places in the newest of the other snapshots that are left; False if none is."""
+        if not self._left:
+            return False
+        # One that is damaged has no place to offer; a scrub tells what is wrong with it.
+        with suppress(IntegrityError, FormatVersionError, NotFoundError):
+            self._add(load_index(backend, self._state, self._left.pop()), only_known=True)
+        return True
+
+    def _add(self, index: SnapshotIndex, *, only_known: bool) -> None:
+        for part in index.parts:
+            for shard in part.shards:
+                for digest, at in zip(shard.digests, shard.locations, strict=True):
+                    if not only_known or digest in self.places:
+                        self.places.setdefault(digest, {})[at] = None
 
 
 def _manifest(backend: Backend, state: LogState, entry: Committed) -> Manifest:

@@ -1,6 +1,9 @@
 """Carrying out a read plan: read, verify every chunk against its digest, deliver. Decides nothing.
 No torch.
 
+A chunk whose stored copy is damaged is read from the other places that hold the same digest, if the
+caller knows them.
+
 A raw chunk whose bytes are one run of one output is read straight into it: one request, then the
 digest while the bytes are in cache. Everything else goes through scratch memory that each worker
 keeps. Reading and digesting release the GIL, so that workers scale over cores.
@@ -8,12 +11,13 @@ keeps. Reading and digesting release the GIL, so that workers scale over cores.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
@@ -25,7 +29,7 @@ from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableErr
 from ckpt.format.canonical import digest
 from ckpt.format.codec import decode_chunk
 from ckpt.restore.plan import ChunkCopy, ChunkRead, PackRead, ReadPlan
-from ckpt.values import Codec
+from ckpt.values import ChunkLocation, Codec, Digest
 
 THREADS_MAX = 64
 """Upper limit of workers: beyond it a Python process gains nothing."""
@@ -35,6 +39,11 @@ BUDGET_BYTES = 256 << 20
 
 OnProgress = Callable[[int], None]
 """Called with the raw bytes that were just verified, by one worker at a time."""
+
+ChunkPlacesOf = Callable[[Digest], Iterable[ChunkLocation]]
+"""Every known place of the chunk with that digest, best first. Asked only after damage, by several
+workers at once; its errors pass through.
+"""
 
 Bytes = NDArray[np.uint8]
 
@@ -87,12 +96,24 @@ def fetch(
 
 
 class Fetcher:
-    """Workers and scratch memory that serve many fetches from one store; close it when done."""
+    """Workers and scratch memory that serve many fetches from one store; close it when done.
+
+    ``places_of``: where else a chunk may be read if its own place is damaged. Each place is tried
+    before ``fetch`` raises IntegrityError; ``scan`` reports the damage all the same.
+    """
 
     def __init__(
-        self, backend: Backend, *, threads: int | None = None, budget_bytes: int = BUDGET_BYTES
+        self,
+        backend: Backend,
+        *,
+        threads: int | None = None,
+        budget_bytes: int = BUDGET_BYTES,
+        places_of: ChunkPlacesOf | None = None,
     ) -> None:
         self._backend = backend
+        self._places_of = places_of
+        self.read_elsewhere: dict[Digest, str] = {}
+        """The chunks whose own place was damaged and that were read from another one; why."""
         self._threads = threads_best(backend) if threads is None else max(1, threads)
         self._budget_bytes = budget_bytes
         self._scratch: list[_ScratchMemory] = []
@@ -127,9 +148,42 @@ class Fetcher:
         targets = _targets(plan, outputs)
 
         def work(read: PackRead, scratch: _ScratchMemory) -> int:
-            return _deliver_read(self._backend, plan.snapshot, read, targets, scratch)
+            try:
+                return _deliver_read(self._backend, plan.snapshot, read, targets, scratch)
+            except IntegrityError:
+                if self._places_of is None:
+                    raise
+            for chunk in read.chunks:
+                self._deliver_from_any(plan.snapshot, chunk, targets, scratch)
+            return sum(chunk.location.raw_bytes for chunk in read.chunks)
 
         self._run(plan, work, on_progress)
+
+    def _deliver_from_any(
+        self, snapshot: str, chunk: ChunkRead, targets: list[Bytes], scratch: _ScratchMemory
+    ) -> None:
+        """Deliver one chunk from its own place, else from another one of equal bytes. Raises the
+        first place's error if all are damaged.
+        """
+        own = chunk.location
+        first: IntegrityError | None = None
+        for at in itertools.chain([own], self._places_of(chunk.digest) if self._places_of else ()):
+            if first is not None and (at == own or at.raw_bytes != own.raw_bytes):
+                continue
+            scratch.grow(at.stored_bytes, at.raw_bytes)
+            read = PackRead(
+                at.pack, at.offset_bytes, at.stored_bytes, (replace(chunk, location=at),)
+            )
+            try:
+                _deliver_read(self._backend, snapshot, read, targets, scratch)
+            except IntegrityError as error:
+                first = first or error
+                continue
+            if first is not None:
+                self.read_elsewhere[chunk.digest] = str(first)
+            return
+        assert first is not None, "its own place was tried"
+        raise first
 
     def scan(self, plan: ReadPlan, *, on_progress: OnProgress | None = None) -> list[DamagedChunk]:
         """Read and verify everything in ``plan``, deliver nothing, and return all damage instead of

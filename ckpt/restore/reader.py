@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -19,7 +19,7 @@ from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.objects import DataclassNode, NamedTupleNode, Ref, StateNode, decode_object
-from ckpt.restore.fetch import BUDGET_BYTES, Fetcher, OnProgress
+from ckpt.restore.fetch import BUDGET_BYTES, ChunkPlacesOf, Fetcher, OnProgress
 from ckpt.restore.plan import Want, plan_reads, split_flat, unknown_leaf
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, Digest, Leaf, LeafKind
 
@@ -65,8 +65,8 @@ class SnapshotReader:
     """Reads leaves of one snapshot from one store, every byte verified. Use as a context manager,
     or close it.
 
-    ``budget_bytes`` bounds scratch memory beside what is returned. Not for use by several threads
-    at once.
+    ``budget_bytes`` bounds scratch memory beside what is returned. ``places_of`` says where else a
+    chunk is stored, for one whose own place is damaged. Not for use by several threads at once.
     """
 
     def __init__(
@@ -76,9 +76,12 @@ class SnapshotReader:
         *,
         threads: int | None = None,
         budget_bytes: int = BUDGET_BYTES,
+        places_of: ChunkPlacesOf | None = None,
     ) -> None:
         self._index = index
-        self._fetcher = Fetcher(backend, threads=threads, budget_bytes=budget_bytes)
+        self._fetcher = Fetcher(
+            backend, threads=threads, budget_bytes=budget_bytes, places_of=places_of
+        )
         self._coalesce_bytes = min(
             backend.capabilities().read_bytes_best, max(CHUNK_BYTES, budget_bytes // 4)
         )
@@ -103,6 +106,11 @@ class SnapshotReader:
     def index(self) -> SnapshotIndex:
         """What the snapshot holds."""
         return self._index
+
+    @property
+    def read_elsewhere(self) -> Mapping[Digest, str]:
+        """The chunks so far whose own place was damaged, and how."""
+        return self._fetcher.read_elsewhere
 
     def leaf(self, name: str, *, rank: int = 0) -> Leaf:
         """The leaf as ``rank`` sees it: the shared one, else that rank's own. Raises NotFoundError

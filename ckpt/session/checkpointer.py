@@ -11,7 +11,7 @@ import torch
 from ckpt.errors import NotFoundError, UsageError
 from ckpt.events import Fact
 from ckpt.format.index import SnapshotIndex
-from ckpt.log.catalog import info_of, load_index, load_manifest, select, snapshots
+from ckpt.log.catalog import ChunkPlaces, info_of, load_index, load_manifest, select, snapshots
 from ckpt.log.select import require_known_newest
 from ckpt.restore.reader import SnapshotReader
 from ckpt.restore.verify import VerifyReport, verify
@@ -237,7 +237,9 @@ class Checkpointer:
 
         Reads only the chunks that hold the rows. Raises NotFoundError naming close matches.
         """
-        with SnapshotReader(self._session.backend, self._index(step, epoch, tag)) as reader:
+        backend, index = self._session.backend, self._index(step, epoch, tag)
+        places = ChunkPlaces(backend, self._session.state, index)
+        with SnapshotReader(backend, index, places_of=places) as reader:
             values = reader.read(leaf, rank=rank, rows=rows)
         dtype: torch.dtype = getattr(torch, values.dtype)
         if values.array.size == 0:

@@ -24,7 +24,7 @@ from ckpt.format.canonical import prepare_decoders
 from ckpt.format.index import SnapshotIndex
 from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.ipc.messages import RemoteError, from_error, to_error
-from ckpt.log.catalog import info_of, load_index
+from ckpt.log.catalog import ChunkPlaces, info_of, load_index
 from ckpt.log.fold import LogState
 from ckpt.restore.apply import apply
 from ckpt.restore.fetch import Fetcher
@@ -225,8 +225,12 @@ class Restoring:
         try:
             index, backend = self._loaded()
             coalesce = backend.capabilities().read_bytes_best
+            places = None if self.staged else ChunkPlaces(backend, self._state, index)
             with Fetcher(
-                backend, threads=self._threads, budget_bytes=self._budget_bytes
+                backend,
+                threads=self._threads,
+                budget_bytes=self._budget_bytes,
+                places_of=places,
             ) as fetcher:
 
                 def read(wants: Sequence[Want], outputs: Sequence[memoryview]) -> None:
@@ -236,7 +240,13 @@ class Restoring:
                     fetcher.fetch(plan, outputs)
                     if not self.staged:
                         chunks = (chunk for request in plan.reads for chunk in request.chunks)
-                        self.verified.update((chunk.digest, chunk.location) for chunk in chunks)
+                        # What is damaged at its place is written anew by the next save. Its other
+                        # place may be of a snapshot that is no base of that one.
+                        self.verified.update(
+                            (chunk.digest, chunk.location)
+                            for chunk in chunks
+                            if chunk.digest not in fetcher.read_elsewhere
+                        )
 
                 for items, rules in todo:
                     kept = apply(
@@ -249,6 +259,8 @@ class Restoring:
                         classes=rules.classes,
                     )
                     self._check_kept(kept)
+            if fetcher.read_elsewhere:
+                self._emit(_read_elsewhere(self.chosen, list(fetcher.read_elsewhere.values())))
         except CkptError as error:
             return error
         except Exception as error:  # load_state_dict, a device: other ranks must not wait in vain
@@ -365,6 +377,15 @@ def _fallback(damaged: SnapshotId | None, older: SnapshotId, reason: str) -> Eve
         f"restoring the older one of {older}: {reason}"
     )
     return Event("fallback", text, facts, alarm=True)
+
+
+def _read_elsewhere(snapshot: SnapshotId | None, damage: Sequence[str]) -> Event:
+    text = (
+        f"{len(damage)} chunks of the snapshot of {snapshot} are damaged where it stored them, and "
+        "were read from another place; the next save writes them anew. run ckpt scrub to find what "
+        f"else is damaged. first: {damage[0]}"
+    )
+    return Event("read-elsewhere", text, {"chunks": len(damage)}, alarm=True)
 
 
 prepare_decoders(RestoreCandidate, _Choice, _Verdict, _Result)

@@ -97,9 +97,9 @@ def _index(job, epoch: int, step: int):
     return restorers[0].index()
 
 
-def _damage(job, step: int, rank: int, *, leaf: str = "a/w") -> None:
+def _damage(job, step: int, rank: int, *, leaf: str = "a/w", epoch: int = 1) -> None:
     """Flip one stored bit of that leaf."""
-    for shard in _index(job, 1, step).parts[rank].shards:
+    for shard in _index(job, epoch, step).parts[rank].shards:
         if shard.leaf.name == leaf:
             place = shard.locations[0]
             body, when = job.store._objects[place.pack]
@@ -359,3 +359,55 @@ def _chosen(job) -> Restoring:
     restorers, _ = job.restorers(1)
     restorers[0].choose(lambda: _candidates(_newest(job)))
     return restorers[0]
+
+
+def _write_twice(job, run_ranks, *, first: int = 1) -> None:
+    """The same state in snapshots of two runs, each in packs of its own."""
+    for epoch in (first, first + 1):
+        assert _write(job, run_ranks, 2, steps=(10,)) == epoch
+
+
+@pytest.mark.parametrize("damaged", [(0,), (0, 1)])
+def test_damaged_chunk_is_read_from_another_place_before_an_older_snapshot_is_taken(
+    job, run_ranks, damaged: tuple[int, ...]
+) -> None:
+    _write_twice(job, run_ranks)
+    for rank in damaged:
+        _damage(job, 10, rank, epoch=2)
+    restorers, told = job.restorers(2)
+    choices = _candidates([SnapshotId(2, 10), SnapshotId(1, 10)])
+
+    def call(rank: int) -> tuple[dict[str, object], SnapshotId | None]:
+        restorers[rank].choose(lambda: choices)
+        items = _blank()
+        restorers[rank].fill(items, FillRules())
+        return items, restorers[rank].chosen
+
+    for rank, (items, chosen) in enumerate(run_ranks(2, call)):
+        assert chosen == SnapshotId(2, 10)
+        assert _is(items, rank, 10)
+        assert [event.kind for event in told[rank]] == ["read-elsewhere"] * (rank in damaged)
+        # The next save may not refer to the damaged chunk, nor to a pack that its base lacks.
+        packs = {place.pack for place in restorers[rank].verified.values()}
+        assert all(pack.startswith(f"packs/{SnapshotId(2, 10).key}/") for pack in packs)
+        own = _digest_of(job, 2, 10, rank)
+        assert (own in restorers[rank].verified) == (rank not in damaged)
+
+
+def _digest_of(job, epoch: int, step: int, rank: int) -> bytes:
+    shards = _index(job, epoch, step).parts[rank].shards
+    return next(shard.digests[0] for shard in shards if shard.leaf.name == "a/w")
+
+
+def test_chunk_damaged_at_all_its_places_still_sends_all_to_an_older_snapshot(
+    job, run_ranks
+) -> None:
+    _write(job, run_ranks, 2, steps=(5,))
+    _write_twice(job, run_ranks, first=2)
+    for epoch in (2, 3):
+        _damage(job, 10, 0, epoch=epoch)
+    outcomes, told = _restore(
+        job, run_ranks, 2, choices=[SnapshotId(3, 10), SnapshotId(1, 5)], at_once=True
+    )
+    assert all(_is(items, rank, 5) for rank, (items, _) in enumerate(outcomes)), outcomes
+    assert [event.kind for event in told] == ["fallback"]

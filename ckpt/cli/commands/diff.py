@@ -10,9 +10,16 @@ import numpy as np
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.numbers import is_numeric, readable
 from ckpt.cli.output import human_bytes, table
-from ckpt.cli.store_options import StoreChoice, id_json, open_store, parse_reference, store_command
+from ckpt.cli.store_options import (
+    OpenStore,
+    StoreChoice,
+    id_json,
+    open_store,
+    parse_reference,
+    store_command,
+)
 from ckpt.format.index import SnapshotIndex
-from ckpt.log.catalog import load_index
+from ckpt.log.catalog import ChunkPlaces, load_index
 from ckpt.restore.reader import LeafValues, SnapshotReader, numpy_dtype, size_bytes
 from ckpt.values import Leaf, LeafKind
 
@@ -69,8 +76,8 @@ def command(choice: StoreChoice, *, a: str, b: str, by_values: bool) -> None:
         changes, unchanged = compare(old, new)
         if by_values:
             with (
-                SnapshotReader(store.backend, old) as left,
-                SnapshotReader(store.backend, new) as right,
+                SnapshotReader(store.backend, old, places_of=_places(store, old)) as left,
+                SnapshotReader(store.backend, new, places_of=_places(store, new)) as right,
             ):
                 changes = [_with_values(change, left, right) for change in changes]
         changed_bytes = sum(
@@ -91,6 +98,10 @@ def command(choice: StoreChoice, *, a: str, b: str, by_values: bool) -> None:
         if changes:
             _print(changes, by_values)
             click.echo(f"changed: {human_bytes(changed_bytes)}")
+
+
+def _places(store: OpenStore, index: SnapshotIndex) -> ChunkPlaces:
+    return ChunkPlaces(store.backend, lambda: store.state, index)
 
 
 def compare(old: SnapshotIndex, new: SnapshotIndex) -> tuple[list[LeafChange], int]:

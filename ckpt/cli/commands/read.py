@@ -23,7 +23,7 @@ from ckpt.cli.store_options import (
     store_command,
 )
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.log.catalog import load_index
+from ckpt.log.catalog import ChunkPlaces, load_index
 from ckpt.restore.export.items import json_tree
 from ckpt.restore.reader import SnapshotReader
 from ckpt.values import Leaf, LeafKind
@@ -109,7 +109,8 @@ def command(
     with open_store(choice) as store:
         chosen = store.select(selector)
         index = load_index(store.backend, store.state, chosen)
-        with SnapshotReader(store.backend, index) as reader:
+        places = ChunkPlaces(store.backend, lambda: store.state, index)
+        with SnapshotReader(store.backend, index, places_of=places) as reader:
             entry = reader.leaf(leaf, rank=rank)
             head: dict[str, JsonValue] = {"epoch": chosen.epoch, "step": chosen.step}
             if entry.kind is LeafKind.OBJECT:

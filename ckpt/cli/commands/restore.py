@@ -22,7 +22,7 @@ from ckpt.cli.store_options import (
     store_command,
 )
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.log.catalog import candidates, load_index
+from ckpt.log.catalog import ChunkPlaces, candidates, load_index
 from ckpt.maintenance.gc.drop import with_dropped
 from ckpt.restore.export.items import ExportedFile, ExportOptions, ItemWriter, export
 from ckpt.restore.reader import SnapshotReader
@@ -177,10 +177,21 @@ def _restore(
     index = load_index(store.backend, store.state, snapshot)
     label = f"restoring {snapshot}"
     with (
-        SnapshotReader(store.backend, index, budget_bytes=options.memory_bytes // 2) as reader,
+        SnapshotReader(
+            store.backend,
+            index,
+            budget_bytes=options.memory_bytes // 2,
+            places_of=ChunkPlaces(store.backend, lambda: store.state, index),
+        ) as reader,
         progress(label, index.manifest.size_bytes) as on_progress,
     ):
-        return export(reader, folder, writer, options, on_progress=on_progress)
+        files = export(reader, folder, writer, options, on_progress=on_progress)
+    if damage := list(reader.read_elsewhere.values()):
+        warn(
+            f"{len(damage)} chunks of {snapshot} are damaged where it stored them, and were read "
+            f"from another place; see what else is damaged with ckpt verify --all: {damage[0]}"
+        )
+    return files
 
 
 def _print(
