@@ -15,7 +15,7 @@ from ckpt.errors import UnavailableError
 from ckpt.format import keys
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
-from ckpt.testing.sample import SampleWriter, damage, sample_state, tensor
+from ckpt.testing.sample import SampleWriter, damage, sample_ranks, sample_state
 from ckpt.values import SnapshotId
 
 
@@ -187,16 +187,14 @@ def test_restore_falls_back_from_damage_and_says_so(ckpt, store, tmp_path: Path)
 def test_restore_reads_damaged_bytes_from_another_snapshot_and_says_so(
     ckpt, store, tmp_path: Path
 ) -> None:
-    weight = sample_state(30).weight
     writer = SampleWriter(store)  # one that knows of no stored chunk
-    twin = SnapshotId(writer.open_epoch(), 5)
-    writer.write(twin, [[tensor("model/fc.weight", weight)]])
+    writer.write(SnapshotId(writer.open_epoch(), 5), sample_ranks(30))
     spoil(store, 30)
     done = ckpt("restore", store.url, "--to", tmp_path / "a", "--step", 30, "--epoch", 1)
     assert done.code == 0
     assert "1 chunks of epoch 1 step 30 are damaged" in done.err
     model = torch.load(tmp_path / "a/model.pt", weights_only=True)
-    assert np.array_equal(model["fc.weight"].numpy(), weight)
+    assert np.array_equal(model["fc.weight"].numpy(), sample_state(30).weight)
 
 
 def test_restore_falls_back_from_a_lost_manifest(ckpt, store, tmp_path: Path) -> None:
