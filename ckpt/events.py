@@ -23,6 +23,8 @@ KINDS: Final[Mapping[str, str]] = {
     "unprotected": "the program uses its run in a way that protects nothing",
     "log": "values that the user logged",
     "spawn": "trainers are started as fresh interpreters, because a fork would not be safe",
+    "unwritten-file": "a file from above the call can't be written out, so attempts may repeat it",
+    "pipe-above": "a process from above the call reads from a pipe that never ends for it",
     "left": "a rank left without telling the other ranks",
     "late-leaver": "a rank did not report that it left, within the time limit",
     # ---- saving

@@ -7,9 +7,10 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -23,13 +24,112 @@ REPORT_BYTES_MAX = 4096
 
 _PR_SET_CHILD_SUBREAPER = 36
 
+# ---- a killed group, some of whose processes may never be reaped
+
+MEMBERS_LOOK_S = 0.1
+"""How long a killed group may take before ``/proc`` is read for what is left of it; then again
+after a half of the time waited, at most each second."""
+
+MEMBERS_LOOK_S_MAX = 1.0
+MEMBERS_TOLD_S = 5.0
+MEMBERS_WAIT_S = 60.0
+"""How long processes are waited for that SIGKILL does not end: the kernel waits for a device or a
+file system in them. They run no code of the program any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class LivingMember:
+    """A process that is not dead: its ``state`` is the kernel's letter."""
+
+    pid: int
+    name: str
+    state: str
+
+
+def living_members(group: int, *, proc: Path = Path("/proc")) -> list[LivingMember]:
+    """The processes of a group in which a thread is not dead.
+
+    A zombie holds no memory and no port, so it does not count. Reads the state of every process.
+    """
+    found = []
+    for entry in proc.glob("[0-9]*"):
+        name, state, of_group = _stat(entry)
+        if of_group != group:
+            continue
+        # The first thread may be dead while another one still holds the memory.
+        states = (_stat(task)[1] for task in (entry / "task").glob("[0-9]*"))
+        state = next((each for each in (state, *states) if each not in ("Z", "X", "")), "")
+        if state:
+            found.append(LivingMember(int(entry.name), name, state))
+    return found
+
+
+def _stat(entry: Path) -> tuple[str, str, int]:
+    """Name, state and process group of a process or thread; "" and 0 if it is gone."""
+    try:
+        text = (entry / "stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return "", "", 0
+    head, _, tail = text.rpartition(")")
+    fields = tail.split()
+    return head.partition("(")[2], fields[0], int(fields[2])
+
+
+class KilledGroup:
+    """What is left of a process group since it was killed, and how long that is waited for."""
+
+    def __init__(
+        self,
+        group: int,
+        *,
+        now: Callable[[], float] = time.monotonic,
+        members: Callable[[int], list[LivingMember]] = living_members,
+    ) -> None:
+        self._group = group
+        self._now = now
+        self._members = members
+        self._killed_s = now()
+        self._look_s = self._killed_s + MEMBERS_LOOK_S
+        self._left: list[LivingMember] = []
+        self._told = 0
+        self._over = False
+
+    def over(self) -> bool:
+        """Whether nothing of it lives, or the wait is over. Stays true."""
+        now_s = self._now()
+        if not self._over and now_s >= self._look_s:
+            waited_s = now_s - self._killed_s
+            self._look_s = now_s + min(MEMBERS_LOOK_S_MAX, max(MEMBERS_LOOK_S, waited_s / 2))
+            self._left = self._members(self._group)
+            self._over = not self._left or waited_s >= MEMBERS_WAIT_S
+        return self._over
+
+    def line(self) -> str:
+        """What a person should know of the wait, each line once; "" for nothing new."""
+        waited_s = self._now() - self._killed_s
+        due = 0 if not self._left else 1 + (waited_s >= MEMBERS_WAIT_S)
+        if due <= self._told or waited_s < MEMBERS_TOLD_S:
+            return ""
+        self._told = due
+        left = " ".join(f"pid={each.pid} ({each.name}, {each.state})" for each in self._left)
+        then = (
+            "it is not waited for any longer, and may hold memory and devices"
+            if due > 1
+            else f"it is waited for, {MEMBERS_WAIT_S:.0f} s at most"
+        )
+        return (
+            f"SIGKILL does not end a process of a killed trainer: {then}. {left}; look at the "
+            "disk, network file system or device that it waits for"
+        )
+
 
 @dataclass(slots=True, kw_only=True)
 class TrainerChild:
     """A started trainer. It leads a process group of its own, whose number is ``pid``.
 
     ``attempt`` is 0 for a prepared one. ``status``: how it ended, as from
-    ``os.waitstatus_to_exitcode``; None while it lives. ``killed``: the supervisor killed it.
+    ``os.waitstatus_to_exitcode``; None while it lives. ``killed``: the supervisor killed it;
+    ``rest``: what is left of the killed group.
     ``stacks``: its file for stack dumps; ``dumps``: it writes there on SIGUSR2. ``stopped``: the
     kernel stopped it because it tried to use the terminal.
     """
@@ -43,6 +143,7 @@ class TrainerChild:
     killed: bool = False
     dumps: bool = False
     stopped: bool = False
+    rest: KilledGroup | None = field(default=None, repr=False)
 
     def signal(self, number: int, *, group: bool = False) -> None:
         """Send a signal to the trainer, or to its whole group, unless it has ended."""
@@ -53,6 +154,8 @@ class TrainerChild:
     def kill(self) -> None:
         """Kill the whole group. ``gone`` says when that has happened. May be repeated."""
         self.killed = True
+        if self.rest is None:
+            self.rest = KilledGroup(self.pid)
         if self.gone():
             return
         # Empty, or the number is another user's now.
@@ -60,14 +163,17 @@ class TrainerChild:
             os.killpg(self.pid, signal.SIGKILL)
 
     def gone(self) -> bool:
-        """Whether the trainer was reaped and no process of its group is left."""
-        if self.status is None:
-            return False
-        try:
-            os.killpg(self.pid, 0)
-        except (ProcessLookupError, PermissionError):
-            return True
-        return False
+        """Whether no process of its group can run any more.
+
+        Some time after ``kill`` a zombie that nobody reaps counts as gone, and at last also what
+        SIGKILL did not end within ``MEMBERS_WAIT_S``.
+        """
+        if self.status is not None:
+            try:
+                os.killpg(self.pid, 0)
+            except (ProcessLookupError, PermissionError):
+                return True
+        return self.rest is not None and self.rest.over()
 
     def dump(self, path: Path) -> None:
         """Have the trainer write its stacks to the file ``path``, soon.

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import io
+import mmap
 import os
+import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
+from ckpt import events
 from ckpt.elastic.processes.child import SignalPipe, TrainerChild
 from ckpt.elastic.processes.start_method import Fork, Spawn
 from ckpt.elastic.processes.trainer import (
@@ -49,12 +57,141 @@ def around_fork() -> Iterator[None]:
         yield
 
 
+# ---- what the program opened above the call, of which each forked trainer gets a copy
+
+_FILE = io.IOBase.__mro__[1]
+"""What all file objects derive from, those written in C too."""
+
+_RUNNING = -(1 << 30)
+_WAIT_S_FIRST, _WAIT_S_MAX = 0.0005, 0.05
+
+
+class InheritedProcesses:
+    """How processes ended that the program started above the call.
+
+    Their parent is the supervisor, so it alone can learn their exit status, and a trainer's
+    ``Popen.wait`` would return 0 at once. The supervisor notes it in memory that its trainers
+    share.
+    """
+
+    def __init__(self, processes: Sequence[subprocess.Popen[Any]]) -> None:
+        """Has each of ``processes`` answer by what is noted here, in forked children."""
+        self._parent = os.getpid()
+        self._places = {process.pid: place for place, process in enumerate(processes)}
+        memory = mmap.mmap(-1, 4 * len(processes)) if processes else b""
+        self._statuses = memoryview(memory).cast("i")
+        for process in processes:
+            self._statuses[self._places[process.pid]] = _RUNNING
+            kind = type(process)
+            process.__class__ = type(f"Inherited{kind.__name__}", (_InheritedPopen, kind), {})
+            cast("_InheritedPopen", process).inherited = self
+
+    def note(self, pid: int, status: int) -> None:
+        """In the supervisor: child ``pid`` ended, as from ``os.waitstatus_to_exitcode``."""
+        if (place := self._places.get(pid)) is not None:
+            self._statuses[place] = status
+
+    def status(self, pid: int) -> int | None:
+        """How ``pid`` ended; None while it runs."""
+        status = self._statuses[self._places[pid]]
+        return None if status == _RUNNING else status
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this process is not the parent."""
+        return os.getpid() != self._parent
+
+
+class _InheritedPopen(subprocess.Popen[Any]):
+    """Put before the class of a ``Popen`` that was made above the call."""
+
+    inherited: InheritedProcesses
+
+    def poll(self) -> int | None:
+        if self.returncode is None and self.inherited.elsewhere:
+            self.returncode = self.inherited.status(self.pid)
+            return self.returncode
+        return super().poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not self.inherited.elsewhere:
+            return super().wait(timeout)
+        until_s = None if timeout is None else time.monotonic() + timeout
+        pause_s = _WAIT_S_FIRST
+        while (status := self.poll()) is None:
+            left_s = pause_s if until_s is None else until_s - time.monotonic()
+            if left_s <= 0:
+                raise subprocess.TimeoutExpired(self.args, cast("float", timeout))
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, _WAIT_S_MAX)
+        return status
+
+
+def settle_above(emit: events.Emit) -> InheritedProcesses:
+    """Before the first fork: write out what files hold in buffers, so that no trainer writes it
+    again, and take over the processes that the program started.
+
+    Once is enough: from here on the program goes on in trainers alone. Looks at all objects: 0.1 s
+    where torch is imported.
+    """
+    files, processes = _files_and_processes()
+    for file in files:
+        if (problem := _write_out(file)) is not None:
+            text = (
+                "a file that was opened above the decorated call can't be written out before the "
+                "training starts, and every attempt may write what it holds; close it above the "
+                "call"
+            )
+            name = str(getattr(file, "name", file))
+            emit(events.Event("unwritten-file", text, {"file": name, "why": problem}, alarm=True))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).fflush(None)  # the same for what libraries in C have printed
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        if process.stdin is not None and not process.stdin.closed:
+            text = (
+                "a process that was started above the decorated call reads from a pipe that stays "
+                "open in the supervisor, so that it never meets its end; start it inside the "
+                "function, or close its stdin above"
+            )
+            emit(events.Event("pipe-above", text, {"pid": process.pid}, alarm=True))
+    return InheritedProcesses(running)
+
+
+def _files_and_processes() -> tuple[list[io.IOBase], list[subprocess.Popen[Any]]]:
+    frozen = gc.get_freeze_count() > 0
+    if frozen:
+        gc.unfreeze()  # what is frozen is not listed
+    objects = gc.get_objects()
+    if frozen:
+        gc.freeze()
+    # By their types, which are few: ``isinstance`` would run code of proxies.
+    types = set(map(type, objects))
+    files = {kind for kind in types if _FILE in kind.__mro__}
+    wanted = files | {kind for kind in types if subprocess.Popen in kind.__mro__}
+    found = [each for each in objects if type(each) in wanted]
+    return (
+        [each for each in found if type(each) in files],
+        [each for each in found if type(each) not in files and each.returncode is None],
+    )
+
+
+def _write_out(file: io.IOBase) -> str | None:
+    """Flush a file that is open for writing; returns why it could not be."""
+    try:
+        if not file.closed and file.writable():
+            file.flush()
+    except Exception as error:  # noqa: BLE001  a class of the program's may raise anything: told
+        return str(error)
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerLaunch:
     """What all trainers of one supervisor share.
 
     ``stacks`` is a folder for stack dumps. ``close_in_child`` closes, in a child, what belongs to
-    the supervisor.
+    the supervisor. ``inherited``: what the program started above the call.
     """
 
     start: Fork | Spawn
@@ -62,6 +199,7 @@ class TrainerLaunch:
     stacks: Path | None
     signals: SignalPipe
     close_in_child: Callable[[], None]
+    inherited: InheritedProcesses
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,12 @@ from ckpt.elastic.processes.child import (
     reap_children,
 )
 from ckpt.elastic.processes.keeper_connection import SupervisorConnection
-from ckpt.elastic.processes.launch import TrainerLaunch, launch_trainer
+from ckpt.elastic.processes.launch import (
+    InheritedProcesses,
+    TrainerLaunch,
+    launch_trainer,
+    settle_above,
+)
 from ckpt.elastic.processes.start_method import Fork, Spawn
 from ckpt.elastic.processes.trainer import (
     DUMPS_READY,
@@ -185,6 +190,10 @@ class Supervisor:
             stacks=plan.stacks,
             signals=self._signals,
             close_in_child=self._forget,
+            # Spawned trainers run the code above the call again, and have their own.
+            inherited=settle_above(plan.emit)
+            if isinstance(plan.start, Fork)
+            else InheritedProcesses(()),
         )
 
     def run(self) -> TrainerProcess:
@@ -318,8 +327,10 @@ class Supervisor:
     def _read_ends(self) -> None:
         for pid, status in reap_children():
             child = next((child for child in self._children() if child.pid == pid), None)
-            if child is None:
-                continue  # an orphan of a trainer
+            if child is None:  # an orphan of a trainer, or what the program started above the call
+                if not os.WIFSTOPPED(status):
+                    self._launch.inherited.note(pid, os.waitstatus_to_exitcode(status))
+                continue
             if os.WIFSTOPPED(status):
                 self._on_stopped(child, os.WSTOPSIG(status))
             else:
@@ -410,8 +421,10 @@ class Supervisor:
         if self._keeper.lost or self._unanswered is not None or self._starting is not None:
             if live is not None and not live.gone():
                 live.kill()
+                self._tell_rest(live)
                 return None
             if live is not None:
+                self._tell_rest(live)
                 live.forget()
             self._live, self._prepare = None, False
         if self._keeper.lost:
@@ -483,6 +496,8 @@ class Supervisor:
         for child in doomed:
             child.kill()
         if not all(child.gone() for child in doomed) and time.monotonic() < self._leave_until_s:
+            for child in doomed:
+                self._tell_rest(child)
             return
         self._terminal.take_back()
         if message.text:
@@ -534,6 +549,10 @@ class Supervisor:
         child.forget()
         text = "the prepared trainer ended early, so the next restart is cold"
         self._plan.emit(events.Event("prepared-died", text, {"status": status}))
+
+    def _tell_rest(self, child: TrainerChild) -> None:
+        if child.rest is not None and (line := child.rest.line()):
+            self._print(line)
 
     def _print(self, text: str) -> None:
         with suppress(OSError, ValueError):  # the reader is gone

@@ -295,7 +295,11 @@ def exit_after_error(error: BaseException) -> NoReturn:
 LISTEN_WAIT_S = 300.0
 """The longest wait for rank 0; after that torch waits, and reports the error."""
 
-LOOK_S = 0.001
+LOOK_S, LOOK_S_MAX = 0.001, 0.25
+LOOK_SHARE = 0.1
+"""A look follows a tenth of the time waited so far, so it costs at most that much more; and at
+least ten times what the last look took, which grows with the machine's connections."""
+
 _LISTENS = "0A"
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 
@@ -332,14 +336,17 @@ def wait_for_listener(port: int, *, timeout_s: float = LISTEN_WAIT_S) -> bool:
 
     False if none did in time, or if that is unknown.
     """
-    until_s = time.monotonic() + timeout_s
+    began_s = time.monotonic()
     while port:
+        look_s = time.monotonic()
         listening = is_listening(port)
         if listening is not False:
             return bool(listening)
-        if time.monotonic() > until_s:
+        now_s = time.monotonic()
+        if now_s > began_s + timeout_s:
             return False
-        time.sleep(LOOK_S)
+        pause_s = max(LOOK_SHARE * (now_s - began_s), (now_s - look_s) / LOOK_SHARE)
+        time.sleep(min(LOOK_S_MAX, max(LOOK_S, pause_s)))
     return False
 
 

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from ckpt.elastic.processes import trainer
 from ckpt.elastic.processes.trainer import (
     is_listening,
     rank0_is_local,
@@ -40,6 +41,29 @@ def test_waiting_ends_as_soon_as_somebody_listens() -> None:
         assert wait_for_listener(one.getsockname()[1], timeout_s=60)
         assert time.monotonic() - began_s < 30
         timer.join()
+
+
+@pytest.mark.parametrize(("look_s", "looks_max"), [(0.0002, 1500), (0.05, 700)])
+def test_long_wait_looks_seldom_and_is_hardly_later_for_it(
+    monkeypatch, look_s: float, looks_max: int
+) -> None:
+    now_s, looks = [0.0], [0]
+    listens_s = 120.0
+
+    def look(port: int) -> bool:
+        now_s[0] += look_s  # a table of many connections takes long to read
+        looks[0] += 1
+        return now_s[0] > listens_s
+
+    monkeypatch.setattr(trainer, "is_listening", look)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(
+        trainer.time, "sleep", lambda wait_s: now_s.__setitem__(0, now_s[0] + wait_s)
+    )
+    assert wait_for_listener(1)
+    assert looks[0] <= looks_max
+    assert looks[0] * look_s < 0.3 * listens_s
+    assert now_s[0] < listens_s + 0.5
 
 
 def test_waiting_ends_where_nobody_comes_and_without_a_port() -> None:

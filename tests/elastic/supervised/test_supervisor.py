@@ -158,6 +158,23 @@ def test_process_that_a_trainer_left_to_itself_leaves_no_zombie(program, keeper,
 
 
 @pytest.mark.slow
+def test_zombie_that_nobody_reaps_does_not_block_the_next_attempt(program, keeper, alive) -> None:
+    run = program(
+        "sit()\nheard, says = os.pipe()\nif os.fork() == 0:\n    if os.fork() == 0:\n        "
+        "os.read(heard, 1)\n        os._exit(0)\n    os.setsid()  # it leaves the group, and never "
+        "waits\n    os.write(says, b'.')\n    say(os.getpid())\n    forever()\nforever()\n"
+    )
+    link = keeper.accept()
+    link.start()
+    careless = int(run.line())
+    link.send(Kill(attempt=1))
+    assert link.expect(Killed).attempt == 1
+    assert alive(careless)
+    link.start(attempt=2)
+    os.kill(careless, signal.SIGKILL)
+
+
+@pytest.mark.slow
 def test_kill_of_an_attempt_that_is_not_running_is_answered_and_harms_nothing(
     program, keeper, alive
 ) -> None:
@@ -312,9 +329,14 @@ def test_signals_that_the_function_itself_handles_reach_the_trainer(program, kee
 
 
 @pytest.mark.slow
-def test_what_was_printed_before_the_call_is_printed_once(program, keeper) -> None:
+def test_what_was_written_before_the_call_is_written_once_and_processes_can_be_waited_for(
+    program, keeper, tmp_path
+) -> None:
     run = program(
-        "print('early')\nseat = sit()\nprint('attempt', seat.attempt)\n",
+        "import subprocess\nprint('early')\nlog = open('log.txt', 'w')\nlog.write('early\\n')\n"
+        "above = subprocess.Popen(['sh', '-c', 'while [ ! -e go ]; do sleep 0.02; done; exit 7'])\n"
+        "seat = sit()\nprint('attempt', seat.attempt, above.poll())\nPath('go').touch()\n"
+        "print('above ended with', above.wait())\nlog.write(f'attempt {seat.attempt}\\n')\nlog.close()\n",
         environment={"PYTHONUNBUFFERED": ""},
     )
     link = keeper.accept()
@@ -323,7 +345,15 @@ def test_what_was_printed_before_the_call_is_printed_once(program, keeper) -> No
         link.expect(Died)
     link.send(Leave(status=0))
     assert run.end() == 0
-    assert [run.line() for _ in range(4)] == ["early", "attempt 1", "attempt 2", ""]
+    assert [run.line() for _ in range(6)] == [
+        "early",
+        "attempt 1 None",
+        "above ended with 7",
+        "attempt 2 7",
+        "above ended with 7",
+        "",
+    ]
+    assert (tmp_path / "log.txt").read_text() == "early\nattempt 1\nattempt 2\n"
 
 
 @pytest.mark.slow
