@@ -40,6 +40,7 @@ KINDS: Final[Mapping[str, str]] = {
     "replicas-diverged": "ranks hold different bytes of what they should hold alike",
     # ---- restoring
     "fallback": "a snapshot was damaged; an older one is restored",
+    "suspect-restored": "the restored snapshot is marked as a mixture of different replicas",
     "read-elsewhere": "stored bytes were damaged; equal ones of another place were restored",
     "chosen-anew": "a newer snapshot was committed in the meantime and is restored instead",
     "maybe-stale": "too few stores answered to know that the restored snapshot is the newest",

@@ -96,6 +96,10 @@ class ModuleSource:
         self._refuse()
         self.computes = any(map(_may_compute, self._modules))
         self._read()
+        if self.computed and not self.computes:
+            # A module of torch's own that makes entries: they change without any memory moving.
+            self.computes = True
+            self._read()
         self._held, self._seen = self._values(), self._structure()
 
     def tracked_tensors(self) -> Iterator[tuple[torch.Tensor, TrackedTensor]]:
@@ -187,7 +191,9 @@ class ModuleSource:
             for attributes in (module._parameters, module._buffers, module._modules)
         ]
         hooks = [
-            len(module._state_dict_hooks) + len(module._non_persistent_buffers_set)
+            len(module._state_dict_hooks)
+            + len(module._state_dict_pre_hooks)
+            + len(module._non_persistent_buffers_set)
             for module in self._modules
         ]
         return (

@@ -6,8 +6,9 @@ the user's hooks.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from ckpt.capture.leaves import TensorLeaf, escape
 from ckpt.capture.modules import TrackedTensor
 from ckpt.capture.tensors import UNSHARED, MemoryWatch, Sharing, holders, is_dtensor
+from ckpt.errors import UsageError
 from ckpt.format.objects import EncodedValue, encode_object
 
 
@@ -27,17 +29,21 @@ class OptimizerParameter:
 
     ``name`` is its clean module name; ``<module item>/<clean name>`` if two tracked modules have
     the name; ``group<i>/param<j>`` for a parameter of no tracked module. ``tracked`` is None for
-    such a parameter.
+    such a parameter. ``divided``: ranks divide the optimizer's state among themselves, by
+    parameters.
     """
 
     name: str
     tensor: torch.Tensor
     group: int
     tracked: TrackedTensor | None
+    divided: bool = False
 
     @property
     def sharing(self) -> Sharing:
         """Which ranks share this parameter's optimizer state."""
+        if self.divided:
+            return UNSHARED
         if self.tracked is not None:
             return self.tracked.sharing
         if is_dtensor(self.tensor):
@@ -56,6 +62,7 @@ def optimizer_parameters(
         for number, group in enumerate(optimizer.param_groups)
         for index, parameter in enumerate(group["params"])
     ]
+    divided = divided_keeper(optimizer) is not None
     uses = Counter(home.fqn for *_, entry in flat if (home := tracked.get(id(entry))) is not None)
     parameters: list[OptimizerParameter] = []
     for number, index, parameter in flat:
@@ -66,8 +73,54 @@ def optimizer_parameters(
             name = f"{home.path}/{escape(home.fqn)}"
         else:
             name = escape(home.fqn)
-        parameters.append(OptimizerParameter(name, parameter, number, home))
+        parameters.append(OptimizerParameter(name, parameter, number, home, divided))
     return tuple(parameters)
+
+
+def divided_keeper(optimizer: Optimizer) -> Optimizer | None:
+    """The optimizer that keeps this rank's share of a ``ZeroRedundancyOptimizer``'s state; None for
+    another class. Imports nothing: without the module there are none.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None or not isinstance(optimizer, module.ZeroRedundancyOptimizer):
+        return None
+    keeper: Optimizer = optimizer.optim
+    return keeper
+
+
+def check_optimizer(optimizer: Optimizer, path: str, tracked: Container[int]) -> None:
+    """Raise UsageError, naming it, for an optimizer that keeps state in more than its own fields.
+
+    Its state and groups are all that is captured: another optimizer inside it must be among those
+    that are ``tracked`` (by ``id``), and its class must not add entries to its ``state_dict``.
+    """
+    kind = type(optimizer).__qualname__
+    if divided_keeper(optimizer) is not None:
+        if getattr(optimizer, "_overlap_with_ddp", False):
+            raise UsageError(
+                f"optimizer is not captured with overlap_with_ddp=True. item={path!r} type={kind}; "
+                "pass overlap_with_ddp=False"
+            )
+        return
+    for name, value in vars(optimizer).items():
+        if (
+            isinstance(value, Optimizer)
+            and value.state is not optimizer.state
+            and id(value) not in tracked
+        ):
+            raise UsageError(
+                "optimizer keeps state in another one inside it, which would be left out. "
+                f"item={path!r} type={kind} attribute={name!r}; track that one too, in the same "
+                "call"
+            )
+    if type(optimizer).state_dict is Optimizer.state_dict:
+        return
+    if more := sorted(map(str, optimizer.state_dict().keys() - {"state", "param_groups"})):
+        raise UsageError(
+            "optimizer's class adds entries to its state_dict, which would be left out. "
+            f"item={path!r} type={kind} entries={more}; track what they hold by itself, and an "
+            "optimizer without them"
+        )
 
 
 class OptimizerSource:
@@ -87,6 +140,27 @@ class OptimizerSource:
         self._watch = MemoryWatch()
         self._seen: object = None
         self._held: list[object] = []
+
+    @property
+    def state(self) -> dict[torch.Tensor, dict[object, object]]:
+        """The live state that this rank keeps, by parameter."""
+        return (divided_keeper(self.optimizer) or self.optimizer).state
+
+    @property
+    def kept(self) -> tuple[OptimizerParameter, ...]:
+        """The parameters whose state this rank keeps: all, unless ranks divide them."""
+        keeper = divided_keeper(self.optimizer)
+        if keeper is None:
+            return self.parameters
+        own = {id(parameter) for group in keeper.param_groups for parameter in group["params"]}
+        return tuple(member for member in self.parameters if id(member.tensor) in own)
+
+    @property
+    def share(self) -> list[str] | None:
+        """The names of ``kept`` if ranks divide the state, else None."""
+        if divided_keeper(self.optimizer) is None:
+            return None
+        return [member.name for member in self.kept]
 
     def refresh(self, tracked: Mapping[int, TrackedTensor], *, renamed: bool) -> bool:
         """If state or parameters moved, forget what was encoded and read the names anew. Returns
@@ -122,7 +196,7 @@ class OptimizerSource:
 
     def _structure(self) -> tuple[list[int], list[int], list[int], list[object], list[int]]:
         groups = [group["params"] for group in self.optimizer.param_groups]
-        state = self.optimizer.state
+        state = self.state
         entries = list(state.values())
         return (
             list(map(len, groups)),
@@ -135,6 +209,6 @@ class OptimizerSource:
     def _values(self) -> list[object]:
         # Kept alive so that no id can be reused while it is compared with.
         return [
-            *self.optimizer.state,
-            *chain.from_iterable(map(dict.values, self.optimizer.state.values())),
+            *self.state,
+            *chain.from_iterable(map(dict.values, self.state.values())),
         ]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ckpt.capture.leaves import Capture, ObjectLeaf, TensorLeaf, World, escape
 from ckpt.capture.modules import ModuleSource, TrackedTensor
-from ckpt.capture.optimizers import OptimizerSource
+from ckpt.capture.optimizers import OptimizerSource, check_optimizer
 from ckpt.capture.tensors import with_aliases, with_bits_resolved
 from ckpt.capture.tree import LeafMemo, Walker, is_stateful, unsupported, visit
 from ckpt.errors import UsageError
@@ -75,6 +75,10 @@ class CapturePlan:
             for live, path in tracked
             if isinstance(live, Optimizer)
         ]
+        known = {id(live) for live, _ in tracked}
+        for live, path in tracked:
+            if isinstance(live, Optimizer) and id(live) not in sources_before:
+                check_optimizer(live, path, known)
         return moved or any(optimizers_moved)
 
     def capture(self) -> Capture:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ckpt.capture.leaves import TensorLeaf, World, join
 from ckpt.capture.modules import ModuleSource
-from ckpt.capture.optimizers import OptimizerSource
+from ckpt.capture.optimizers import OptimizerSource, divided_keeper
 from ckpt.capture.streams import is_loader, loader_state
 from ckpt.capture.tensors import (
     UNSHARED,
@@ -218,13 +218,15 @@ class Walker:
         node: dict[str, object] = {"state": state, "param_groups": self._groups(source)}
         if source.boxes:
             node["boxes"] = source.boxes
+        if (share := source.share) is not None:
+            node["share"] = share
         return StateNode(class_name(source.optimizer), node)
 
     def _optimizer_state(self, source: OptimizerSource) -> object:
         if source.encoded_state is not None:
             self.tensors.extend(source.state_leaves)
             return source.encoded_state
-        state = source.optimizer.state
+        state = source.state
         nodes: dict[str, object] = {}
         source.boxes = {}
         live: list[object] = []
@@ -296,11 +298,14 @@ def type_name(value: object) -> str:
 
 
 def class_name(value: object) -> str:
-    """Whose state a ``StateNode`` holds: ``module:Class``. Of schedulers that hold others, also the
-    inner classes: what their states mean depends on them.
+    """Whose state a ``StateNode`` holds: ``module:Class``. Of schedulers that hold others, and of
+    an optimizer that divides another's state, also the inner classes: what their states mean
+    depends on them.
     """
     kind = type(value)
     inner = getattr(value, "_schedulers", None) if isinstance(value, LRScheduler) else None
+    if isinstance(value, Optimizer) and (keeper := divided_keeper(value)) is not None:
+        inner = [keeper]
     names = ", ".join(class_name(one).partition(":")[2] for one in inner or ())
     return f"{kind.__module__}:{kind.__qualname__}" + (f"({names})" if names else "")
 

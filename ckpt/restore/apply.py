@@ -533,12 +533,20 @@ def _put_made(source: ModuleSource, values: list[tuple[ComputedEntry, object]]) 
         live = {entry.key: entry.tensor for entry in source.live}
         kept = {entry.key: value for entry, value in values if entry.fqn in extra}
         try:
-            source.module.load_state_dict({**live, **kept, **others}, strict=False)
+            loaded = source.module.load_state_dict({**live, **kept, **others}, strict=False)
         except RuntimeError as error:
             raise UsageError(
                 f"module refuses the entries that its hooks made. path={source.path!r} "
                 f"error={error}"
             ) from error
+        # A module with a loading of its own may return nothing: then it says that it took all.
+        ignored = sorted(others.keys() & set(getattr(loaded, "unexpected_keys", ())))
+        if ignored:
+            raise UsageError(
+                "module takes no notice of entries that its hooks made, so they would be lost. "
+                f"path={source.path!r} entries={ignored[:NAMES_SHOWN_MAX]} in_all={len(ignored)}; "
+                "give it a hook that loads them, or leave them out of its state_dict"
+            )
 
 
 def _extra_state_owners(module: nn.Module) -> dict[str, nn.Module]:
@@ -580,7 +588,8 @@ class OptimizerMatcher:
         if self._selection.cover(f"{path}/state") is not Coverage.NONE:
             boxes = _boxes(node, path)
             flags = {name: _on_device(group) for group in groups for name in _names(group, path)}
-            for member in source.parameters:
+            kept = self._of_this_share(source, node, path)
+            for member in kept:
                 state_path = f"{path}/state/{member.name}"
                 if self._selection.cover(state_path) is Coverage.NONE:
                     continue
@@ -608,6 +617,32 @@ class OptimizerMatcher:
 
         return put
 
+    def _of_this_share(
+        self, source: OptimizerSource, node: object, path: str
+    ) -> list[OptimizerParameter]:
+        """The parameters whose state this rank keeps and the snapshot's rank kept; others are a
+        difference. Where ranks divide an optimizer's state, each has that of some parameters only.
+        """
+        share = _share(node, path)
+        if share is None:
+            return list(source.kept)
+        elsewhere = [
+            member.name
+            for member in source.kept
+            if member.name not in share
+            and self._selection.cover(f"{path}/state/{member.name}") is not Coverage.NONE
+        ]
+        if elsewhere:
+            self._problems.add(
+                "optimizer's state of some parameters is of another rank, for ranks divide it "
+                f"otherwise now. parameters={elsewhere[:NAMES_SHOWN_MAX]} "
+                f"in_all={len(elsewhere)}",
+                path,
+                "restore with as many ranks and the same parameters as it was saved with, or leave "
+                "it out with only=[...]",
+            )
+        return [member for member in source.kept if member.name in share]
+
     def _check_pieces(
         self,
         source: OptimizerSource,
@@ -617,7 +652,7 @@ class OptimizerMatcher:
         state_path: str,
     ) -> None:
         """Plain state beside a sharded parameter is of one piece of it, and fits no other."""
-        live = source.optimizer.state.get(member.tensor, {})
+        live = source.state.get(member.tensor, {})
         laid_out = {key for key, value in live.items() if is_dtensor(value)}
         for key, entry in node.items() if isinstance(node, dict) else ():
             if key in laid_out:
@@ -697,7 +732,7 @@ class OptimizerMatcher:
         *,
         step_on_device: bool,
     ) -> RestoreStep:
-        state: dict[torch.Tensor, dict[object, object]] = source.optimizer.state
+        state = source.state
         if node is None:
             return lambda: state.pop(member.tensor, None)
         if not isinstance(node, dict):
@@ -771,6 +806,16 @@ def _names(group: Mapping[object, object], path: str) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise IntegrityError(f"stored group names no parameters. path={path!r}")
     return names
+
+
+def _share(node: object, path: str) -> frozenset[str] | None:
+    """The parameters whose state the snapshot's rank kept; None for all."""
+    match node:
+        case {"share": list(names)} if all(isinstance(name, str) for name in names):
+            return frozenset(names)
+        case {"share": _}:
+            raise IntegrityError(f"stored share names no parameters. path={path!r}")
+    return None
 
 
 def _references(node: object, path: str) -> Iterator[tuple[str, Ref]]:

@@ -24,11 +24,12 @@ from ckpt.format.canonical import prepare_decoders
 from ckpt.format.index import SnapshotIndex
 from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.ipc.messages import RemoteError, from_error, to_error
-from ckpt.log.catalog import ChunkPlaces, info_of, load_index
+from ckpt.log.catalog import ChunkPlaces, info_of, load_index, load_manifest
 from ckpt.log.fold import LogState
 from ckpt.restore.apply import apply
 from ckpt.restore.fetch import Fetcher
 from ckpt.restore.plan import Want, plan_reads
+from ckpt.save.persister import SUSPECT_KEY
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 FILL_WAIT_S = 7200.0
@@ -107,6 +108,7 @@ class Restoring:
         self._left: list[RestoreCandidate] = []
         self._choices: Callable[[], Sequence[RestoreCandidate]] = list
         self._tried: set[RestoreCandidate] = set()
+        self._told_suspect: set[SnapshotId] = set()
         self._filled: list[tuple[Mapping[str, object], FillRules]] = []
         self._open = ExitStack()
         self._source: tuple[SnapshotIndex, Backend] | None = None
@@ -317,6 +319,7 @@ class Restoring:
             if result.error is not None:
                 errors.append(result.error)
         if not errors:
+            self._tell_suspect()
             return _Verdict(done=True)
         damage = all(error.code == IntegrityError.code for error in errors)
         if damage and not self._left and (newer := self._newer_candidates()):
@@ -329,9 +332,39 @@ class Restoring:
             return _Verdict(next=newer[0])
         if not damage or not self._left:
             return _Verdict(error=errors[0])
-        older = self._left.pop(0)
+        older = self._next_older()
         self._emit(_fallback(self.chosen, older.snapshot, errors[0].text))
         return _Verdict(next=older)
+
+    def _tell_suspect(self) -> None:
+        """Say once that the restored snapshot is marked as a mixture of different replicas."""
+        manifest = self._loaded()[0].manifest
+        different = manifest.metadata.get(SUSPECT_KEY)
+        if different is None or manifest.snapshot in self._told_suspect:
+            return
+        self._told_suspect.add(manifest.snapshot)
+        text = (
+            f"the restored snapshot of {manifest.snapshot} is a mixture of replicas that differed "
+            f"when it was saved: {different}; if that matters, restore an earlier one by its step"
+        )
+        self._emit(Event("suspect-restored", text, {"step": manifest.snapshot.step}, alarm=True))
+
+    def _next_older(self) -> RestoreCandidate:
+        """The next candidate, the first that is not marked as a mixture if there is one."""
+        sound = (candidate for candidate in self._left if not self._is_suspect(candidate))
+        older = next(sound, self._left[0])
+        self._left.remove(older)
+        return older
+
+    def _is_suspect(self, candidate: RestoreCandidate) -> bool:
+        """Whether its manifest marks it. What can't be read is not: trying it tells why."""
+        if candidate.staged:
+            return False  # marks are made when a snapshot is written to the store
+        try:
+            manifest = load_manifest(self._backend, self._state(), candidate.snapshot)
+        except CkptError:
+            return False
+        return SUSPECT_KEY in manifest.metadata
 
     def _newer_candidates(self) -> list[RestoreCandidate]:
         """What can be restored now and could not when the snapshot was chosen: retention may have

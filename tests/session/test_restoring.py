@@ -12,6 +12,7 @@ from torch import nn
 from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.log.journal import Journal
+from ckpt.save.persister import SUSPECT_KEY
 from ckpt.session.restoring import FillRules, RestoreCandidate, Restoring
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import SnapshotId
@@ -411,3 +412,37 @@ def test_chunk_damaged_at_all_its_places_still_sends_all_to_an_older_snapshot(
     )
     assert all(_is(items, rank, 5) for rank, (items, _) in enumerate(outcomes)), outcomes
     assert [event.kind for event in told] == ["fallback"]
+
+
+def _write_marked(job, run_ranks, suspect: tuple[int, ...]) -> None:
+    ranks = job.ranks(2)
+    for step in STEPS:
+        marked = {SUSPECT_KEY: "a/w (ranks 0 and 1)"} if step in suspect else {}
+        run_ranks(
+            2,
+            lambda r, step=step, marked=marked: (
+                ranks[r].save(_stored(r, step), step, metadata=marked).durable(20)
+            ),
+        )
+    run_ranks(2, lambda r: ranks[r].saving.finish())
+
+
+def test_snapshot_marked_suspect_is_restored_with_one_alarm(job, run_ranks) -> None:
+    _write_marked(job, run_ranks, (30,))
+    outcomes, told = _restore(job, run_ranks, 2)
+    assert all(_is(items, rank, 30) for rank, (items, _) in enumerate(outcomes)), outcomes
+    assert [event.kind for event in told] == ["suspect-restored"], "once, for two items"
+    assert told[0].alarm
+    assert "a/w (ranks 0 and 1)" in told[0].text
+
+
+@pytest.mark.parametrize(("suspect", "taken"), [((20,), 10), ((10, 20), 20)])
+def test_fallback_prefers_a_snapshot_that_is_not_suspect(
+    job, run_ranks, suspect: tuple[int, ...], taken: int
+) -> None:
+    _write_marked(job, run_ranks, suspect)
+    _damage(job, 30, 1)
+    outcomes, told = _restore(job, run_ranks, 2)
+    assert all(_is(items, rank, taken) for rank, (items, _) in enumerate(outcomes)), outcomes
+    kinds = [event.kind for event in told]
+    assert kinds == ["fallback"] + ["suspect-restored"] * (taken in suspect)

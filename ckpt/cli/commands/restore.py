@@ -26,6 +26,7 @@ from ckpt.log.catalog import ChunkPlaces, candidates, load_index
 from ckpt.maintenance.gc.drop import with_dropped
 from ckpt.restore.export.items import ExportedFile, ExportOptions, ItemWriter, export
 from ckpt.restore.reader import SnapshotReader
+from ckpt.save.persister import SUSPECT_KEY
 from ckpt.values import SnapshotId
 
 WRITERS = {
@@ -175,6 +176,8 @@ def _restore(
     store: OpenStore, snapshot: SnapshotId, folder: Path, writer: ItemWriter, options: ExportOptions
 ) -> Sequence[ExportedFile]:
     index = load_index(store.backend, store.state, snapshot)
+    if (different := index.manifest.metadata.get(SUSPECT_KEY)) is not None:
+        warn(f"{snapshot} is a mixture of replicas that differed when it was saved: {different}")
     label = f"restoring {snapshot}"
     with (
         SnapshotReader(

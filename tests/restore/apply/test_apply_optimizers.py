@@ -260,3 +260,30 @@ def test_other_groups_are_refused_and_state_alone_is_not(store: Callable[..., ob
     )  # type: ignore[attr-defined]
     assert optimizer.state
     assert optimizer.param_groups[0]["lr"] == 0.001
+
+
+class Wrapping(torch.optim.SGD):
+    """An optimizer that moves weights by a second one inside it, as many recipes do."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.base = torch.optim.AdamW(parameters)
+
+
+class Counting(torch.optim.SGD):
+    """An optimizer with an entry of its own in its state dict."""
+
+    def state_dict(self) -> dict[str, object]:
+        return {**super().state_dict(), "rounds": 3}
+
+
+def test_optimizer_with_another_one_inside_is_refused_by_name_unless_both_are_tracked() -> None:
+    outer = Wrapping([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(UsageError, match=r"item='outer' type=Wrapping attribute='base'"):
+        capture({"outer": outer}, world=WORLD)
+    capture({"outer": outer, "base": outer.base}, world=WORLD)
+
+
+def test_optimizer_whose_class_adds_entries_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"type=Counting entries=\['rounds'\]"):
+        capture({"optimizer": Counting([nn.Parameter(torch.zeros(2))])}, world=WORLD)

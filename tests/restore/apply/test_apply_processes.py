@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from ckpt.capture.leaves import Capture, World
@@ -25,12 +26,16 @@ WAIT_S = 90
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "sharded": fully_shard,
     "ddp": DistributedDataParallel,
+    "divided": DistributedDataParallel,
 }
 
 
 def make(wrapper: str, seed: int) -> dict[str, object]:
     torch.manual_seed(seed)
     net = WRAPPERS[wrapper](nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)))
+    if wrapper == "divided":
+        divided = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, lr=0.1)
+        return {"model": net, "optimizer": divided}
     return {"model": net, "optimizer": torch.optim.AdamW(net.parameters(), lr=0.1)}
 
 

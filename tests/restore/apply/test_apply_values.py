@@ -356,6 +356,30 @@ def test_extra_state_and_what_hooks_compute_come_back(store: Store) -> None:
     assert fresh[0].weight.tolist() == [2.0, 2.0]
 
 
+def _adds_made(module: nn.Module, state: dict[str, object], prefix: str, local: object) -> None:
+    state[prefix + "made"] = torch.ones(1)
+
+
+def test_entry_of_a_hook_that_loading_ignores_is_an_error_that_names_it(store: Store) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].register_state_dict_post_hook(_adds_made)
+    snapshot = save(store, model=model)
+    with pytest.raises(UsageError, match=r"path='model' entries=\['0.made'\]"):
+        load(snapshot, model=model)
+
+
+def test_entry_that_a_load_hook_renames_comes_back(store: Store) -> None:
+    def takes(module: nn.Module, state: dict[str, object], prefix: str, *rest: object) -> None:
+        model.taken = state.pop(prefix + "made")  # type: ignore[assignment]
+
+    model = nn.Linear(2, 2)
+    model.register_state_dict_post_hook(_adds_made)
+    model.register_load_state_dict_pre_hook(takes)
+    snapshot = save(store, model=model)
+    load(snapshot, model=model)
+    assert torch.equal(model.taken, torch.ones(1))
+
+
 def test_averaged_model_comes_back(store: Store) -> None:
     averaged = AveragedModel(nn.Linear(2, 2))
     averaged.update_parameters(nn.Linear(2, 2))
