@@ -71,10 +71,12 @@ class Vacant:
 class Unclear:
     """Several records may count, or one that was not seen; stores that did not answer decide.
 
-    ``digests``: those that were seen and may count.
+    ``digests``: those that were seen and may count. ``forked``: each of them has a successor, so
+    stores were given up that went on by themselves.
     """
 
     digests: tuple[str, ...]
+    forked: bool = False
 
 
 Position = Taken | Vacant | Unclear
@@ -97,6 +99,9 @@ def decide(
     """
     # A record is written only after its predecessor counts, so a successor proves what counts here,
     # however few copies are left.
+    held = {d for one in readings for d in (one.record, one.settled, one.later)}
+    if len(both := held.intersection(followed)) > 1:
+        return Unclear(tuple(sorted(both)), forked=True)
     for digest in sorted(followed):
         settled_copies = sum(reading.settled == digest for reading in readings)
         record_copies = sum(reading.record == digest for reading in readings)
@@ -249,6 +254,20 @@ def conclude(held: Sequence[str | None], quorum: int) -> Settled | NextRound | U
     # a record, none was settled. Different records at the first round's keys mean that a later
     # round settled one of them, and then any vote will do here.
     return NextRound(best or "")
+
+
+def contest_among_survivors(
+    votes: Sequence[str | None], *, first: bool
+) -> Beaten | Divided | Undecided:
+    """As ``contest``, if all other stores are declared lost, and those that are left are fewer than
+    W: the record that all of them vote for wins.
+
+    Not in the first round: there a split whose votes are all known has a winner too.
+    """
+    best = winner(Counter(digest for digest in votes if digest is not None))
+    if best is None or None in votes:
+        return Undecided()
+    return Divided(best) if first or set(votes) != {best} else Beaten(best)
 
 
 def winner(counts: Mapping[str, int]) -> str | None:
@@ -407,7 +426,13 @@ def merge_stores(state: LogState, answers: Sequence[StoreAnswer], urls: Sequence
                 members = state.stores
             seq += 1
             continue
-        if isinstance(position, Unclear):
+        if isinstance(position, Unclear) and position.forked:
+            reason = (
+                "two histories go on there: stores of the log were declared lost that were not. "
+                f"stores={list(urls)} name only those of the history that is to go on"
+            )
+            end.append(Unreadable(seq, reason))
+        elif isinstance(position, Unclear):
             held = "different records" if position.digests else "damage"
             reason = (
                 f"stores hold {held} there, and too few answered to know what counts. "

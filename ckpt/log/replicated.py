@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from ckpt.backends.base import Backend
 from ckpt.backends.checked import MultiStoreBackend
 from ckpt.errors import (
     FencedError,
@@ -44,6 +45,7 @@ from ckpt.log.quorum import (
     Won,
     conclude,
     contest,
+    contest_among_survivors,
     is_placeholder,
     merge_stores,
 )
@@ -72,7 +74,8 @@ class QuorumSequencer:
     A store that refuses to create only once still has a vote, which is unknown: it may refuse only
     now, or only this writer. ``rounds``: a divided vote is decided in further rounds, without the
     stores that do not answer. Only if all writers of the position vote, and agree on the stores
-    that do.
+    that do. ``survivors``: all stores that do not answer are declared lost, and ``full``, fewer
+    than W, decide together; ``quorum`` is their number then.
     """
 
     def __init__(
@@ -83,12 +86,14 @@ class QuorumSequencer:
         *,
         absent: int,
         rounds: bool = True,
+        survivors: bool = False,
     ) -> None:
         self._replicas = copies
         self._full = dict(full)
         self._quorum = quorum
         self._absent = absent
         self._rounds_max = ROUNDS_MAX if rounds else 1
+        self._survivors = survivors
 
     def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """Returns once all stores hold the record, or W hold it at its settled key too."""
@@ -100,7 +105,7 @@ class QuorumSequencer:
                 vote_key, bytes_of[vote], self._full, self._quorum, vote=True
             )
             votes = [digest or None for digest in _learn(answers, seq, bytes_of)]
-            outcome = contest(vote, votes + [None] * self._absent, self._quorum)
+            outcome = self._contest(vote, votes, number)
             match outcome:
                 case Won(sure=True) if number == 0:
                     return Appended()
@@ -129,6 +134,16 @@ class QuorumSequencer:
                         "the record that counts is known, but on too few stores yet.", answers
                     )
         return self._unknown("other writers came first in every round.", answers)
+
+    def _contest(
+        self, vote: str, votes: list[str | None], number: int
+    ) -> Won | Beaten | Split | Divided | Undecided:
+        if self._survivors:
+            return contest_among_survivors(votes, first=number == 0)
+        outcome = contest(vote, votes + [None] * self._absent, self._quorum)
+        # Only in the first round: in later ones the survivors of lost stores may find another
+        # winner than who knows the lost ones' votes.
+        return Divided(outcome.digest) if isinstance(outcome, Split) and number else outcome
 
     def _settle(
         self,
@@ -286,6 +301,15 @@ def _digest(answer: bytes | NoAnswer, seq: int) -> str:
     return record.digest if record.seq == seq else ""
 
 
+@dataclass(frozen=True, slots=True)
+class OperatorWord:
+    """What a person vouches for during one command: who gives out positions from now on (empty: as
+    the log says), and the ids of stores that never come back."""
+
+    sequencer: str = ""
+    lost: frozenset[str] = frozenset()
+
+
 class ReplicatedLog:
     """A log on several stores (a ``LogAccess``). ``backend`` writes objects to the same stores.
 
@@ -309,7 +333,7 @@ class ReplicatedLog:
         1 on, and its id before."""
         self._tail: LastRecord | None = None
         self._before_tail: LogState | None = None
-        self._takeover_sequencer = ""
+        self._word = OperatorWord()
 
     @property
     def job(self) -> str:
@@ -401,7 +425,10 @@ class ReplicatedLog:
                 and (members is None or not store_id or store_id in members.ids)
             }
             self._note_counted(was | {number: self._ids[number] for number in merged.full})
-            self._backend.count_only(merged.full, silent=frozenset(was) - merged.full)
+            own = range(len(self._backend.stores))
+            self._backend.count_only(
+                merged.full.intersection(own), silent=(frozenset(was) - merged.full) & set(own)
+            )
             if merged.tail is not None or redecide:
                 self._tail, self._before_tail, redecide = merged.tail, merged.before, False
             if (
@@ -599,7 +626,7 @@ class ReplicatedLog:
     def _write_settled(self, tail: LastRecord, members: StoreSet) -> WriteUnknown | None:
         """Bring a record that certainly has its position to W stores of ``members``, at its settled
         key."""
-        data, quorum = tail.record.encode(), members.write_quorum
+        data, quorum = tail.record.encode(), self._needed(members)
         answers = settle_anyway(self._replicas, tail.record.seq, data, self.full(members), quorum)
         if count_copies(data, answers) >= quorum:
             return None
@@ -640,15 +667,51 @@ class ReplicatedLog:
     def using_sequencer(self, name: str) -> Iterator[None]:
         """For a take-over: within the context, append through ``name`` instead of the log's
         sequencer."""
-        self._takeover_sequencer = name
+        self._word = replace(self._word, sequencer=name)
         try:
             yield
         finally:
-            self._takeover_sequencer = ""
+            self._word = replace(self._word, sequencer="")
+
+    @contextmanager
+    def declared_lost(self, ids: Collection[str]) -> Iterator[None]:
+        """Within the context, those of these stores that do not answer are lost for good, on a
+        person's word.
+
+        If fewer than W others are left, records are appended that all of those hold. Only for the
+        record that removes the stores: with their return there could be two histories.
+        """
+        self._word = replace(self._word, lost=frozenset(ids))
+        try:
+            yield
+        finally:
+            self._word = replace(self._word, lost=frozenset())
+
+    def _needed(self, members: StoreSet) -> int:
+        """How many stores must hold a record: W, or all that are left if those are fewer.
+
+        Raises UnavailableError if those that are left may lack what was acknowledged, or do not all
+        answer.
+        """
+        real = {store_id for store_id in members.ids if not is_placeholder(store_id)}
+        lost = self._word.lost.intersection(real).difference(self._ids)
+        left = len(real) - len(lost)
+        if not lost or left >= members.write_quorum:
+            return members.write_quorum
+        answering = len(self.full(members))
+        if left < members.answers_min or answering < left:
+            raise UnavailableError(
+                "all stores but the lost ones must answer, and have what was acknowledged. "
+                f"answering={answering} left={left} needed={max(left, members.answers_min)} "
+                f"lost={sorted(lost)} repeat when they do"
+            )
+        return left
 
     def _sequencer(self, members: StoreSet, *, first: bool = False) -> Sequencer:
         full = self.full(members)
-        members = replace(members, sequencer=self._takeover_sequencer or members.sequencer)
+        quorum = self._needed(members)
+        survivors = quorum < members.write_quorum
+        members = replace(members, sequencer=self._word.sequencer or members.sequencer)
         absent = sum(not is_placeholder(store_id) for store_id in members.ids) - len(full)
         if first:
             # A placeholder's store has no vote. But another process that made the log at the same
@@ -656,20 +719,22 @@ class ReplicatedLog:
             # with an unlisted id, and silent ones, count as votes that are not known.
             unlisted = sum(bool(store_id) and store_id not in members.ids for store_id in self._ids)
             absent += min(unlisted + len(self._silent), sum(map(is_placeholder, members.ids)))
+        if survivors:
+            absent = 0
         if members.sequencer == BY_STORES:
             able = self._replicas.create_only_stores(full)
-            if len(able) + absent < members.write_quorum:
+            if len(able) + absent < quorum:
                 raise UnavailableError(
                     "too few stores are known to create a key only once, so they cannot give out "
-                    f"positions in the log. able={len(able)} needed={members.write_quorum} "
+                    f"positions in the log. able={len(able)} needed={quorum} "
                     f"stores={list(self._replicas.urls)} repeat later, or grant permission to "
                     "write, or take over with `ckpt stores takeover`"
                 )
             # The makers of a log may name different stores; and after a take-over, writers of the
             # old sequencer acknowledge what W stores hold at the first key.
-            rounds = not first and not self._takeover_sequencer
+            rounds = not first and not self._word.sequencer
             return QuorumSequencer(
-                self._replicas, full, members.write_quorum, absent=absent, rounds=rounds
+                self._replicas, full, quorum, absent=absent, rounds=rounds, survivors=survivors
             )
         if members.sequencer.startswith(BY_SQLITE):
             sqlite = SqliteSequencer(database_path(self._log_id), self._log_id)
@@ -679,12 +744,10 @@ class ReplicatedLog:
                     f"sequencer={members.sequencer} mine={sqlite.name}; "
                     "run there, or take over with `ckpt stores takeover`"
                 )
-            return CopyingSequencer(
-                sqlite, self._replicas, full, members.write_quorum, absent=absent
-            )
+            return CopyingSequencer(sqlite, self._replicas, full, quorum, absent=absent)
         if members.sequencer.startswith(BY_ETCD):
             etcd = require_etcd(self._log_id, members.sequencer)
-            return CopyingSequencer(etcd, self._replicas, full, members.write_quorum, absent=absent)
+            return CopyingSequencer(etcd, self._replicas, full, quorum, absent=absent)
         raise UsageError(
             f"this release does not know the log's sequencer. sequencer={members.sequencer}"
         )
@@ -700,6 +763,15 @@ class ReplicatedLog:
             if other is not None
             else WriteUnknown(silent_stores(self._replicas, answers))
         )
+
+
+def joined_by(log: ReplicatedLog, new: Backend) -> ReplicatedLog:
+    """The log as reached with one store more, which it may come to be on.
+
+    A record that takes ``new`` into the set has to be copied there before another follows.
+    """
+    replicas = LogReplicas((*log.replicas.stores, new))
+    return ReplicatedLog(log._backend, replicas, job=log.job, log_id=log.log_id)
 
 
 def _named_by(body: Stores) -> StoreSet:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -25,7 +26,7 @@ from ckpt.format.store import JobRecord
 from ckpt.log.access import SingleStoreLog
 from ckpt.log.journal import Journal
 from ckpt.log.reader import positions
-from ckpt.log.replicated import ReplicatedLog
+from ckpt.log.replicated import ReplicatedLog, joined_by
 from ckpt.log.sequencers import external_sequencer, require_create_only
 from ckpt.log.state import LogState, StoreSet
 from ckpt.maintenance.replica import DEFAULT_LIMITS, SyncLimits
@@ -74,6 +75,7 @@ def add(
     filled.
     """
     _require_voter(journal, new)
+    journal = _joined_by(journal, new)
     # Filled first: from the ``stores`` record on it counts, and must have everything.
     new_id = _filled(journal, backend, new, limits, emit)
     before = _members(journal, backend)
@@ -90,62 +92,121 @@ def replace(
     journal: Journal,
     backend: Backend,
     new: Backend,
-    lost_id: str,
+    old_id: str,
     *,
+    lost: bool = False,
     limits: SyncLimits = DEFAULT_LIMITS,
     emit: Emit,
 ) -> StoreSet:
-    """Put ``new`` in the place of the store ``lost_id``, which no longer counts if it returns.
+    """Put ``new`` in the place of the store ``old_id``, which no longer counts if it returns.
 
-    ``new`` may have the address of the lost store. Raises as ``add``, and UsageError if ``lost_id``
-    is not in the set.
+    ``new`` may have the address of the old store. ``lost``: the caller's word that the old store
+    never comes back; needed if fewer stores than the write quorum are left without it. Raises as
+    ``add`` and ``remove``.
     """
     _require_voter(journal, new)
+    journal = _joined_by(journal, new)
     if _lacks_job_record(new):
         # Records of a writer that were in flight when the store was emptied. They belong to this
         # log; if they do not, filling the store finds out.
         record = dataclasses.replace(_record_beside(backend, new), store_id=secrets.token_hex(16))
         create_only = new.capabilities().create_only
         new.put(keys.JOB_KEY, [record.encode()], create_only=create_only)
-    new_id = _filled(journal, backend, new, limits, emit)
-    before = _members(journal, backend)
-    if lost_id not in before.ids:
-        raise UsageError(f"the log has no such store. store_id={lost_id} ids={list(before.ids)}")
-    if new_id in before.ids:
-        raise UsageError(f"the store counts already. store={new.url}")
-    ids = tuple(new_id if store_id == lost_id else store_id for store_id in before.ids)
-    after = StoreSet(ids, before.write_quorum, before.sequencer)
-    return _change(journal, backend, before, after, [new], limits, emit)
+    with _without(journal, backend, [old_id], lost=lost) as before:
+        new_id = _filled(journal, backend, new, limits, emit)
+        if new_id in before.ids:
+            raise UsageError(f"the store counts already. store={new.url}")
+        ids = tuple(new_id if store_id == old_id else store_id for store_id in before.ids)
+        after = StoreSet(ids, before.write_quorum, before.sequencer)
+        return _change(journal, backend, before, after, [new], limits, emit)
 
 
 def remove(
     journal: Journal,
     backend: Backend,
-    removed_id: str,
+    removed_ids: Collection[str],
     *,
+    lost: bool = False,
     write_quorum: int = MAJORITY,
     limits: SyncLimits = DEFAULT_LIMITS,
     emit: Emit,
 ) -> StoreSet:
-    """Remove a store from the log's set, after the others were given everything that it has.
+    """Remove stores from the log's set, after the others were given everything that they have.
 
-    Deletes nothing. Raises UsageError if the set has no such store or only this one.
+    ``lost``: the caller's word that they never come back; needed if fewer stores than the write
+    quorum are left without them. Deletes nothing. Raises UsageError if the set has no such stores,
+    or only these, or without that word; UnavailableError if of those that are left too few answer.
     """
-    before = _members(journal, backend)
-    if removed_id not in before.ids or len(before.ids) == 1:
+    with _without(journal, backend, removed_ids, lost=lost) as before:
+        ids = tuple(store_id for store_id in before.ids if store_id not in removed_ids)
+        stores = dict(zip(_ids(journal), stores_of(backend), strict=True))
+        kept = [stores[store_id] for store_id in ids if store_id in stores]
+        if not kept:
+            raise UnavailableError(
+                f"no other store of the log answers. ids={list(ids)} repeat when one does"
+            )
+        if len(ids) == 1:
+            require_create_only(kept[0])  # a log on one store is written by its own means
+        # The removed stores may be of only W that have an object: fill the others first; but for
+        # a single one that is left of lost ones, which nothing can be filled from.
+        fill_from = len(kept) > 1 or any(store_id in stores for store_id in removed_ids)
+        refill = kept if fill_from else []
+        for store in refill:
+            _filled(journal, backend, store, limits, emit)
+        after = StoreSet(ids, write_quorum or len(ids) // 2 + 1, before.sequencer)
+        return _change(journal, backend, before, after, refill, limits, emit)
+
+
+@contextmanager
+def _without(
+    journal: Journal, backend: Backend, old_ids: Collection[str], *, lost: bool
+) -> Iterator[StoreSet]:
+    """The set as it is before ``old_ids`` leave it; within the context, those are given up if they
+    are ``lost``."""
+    access = journal.access
+    if not isinstance(access, ReplicatedLog):
+        yield _members_with(journal, backend, old_ids, lost=False)
+        return
+    members = journal.refresh().stores
+    if members is not None:
+        here = set(members.ids).intersection(access.ids)
+        if lost and (found := here.intersection(old_ids)):
+            raise UsageError(
+                f"a store that answers is not lost. store_ids={sorted(found)} leave out --lost"
+            )
+        if not lost and len(here) < members.write_quorum:
+            raise UnavailableError(
+                "fewer stores than the write quorum answer, so nothing can be recorded. "
+                f"answering={len(here)} write_quorum={members.write_quorum} "
+                f"silent={sorted(set(members.ids) - here)} repeat when they answer; if the store "
+                "that goes out is gone for good, repeat with --lost"
+            )
+    with access.declared_lost(old_ids if lost else ()):
+        journal.refresh_confirmed()  # finishes what died before, if it gave up the same stores
+        yield _members_with(journal, backend, old_ids, lost=lost)
+
+
+def _members_with(
+    journal: Journal, backend: Backend, old_ids: Collection[str], *, lost: bool
+) -> StoreSet:
+    """The set, which has the stores ``old_ids`` and others; of lost ones some may be out."""
+    members = _members(journal, backend)
+    known = set(members.ids).intersection(old_ids)
+    if not known or known == set(members.ids) or (not lost and len(known) < len(set(old_ids))):
         raise UsageError(
-            f"the log has no such store beside others. store_id={removed_id} ids={list(before.ids)}"
+            f"the log has no such stores beside others. store_ids={sorted(old_ids)} "
+            f"ids={list(members.ids)}"
         )
-    stores = zip(stores_of(backend), _ids(journal), strict=True)
-    kept = [
-        store for store, store_id in stores if store_id in before.ids and store_id != removed_id
-    ]
-    # The removed store may be one of only W that have an object: fill the others first.
-    for store in kept:
-        _filled(journal, backend, store, limits, emit)
-    ids = tuple(store_id for store_id in before.ids if store_id != removed_id)
-    after = StoreSet(ids, write_quorum or len(ids) // 2 + 1, before.sequencer)
-    return _change(journal, backend, before, after, kept, limits, emit)
+    return members
+
+
+def _joined_by(journal: Journal, new: Backend) -> Journal:
+    """The journal, which also reaches ``new`` if that is at an address of its own."""
+    access = journal.access
+    if not isinstance(access, ReplicatedLog) or new.url in access.replicas.urls:
+        return journal
+    joined = joined_by(access, new)
+    return Journal(joined, " + ".join(joined.replicas.urls))
 
 
 def take_over(journal: Journal, backend: Backend) -> StoreSet:

@@ -29,7 +29,7 @@ Examples:
   ckpt stores show s3://east/run --replica s3://west/run --replica /mnt/nfs/run
   ckpt stores add /mnt/a/run --store /mnt/b/run          one more store; it is filled first
   ckpt stores replace URL --replica URL... --id ID --store NEW
-  ckpt stores remove URL --replica URL... --id ID
+  ckpt stores remove URL --replica URL... --id ID [--id ID]
   ckpt stores takeover URL --replica URL...
 
 \b
@@ -38,6 +38,13 @@ every store what it will be counted
 on to hold, then write one record to the log; running jobs go by it from their next commit on, \
 and are started with the new
 list from then on. A store that is replaced counts no more, should it come back.
+
+\b
+Where fewer stores are left than the write quorum (of two that must both hold a record, one), add \
+--lost: your word that
+the store that goes out is gone for good. All others must answer then. Make sure that nobody can \
+reach the lost store: who
+reads that one alone sees an old log, and who gives up the other one makes a second history.
 
 \b
 `takeover` is for a log whose places a file of another machine gave out, or another etcd (stores \
@@ -64,9 +71,16 @@ JSON: {"write_quorum", "sequencer", "ids": [...], "stores": [{"url", "store_id",
 )
 @click.option(
     "--id",
-    "store_id",
+    "store_ids",
+    multiple=True,
     metavar="ID",
-    help="replace, remove: the store that goes out, as `show` names it.",
+    help="replace, remove: the store that goes out, as `show` names it. For remove, also several.",
+)
+@click.option(
+    "--lost",
+    is_flag=True,
+    help="replace, remove: your word that the store that goes out is gone for good. Needed where "
+    "too few others are left for the write quorum.",
 )
 @click.option(
     "--quorum",
@@ -85,13 +99,16 @@ def command(
     action: str,
     new_url: str | None,
     new_options: tuple[str, ...],
-    store_id: str | None,
+    store_ids: tuple[str, ...],
+    lost: bool,
     quorum: int | None,
     rate: float | None,
 ) -> None:
     """Show or change on which stores the log of the job at URL lies. ACTION: show, add, replace,
     remove or takeover."""
-    _require(action, new_url=new_url, store_id=store_id, quorum=quorum)
+    _require(action, new_url=new_url, store_ids=store_ids, quorum=quorum)
+    if lost and not store_ids:
+        raise UsageError(f"--lost goes with --id. action={action}")
     limits = SyncLimits(rate_bytes_per_s=rate * 1e6 if rate is not None else None)
     with open_store(choice) as store:
         journal, backend = store.journal, store.backend
@@ -109,13 +126,20 @@ def command(
             case "replace":
                 with _open_new(new_url, new_options, choice) as new:
                     sets.replace(
-                        journal, backend, new, store_id or "", limits=limits, emit=warn_on_alarm
+                        journal,
+                        backend,
+                        new,
+                        store_ids[0],
+                        lost=lost,
+                        limits=limits,
+                        emit=warn_on_alarm,
                     )
             case "remove":
                 sets.remove(
                     journal,
                     backend,
-                    store_id or "",
+                    store_ids,
+                    lost=lost,
                     write_quorum=quorum or sets.MAJORITY,
                     limits=limits,
                     emit=warn_on_alarm,
@@ -127,16 +151,20 @@ def command(
         _print(choice, *sets.store_memberships(journal, backend))
 
 
-def _require(action: str, *, new_url: str | None, store_id: str | None, quorum: int | None) -> None:
+def _require(
+    action: str, *, new_url: str | None, store_ids: tuple[str, ...], quorum: int | None
+) -> None:
     for option, given, where in (
         ("--store", new_url is not None, ("add", "replace")),
-        ("--id", store_id is not None, ("replace", "remove")),
+        ("--id", bool(store_ids), ("replace", "remove")),
     ):
         if given != (action in where):
             raise UsageError(
                 f"{option} goes with {' and '.join(where)}"
                 f"{', and is required' if action in where else ' only'}. action={action}"
             )
+    if len(store_ids) > 1 and action == "replace":
+        raise UsageError("replace puts one store in the place of one: give --id once")
     if quorum is not None and action not in ("add", "remove"):
         raise UsageError(f"--quorum goes with add and remove only. action={action}")
 

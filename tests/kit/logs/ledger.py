@@ -4,6 +4,7 @@ were told."""
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ckpt.backends.memory import MemoryBackend
@@ -38,6 +39,8 @@ class Ledger:
         """By place the record that counts."""
         self.logs: set[str] = set()
         """The ids of all logs that any store ever belonged to."""
+        self.declared_lost: set[str] = set()
+        """Stores that somebody gave up."""
         self.told: list[str] = []
         """The longest history that a writer was told of."""
         self._copies: dict[tuple[str, int | None], set[Body]] = defaultdict(set)
@@ -102,11 +105,10 @@ class Ledger:
         chain = self.chain(head)
         record = self.records[head]
         members = self.members_of(record)
-        needed = members.write_quorum
         if members.sequencer == BY_STORES:
-            sure = self._on(head, 0, members) >= needed or self._on_all(head, members)
+            sure = self._on_enough(head, 0, members) or self._on_all(head, members)
         else:
-            sure = max(self._on(head, key, members) for key in (None, 0)) >= needed
+            sure = any(self._on_enough(head, key, members) for key in (None, 0))
         assert sure, f"told before it is certain. seq={record.seq}"
         shorter, longer = sorted((self.told, chain), key=len)
         assert longer[: len(shorter)] == shorter, "one history is told to all writers"
@@ -150,7 +152,13 @@ class Ledger:
             numbers.discard(None)
             if self._on_all(digest, members):
                 return True
-        return any(self._on(digest, number, members) >= members.write_quorum for number in numbers)
+        return any(self._on_enough(digest, number, members) for number in numbers)
+
+    def give_up(self, ids: Collection[str]) -> None:
+        """A person declares stores lost: what all others hold may count now, if those are few."""
+        self.declared_lost.update(ids)
+        for record in list(self.records.values()):
+            self._count(record)
 
     def votes(self, seq: int) -> dict[str, set[Body]]:
         """Who ever held which record at the first key of a place."""
@@ -173,11 +181,8 @@ class Ledger:
             )
             after = self.states[record.prev].stores
             assert after is not None
-            on = len(
-                {body.store_id for key in (None, 0) for body in self._copies[record.prev, key]}
-                & set(after.ids)
-            )
-            assert on >= after.write_quorum, (
+            bodies = self._copies[record.prev, None] | self._copies[record.prev, 0]
+            assert self._enough(bodies, after), (
                 "a new set has its copies before another record follows"
             )
         self.records[record.digest] = record
@@ -192,6 +197,16 @@ class Ledger:
 
     def _on(self, digest: str, number: int | None, members: StoreSet) -> int:
         return len({body.store_id for body in self._copies[digest, number]} & set(members.ids))
+
+    def _on_enough(self, digest: str, number: int | None, members: StoreSet) -> bool:
+        return self._enough(self._copies[digest, number], members)
+
+    def _enough(self, bodies: set[Body], members: StoreSet) -> bool:
+        """Whether these are W of the members, or all that are left if those are fewer."""
+        on = {body.store_id for body in bodies}.intersection(members.ids)
+        real = {store_id for store_id in members.ids if not is_placeholder(store_id)}
+        left = real - self.declared_lost
+        return len(on) >= members.write_quorum or (len(left) < members.write_quorum and left <= on)
 
     def _on_all(self, digest: str, members: StoreSet) -> bool:
         real = sum(not is_placeholder(store_id) for store_id in members.ids)

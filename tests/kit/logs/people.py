@@ -4,6 +4,7 @@ set of stores."""
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ckpt.errors import (
@@ -22,6 +23,7 @@ from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.records import BY_STORES, Stores
 from ckpt.format.store import JobRecord
 from ckpt.log.journal import Journal
+from ckpt.log.replicated import ReplicatedLog
 from ckpt.log.state import LogState, StoreSet
 from ckpt.values import SnapshotId
 from kit.logs.ledger import JOB
@@ -310,6 +312,9 @@ class Operator(Person):
             and (site.creates or members.sequencer != BY_STORES)
         ]
         gone = [place for place, store_id in enumerate(members.ids) if store_id not in inside]
+        if gone and len(inside) < members.write_quorum:
+            self._give_up(members, inside, dice.choice([None, *outside]))
+            return
         if outside and (gone or dice.random() < 0.5):
             self._replace(
                 members, gone[0] if gone else dice.randrange(len(members.ids)), dice.choice(outside)
@@ -330,18 +335,62 @@ class Operator(Person):
         self._fill(number)
         self._healed(number, store_id)
 
+    def _give_up(self, members: StoreSet, left: Collection[str], number: int | None) -> None:
+        """Too few stores are left for a record of the whole set: they go on by themselves, or with
+        the store at a site."""
+        world = self.world
+        ids = tuple(store_id for store_id in members.ids if store_id in left)
+        if not self._may_give_up(ids, members):
+            return
+        # As `remove` does: what was recorded when W was lower is on fewer stores.
+        for site in world.sites:
+            if site.body.store_id in ids:
+                self._fill(site.number)
+        store_id = ""
+        if number is not None and world.may_lose(number):
+            store_id = self._prepare(number)
+            ids = (*ids, store_id)
+            world.unfilled.add(number)
+        elif len(ids) == 1 and members.sequencer != BY_STORES:
+            return  # what overwrites holds no log alone
+        journal = self._everywhere()
+        assert isinstance(journal.access, ReplicatedLog)
+        quorum = len(ids) // 2 + 1
+        world.quorum_min = min(world.quorum_min, quorum)
+        here = {site.body.store_id for site in world.sites if not site.lost}
+        pending = {store_id for one in world.ledger.sets() for store_id in one}
+        world.ledger.give_up(pending - here)
+        with journal.access.declared_lost(world.ledger.declared_lost):
+            if journal.refresh_confirmed().stores != members:
+                self.scene.told(journal)  # who gave stores up before died in between
+                return
+            self._change(journal, Stores(ids, quorum, members.sequencer), members)
+        world.note("gave up stores")
+        if number is not None and store_id:
+            self._fill(number)
+            self._healed(number, store_id)
+
+    def _may_give_up(self, left: Collection[str], members: StoreSet) -> bool:
+        """Whether those that are left have all that was told, and are too few to need no word."""
+        sites = [site.number for site in self.world.sites if site.body.store_id in left]
+        return members.answers_min <= len(left) < members.write_quorum and not (
+            self.world.hurt.intersection(sites)
+        )
+
     def _append(self, ids: tuple[str, ...], quorum: int) -> None:
         self.world.quorum_min = min(self.world.quorum_min, quorum)
         if not self.world.may_lose(-1, ids):
             return
         before = self.world.ledger.state.stores
         assert before is not None
-        journal = self._everywhere()
-        self.world.planned.append((math.inf, ids))
+        self._change(self._everywhere(), Stores(ids, quorum, before.sequencer), before)
+
+    def _change(self, journal: Journal, body: Stores, before: StoreSet) -> None:
+        self.world.planned.append((math.inf, body.ids))
         try:
-            journal.change_stores(Stores(ids, quorum, before.sequencer), before=before)
+            journal.change_stores(body, before=before)
         finally:
-            self.world.planned[-1] = (self.world.ledger.latest.next_seq + 1, ids)
+            self.world.planned[-1] = (self.world.ledger.latest.next_seq + 1, body.ids)
         self.scene.told(journal)
         self.world.note("set changes")
 
@@ -349,8 +398,16 @@ class Operator(Person):
         """Of a change it is not known whether it counts: it is looked at until it does, or not, for
         good."""
         journal = self._everywhere()
-        if journal.refresh_confirmed().head_digest:
-            self.scene.told(journal)
+        assert isinstance(journal.access, ReplicatedLog)
+        here = {site.body.store_id for site in self.world.sites if not site.lost}
+        told, latest = self.world.ledger.state.stores, self.world.ledger.latest.stores
+        for members in filter(None, (told, latest)):
+            left = here.intersection(members.ids)
+            if self._may_give_up(left, members):
+                self.world.ledger.give_up(set(members.ids) - left)
+        with journal.access.declared_lost(self.world.ledger.declared_lost):
+            if journal.refresh_confirmed().head_digest:
+                self.scene.told(journal)
 
     def _everywhere(self) -> Journal:
         plan = Plan(tuple(range(len(self.world.sites))), self.scene.plan.write_quorum)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 
 import pytest
 from kit.logs.small import Store, Watch, calm, commit, made, several, three, wipe
@@ -13,11 +14,19 @@ from kit.logs.small import Store, Watch, calm, commit, made, several, three, wip
 from ckpt.backends.checked import read_alone
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.cli.commands.log import history
-from ckpt.errors import CommitUnknownError, NotFoundError, UnavailableError
+from ckpt.errors import (
+    CommitUnknownError,
+    ConflictError,
+    IntegrityError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.events import Event
 from ckpt.format import keys
-from ckpt.format.records import RECORD_BYTES_MAX, Tag, make_record
+from ckpt.format.records import RECORD_BYTES_MAX, Stores, Tag, make_record
 from ckpt.log.journal import Journal
+from ckpt.log.replicated import ReplicatedLog
 from ckpt.maintenance import store_set
 from ckpt.maintenance.replica import SyncLimits
 from ckpt.maintenance.scrub.scrub import scrub
@@ -227,3 +236,186 @@ def _log_problems(stores: list[Store]) -> list[str]:
     report = scrub(stores, 2)
     assert report is not None and report.complete and report.hole is None
     return [trouble.key for trouble in report.problems if trouble.key.startswith(keys.LOG)]
+
+
+@pytest.mark.parametrize(
+    ("size", "once"),
+    [(2, True), (3, True), (3, False)],
+    ids=["two vote", "three vote", "file"],
+)
+@pytest.mark.parametrize("wiped", [True, False], ids=["wiped", "silent"])
+def test_where_every_store_must_hold_a_record_a_lost_one_is_removed_on_a_persons_word(
+    one_by_one: None, size: int, once: bool, wiped: bool
+) -> None:
+    stores = [Store(f"s{number}", once=once) for number in range(size)]
+    journal = made(stores, size)
+    commit(journal, journal.open_epoch(resume=None), 1)
+    members = journal.refresh().stores
+    assert members is not None
+    lost_id = members.ids[-1]
+    # A writer dies: its record has votes, and is told to nobody.
+    state = journal.refresh()
+    dead = make_record(
+        Tag("dead", NEWEST),
+        job=state.job,
+        seq=state.next_seq,
+        epoch=1,
+        write_id="dead",
+        prev=state.head_digest,
+    )
+    stores[-1].inner.put(keys.log_key(dead.seq), [dead.encode()])
+    if once and size == 3:
+        stores[0].inner.put(keys.log_key(dead.seq), [dead.encode()])
+    if wiped:
+        wipe(stores[-1])
+    else:
+        stores[-1].up = False
+    with pytest.raises(CommitUnknownError):
+        journal.tag("x", NEWEST)
+    with closing(ReplicatedBackend(stores, write_quorum=size, emit=_ignore)) as backend:
+        journal = Journal.open(backend)
+        with pytest.raises(UnavailableError, match="--lost"):
+            store_set.remove(journal, backend, [lost_id], emit=_ignore)
+        after = store_set.remove(journal, backend, [lost_id], lost=True, emit=_ignore)
+        assert lost_id not in after.ids and len(after.ids) == size - 1
+    left = stores[:-1]
+    again = Journal.open(left[0] if size == 2 else several(left))
+    again.tag("y", NEWEST)
+    state = again.refresh()
+    assert state.newest() == NEWEST and "y" in state.tags and not state.stale_reason
+
+
+def test_a_store_that_overwrites_is_not_left_with_a_log_of_its_own(one_by_one: None) -> None:
+    stores = [Store(f"s{number}", once=False) for number in range(2)]
+    journal = made(stores, 2)
+    members = journal.refresh().stores
+    assert members is not None
+    with closing(ReplicatedBackend(stores, write_quorum=2, emit=_ignore)) as backend:
+        with pytest.raises(UsageError, match="create a key only once"):
+            gone = [members.ids[1]]
+            stores[1].up = False
+            store_set.remove(Journal.open(backend), backend, gone, lost=True, emit=_ignore)
+        assert Journal.open(backend).refresh().stores == members
+
+
+def test_all_lost_stores_are_given_up_together_or_none(one_by_one: None) -> None:
+    stores = three()
+    journal = made(stores, 3)
+    commit(journal, journal.open_epoch(resume=None), 1)
+    members = journal.refresh().stores
+    assert members is not None
+    stores[1].up = stores[2].up = False
+    with closing(ReplicatedBackend(stores, write_quorum=3, emit=_ignore)) as backend:
+        journal = Journal.open(backend)
+        with pytest.raises(UnavailableError, match="all stores but the lost ones must answer"):
+            store_set.remove(journal, backend, [members.ids[2]], lost=True, emit=_ignore)
+        assert Journal.open(backend).refresh().stores == members
+        after = store_set.remove(journal, backend, members.ids[1:], lost=True, emit=_ignore)
+    assert after.ids == members.ids[:1]
+    again = Journal.open(stores[0])
+    again.tag("y", NEWEST)
+    assert not again.refresh().stale_reason
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("lost", [True, False])
+def test_where_every_store_must_hold_a_record_one_is_replaced_by_a_store_elsewhere(
+    one_by_one: None, size: int, lost: bool
+) -> None:
+    stores = [Store(f"s{number}") for number in range(size)]
+    journal = made(stores, size)
+    commit(journal, journal.open_epoch(resume=None), 1)
+    members = journal.refresh().stores
+    assert members is not None
+    stores[-1].up = not lost
+    new = Store("new")
+    with closing(ReplicatedBackend(stores, write_quorum=size, emit=_ignore)) as backend:
+        store_set.replace(
+            Journal.open(backend), backend, new, members.ids[-1], lost=lost, emit=_ignore
+        )
+    again = Journal.open(several([*stores[:-1], new], size))
+    again.tag("y", NEWEST)
+    # The store that went out is back, with the vote of a writer that knew it as a member.
+    calm(stores)
+    late = made([*stores[:-1], new], size)
+    assert "y" in late.refresh().tags
+    now = late.refresh().stores
+    assert now is not None
+    with (
+        closing(ReplicatedBackend([*stores[:-1], new], write_quorum=size, emit=_ignore)) as backend,
+        pytest.raises(UsageError, match="answers is not lost"),
+    ):
+        store_set.replace(
+            Journal.open(backend), backend, Store("x"), now.ids[0], lost=True, emit=_ignore
+        )
+
+
+@pytest.mark.slow
+def test_two_who_give_up_different_stores_make_one_history(one_by_one: None) -> None:
+    """Each reaches only the store in the middle, and the one that the other gives up.
+
+    If both get there, the later one did so under the set that the earlier one left.
+    """
+    alone = 0
+    for at in range(1, 400, 2):
+        stores = three()
+        journal = made(stores, 3)
+        commit(journal, journal.open_epoch(resume=None), 1)
+        members = journal.refresh().stores
+        assert members is not None
+        told: list[str] = []
+        ways, others = _reached(stores, away=2), _reached(stores, away=0)
+        first, last = members.ids[0], members.ids[2]
+        watch = Watch(ways, at, partial(_give_up, others, first, told))
+        _give_up(ways, last, told)
+        if watch.count < at:
+            break
+        alone += len(told) == 1
+        state = Journal.open(several(stores, 3)).refresh()
+        assert told and state.stores is not None, f"operation {at}"
+        assert set(state.stores.ids) <= set(members.ids).difference(told), f"operation {at}"
+        assert state.hole is None and not state.stale_reason
+    assert alone
+
+
+def _give_up(ways: list[Store], lost: str, told: list[str]) -> None:
+    """Record a set without a store, as one does who says that it is lost; if it can be, ``told``
+    has it."""
+    journal = Journal.open(several(ways, 3))
+    members = journal.refresh().stores
+    assert members is not None and isinstance(journal.access, ReplicatedLog)
+    ids = tuple(store_id for store_id in members.ids if store_id != lost)
+    with (
+        contextlib.suppress(CommitUnknownError, UnavailableError, ConflictError),
+        journal.access.declared_lost([lost]),
+    ):
+        body = Stores(ids, len(ids) // 2 + 1, members.sequencer)
+        journal.change_stores(body, before=members)
+        told.append(lost)
+
+
+def _reached(stores: list[Store], *, away: int) -> list[Store]:
+    """The same stores as one sees them who cannot reach one of them."""
+    ways = [Store(store.url.removeprefix("memory:"), inner=store.inner) for store in stores]
+    ways[away].up = False
+    return ways
+
+
+def test_two_stores_that_were_declared_lost_against_each_other_are_not_read_as_one(
+    one_by_one: None,
+) -> None:
+    stores = [Store("s0"), Store("s1")]
+    journal = made(stores, 2)
+    commit(journal, journal.open_epoch(resume=None), 1)
+    members = journal.refresh().stores
+    assert members is not None
+    for number in range(2):
+        ways = _reached(stores, away=1 - number)
+        with closing(ReplicatedBackend(ways, write_quorum=2, emit=_ignore)) as backend:
+            gone = members.ids[1 - number]
+            store_set.remove(Journal.open(backend), backend, [gone], lost=True, emit=_ignore)
+    state = Journal.open(several(stores)).refresh()
+    assert state.hole is not None and "two histories" in state.hole.reason
+    with pytest.raises(IntegrityError, match="two histories"):
+        Journal.open(several(stores)).tag("x", NEWEST)
+    Journal.open(stores[0]).tag("x", NEWEST)

@@ -138,39 +138,51 @@ def finish(scene: Scene, folder: Path) -> None:
     check(scene)
     commits = world.counts.get("commits", 0)
     last = Writer(scene, "last", str(folder / "one"))
+    mender = Operator(scene, "mender", str(folder / "one"))
     for _ in range(TRIES_MAX):
         # A change of the set that was begun may have to be finished, in the new set too.
         last.everywhere = bool(world.ledger.told) and len(world.ledger.sets()) > 1
         last.act()
         if world.counts.get("commits", 0) > commits:
             break
+        if _why_stuck(scene).startswith("too few left"):
+            mender.act()  # who says that the lost stores are
         last.journal = None
     else:
         why = _why_stuck(scene)
         assert why, "a fresh writer gets on where nothing goes wrong"
+        assert why != "too few left" or _is_beyond_help(scene), "a person can remove what is lost"
         world.note(f"stuck: {why}")
     check(scene)
 
 
 def _why_stuck(scene: Scene) -> str:
-    """Why no writer can get on: fewer than W stores are left; empty where it can."""
+    """Why no writer can get on, and no person can help; empty where one of them can."""
     world = scene.world
     members = world.ledger.latest.stores
     if members is None:
         return "lost while it was made" if world.hurt else ""
     here = {site.body.store_id: site for site in world.sites if not site.lost}
-    left = [here[store_id] for store_id in members.ids if store_id in here]
-    able = [site for site in left if site.creates or members.sequencer != BY_STORES]
-    if len(able) < members.write_quorum:
-        return "too few left"
-    told = world.ledger.state.stores
-    if (
-        told is not None
-        and told != members
-        and sum(store_id in here for store_id in told.ids) < told.write_quorum
-    ):
-        return "too few left of the set before"
+    for one in (members, world.ledger.state.stores):
+        if one is None:
+            continue
+        left = [here[store_id] for store_id in one.ids if store_id in here]
+        able = [site for site in left if site.creates or one.sequencer != BY_STORES]
+        if len(able) < one.write_quorum:
+            return "too few left"
     return "another log there" if scene.strays() else ""
+
+
+def _is_beyond_help(scene: Scene) -> bool:
+    """Whether nothing was told yet, too few are left to know what was, or one that cannot hold a
+    log alone."""
+    members = scene.world.ledger.latest.stores
+    assert members is not None
+    if not scene.world.ledger.told:
+        return True
+    here = {site.body.store_id for site in scene.world.sites if not site.lost}
+    left = len(here.intersection(members.ids))
+    return left < members.answers_min or (left == 1 and members.sequencer != BY_STORES)
 
 
 @pytest.mark.slow
