@@ -34,6 +34,28 @@ class ClusterStatus:
     refused: Mapping[str, int] = field(default_factory=dict)
 
 
+class SharedUploads(Protocol):
+    """What nodes make durable together."""
+
+    def channel_of(self, rank: int) -> RankMailbox:
+        """The mailbox over which a local rank commits with all others."""
+        ...
+
+    @property
+    def settling(self) -> bool:
+        """Whether the nodes are making durable what only memory holds, and it is not done yet."""
+        ...
+
+    def staged(self) -> Mapping[SnapshotId, str]:
+        """The snapshots, with origins, of which this node's ranks hold all their shares; newest
+        first."""
+        ...
+
+    def settle(self) -> None:
+        """No attempt follows here: with all other nodes, make durable what only memory holds."""
+        ...
+
+
 class ClusterView(Protocol):
     """This node within the nodes of one launch. All calls are made by the keeper's loop, and none
     of them blocks it.
@@ -69,9 +91,8 @@ class ClusterView(Protocol):
         ...
 
     @property
-    def channel_of(self) -> Callable[[int], RankMailbox] | None:
-        """Makes the mailbox over which a local rank commits with all others; None: all ranks are on
-        this node."""
+    def uploads(self) -> SharedUploads | None:
+        """The uploads of ranks that are on several nodes; None: all ranks are on this node."""
         ...
 
     def tick(self, now_s: float) -> float:
@@ -136,7 +157,7 @@ class SingleNode:
     placement: RankPlacement | None = None
     generation = 0
     epoch_reason = ""
-    channel_of: Callable[[int], RankMailbox] | None = None
+    uploads: SharedUploads | None = None
 
     def __init__(self, memory: RankMemory) -> None:
         self._memory = memory

@@ -281,7 +281,7 @@ class Job:
             return True
         if times.idle_s is None:
             times.idle_s = now_s
-        if not uploads.idle:
+        if not state.uploads.idle:
             return now_s - times.idle_s > FLUSH_WAIT_S
         begin = times.tidy_s is None
         if times.tidy_s is None:

@@ -99,7 +99,8 @@ class JobUploads:
             )
             self.current.on_superseded = self._superseded
             # Before anything is submitted: persisters look the channels up when they start.
-            self.current.use_channels(self._launch.cluster.channel_of)
+            shared = self._launch.cluster.uploads
+            self.current.use_channels(shared.channel_of if shared is not None else None)
             self.slots_came()
         return self.current
 
@@ -112,12 +113,17 @@ class JobUploads:
     @property
     def idle(self) -> bool:
         """Whether no upload, no record and no question to a store is left."""
+        shared = self._launch.cluster.uploads
+        if shared is not None and shared.settling:
+            return False
         return self.current is None or self.current.idle
 
     @property
     def newest_staged(self) -> SnapshotId | None:
         """The newest snapshot that all of this node's ranks hold."""
-        slots = self._memory.slots
+        slots, shared = self._memory.slots, self._launch.cluster.uploads
+        if shared is not None:
+            return next(iter(shared.staged()), None)
         complete = slots.complete_snapshots(self._memory.ranks) if slots is not None else []
         return complete[0] if complete else None
 
@@ -165,6 +171,9 @@ class JobUploads:
         durable."""
         slots = self._memory.slots
         if slots is None:
+            return
+        if (shared := self._launch.cluster.uploads) is not None:
+            shared.settle()
             return
         snapshots = slots.complete_snapshots(self._memory.ranks)
         if snapshots:

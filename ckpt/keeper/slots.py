@@ -195,18 +195,20 @@ class SlotTable:
         """Whether any slot holds a snapshot that was handed in."""
         return any(slot.handed_in() is not None for slot in self)
 
-    def handed_in(self, ranks: int) -> dict[SnapshotId, tuple[str, ...]]:
-        """The snapshots that all ranks hold and that some rank handed in to a keeper, with their
-        tags; oldest first."""
-        marked: dict[SnapshotId, tuple[str, ...]] = {}
+    def marked(self) -> dict[SnapshotId, tuple[str, ...]]:
+        """The snapshots that some rank handed in to a keeper, with their tags; oldest first."""
+        found: dict[SnapshotId, tuple[str, ...]] = {}
         for slot in self:
             summary, tags = slot.summary(), slot.handed_in()
             if summary is not None and tags is not None:
-                marked[summary[0].snapshot] = tags
-        if not marked:
-            return {}
-        complete = self.complete_snapshots(ranks)
-        return {pair: marked[pair] for pair in sorted(complete) if pair in marked}
+                found[summary[0].snapshot] = tags
+        return dict(sorted(found.items()))
+
+    def handed_in(self, ranks: int) -> dict[SnapshotId, tuple[str, ...]]:
+        """Those of ``marked`` that all ranks hold."""
+        marked = self.marked()
+        complete = frozenset(self.complete_snapshots(ranks)) if marked else frozenset()
+        return {pair: tags for pair, tags in marked.items() if pair in complete}
 
     def discard_after(self, resume: SnapshotId | None) -> None:
         """Training continues from ``resume``: captures after it (None: all) are on no lineage, and
@@ -232,10 +234,17 @@ class SlotTable:
     def snapshot_origins(self, ranks: int) -> dict[SnapshotId, str]:
         """As ``complete_snapshots``, with the origins in the headers: equal numbers of different
         origins do not match."""
-        held: list[set[tuple[SnapshotId, str]]] = [set() for _ in range(ranks)]
+        return self.shares_of(range(ranks), ranks)
+
+    def shares_of(self, ranks: range, world_size: int) -> dict[SnapshotId, str]:
+        """The snapshots of a world of that size of which the slots here hold the shares of all of
+        ``ranks``, this node's, with their origins; newest first."""
+        held: list[set[tuple[SnapshotId, str]]] = [set() for _ in ranks]
         for slot in self:
             summary = slot.summary()
-            if summary is not None and slot.rank < ranks and summary[0].world_size == ranks:
+            if summary is None or slot.rank >= len(ranks):
+                continue
+            if (summary[0].rank, summary[0].world_size) == (ranks[slot.rank], world_size):
                 held[slot.rank].add((summary[0].snapshot, summary[0].origin))
         return dict(sorted(set.intersection(*held), reverse=True)) if held else {}
 

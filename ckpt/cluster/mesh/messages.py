@@ -125,11 +125,19 @@ NodeSubmission = tuple[int, SnapshotId, tuple[str, ...]]
 
 class NodeSubmissions(MeshMessage, frozen=True, kw_only=True, tag="Handed"):
     """To the node of rank 0, when an attempt begins: the last submissions of this node's ranks
-    since the placement generation began."""
+    since the placement generation began.
+
+    ``staged``: the snapshots, with origins, of which all its ranks' slots hold a share. ``marked``:
+    what some rank handed in to a keeper, with tags; it may be durable. ``settling``: no attempt
+    follows here in this placement generation, whose number it is; 0: one does.
+    """
 
     attempt: int
     count: int
     turns: tuple[NodeSubmission, ...]
+    staged: tuple[tuple[SnapshotId, str], ...] = ()
+    marked: tuple[tuple[SnapshotId, tuple[str, ...]], ...] = ()
+    settling: int = 0
 
 
 class MeshEpochOpened(MeshMessage, frozen=True, kw_only=True, tag="Opened"):
@@ -137,7 +145,8 @@ class MeshEpochOpened(MeshMessage, frozen=True, kw_only=True, tag="Opened"):
 
     ``turns`` are the submissions of any node: a node that lacks one submits it from its slots.
     ``log``: the id of the log, ``stores``: where rank 0's node has it, for people. Standbys get it
-    too, for these two.
+    too, for these two. ``settling``: not 0 if no attempt follows in that placement generation, and
+    the nodes make durable what only memory holds; ``settled``: nothing is left to submit for that.
     """
 
     attempt: int
@@ -145,6 +154,8 @@ class MeshEpochOpened(MeshMessage, frozen=True, kw_only=True, tag="Opened"):
     turns: tuple[NodeSubmission, ...]
     log: str = ""
     stores: str = ""
+    settling: int = 0
+    settled: bool = False
 
 
 # ---- memory

@@ -26,7 +26,6 @@ from ckpt.errors import CkptError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.ipc.board import Board
 from ckpt.ipc.cluster_spec import NodesSpec, host_towards
-from ckpt.ipc.mailbox import RankMailbox
 from ckpt.ipc.messages import PrintLine, RankPlacement, Source, Start, StartPrepared
 from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Unreachable
 from ckpt.keeper.attempts.failures import REFUSED, with_global_rank
@@ -131,10 +130,6 @@ class Nodes:
     def resumed_from(self) -> SnapshotId | None:
         return self.uploads.resume
 
-    @property
-    def channel_of(self) -> Callable[[int], RankMailbox]:
-        return self.uploads.channel_of
-
     def request_epoch(self, failure: Failure | None, completed: int, attempt: int) -> None:
         self._attempt = max(self._attempt, attempt)
         if self.view.node is None:
@@ -228,6 +223,7 @@ class Nodes:
         self._check_awaited(node.awaited, now_s)
         wait_s = min(LOOK_S, self.memory.tick(now_s, placed=view.placed))
         self.standbys.tick(now_s)
+        self.uploads.tick(now_s)
         if not view.placed or not (view.others or (view.epoch is not None and view.epoch.standbys)):
             return wait_s
         self._liveness.tick(now_s)

@@ -5,19 +5,24 @@ A *placement generation* lasts as long as the same nodes hold the same ranks. Wi
 submits the same snapshots in the same order. If trainers died between the submissions of two ranks,
 the node of rank 0 sends all nodes the longest list that was submitted before the next attempt
 submits anything. With another generation, uploads in flight fail: not all their ranks are there any
-more.
+more. Those of which all nodes still hold the shares are the first that the next generation submits.
+
+If no attempt follows, the nodes *settle*: each says so to the node of rank 0, which sends the
+longest list once all have, and then has all submit the newest snapshot that only memory holds.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ckpt.cluster.membership.admission import shared_facts
 from ckpt.cluster.mesh import messages as mesh
 from ckpt.cluster.node.epochs import NodeEpoch
+from ckpt.events import Event
 from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox, ValueCallback
 from ckpt.keeper.nodes.epoch_view import EpochView
@@ -28,6 +33,26 @@ if TYPE_CHECKING:  # imported when uploads are first needed
     from ckpt.keeper.uploads.uploads import WrittenLog
 
 
+SETTLE_WAIT_S = 60.0
+"""How long a node whose trainers are gone waits until all others have said the same, or until the
+node of rank 0 has answered."""
+SETTLE_S = 600.0
+"""How long the nodes then try to make durable what only memory holds."""
+
+
+@dataclass(slots=True)
+class _Settling:
+    """A placement generation in which no attempt follows. ``until_s``: when this node gives up;
+    ``begun``: all nodes said so. On the node of rank 0: what each node said, and what it told them
+    last."""
+
+    generation: int
+    until_s: float
+    begun: bool = False
+    said: dict[str, mesh.NodeSubmissions] = field(default_factory=dict)
+    told: mesh.MeshEpochOpened | None = None
+
+
 class _GenerationMailbox(LocalMailbox):
     """The mailbox of one generation's uploads. The loop does not tick it: old questions end when
     the next one arrives."""
@@ -35,6 +60,185 @@ class _GenerationMailbox(LocalMailbox):
     def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
         self.tick(time.monotonic())
         super().peek(key, wait_s=wait_s, owner=owner, answer=answer)
+
+
+class Settlement:
+    """What memory alone holds, once no attempt follows in a placement generation. In the keeper's
+    loop; see the module."""
+
+    def __init__(
+        self, state: JobState, view: EpochView, *, on_other_store: Callable[[str], object]
+    ) -> None:
+        self._state = state
+        self._view = view
+        self._on_other_store = on_other_store
+        self._settling: _Settling | None = None
+        self._said: dict[str, mesh.NodeSubmissions] = {}
+        """On the node of rank 0: the nodes on which no attempt follows in this generation."""
+
+    def begin(self, *, generation: bool = False) -> None:
+        """An attempt begins after all, or a new ``generation``."""
+        self._settling = None
+        if generation:
+            self._said.clear()
+
+    def receive(self, node: str, message: mesh.NodeSubmissions | mesh.MeshEpochOpened) -> None:
+        """A message of another node about a generation in which no attempt follows."""
+        if isinstance(message, mesh.NodeSubmissions):
+            self._end_said(node, message)
+        else:
+            self._follow(message)
+
+    def connected(self, node: str) -> None:
+        """A connection is up again: what was sent over the last one may be lost."""
+        settling, epoch = self._settling, self._view.epoch
+        if settling is None or epoch is None:
+            return
+        if settling.told is not None:
+            self._view.send(node, settling.told)
+        if node == epoch.record.rank0_node:
+            self._say_end(settling)
+
+    def staged(self) -> dict[SnapshotId, str]:
+        """The snapshots, with origins, of which this node's ranks hold all their shares; newest
+        first."""
+        slots, epoch = self._state.memory.slots, self._view.epoch
+        if slots is None or epoch is None or not self._view.placed:
+            return {}
+        return slots.shares_of(self._view.local_ranks, epoch.record.world_size)
+
+    @property
+    def settling(self) -> bool:
+        """Whether something that may become durable is not yet."""
+        settling = self._settling
+        if settling is None:
+            return False
+        return settling.begun or self._not_durable() is not None
+
+    def settle(self) -> None:
+        """No attempt follows on this node: once that is so on all, they make durable together what
+        only memory holds."""
+        epoch = self._view.epoch
+        if epoch is None or not self._view.placed:
+            return
+        if self._settling is None:
+            self._settling = _Settling(epoch.note.era, time.monotonic() + SETTLE_WAIT_S)
+            if self._not_durable() is not None:
+                self._state.uploads.need()  # the keeper stays for it
+        self._say_end(self._settling)
+
+    def tick(self, now_s: float) -> None:
+        """Do what is due while the nodes settle."""
+        settling = self._settling
+        if settling is None:
+            return
+        if now_s >= settling.until_s:
+            self._settling = None
+            lost = self._not_durable()
+            if lost is not None:
+                text = (
+                    f"{lost} stays in memory only: not all nodes of the job brought it to the store"
+                    f" within {SETTLE_WAIT_S if not settling.begun else SETTLE_S:.0f} s; start the "
+                    "job again while they live"
+                )
+                facts = {"step": lost.step}
+                self._state.emit(Event("settle-failed", text, facts, alarm=True))
+        elif settling.begun and self._view.has_rank0:
+            self._tell(settling, settled=not self._state.uploads.need().flushing)
+
+    def _not_durable(self) -> SnapshotId | None:
+        """The newest snapshot of this node's ranks, if it is not known to be durable."""
+        newest, uploads = next(iter(self.staged()), None), self._state.uploads
+        durable = uploads.newest_durable
+        if newest is None or uploads.is_durable(newest):
+            return None
+        return newest if durable is None or durable < newest else None
+
+    def submissions(self, attempt: int, *, settling: int = 0) -> mesh.NodeSubmissions:
+        """What this node's ranks submitted in this generation, and what their slots hold."""
+        count, entries = self._state.uploads.need().submitted
+        slots = self._state.memory.slots
+        return mesh.NodeSubmissions(
+            attempt=attempt,
+            count=count,
+            turns=entries,
+            staged=tuple(self.staged().items()),
+            marked=tuple(slots.marked().items()) if slots is not None else (),
+            settling=settling,
+        )
+
+    def _say_end(self, settling: _Settling) -> None:
+        epoch = self._view.epoch
+        assert epoch is not None, "placed"
+        message = self.submissions(epoch.number, settling=settling.generation)
+        if self._view.has_rank0:
+            self._end_said(self._view.me, message)
+        else:
+            self._view.send(epoch.record.rank0_node, message)
+
+    def _end_said(self, node: str, message: mesh.NodeSubmissions) -> None:
+        """On the node of rank 0: once all have said it, submit what any had submitted, then the
+        newest snapshot that all hold and the store has not."""
+        epoch, slots, settling = self._view.epoch, self._state.memory.slots, self._settling
+        if epoch is None or slots is None or not self._view.has_rank0:
+            return
+        if message.settling != epoch.note.era:
+            return
+        self._said[node] = message
+        said = [one for name in epoch.record.ranks if (one := self._said.get(name))]
+        if settling is None or settling.begun or len(said) < len(epoch.record.ranks):
+            return
+        settling.begun, settling.until_s = True, time.monotonic() + SETTLE_S
+        uploads = self._state.uploads.need()
+        longest = max(said, key=lambda one: one.count)
+        if longest.turns:
+            uploads.epoch_opened(longest.turns, slots.hold_snapshot)
+        # No epoch need have been opened in this generation. What the log takes is decided there, by
+        # the membership epoch in whose name it is opened: this node may have left by now.
+        uploads.begin_attempt(self._view.membership, lambda: True)
+        uploads.settle_nodes(_marked(said, longest), _common(said), slots.hold_snapshot)
+        self._tell(settling, settled=False)
+
+    def _tell(self, settling: _Settling, *, settled: bool) -> None:
+        """On the node of rank 0: have all nodes submit what is submitted here."""
+        epoch, uploads = self._view.epoch, self._state.uploads.need()
+        assert epoch is not None, "placed"
+        message = mesh.MeshEpochOpened(
+            attempt=epoch.number,
+            resume=next(iter(_common(self._said.values())), None),
+            turns=uploads.submitted[1],
+            log=uploads.log_id,
+            stores=shared_facts(self._state.spec.stores, log_id="", options={}).shown_stores,
+            settling=settling.generation,
+            settled=settled,
+        )
+        if message != settling.told:
+            settling.told = message
+            self._view.send_to_others(message)
+        if settled:
+            self._settling = None
+
+    def _follow(self, message: mesh.MeshEpochOpened) -> None:
+        slots, epoch, settling = self._state.memory.slots, self._view.epoch, self._settling
+        if settling is None or slots is None or epoch is None or self._view.has_rank0:
+            return
+        if message.settling != settling.generation:
+            return
+        settling.begun, settling.until_s = True, time.monotonic() + SETTLE_S
+        if message.turns:
+            self._state.uploads.need().epoch_opened(
+                message.turns, slots.hold_snapshot, self.written(message)
+            )
+        if message.settled:
+            self._settling = None
+
+    def written(self, message: mesh.MeshEpochOpened) -> WrittenLog | None:
+        """Where the node of rank 0 writes; None on that node, and if its release does not say
+        it."""
+        if self._view.has_rank0 or not message.log:
+            return None
+        made: type[WrittenLog] = import_module("ckpt.keeper.uploads.uploads").WrittenLog
+        return made(message.log, message.stores, self._on_other_store)
 
 
 class ClusterUploads:
@@ -47,7 +251,7 @@ class ClusterUploads:
         given."""
         self._state = state
         self._view = view
-        self._on_other_store = on_other_store
+        self._settlement = Settlement(state, view, on_other_store=on_other_store)
         self._submitted: dict[str, mesh.NodeSubmissions] = {}
         """On the node of rank 0: what each node had submitted when the attempt began."""
         self._own: mesh.NodeSubmissions | None = None
@@ -82,6 +286,23 @@ class ClusterUploads:
         self._channels.append(channel)
         return channel
 
+    @property
+    def settling(self) -> bool:
+        """Whether the nodes are making durable what only memory holds."""
+        return self._settlement.settling
+
+    def staged(self) -> Mapping[SnapshotId, str]:
+        """See ``Settlement``."""
+        return self._settlement.staged()
+
+    def settle(self) -> None:
+        """See ``Settlement``."""
+        self._settlement.settle()
+
+    def tick(self, now_s: float) -> None:
+        """Do what is due while the nodes settle."""
+        self._settlement.tick(now_s)
+
     def see_epoch(self, epoch: NodeEpoch, before: NodeEpoch | None, *, placed: bool) -> None:
         """A new epoch; it may begin another generation."""
         self._submitted = {
@@ -91,6 +312,7 @@ class ClusterUploads:
         if before is not None and before.note.era == epoch.note.era:
             return
         self._channels.clear()
+        self._settlement.begin(generation=True)
         name = uploads_mailbox(epoch.note.era)
         self._mailbox = self._view.mailbox(name, _GenerationMailbox()) if placed else None
         self._state.uploads.new_generation(rank0_here=self._view.has_rank0)
@@ -102,8 +324,8 @@ class ClusterUploads:
         uploads = self._state.uploads.need()
         uploads.use_channels(self.channel_of)  # an earlier launch of the program had other nodes
         uploads.begin_attempt(self._view.membership, self._may_act)
-        count, entries = uploads.submitted
-        self._own = mesh.NodeSubmissions(attempt=attempt, count=count, turns=entries)
+        self._settlement.begin()
+        self._own = self._settlement.submissions(attempt)
         self._begun, self._opened = attempt, None
         self._send_own()
         uploads.hold_submissions()
@@ -122,6 +344,8 @@ class ClusterUploads:
     def receive(self, node: str, message: mesh.NodeSubmissions | mesh.MeshEpochOpened) -> None:
         """A message of another node."""
         match message:
+            case _ if message.settling:
+                self._settlement.receive(node, message)
             case mesh.NodeSubmissions():
                 self._submitted[node] = message
                 self._send_opened()
@@ -130,7 +354,7 @@ class ClusterUploads:
                 self._view.log_id = message.log or self._view.log_id
                 if self._view.placed:
                     self._follow(message)
-                elif (written := self._written(message)) is not None:
+                elif (written := self._settlement.written(message)) is not None:
                     self._state.uploads.need().check_store(written)
 
     def connected(self, node: str) -> None:
@@ -138,6 +362,7 @@ class ClusterUploads:
         sent again."""
         epoch = self._view.epoch
         said = self._said
+        self._settlement.connected(node)
         if epoch is None:
             return
         if said is not None and said.attempt == epoch.number and node not in epoch.record.ranks:
@@ -178,7 +403,14 @@ class ClusterUploads:
         if len(known) < len(nodes):
             return
         # Every node submits a prefix of the same sequence, so the longest list contains all others.
-        entries = max(known, key=lambda entry: entry.count).turns
+        longest = max(known, key=lambda entry: entry.count)
+        handed_in = self._state.uploads.need().handed_in_before(
+            _marked(known, longest), _common(known)
+        )
+        entries = (
+            *longest.turns,
+            *((longest.count + n, pair, tags) for n, (pair, tags) in enumerate(handed_in)),
+        )
         self._view.log_id = self._state.uploads.need().log_id
         message = mesh.MeshEpochOpened(
             attempt=epoch.number,
@@ -194,14 +426,6 @@ class ClusterUploads:
             self._view.send(node, message)
         self._said = message
 
-    def _written(self, message: mesh.MeshEpochOpened) -> WrittenLog | None:
-        """Where the node of rank 0 writes; None on that node, and if its release does not say
-        it."""
-        if self._view.has_rank0 or not message.log:
-            return None
-        made: type[WrittenLog] = import_module("ckpt.keeper.uploads.uploads").WrittenLog
-        return made(message.log, message.stores, self._on_other_store)
-
     def _follow(self, message: mesh.MeshEpochOpened) -> None:
         slots, epoch = self._state.memory.slots, self._view.epoch
         if slots is None or epoch is None or not message.attempt == epoch.number == self._begun:
@@ -210,6 +434,20 @@ class ClusterUploads:
         # Submissions first: a slot that the list still needs may hold a capture that is discarded
         # next.
         self._state.uploads.need().epoch_opened(
-            message.turns, slots.hold_snapshot, self._written(message)
+            message.turns, slots.hold_snapshot, self._settlement.written(message)
         )
         slots.discard_after(message.resume)
+
+
+def _common(said: Iterable[mesh.NodeSubmissions]) -> Mapping[SnapshotId, str]:
+    """The snapshots, with origins, of which all nodes hold their shares; newest first."""
+    held = [set(one.staged) for one in said]
+    return dict(sorted(set.intersection(*held), reverse=True)) if held else {}
+
+
+def _marked(
+    said: Iterable[mesh.NodeSubmissions], longest: mesh.NodeSubmissions
+) -> Mapping[SnapshotId, tuple[str, ...]]:
+    """What some rank handed in and is not among the submissions of this generation."""
+    submitted = {pair for _, pair, _ in longest.turns}
+    return {pair: tags for one in said for pair, tags in one.marked if pair not in submitted}

@@ -24,6 +24,9 @@ from ckpt.values import SnapshotId
 HoldSnapshot = Callable[[int, SnapshotId], SealedSlot | None]
 """Holds the slot of a rank that has a snapshot, for an upload; None if there is none."""
 
+UnfitReason = Callable[[Submission, Mapping[int, SealedSlot]], CkptError | None]
+"""Why the shares that were submitted and those in slots make no snapshot, or None."""
+
 
 KIND = "settle-waits"
 
@@ -37,7 +40,8 @@ class _Task:
 
 class FinalFlush:
     """At most one task at a time: the newest of some snapshots that can be saved. The last request
-    counts."""
+    counts. With several nodes it is at the node of rank 0, and the others follow what it submits.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class FinalFlush:
         *,
         ranks: int,
         emit: Emit,
+        unfit: UnfitReason,
     ) -> None:
         self._epochs = epochs
         self._view = epochs.view
@@ -56,6 +61,7 @@ class FinalFlush:
         self._retries = retries
         self._ranks = ranks
         self._emit = emit
+        self._unfit = unfit
         self._task: _Task | None = None
 
     @property
@@ -125,7 +131,7 @@ class FinalFlush:
             return
         sealed = {rank: slot for rank in range(self._ranks) if (slot := task.sealed_of(rank, pair))}
         # From here on the slots are held: each way out submits or frees them.
-        reason = unfit_reason(Submission(0, pair), sealed, self._ranks)
+        reason = self._unfit(Submission(0, pair), sealed)
         if reason is None and not self._view.restorable(pair, sealed[0].index.origin):
             reason = ConflictError(
                 "what is staged is not on the job's lineage, or another writer opened a newer "
@@ -252,6 +258,7 @@ class HandedIn:
         submissions: Submissions,
         *,
         ranks: int,
+        unfit: UnfitReason,
         failed: Callable[[SnapshotId, CkptError], object],
         follow_up: Callable[[SnapshotId, tuple[str, ...]], object],
     ) -> None:
@@ -259,6 +266,7 @@ class HandedIn:
         self._persisters = persisters
         self._submissions = submissions
         self._ranks = ranks
+        self._unfit = unfit
         self._failed = failed
         self._follow_up = follow_up
         self._find: Callable[[], Mapping[SnapshotId, tuple[str, ...]]] | None = None
@@ -269,7 +277,8 @@ class HandedIn:
     def look_for(
         self, find: Callable[[], Mapping[SnapshotId, tuple[str, ...]]], sealed_of: HoldSnapshot
     ) -> None:
-        """Slots came that this keeper did not see being filled."""
+        """Slots came that this keeper did not see being filled; or no attempt follows on several
+        nodes, and this is that of rank 0."""
         self._find, self._sealed_of = find, sealed_of
 
     def begun(self) -> None:
@@ -296,20 +305,51 @@ class HandedIn:
             return  # some ranks have submitted what others have not yet: all submit one sequence
         self._find = None
         for pair, tags in find().items():
-            if pair in self._done or not self.is_earlier(pair):
+            if pair in self._done:
                 continue
             self._done.add(pair)
             if self._submissions.find(pair) is None:
                 self._submit(pair, tags, sealed_of)
 
+    def of_nodes(
+        self, marked: Mapping[SnapshotId, tuple[str, ...]], staged: Mapping[SnapshotId, str]
+    ) -> tuple[tuple[SnapshotId, tuple[str, ...]], ...]:
+        """On the node of rank 0, whose epoch is open: those of ``marked`` that all nodes submit
+        now, oldest first. ``staged``: what all nodes hold, with origins.
+
+        Nothing of this placement generation is among them. What an earlier one had in flight is:
+        it failed with that one.
+        """
+        wanted = []
+        for pair, tags in sorted(marked.items()):
+            told = pair in self._done
+            if self._view.superseded(pair):
+                if not told:
+                    self._see_superseded(pair, tags)
+            elif pair in staged and self._view.restorable(pair, staged[pair]):
+                wanted.append((pair, tags))
+                continue  # another generation may interrupt it, and submits it again
+            elif not told:
+                why = (
+                    "training continues from another snapshot"
+                    if pair in staged
+                    else "not all nodes have their shares of it any more"
+                )
+                self._failed(pair, UnavailableError(f"{why}. snapshot={pair}"))
+            self._done.add(pair)
+        return tuple(wanted)
+
+    def _see_superseded(self, pair: SnapshotId, tags: tuple[str, ...]) -> None:
+        # A snapshot that retention dropped is not in the fold any more, but was durable.
+        if tags or not self._view.has(pair):
+            self._follow_up(pair, tags)
+
     def _submit(self, pair: SnapshotId, tags: tuple[str, ...], sealed_of: HoldSnapshot) -> None:
         if self._view.superseded(pair):
-            # A snapshot that retention dropped is not in the fold any more, but was durable.
-            if tags or not self._view.has(pair):
-                self._follow_up(pair, tags)
+            self._see_superseded(pair, tags)
             return
         sealed = {rank: slot for rank in range(self._ranks) if (slot := sealed_of(rank, pair))}
-        reason = unfit_reason(Submission(0, pair), sealed, self._ranks)
+        reason = self._unfit(Submission(0, pair), sealed)
         if reason is None and not self._view.restorable(pair, sealed[0].index.origin):
             reason = ConflictError(
                 f"training continues from another snapshot, or another writer did. snapshot={pair}"

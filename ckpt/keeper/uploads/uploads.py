@@ -148,6 +148,7 @@ class Uploads:
             self._persisters,
             self._submissions,
             ranks=ranks,
+            unfit=self._unfit,
             failed=self._not_durable,
             follow_up=self._tag_late,
         )
@@ -158,6 +159,7 @@ class Uploads:
             self._retries,
             ranks=ranks,
             emit=self._emit,
+            unfit=self._unfit,
         )
         self._closed = False
         self._generation_from = 0
@@ -289,10 +291,14 @@ class Uploads:
         """Slots were taken over that an earlier keeper held: what was handed in to that one and is
         not durable is submitted here. ``find``: the marked snapshots that all ranks hold.
 
-        Only where all ranks are on this node: of several nodes each submits by itself.
+        Only where all ranks are on this node: of several nodes that of rank 0 says what all submit
+        (``handed_in_before``).
         """
         if self._persisters.channel_of is None:
-            self._handed_in.look_for(find, sealed_of)
+            earlier = self._handed_in.is_earlier
+            self._handed_in.look_for(
+                lambda: {pair: tags for pair, tags in find().items() if earlier(pair)}, sealed_of
+            )
             self._handed_in.submit()
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
@@ -332,6 +338,34 @@ class Uploads:
             if n >= first
         )
         return self._submissions.count - first, tuple(tail)
+
+    @property
+    def flushing(self) -> bool:
+        """Whether ``flush_newest`` has something left to do."""
+        return self._final_flush.busy
+
+    def handed_in_before(
+        self, marked: Mapping[SnapshotId, tuple[str, ...]], staged: Mapping[SnapshotId, str]
+    ) -> tuple[tuple[SnapshotId, tuple[str, ...]], ...]:
+        """On the node of rank 0, whose epoch is open: what all nodes submit next, of what was
+        handed in and is not among the submissions of this generation: it died with a keeper, an
+        attempt or an earlier generation. ``marked``: what slots of any node have marks of, with
+        tags; ``staged``: what all nodes hold, with origins."""
+        return self._handed_in.of_nodes(marked, staged)
+
+    def settle_nodes(
+        self,
+        marked: Mapping[SnapshotId, tuple[str, ...]],
+        staged: Mapping[SnapshotId, str],
+        sealed_of: HoldSnapshot,
+    ) -> None:
+        """On the node of rank 0, of several nodes on which no attempt follows: submit what was
+        handed in, as above, then ``flush_newest`` of what all nodes hold. The others are to submit
+        the same (``submitted``)."""
+        held = {pair: tags for pair, tags in marked.items() if pair in staged}
+        self._handed_in.look_for(lambda: held, sealed_of)
+        self._handed_in.submit()
+        self.flush_newest(list(staged), sealed_of)
 
     def new_generation(self, *, root: bool) -> None:
         """Other nodes or placements than before: what is in flight fails, since not all its ranks
@@ -511,10 +545,10 @@ class Uploads:
         """Make the newest of ``pairs`` durable that was not submitted, or failed before; repeated
         while slots hold it.
 
-        For a job without trainers, after ``attempt_ended``. ``pairs``: all that the slots hold; if
-        one can't be saved at all, the next older is tried. Nothing happens if it is durable, or
-        can't be any more. A keeper that opened no epoch opens one for it, if no other writer
-        continued the job.
+        For a job without trainers, after ``attempt_ended``. ``pairs``: all that the slots hold,
+        with several nodes those of all nodes; if one can't be saved at all, the next older is
+        tried. Nothing happens if it is durable, or can't be any more. A keeper that opened no epoch
+        opens one for it, if no other writer continued the job.
         """
         if self._epochs.fenced is None:
             self._final_flush.start(pairs, sealed_of)

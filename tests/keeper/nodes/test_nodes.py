@@ -335,11 +335,11 @@ def test_other_store_ends_the_job_before_it_has_begun_and_this_node_alone_after(
     joined: Keeper,
 ) -> None:
     joined.come(3, "root", "me")
-    joined.nodes.uploads._on_other_store("theirs=x ours=y")
+    joined.nodes._other_store("theirs=x ours=y")
     (told,) = joined.fake.failures
     assert (told.attempt, told.final, told.status, "theirs=x" in told.text) == (3, True, 2, True)
     joined.come(4, "root", "me", completed=7)
-    joined.nodes.uploads._on_other_store("theirs=x ours=y")
+    joined.nodes._other_store("theirs=x ours=y")
     assert len(joined.fake.failures) == 1
     assert isinstance(joined.heard[-1], JobEnded) and joined.heard[-1].status == 2
 

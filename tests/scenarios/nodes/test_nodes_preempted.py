@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,22 @@ def test_keepers_bring_to_a_slow_store_what_all_nodes_had_when_they_were_asked_t
         made.wait_gone()
         newest = ckpt.Checkpointer(str(made.results / "store")).latest()
         assert newest is not None and newest.step == made.job.completed, made.output()
+
+
+@pytest.mark.slow
+def test_keepers_bring_to_the_store_what_memory_holds_when_all_programs_are_killed(
+    tmp_path: Path,
+) -> None:
+    with cluster(tmp_path / "cluster", nodes="2") as made:
+        for _ in range(2):
+            made.start(10_000, "--every", 100_000, "--step-s", 0.05, "--linger", "1s")
+        made.wait_steps(BEGUN)
+        for machine in made.machines:
+            keeper = machine.keeper()
+            for pid in machine.members():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if pid != keeper else 0)
+        wait_for(made.ended, "the end of all programs", say=made.output)
+        made.wait_gone()
+        newest = ckpt.Checkpointer(str(made.results / "store")).latest()
+        assert newest is not None and newest.step >= BEGUN // 2, made.output()
