@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from ckpt.ipc.messages import NodeReport, RankPlacement, Source, Start
-from ckpt.keeper.attempts.events import Failure
+from ckpt.keeper.attempts.events import RequestEpoch
 from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox
 from ckpt.values import SnapshotId
 
@@ -108,9 +108,9 @@ class ClusterView(Protocol):
         """The order to start ``attempt``, with the port at which its ranks meet."""
         ...
 
-    def request_epoch(self, failure: Failure | None, completed: int, attempt: int) -> None:
-        """Say that this node is ready for the next epoch; ``failure``: why its last attempt
-        ended."""
+    def request_epoch(self, asked: RequestEpoch, attempt: int) -> None:
+        """Say that this node is ready for the next epoch; ``asked``: why its last ``attempt``
+        ended, if it did."""
         ...
 
     def report_ended(self, attempt: int) -> None:
@@ -172,7 +172,7 @@ class SingleNode:
     def start_message(self, attempt: int) -> Start:
         return Start(attempt=attempt, port=free_port("127.0.0.1"))
 
-    def request_epoch(self, failure: Failure | None, completed: int, attempt: int) -> None:
+    def request_epoch(self, asked: RequestEpoch, attempt: int) -> None:
         raise AssertionError("a roster of one node numbers its attempts itself")
 
     def report_ended(self, attempt: int) -> None:

@@ -222,7 +222,8 @@ class NodeEnded(MeshMessage, frozen=True, kw_only=True, tag="Ended"):
 
 class NodeFailed(MeshMessage, frozen=True, kw_only=True, tag="Failed"):
     """To the leader: this node's trainers of ``attempt`` are dead. The other fields are those of
-    the keeper's failure record; ``completed``: the most steps that one of its ranks completed."""
+    the keeper's failure record; ``completed``: the most steps that one of its ranks completed, in
+    the call after ``calls`` that had returned; ``moved``: it made progress that neither shows."""
 
     attempt: int
     rank: int
@@ -233,6 +234,9 @@ class NodeFailed(MeshMessage, frozen=True, kw_only=True, tag="Failed"):
     step: int = -1
     final: bool = False
     completed: int = -1
+    calls: int = 0
+    moved: bool = False
+    passing: bool = False
 
 
 AnyMeshMessage = (

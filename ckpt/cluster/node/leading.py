@@ -30,13 +30,13 @@ class EpochNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an epoch carries besides places: its reason, the failure history, and the job's end.
 
     ``why`` the epoch was opened, for people. ``fingerprint``, ``step``, ``same``, ``stuck``,
-    ``completed``, ``overdue``: the fields of the keeper's FailureHistory; they travel here so that
-    the next leader decides as this one would have. ``end``: all nodes leave the job with that
-    status; ``futile``: and are not launched again. ``era``: the placement generation, named by the
-    first of the epochs in a row with the same nodes in the same places; submissions of snapshots
-    continue within it. ``line``: the row of epochs whose numbers can be compared, named by the node
-    that published the first of them; it goes on from launch to launch, until no epoch and no member
-    remembers it.
+    ``completed``, ``overdue``, ``calls``, ``restarts``: the fields of the keeper's FailureHistory;
+    they travel here so that the next leader decides as this one would have. ``end``: all nodes
+    leave the job with that status; ``futile``: and are not launched again. ``era``: the placement
+    generation, named by the first of the epochs in a row with the same nodes in the same places;
+    submissions of snapshots continue within it. ``line``: the row of epochs whose numbers can be
+    compared, named by the node that published the first of them; it goes on from launch to launch,
+    until no epoch and no member remembers it.
     """
 
     why: str = ""
@@ -46,6 +46,8 @@ class EpochNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stuck: int = 0
     completed: int = -1
     overdue: int = 0
+    calls: int = 0
+    restarts: tuple[int, ...] = ()
     end: int | None = None
     futile: bool = False
     era: int = 0

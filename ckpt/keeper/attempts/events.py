@@ -285,11 +285,14 @@ class RequestEpoch:
     """Of a job with several nodes: this node is ready for the next epoch. ``failure``: why its last
     attempt ended, if it did.
 
-    ``completed``: the most steps that any rank of this node has completed so far.
+    ``completed``: the most steps that any rank of this node has completed so far, in the call after
+    ``calls`` that had returned; ``moved``: the attempt made progress that neither shows.
     """
 
     failure: Failure | None
     completed: int
+    calls: int = 0
+    moved: bool = False
 
 
 @dataclass(frozen=True, slots=True)

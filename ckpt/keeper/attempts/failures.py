@@ -55,8 +55,9 @@ class FailureHistory:
     came at the same step. ``stuck``: how many attempts in a row failed without a new step.
     ``completed``: the most steps of any attempt; -1 for none. ``calls``: how many decorated calls
     had returned in the attempt that got furthest; ``completed`` is of the call after them.
-    ``overdue``: how often in a row
-    trainers were stopped because their node could not act, without a new step.
+    ``overdue``: how often in a row trainers were stopped because their node could not act, without
+    a new step. ``restarts``: with several nodes, when attempts of the last hour failed by the
+    program's fault, in seconds of the leaders' wall clocks.
     """
 
     fingerprint: str = ""
@@ -66,6 +67,7 @@ class FailureHistory:
     completed: int = -1
     overdue: int = 0
     calls: int = 0
+    restarts: tuple[int, ...] = ()
 
 
 def cause_of(failures: Sequence[Failure]) -> Failure | None:
@@ -176,13 +178,16 @@ class EpochFailures:
     own clock.
 
     ``failures`` by node. ``lost``: dead nodes of the epoch, and since when. ``ended``: nodes whose
-    ranks all ended well. ``completed``: the most steps that any of them is known to have completed.
+    ranks all ended well. ``completed``: the most steps that any of them is known to have completed,
+    in the call after ``calls`` that had returned; ``moved``: it made progress that neither shows.
     """
 
     failures: Mapping[str, Failure]
     lost: Mapping[str, float]
     ended: AbstractSet[str]
     completed: int = -1
+    calls: int = 0
+    moved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +197,8 @@ class NoFailure:
 
 @dataclass(frozen=True, slots=True)
 class WaitForCause:
-    """An exception may yet be explained; decide again then."""
+    """An exception may yet be explained, or the pause after a failure is not over; decide again
+    then."""
 
     until_s: float
 
@@ -219,10 +225,20 @@ class EndJob:
 EpochDecision = NoFailure | WaitForCause | StartNextEpoch | EndJob
 
 
+OF_NODES = ("node", "overdue", "cut", "elsewhere")
+"""Kinds of failures that are no fault of the program: no pause, and no limit to their number."""
+
+
 def decide(
-    known: EpochFailures, history: FailureHistory, policy: Policy, now_s: float
+    known: EpochFailures,
+    history: FailureHistory,
+    policy: Policy,
+    now_s: float,
+    *,
+    clock_s: float = 0.0,
 ) -> EpochDecision:
-    """What follows. ``history``: as the epoch carries it from the epochs before."""
+    """What follows. ``history``: as the epoch carries it from the epochs before; ``clock_s``: the
+    wall clock, which leaders of different nodes have alike enough to count failures of an hour."""
     failures = [
         *known.failures.values(),
         *(_lost(node, at_s) for node, at_s in sorted(known.lost.items())),
@@ -251,11 +267,19 @@ def decide(
         return WaitForCause(cause.at_s + ECHO_S)
     if cause.kind == "overdue":
         history = after_overdue(history, known.completed)
-    elif cause.kind != "node" or known.completed >= 0:
-        # A lost node before any other has reported its steps says nothing about progress: it is not
-        # counted as stuck.
-        history = after_failure(history, known.completed)
+    elif cause.kind != "node" or (known.completed >= 0 and known.calls >= history.calls):
+        # A lost node before any other has reported its steps, or in which call they are, says
+        # nothing about progress: it is not counted as stuck.
+        history = after_failure(history, known.completed, calls=known.calls, moved=known.moved)
     history, reason = assess(history, cause, policy)
+    if cause.kind not in OF_NODES:
+        # A clock that was put back must not make old failures count for ever.
+        recent = tuple(at_s for at_s in history.restarts if clock_s - HOUR_S < at_s <= clock_s)
+        history = replace(history, restarts=(*recent, int(clock_s)))
+        if reason is None and len(recent) >= RESTARTS_HOUR_MAX:
+            reason = f"{cause.text}; {len(recent)} restarts within an hour, which is the most"
+        if reason is None and now_s < cause.at_s + pause_s(history.stuck):
+            return WaitForCause(cause.at_s + pause_s(history.stuck))
     if reason is None and known.ended:
         reason = f"{cause.text}, after the ranks of another node had ended"
     if reason is None:

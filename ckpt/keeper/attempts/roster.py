@@ -293,7 +293,8 @@ def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterA
         return _start(roster) if newest.placed else (roster, [])
     if failure is not None and last:
         failure = replace(failure, final=True)
-    return roster, [RequestEpoch(failure, roster.record.completed)]
+    record = roster.record
+    return roster, [RequestEpoch(failure, record.completed, record.calls, roster.moved)]
 
 
 def _epoch(roster: Roster, event: EpochChanged) -> tuple[Roster, list[RosterAction]]:

@@ -47,6 +47,7 @@ from ckpt.keeper.attempts.events import (
     TrainerProgressed,
     TrainerStarted,
 )
+from ckpt.keeper.attempts.failures import ASKED_TO_GO, with_global_rank
 from ckpt.keeper.attempts.hang_watch import HangWatch
 from ckpt.keeper.attempts.recovery import Recovery
 from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, RankState, Roster, RosterState
@@ -330,7 +331,7 @@ class Supervisors:
             self._state.uploads.flush_newest()
 
     def _tell_restart(self, actions: Sequence[RosterAction]) -> None:
-        """One line for each attempt that failed and is followed by another one on this node."""
+        """One line for each attempt that failed and may be followed by another one on this node."""
         over = next((action for action in actions if isinstance(action, AttemptOver)), None)
         if over is None:
             return
@@ -340,9 +341,14 @@ class Supervisors:
                     when = "now"
                 case Pause(_, seconds):
                     when = f"in {seconds:.0f} s"
+                case RequestEpoch() if over.failure.kind not in ASKED_TO_GO:
+                    when = "together with the other nodes'"
                 case _:
                     continue
-            text = f"attempt {over.attempt} failed: {over.failure.text}; the next one starts {when}"
+            placement = self._state.launch.cluster.placement
+            first = placement.first_rank if placement is not None else 0
+            why = with_global_rank(over.failure, first).text
+            text = f"attempt {over.attempt} failed: {why}; the next one starts {when}"
             self._state.clients.broadcast("supervisor", messages.PrintLine(text=text), rank=0)
 
     def _do(self, action: RosterAction) -> None:
@@ -366,14 +372,14 @@ class Supervisors:
                 self._leave(action)
             case LeaveOne(rank, status):
                 state.clients.broadcast("supervisor", messages.Leave(status=status), rank=rank)
-            case RequestEpoch(failure, completed):
+            case RequestEpoch():
                 assert self.roster is not None, "it asked"
-                state.launch.cluster.request_epoch(failure, completed, self.roster.attempt)
+                state.launch.cluster.request_epoch(action, self.roster.attempt)
             case ReportEnded():
                 state.launch.cluster.report_ended(self._attempt)
             case LeaveNodes(completed):
                 asked = Failure(-1, "preempted", "a node is asked to go", PREEMPTED_STATUS, 0.0)
-                state.launch.cluster.request_epoch(asked, completed, self._attempt)
+                state.launch.cluster.request_epoch(RequestEpoch(asked, completed), self._attempt)
                 state.launch.cluster.leave()
             case RequestStop():
                 state.clients.broadcast(

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import import_module
 
@@ -186,6 +187,7 @@ def _failure(failed: mesh.NodeFailed, received_s: float) -> Failure:
         failed.fingerprint,
         failed.step,
         failed.final,
+        failed.passing,
     )
 
 
@@ -202,12 +204,28 @@ def _decided(
     ``known`` is completed with the ``failures`` that nodes reported, received at ``received_s``.
     """
     reported = {node: _failure(failed, received_s[node]) for node, failed in failures.items()}
-    completed = max(known.completed, *[failed.completed for failed in failures.values()], -1)
-    known = EpochFailures(reported, known.lost, known.ended, completed)
-    history = FailureHistory(
-        note.fingerprint, note.step, note.same, note.stuck, note.completed, note.overdue
+    calls, completed = max(
+        [(known.calls, known.completed)]
+        + [(failed.calls, failed.completed) for failed in failures.values()]
     )
-    match decide(known, history, policy, now_s):
+    known = replace(
+        known,
+        failures=reported,
+        completed=completed,
+        calls=calls,
+        moved=any(failed.moved for failed in failures.values()),
+    )
+    history = FailureHistory(
+        note.fingerprint,
+        note.step,
+        note.same,
+        note.stuck,
+        note.completed,
+        note.overdue,
+        note.calls,
+        note.restarts,
+    )
+    match decide(known, history, policy, now_s, clock_s=time.time()):
         case StartNextEpoch(after, text, stopped):
             return FailureDecision(_note(after, text), stopped=stopped)
         case EndJob(status, text, futile):
@@ -227,6 +245,8 @@ def _note(history: FailureHistory, text: str) -> EpochNote:
         stuck=history.stuck,
         completed=history.completed,
         overdue=history.overdue,
+        calls=history.calls,
+        restarts=history.restarts,
     )
 
 

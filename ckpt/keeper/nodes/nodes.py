@@ -27,7 +27,12 @@ from ckpt.events import Event
 from ckpt.ipc.board import Board
 from ckpt.ipc.cluster_spec import NodesSpec, host_towards
 from ckpt.ipc.messages import PrintLine, RankPlacement, Source, Start, StartPrepared
-from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Unreachable
+from ckpt.keeper.attempts.events import (
+    EpochChanged,
+    JobEnded,
+    Rank0Unreachable,
+    RequestEpoch,
+)
 from ckpt.keeper.attempts.failures import REFUSED, with_global_rank
 from ckpt.keeper.cluster_view import ClusterStatus
 from ckpt.keeper.job_state import JobState
@@ -130,7 +135,7 @@ class Nodes:
     def resumed_from(self) -> SnapshotId | None:
         return self.uploads.resume
 
-    def request_epoch(self, failure: Failure | None, completed: int, attempt: int) -> None:
+    def request_epoch(self, asked: RequestEpoch, attempt: int) -> None:
         self._attempt = max(self._attempt, attempt)
         if self.view.node is None:
             # It takes long to import, and the first attempt here needs it: the others shall not
@@ -143,6 +148,7 @@ class Nodes:
                 # middle of a step.
                 self._post(partial(self._fail, f"this node can't meet the job's others: {error}"))
                 return
+        failure = asked.failure
         if failure is not None:
             first = self.view.local_ranks.start if self.view.placed else 0
             failure = with_global_rank(failure, first)
@@ -156,7 +162,10 @@ class Nodes:
                     fingerprint=failure.fingerprint,
                     step=failure.step,
                     final=failure.final,
-                    completed=completed,
+                    completed=asked.completed,
+                    calls=asked.calls,
+                    moved=asked.moved,
+                    passing=failure.passing,
                 )
             )
 

@@ -6,13 +6,17 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ckpt.ipc.messages import Policy
 from ckpt.keeper.attempts.events import Failure
 from ckpt.keeper.attempts.failures import (
     ECHO_S,
+    HOUR_S,
     LEAVES_WITHIN_S,
     OVERDUE_MAX,
+    PAUSES_S,
+    RESTARTS_HOUR_MAX,
     EndJob,
     EpochFailures,
     FailureHistory,
@@ -86,7 +90,9 @@ def test_failure_after_another_nodes_ranks_had_ended_ends_the_job() -> None:
 def test_failures_without_progress_end_the_job() -> None:
     record = FailureHistory()
     for number in range(1, 6):
-        came = decide(trouble(DIED, completed=-1), record, Policy(stuck_max=5), NOW_S)
+        came = decide(
+            trouble(DIED, completed=-1), record, Policy(stuck_max=5), NOW_S + PAUSES_S[-1]
+        )
         assert isinstance(came, EndJob if number == 5 else StartNextEpoch)
         if isinstance(came, StartNextEpoch):
             record = came.record
@@ -164,3 +170,69 @@ def test_programs_that_exit_as_if_they_were_stopped_though_no_node_goes_are_give
     asked = Failure(-1, "preempted", "a node is asked to go", 143, NOW_S)
     came = decide(trouble(stopped, asked, completed=-1), record, Policy(stuck_max=5), now_s)
     assert came == StartNextEpoch(record, stopped.text, stopped=True)
+
+
+def test_attempts_of_several_nodes_without_a_new_step_follow_after_growing_pauses() -> None:
+    history, waited = FailureHistory(completed=5), []
+    for number in range(4):
+        failure = replace(DIED, text=f"rank 0 died, {number}")
+        came = decide(trouble(failure), history, Policy(), NOW_S)
+        waited.append(came.until_s - NOW_S if isinstance(came, WaitForCause) else 0.0)
+        came = decide(trouble(failure), history, Policy(), NOW_S + waited[-1])
+        assert isinstance(came, StartNextEpoch)
+        history = came.record
+    assert waited == list(PAUSES_S[:4])
+    came = decide(trouble(lost=("x",)), history, replace_stuck(Policy(), 99), NOW_S)
+    assert isinstance(came, StartNextEpoch), "a lost node is no fault of the program"
+
+
+def replace_stuck(policy: Policy, most: int) -> Policy:
+    return structs.replace(policy, stuck_max=most)
+
+
+def test_steps_of_a_later_call_are_progress_also_with_several_nodes() -> None:
+    history = FailureHistory(completed=100, calls=0, stuck=4)
+    later = replace(trouble(DIED, completed=3), calls=1)
+    came = decide(later, history, Policy(), NOW_S)
+    assert isinstance(came, StartNextEpoch)
+    assert (came.record.calls, came.record.completed, came.record.stuck) == (1, 3, 0)
+    elsewhere = replace(trouble(DIED, completed=3), calls=1, moved=True)
+    came = decide(elsewhere, came.record, Policy(), NOW_S)
+    assert isinstance(came, StartNextEpoch) and came.record.stuck == 0
+    lost = decide(trouble(lost=("x",), completed=50), came.record, Policy(), NOW_S)
+    assert isinstance(lost, StartNextEpoch) and lost.record.stuck == 0, "which call is not known"
+
+
+def test_error_of_an_outage_counts_as_the_same_only_after_a_long_pause() -> None:
+    outage, history, tried = replace(ERROR, passing=True), FailureHistory(), 0
+    while not isinstance(
+        came := decide(
+            trouble(outage, completed=-1),
+            history,
+            replace_stuck(Policy(), 99),
+            NOW_S + PAUSES_S[-1],
+        ),
+        EndJob,
+    ):
+        assert isinstance(came, StartNextEpoch)
+        history, tried = came.record, tried + 1
+    assert tried == PAUSES_S.index(15.0) + 1
+    assert "2 times in a row" in came.text
+
+
+def test_nodes_restart_so_many_times_an_hour_whatever_fails() -> None:
+    history, clock_s = FailureHistory(), 1_000_000.0
+    for number in range(RESTARTS_HOUR_MAX):
+        error = replace(ERROR, fingerprint=f"f{number}")
+        steps = trouble(error, completed=number)
+        came = decide(steps, history, Policy(), NOW_S + ECHO_S, clock_s=clock_s + number)
+        assert isinstance(came, StartNextEpoch), number
+        history = came.record
+    last = trouble(replace(ERROR, fingerprint="other"), completed=999)
+    came = decide(last, history, Policy(), NOW_S + ECHO_S, clock_s=clock_s + 100)
+    assert isinstance(came, EndJob)
+    assert "restarts within an hour" in came.text
+    for later_s in (HOUR_S + 200, -HOUR_S):  # an hour has passed; a clock was put back
+        came = decide(last, history, Policy(), NOW_S + ECHO_S, clock_s=clock_s + later_s)
+        assert isinstance(came, StartNextEpoch)
+        assert len(came.record.restarts) == 1

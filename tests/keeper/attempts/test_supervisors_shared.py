@@ -102,6 +102,12 @@ def test_death_on_one_node_starts_both_anew_with_the_same_number_and_place(
         for peer in peers:
             assert peer.next(words.Kill).attempt == 1
             peer.say(words.Killed(attempt=1))
+    lines = [peers[0].next(words.PrintLine).text for peers in crew]
+    rank = seats[0].first_rank + 1 if seats[0] else -1
+    assert lines == [
+        f"attempt 1 failed: rank {rank} died of SIGKILL; the next one starts {when}"
+        for when in ("together with the other nodes'", "now")
+    ]
     second = [started(one) for one in crew]
     assert [one.attempt for one in second] == [2, 2]
     assert second[0].port == second[1].port

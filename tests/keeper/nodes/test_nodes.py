@@ -26,7 +26,13 @@ from ckpt.events import Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.ipc.messages import Message, Policy, PrintLine, StartPrepared
-from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Unreachable
+from ckpt.keeper.attempts.events import (
+    EpochChanged,
+    Failure,
+    JobEnded,
+    Rank0Unreachable,
+    RequestEpoch,
+)
 from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import LocalMailbox
 from ckpt.keeper.nodes import nodes as nodes_room
@@ -166,7 +172,7 @@ def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
 
 @pytest.fixture
 def joined(keeper: Keeper) -> Keeper:
-    keeper.nodes.request_epoch(None, -1, 0)
+    keeper.nodes.request_epoch(RequestEpoch(None, -1), 0)
     return keeper
 
 
@@ -238,7 +244,7 @@ def test_node_of_rank_0_has_the_room_and_answers_others(joined: Keeper) -> None:
 
 def test_failure_is_told_of_a_rank_of_the_whole_job(joined: Keeper) -> None:
     joined.come(3, "root", "me")
-    joined.nodes.request_epoch(DIED, 7, 3)
+    joined.nodes.request_epoch(RequestEpoch(DIED, 7), 3)
     (told,) = joined.fake.failures
     assert (told.attempt, told.rank, told.kind, told.status, told.completed) == (
         3,
@@ -252,7 +258,7 @@ def test_failure_is_told_of_a_rank_of_the_whole_job(joined: Keeper) -> None:
 
 def test_node_that_can_not_join_ends_the_launch_and_says_why(keeper: Keeper) -> None:
     keeper.refuses = UnavailableError("no such file")
-    keeper.nodes.request_epoch(None, -1, 0)
+    keeper.nodes.request_epoch(RequestEpoch(None, -1), 0)
     keeper.run()
     (ended,) = keeper.heard
     assert isinstance(ended, JobEnded)
