@@ -37,8 +37,9 @@ fast: $(STAMP)
 check: lint types contracts fast
 
 # More processes than small machines have cores: many tests wait, for a lease to run out or a server to come back.
+# A process takes one file after the other, the longest first (tests/conftest.py).
 test: lint types contracts
-	$(BIN)/pytest -q -n 3 --dist worksteal
+	$(BIN)/pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py

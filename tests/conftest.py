@@ -30,6 +30,9 @@ FULL = (
     "elastic/supervised",
 )
 
+WHOLE = ("scenarios", "elastic", "examples", "integrations", "docs", "keeper")
+"""Folders whose slow tests start whole programs: half a minute each, most of it spent waiting."""
+
 SLOW_IN_CONTRACT = frozenset(
     {
         "test_create_only_has_one_winner_among_threads",
@@ -69,15 +72,26 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin(plugin)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A module that knows the switch to long campaigns, SOAK, has one: ``-m soak`` picks these.
 
-    Slow tests of the contract are marked here, since the kit that users get knows no such mark."""
+    Slow tests of the contract are marked here, since the kit that users get knows no such mark.
+
+    Several processes begin with the files that take longest, so that none of them works alone at
+    the end."""
     for item in items:
         if getattr(item, "originalname", None) in SLOW_IN_CONTRACT:
             item.add_marker(pytest.mark.slow)
         if hasattr(getattr(item, "module", None), "SOAK"):
             item.add_marker(pytest.mark.soak)
+    if hasattr(config, "workerinput"):
+        first = {item.path for item in items if _starts_programs(item)}
+        items.sort(key=lambda item: item.path not in first)
+
+
+def _starts_programs(item: pytest.Item) -> bool:
+    folder = item.path.relative_to(ROOT).parts[0]
+    return folder in WHOLE and item.get_closest_marker("slow") is not None
 
 
 @pytest.fixture(autouse=True)
