@@ -91,6 +91,9 @@ def world(make: Callable[..., FaultyServer]) -> FaultyServer:
     return make(config_kwargs=HASTY)
 
 
+BEFORE_ANY_SERVER = pytest.mark.parametrize("server", ["gateway"], indirect=True)
+"""For what the proxy answers, or does not: which server would have stands behind it."""
+
 BROKEN = [
     ResetBefore(),
     ResetAfter(),
@@ -100,11 +103,13 @@ BROKEN = [
 ]
 
 
+@BEFORE_ANY_SERVER
 @pytest.mark.parametrize("fault", BROKEN, ids=repr)
 def test_store_that_never_answers_is_unavailable_in_every_operation(
-    world: FaultyServer, fault: Fault
+    make: Callable[..., FaultyServer], fault: Fault
 ) -> None:
-    world.store.put("a", [BODY])
+    world = make(config_kwargs=HASTY if isinstance(fault, Delay) else ONCE)
+    world.direct.put("a", [BODY])
     world.proxy.rule = always(fault)
     acts: list[Callable[[], object]] = [
         lambda: world.store.put("b", [BODY]),
@@ -144,6 +149,7 @@ def test_one_failure_is_healed_by_repeating(
     assert world.proxy.count(type(fault)) == 4
 
 
+@BEFORE_ANY_SERVER
 @pytest.mark.parametrize(
     ("status", "code", "expected"),
     [
