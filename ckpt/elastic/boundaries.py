@@ -15,6 +15,7 @@ from types import FrameType, GeneratorType
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ckpt.elastic.schedule import MemoryPace
 from ckpt.errors import UsageError
 from ckpt.ipc.board import STAGE, Board
 from ckpt.values import TrainerPhase
@@ -71,7 +72,8 @@ class MemoryTier:
     """Decides at which boundaries a snapshot is staged in memory only.
 
     Rank 0 decides for the whole job and publishes through the board. ``every`` is the number of
-    boundaries from one staged snapshot to the next; 0 for none. ``rank`` is the local rank;
+    boundaries from one staged snapshot to the next; 0 for none, None for as many as keep its cost
+    small, as rank 0 measures it. ``rank`` is the local rank;
     ``leads``: this is rank 0 of the job. ``forward_decision`` sends a boundary and its decision
     to other nodes (None: there are none).
     """
@@ -81,7 +83,7 @@ class MemoryTier:
         board: Board,
         *,
         rank: int,
-        every: int,
+        every: int | None,
         leads: bool | None = None,
         forward_decision: Callable[[int, int], object] | None = None,
     ) -> None:
@@ -89,7 +91,8 @@ class MemoryTier:
         self._own = board.rank(rank)
         self._leads = rank == 0 if leads is None else leads
         self._forward_decision = forward_decision
-        self._every = every
+        self._pace = MemoryPace() if every is None else None
+        self._every = 1 if every is None else every
         self._staged_at: int | None = None
         self._at = 0
         self._decided = 0
@@ -118,12 +121,29 @@ class MemoryTier:
         self._decide_next(completed)
         self._at = completed
 
+    def copied(self, completed: int, *, began_s: float, ended_s: float) -> MemoryPace | None:
+        """This boundary was staged for memory alone, in that time. Returns the pace if its interval
+        has changed, on rank 0.
+        """
+        pace = self._pace
+        if pace is None or not self._leads:
+            return None
+        changed = pace.copied(completed, began_s=began_s, ended_s=ended_s)
+        self._every = pace.every
+        return pace if changed else None
+
+    def interrupted(self) -> None:
+        """Something else than a step took time: a snapshot that becomes durable, or a pause."""
+        if self._pace is not None:
+            self._pace.interrupted()
+
     def count_skipped(self) -> None:
         """No slot was free at a boundary that was to be staged."""
         self._own.skipped += 1
 
     def set_phase(self, phase: TrainerPhase) -> None:
         """Steps pause for a reason, or resume (``TrainerPhase.TRAINING``)."""
+        self.interrupted()
         self._own.phase = phase
         self._own.beat(self._own.completed or 0)
 

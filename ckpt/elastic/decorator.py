@@ -14,7 +14,7 @@ from ckpt.elastic.failure import ExitReporter, die, ends_process
 from ckpt.elastic.processes.enter import enter
 from ckpt.elastic.processes.trainer import trainer_of_process, watch_process_group
 from ckpt.elastic.run import Run
-from ckpt.elastic.schedule import parse_duration, parse_every
+from ckpt.elastic.schedule import parse_duration, parse_every, parse_memory_every
 from ckpt.elastic.sigterm import InPlaceSigterm
 from ckpt.elastic.verdict import fenced_verdict, give_verdict
 from ckpt.errors import UsageError
@@ -123,8 +123,8 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     store: StoreArgument,
     every: int | str = "auto",
     job: str | None = None,
-    memory_every: int = 1,
-    slots: int = 3,
+    memory_every: int | Literal["auto"] = 1,
+    slots: int | Literal["auto"] = 3,
     compression: Literal["off", "auto", "on"] = "auto",
     only: Sequence[str] | None = None,
     missing: Literal["error", "keep"] = "error",
@@ -166,9 +166,11 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
 
     ``every`` is a number of steps, a duration such as ``"30s"``, or ``"auto"``: these snapshots
     become durable. ``memory_every``: the number of boundaries from one snapshot in memory to the
-    next (0: none); each costs one memcpy of this rank's share. ``slots``: how many staged
+    next (0: none); each costs one memcpy of this rank's share. ``"auto"``: as many as keep that
+    within 1 to 2 % of the steps' time, measured while training runs. ``slots``: how many staged
     snapshots memory may hold, each as large as this rank's share of the state; fewer, with an
-    alarm, if memory has no room for them. ``compression``:
+    alarm, if memory has no room for them. ``"auto"``: 3 or 2 (without a keeper also 1), so that a
+    tenth of the memory stays free. ``compression``:
     chunks are compressed never, if it pays, or always. ``max_stale``: a duration after which
     training stops with UnavailableError if nothing became durable (default: never; a dead store
     only raises alarms).
@@ -190,10 +192,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     Raises UsageError at once if an argument cannot work.
     """
     schedule = parse_every(every)
-    if isinstance(memory_every, bool) or not isinstance(memory_every, int) or memory_every < 0:
-        raise UsageError(
-            f"memory_every counts boundaries. memory_every={memory_every!r}; write 1, or 0 for none"
-        )
+    copy_every = parse_memory_every(memory_every)
     restart = restart or RestartPolicy()
     policy, end_wait_s = restart.message(), restart.end_wait_s
     address = check_store(store, write_quorum=write_quorum)
@@ -230,7 +229,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
                     session,
                     schedule,
                     stale_s_max=stale_s_max,
-                    memory_every=memory_every,
+                    memory_every=copy_every,
                     trainer=trainer,
                     milestones=milestones,
                     end_wait_s=end_wait_s,

@@ -84,7 +84,7 @@ class Run(RankInfo):
         schedule: Schedule,
         *,
         stale_s_max: float | None = None,
-        memory_every: int = 1,
+        memory_every: int | None = 1,
         trainer: TrainerProcess | None = None,
         milestones: Milestones | None = None,
         end_wait_s: float = 0.0,
@@ -422,7 +422,7 @@ class Run(RankInfo):
                 forward_decision=self._session.announce_decision,
             )
             self._memory.begin(self._done)
-            if self._memory_every:
+            if self._memory_every != 0:
                 self._session.saving.reserve_slots(2)
         self._session.on_stop(self.stop)
 
@@ -460,14 +460,30 @@ class Run(RankInfo):
 
     def _stage(self) -> None:
         """Stage a snapshot in memory only. Skipped, without waiting, if no slot is free."""
-        if self._session.stage(self._done, metadata=self._metrics.facts()):
-            self._staged = self._done
-        elif self._memory is not None:
+        assert self._memory is not None, "it decides about copies in memory"
+        copied = self._session.stage(self._done, metadata=self._metrics.facts())
+        if copied is None:
             self._memory.count_skipped()
+            return
+        self._staged = self._done
+        pace = self._memory.copied(self._done, began_s=copied.began_s, ended_s=copied.ended_s)
+        if pace is not None:
+            text = (
+                f"state is copied into memory at each {pace.every}th step from here on, so that it "
+                "costs 1 to 2 % of the time; a restart repeats that many steps at most"
+            )
+            facts = {
+                "every": pace.every,
+                "copy_s": round(pace.copy_s, 4),
+                "step_s": round(pace.step_s, 4),
+            }
+            self._session.emit(Event("memory-every", text, facts, alarm=True))
 
     def _serve(self, orders: list[SnapshotRequest]) -> None:
         """Take the snapshot that is due or requested; end here if it precedes a preemption."""
         stop = any(order.stop for order in orders)
+        if self._memory is not None:
+            self._memory.interrupted()
         # A failure was reported as an alarm, and all ranks know it: a slow store doesn't stop
         # training.
         with suppress(UnavailableError):

@@ -416,6 +416,19 @@ class MessageSocket:
         self._socket.close()
 
 
+def peer_uid(sock: socket.socket) -> int | None:
+    """The user at the other end of a unix socket, as the kernel noted it when that end connected.
+
+    None if the system does not say.
+    """
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return None
+    credentials = struct.Struct("3i")
+    _, uid, _ = credentials.unpack(sock.getsockopt(socket.SOL_SOCKET, option, credentials.size))
+    return int(uid)
+
+
 def _wait(sock: socket.socket, event: int, timeout_s: float | None) -> bool:
     """Whether the socket became ready, or ended, in time."""
     fd = sock.fileno()

@@ -428,11 +428,13 @@ class GetSlots(Message, frozen=True, kw_only=True, tag="GetSlots"):
 class SlotCreated(Message, frozen=True, kw_only=True, tag="SlotMade"):
     """A call. The trainer made a slot; its memfd travels beside the message.
 
-    The error is UsageError if memory is short.
+    The error is UsageError if memory is short. ``free_share``: the slot can be done without; it is
+    taken only if each rank of the node can have as many, and that part of all memory stays free.
     """
 
     index: int
     size_bytes: int
+    free_share: float = 0.0
 
 
 class SlotReleased(Message, frozen=True, kw_only=True, tag="SlotGone"):

@@ -17,7 +17,7 @@ from importlib import import_module
 from ckpt.errors import CkptError, InternalError, UsageError
 from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.frames import close_fds
+from ckpt.ipc.frames import close_fds, peer_uid
 from ckpt.ipc.messages import BoardKept, Hello, Message, Settings, SlotCreated, SlotKept
 from ckpt.keeper.connection import ClientConnection, Clients
 from ckpt.keeper.job import Job
@@ -211,6 +211,15 @@ class Daemon:
                 self._alarm("full", f"the keeper can't accept connections now: {error}")
             return False
         self._alarms.discard("full")
+        uid = peer_uid(sock)
+        if uid not in (None, os.geteuid()):
+            # The folder keeps others out; this holds too where somebody opened it, or its disk.
+            sock.close()
+            self._listener.strangers += 1
+            text = "refused a connection of another user; look who can enter the keeper's folder"
+            facts = {"uid": uid, "refused": self._listener.strangers}
+            self._emit(Event("stranger-refused", text, facts, alarm=True))
+            return True
         sock.setblocking(False)
         self._numbers += 1
         client = ClientConnection(self._numbers, sock, on_blocked=self._blocked)

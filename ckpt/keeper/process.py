@@ -40,6 +40,8 @@ class KeeperListener:
         self._spec = spec
         self._lock = lock
         self.folder = folder
+        self.strangers = 0
+        """How many connections of other users were refused."""
         self.listener = self._listen()
 
     @classmethod

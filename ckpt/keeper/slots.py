@@ -106,14 +106,17 @@ class SlotTable:
         """Slots that uploads still hold and whose number another slot has taken: the board says
         nothing of them."""
 
-    def add(self, rank: int, index: int, fd: int, size_bytes: int) -> HeldSlot:
+    def add(
+        self, rank: int, index: int, fd: int, size_bytes: int, *, free_share: float = 0.0
+    ) -> HeldSlot:
         """Take ``fd`` over. Raises UsageError if the number is taken, sizes differ or memory is
-        short; ``fd`` is then closed.
+        short; ``fd`` is then closed. ``free_share``: see ``SlotCreated``.
 
         The number of a slot that was given up is free, even while an upload still holds that slot.
         """
         try:
             self._check(rank, index, fd, size_bytes)
+            self._check_memory(rank, fd, size_bytes, free_share=free_share)
             mapping = mmap.mmap(fd, size_bytes)
         except BaseException:
             os.close(fd)
@@ -333,12 +336,18 @@ class SlotTable:
             raise UsageError(
                 f"slot size mismatch. size_bytes={found_bytes} declared_bytes={size_bytes}"
             )
+
+    def _check_memory(self, rank: int, fd: int, size_bytes: int, *, free_share: float) -> None:
         # Slots take their pages little by little: memory that is promised and not taken yet counts
-        # as used.
-        promised = size_bytes + sum(
+        # as used. So does what the other ranks still need for as many slots, or the first rank to
+        # come would take what they are to have.
+        others = range(self._board.ranks) if free_share else ()
+        count = len(self.of_rank(rank)) + 1
+        owed = sum(max(0, count - len(self.of_rank(other))) for other in others if other != rank)
+        promised = (owed + 1) * size_bytes + sum(
             max(0, slot.size_bytes - _taken(slot.fd)) for slot in self._all()
         )
-        available = available_bytes()
+        available = available_bytes(free_share=free_share)
         if available is not None and promised - _taken(fd) > available:
             raise UsageError(
                 f"not enough memory for another slot. rank={rank} slot_bytes={size_bytes} "

@@ -138,7 +138,13 @@ class TrainerCalls:
                 )
             case SlotCreated() if len(fds) == 1:
                 try:
-                    slot = table.add(client.rank, message.index, fds[0], message.size_bytes)
+                    slot = table.add(
+                        client.rank,
+                        message.index,
+                        fds[0],
+                        message.size_bytes,
+                        free_share=message.free_share,
+                    )
                 except CkptError as error:
                     client.send_error(message.id, error)
                     return

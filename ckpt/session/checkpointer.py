@@ -52,7 +52,7 @@ class Checkpointer:
         store: StoreArgument,
         *,
         job: str | None = None,
-        slots: int = 2,
+        slots: int | Literal["auto"] = 2,
         compression: Literal["off", "auto", "on"] = "auto",
         threads: int | None = None,
         storage_options: StorageOptions = None,
@@ -71,7 +71,8 @@ class Checkpointer:
         machine: ``"file:PATH"``, ``"env:NAME"`` or ``"command:WORDS"``.
 
         ``slots``: how many staged snapshots memory may hold, each as large as this rank's share of
-        the state; another save waits until one is durable. ``compression``: chunks are compressed
+        the state; another save waits until one is durable. ``"auto"``: 3, 2 or 1, with which a
+        tenth of all memory stays free. ``compression``: chunks are compressed
         never, if it pays, or always. ``threads`` copy and read (default: 2 to copy, enough to fill
         the link to read).
 

@@ -17,8 +17,11 @@ from ckpt.format.records import is_tag_name
 from ckpt.ipc.messages import Retention
 from ckpt.maintenance.gc.sweep import GRACE_S
 from ckpt.maintenance.retention import KeepPolicy, duration_s, parse_policy
+from ckpt.staging.memory import FREE_SHARE_AUTO
 
 SLOTS_MAX = 64
+SLOTS_AUTO_MAX = 3
+"""One that is written, one that is complete, one that is uploaded."""
 
 StorageOptions = Mapping[str, object] | Sequence[Mapping[str, object] | None] | None
 """What fsspec takes: for all stores, or one entry for each."""
@@ -41,7 +44,7 @@ class SessionOptions:
     """
 
     job: str | None = None
-    slots: int = 3
+    slots: int | Literal["auto"] = 3
     compression: Literal["off", "auto", "on"] = "auto"
     verify_staged: bool = True
     only: tuple[str, ...] | None = None
@@ -59,8 +62,10 @@ class SessionOptions:
     def __post_init__(self) -> None:
         if self.job is not None and not (isinstance(self.job, str) and is_job_name(self.job)):
             raise UsageError(f"a job's name is 1 to 200 printable characters. job={self.job!r}")
-        if not is_count(self.slots) or not 1 <= self.slots <= SLOTS_MAX:
-            raise UsageError(f"slots is a number from 1 to {SLOTS_MAX}. slots={self.slots!r}")
+        if self.slots != "auto" and not (is_count(self.slots) and 1 <= self.slots <= SLOTS_MAX):
+            raise UsageError(
+                f"slots is a number from 1 to {SLOTS_MAX}, or 'auto'. slots={self.slots!r}"
+            )
         if self.compression not in ("off", "auto", "on"):
             raise UsageError(
                 f"compression is 'off', 'auto' or 'on'. compression={self.compression!r}"
@@ -83,6 +88,16 @@ class SessionOptions:
                 f"type={type(self.encryption_key).__name__}"
             )
         object.__setattr__(self, "encryption_key", key_source(self.encryption_key))
+
+    @property
+    def slots_max(self) -> int:
+        """The number of slots, or the most that ``"auto"`` takes."""
+        return SLOTS_AUTO_MAX if self.slots == "auto" else self.slots
+
+    @property
+    def free_share(self) -> float:
+        """The part of all memory that slots leave free."""
+        return FREE_SHARE_AUTO if self.slots == "auto" else 0.0
 
 
 def is_count(value: object) -> bool:

@@ -38,11 +38,13 @@ from ckpt.session.options import SessionOptions, check_metadata
 from ckpt.session.staging import (
     COMPARE_WAIT_S,
     SLOT_WAIT_S,
+    CopyTime,
     Stager,
     compare_replicas,
     sealed_again,
 )
 from ckpt.staging.devices import HostCopies
+from ckpt.staging.memory import MemoryRoom
 from ckpt.staging.slot import Regions, Slot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
@@ -192,7 +194,8 @@ class Saving:
         self._prepared = 0
         self._stager = Stager(
             World(mailbox.rank, mailbox.size),
-            slots=options.slots,
+            slots=options.slots_max,
+            room=MemoryRoom(free_share=options.free_share),
             threads=options.threads,
             compare_replicas=self._compare,
             on_short=self._memory_short,
@@ -394,8 +397,8 @@ class Saving:
 
     def stage(
         self, items: Mapping[str, object], snapshot: SnapshotId, *, metadata: Mapping[str, Fact]
-    ) -> bool:
-        """Stage ``items`` for memory alone. Waits for nothing: False if no slot is free.
+    ) -> CopyTime | None:
+        """Stage ``items`` for memory alone. Waits for nothing: None if no slot is free.
 
         Raises as ``snapshot``, but does not tell the other ranks: their slots keep an older
         complete snapshot.
@@ -405,10 +408,10 @@ class Saving:
         try:
             staged = self._stager.stage(items, snapshot, metadata=metadata, wait_s=0.0)
         except UnavailableError:
-            return False
+            return None
         staged.release()
         self._staged_step = snapshot.step
-        return True
+        return staged.copied
 
     def snapshot(
         self,
@@ -717,7 +720,9 @@ class Saving:
             self._emit(
                 Event(
                     "memory-short",
-                    f"training continues with fewer slots, snapshots may be skipped: {error}",
+                    "memory has room for fewer slots than asked for: while one is uploaded, copies "
+                    "in memory are skipped, and a restart then repeats the steps since the last "
+                    f"one: {error}",
                     alarm=True,
                 )
             )

@@ -43,6 +43,7 @@ from ckpt.session.log import SessionLineage, SessionLog, await_final_flush
 from ckpt.session.options import SessionOptions, StoreAddress, only_below
 from ckpt.session.restoring import FillRules, RestoreCandidate
 from ckpt.session.saving import Pending, Saving
+from ckpt.session.staging import CopyTime
 from ckpt.values import SnapshotId, SnapshotInfo
 
 RNG_ITEM = "rng"
@@ -435,8 +436,8 @@ class Session:
             wait_s=wait_s,
         )
 
-    def stage(self, step: int, *, metadata: Mapping[str, Fact]) -> bool:
-        """Stage a run's items for memory alone; False if no slot is free."""
+    def stage(self, step: int, *, metadata: Mapping[str, Fact]) -> CopyTime | None:
+        """Stage a run's items for memory alone; None if no slot is free."""
         return self.saving.stage(self._state(), SnapshotId(self.epoch, step), metadata=metadata)
 
     def await_durable(self, timeout_s: float) -> None:

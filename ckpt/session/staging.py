@@ -4,9 +4,11 @@ training waits for.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -21,6 +23,7 @@ from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.save.persister import SealedSlot
 from ckpt.staging.copy import THREADS_DEFAULT, CopyPlan, CopySource
 from ckpt.staging.devices import HostCopies
+from ckpt.staging.memory import MemoryRoom
 from ckpt.staging.slot import Pin, Regions, Slot, SlotPool, read_slot
 from ckpt.values import DTYPE_BYTES, Box, Leaf, SnapshotId, StagedIndex
 
@@ -29,6 +32,16 @@ SLOT_WAIT_S = 3600.0
 
 CompareReplicas = Callable[[Sequence[TensorLeaf]], None]
 """Called once for each new set of replicated leaves. Raises UsageError if replicas differ."""
+
+
+class CopyTime(NamedTuple):
+    """When a copy began, with all devices done, and ended, on the monotonic clock."""
+
+    began_s: float
+    ended_s: float
+
+
+_NEVER = CopyTime(0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +55,7 @@ class StagedSlot:
     """What replicas must agree on for their shares to fit together: see ``replicated_leaves``."""
     samples: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """For each group of replicas, what a sample is of and its digest: see ``ReplicaSampler``."""
+    copied: CopyTime = _NEVER
 
     def release(self) -> None:
         """Let the slot be reused."""
@@ -77,10 +91,10 @@ class Stager:
     """Stages one rank's share of the state. Keeps plan, layout and slots from one snapshot to the
     next.
 
-    Used by one thread. ``compare_replicas`` is called the first time that a set of replicas
-    appears. ``on_short`` is called once if memory becomes short during training,
-    ``on_unsampled`` once if a device has no memory for a sample of replicas. ``copies`` copies from
-    CUDA devices.
+    Used by one thread. ``slots`` and ``room`` are the pool's. ``compare_replicas`` is called the
+    first time that a set of replicas appears. ``on_short`` is called once if memory becomes short
+    during training, ``on_unsampled`` once if a device has no memory for a sample of replicas.
+    ``copies`` copies from CUDA devices.
 
     Over the limit of attributes: plan, layout, slots and buffers are kept from one snapshot to the
     next, and all of them change if one does.
@@ -91,6 +105,7 @@ class Stager:
         world: World,
         *,
         slots: int,
+        room: MemoryRoom | None = None,
         threads: int | None,
         compare_replicas: CompareReplicas,
         on_short: Callable[[UsageError], None] | None = None,
@@ -99,7 +114,7 @@ class Stager:
     ) -> None:
         self._copies = HostCopies() if copies is None else copies
         self._world = world
-        self._count = slots
+        self._asked = (slots, room)
         self._threads = threads or THREADS_DEFAULT
         self._helpers = ThreadPoolExecutor(
             max(1, self._threads - 1), thread_name_prefix="ckpt-stage"
@@ -157,6 +172,7 @@ class Stager:
             if not pool.has_room():
                 raise _no_slot(pool, snapshot, wait_s)
         self._copies.settle()  # what objects give as their state may be in pinned memory too
+        began_s = time.monotonic()
         capture = self._capture(items)
         plan, pool = self._layout(capture)
         slot = pool.acquire(wait_s=wait_s)
@@ -188,7 +204,8 @@ class Stager:
             pin.release()
             raise
         self._staged_once = True
-        return StagedSlot(slot, index, pin, self._shared, samples)
+        copied = CopyTime(began_s, time.monotonic())
+        return StagedSlot(slot, index, pin, self._shared, samples, copied)
 
     def _samples(self, snapshot: SnapshotId) -> Mapping[str, tuple[str, str]]:
         """The sample of this snapshot; nothing where a device's memory is full: training owns it,
@@ -253,7 +270,8 @@ class Stager:
         )
         if self._pool is None:
             self._pool = SlotPool(
-                count=self._count,
+                count=self._asked[0],
+                room=self._asked[1],
                 data_bytes=needed_bytes,
                 header_bytes=self._copy.header_bytes,
                 regions=self._regions,
@@ -280,7 +298,7 @@ class Stager:
     @property
     def slots_max(self) -> int:
         """How many slots there are or will be: fewer than asked for if memory is short."""
-        return self._pool.count if self._pool is not None else self._count
+        return self._pool.count if self._pool is not None else self._asked[0]
 
     @property
     def slots(self) -> Sequence[Slot]:

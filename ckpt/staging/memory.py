@@ -16,7 +16,9 @@ import os
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.ipc.board import open_anonymous
@@ -154,42 +156,86 @@ def round_to_pages(size_bytes: int) -> int:
 # ---- available memory: by the machine and by this process's control groups
 
 
+FREE_SHARE_AUTO = 0.1
+"""The part of the machine's and of each control group's memory that stays free with
+``slots="auto"``: a trainer takes more after its slots were laid out."""
+
+
 def available_bytes(
-    *, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
+    *,
+    free_share: float = 0.0,
+    proc: Path = Path("/proc"),
+    cgroup: Path = Path("/sys/fs/cgroup"),
 ) -> int | None:
     """Bytes that can be taken without swapping or being killed, or None if the system does not say.
 
     The least of the kernel's MemAvailable and what each control group above this process (v1 or v2)
-    has left, not counting page cache that can be dropped as used.
+    has left, not counting page cache that can be dropped as used. ``free_share`` of each one's
+    whole memory is to stay free.
     """
-    amounts = [left for left in (_machine(proc), *_groups(proc, cgroup)) if left is not None]
+    sources = (_machine(proc), *_groups(proc, cgroup))
+    amounts = [
+        max(0, source.left_bytes - int(free_share * source.total_bytes))
+        for source in sources
+        if source is not None
+    ]
     return min(amounts, default=None)
 
 
 def check_available(
-    needed_bytes: int, *, purpose: str, freed_bytes: int = 0, available: int | None = None
+    needed_bytes: int,
+    *,
+    purpose: str,
+    freed_bytes: int = 0,
+    available: int | None = None,
+    free_share: float = 0.0,
 ) -> None:
     """Raise UsageError if ``needed_bytes`` exceed what is available and what is about to be freed.
 
-    ``available`` replaces asking the system.
+    ``available`` replaces asking the system, and is the whole memory then. ``free_share``: see
+    ``available_bytes``.
     """
-    left_bytes = available_bytes() if available is None else available
+    if available is None:
+        left_bytes = available_bytes(free_share=free_share)
+    else:
+        left_bytes = available - int(free_share * available)
     if left_bytes is not None and needed_bytes > left_bytes + freed_bytes:
+        kept = f", {free_share:.0%} of all memory kept free" if free_share else ""
         raise UsageError(
-            f"not enough memory for {purpose}. needed_bytes={needed_bytes} "
+            f"not enough memory for {purpose}{kept}. needed_bytes={needed_bytes} "
             f"available_bytes={left_bytes + freed_bytes} "
             "use fewer slots, shard the state over more ranks, or raise the memory limit"
         )
 
 
-def _machine(proc: Path) -> int | None:
-    for line in _lines(proc / "meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+@dataclass(frozen=True, slots=True)
+class MemoryRoom:
+    """How much memory there is, and how much of it stays free. ``available_bytes`` replaces asking
+    the system.
+    """
+
+    available_bytes: int | None = None
+    free_share: float = 0.0
 
 
-def _groups(proc: Path, root: Path) -> Iterator[int | None]:
+class _Source(NamedTuple):
+    """What one machine or control group has left, of how much."""
+
+    left_bytes: int
+    total_bytes: int
+
+
+def _machine(proc: Path) -> _Source | None:
+    fields = {
+        name: int(rest.split()[0]) * 1024
+        for name, _, rest in (line.partition(":") for line in _lines(proc / "meminfo"))
+        if name in ("MemAvailable", "MemTotal")
+    }
+    left = fields.get("MemAvailable")
+    return None if left is None else _Source(left, fields.get("MemTotal", left))
+
+
+def _groups(proc: Path, root: Path) -> Iterator[_Source | None]:
     for line in _lines(proc / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -211,7 +257,7 @@ def _upwards(root: Path, path: str) -> Iterator[Path]:
         yield root.joinpath(*parts[:length])
 
 
-def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+def _left(folder: Path, limit: str, usage: str, cache: str) -> _Source | None:
     most, used = _number(folder / limit), _number(folder / usage)
     if most is None or used is None:
         return None
@@ -220,7 +266,7 @@ def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
         name, _, value = line.partition(" ")
         if name == cache:
             droppable = int(value)
-    return max(0, most - max(0, used - droppable))
+    return _Source(max(0, most - max(0, used - droppable)), most)
 
 
 def _number(path: Path) -> int | None:

@@ -27,7 +27,13 @@ from ckpt.staging.header import (
     read_slot,
     read_summary,
 )
-from ckpt.staging.memory import PREFAULT_BYTES, Region, check_available, round_to_pages
+from ckpt.staging.memory import (
+    PREFAULT_BYTES,
+    MemoryRoom,
+    Region,
+    check_available,
+    round_to_pages,
+)
 from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 
 SLOTS_MAX = 64
@@ -61,9 +67,9 @@ class Regions(Protocol):
         """Memory that slots had before this process began, by number. Called once."""
         ...
 
-    def make(self, number: int, size_bytes: int) -> Region:
-        """Zeroed memory for a new slot. Raises UsageError if memory is short, UnavailableError if
-        its owner does not answer.
+    def make(self, number: int, size_bytes: int, *, free_share: float) -> Region:
+        """Zeroed memory for a new slot. Raises UsageError if memory is short, or ``free_share`` of
+        all memory would not stay free; UnavailableError if its owner does not answer.
         """
         ...
 
@@ -116,8 +122,8 @@ class OwnRegions:
     def kept(self) -> Sequence[tuple[int, Region]]:
         return ()
 
-    def make(self, number: int, size_bytes: int) -> Region:
-        del number
+    def make(self, number: int, size_bytes: int, *, free_share: float) -> Region:
+        del number, free_share  # the pool has looked
         return Region(size_bytes)
 
     def may_overwrite(self, slot: Slot, *, spare: bool) -> bool:
@@ -388,7 +394,8 @@ class SlotPool:
 
     A slot is made when it is first needed or when the background thread gets to it. Raises
     UsageError if the slots exceed the memory that the machine and the control group have left.
-    ``available_bytes`` replaces asking the system for free memory.
+    ``room``: how much memory there is, and which share of it stays free, unless there would be
+    fewer slots than the owner of the memory needs.
 
     ``regions`` owns the memory (default: this process). What it kept from before is taken over,
     with what it holds sealed; slots that are too small for ``data_bytes`` go once they are free.
@@ -406,7 +413,7 @@ class SlotPool:
         data_bytes: int,
         header_bytes: int = HEADER_BYTES_DEFAULT,
         prefault: bool = True,
-        available_bytes: int | None = None,
+        room: MemoryRoom | None = None,
         regions: Regions | None = None,
         on_short: Callable[[UsageError], None] | None = None,
         pinner: Pinner | None = None,
@@ -422,7 +429,7 @@ class SlotPool:
         self._data_bytes = round_to_pages(max(1, data_bytes))
         self._header_bytes = round_to_pages(header_bytes)
         self._prefault = prefault
-        self._available = available_bytes
+        self._room = MemoryRoom() if room is None else room
         self._shared = PoolState(self._regions)
         self._changed = self._shared.changed
         self._slots: list[Slot] = []
@@ -513,7 +520,10 @@ class SlotPool:
             missing = self.count - len(roomy)
             needed = missing * (data + header)
             check_available(
-                needed, purpose=f"{missing} slots", freed_bytes=freed, available=self._available
+                needed,
+                purpose=f"{missing} slots",
+                freed_bytes=freed,
+                available=self._room.available_bytes,
             )
             self._data_bytes, self._header_bytes = data, header
             self._retired += small
@@ -590,7 +600,8 @@ class SlotPool:
                 check_available(
                     missing * self.slot_bytes,
                     purpose=f"{missing} slots",
-                    available=self._available,
+                    available=self._room.available_bytes,
+                    free_share=self._free_share(count),
                 )
             except UsageError as error:
                 if count <= fewest:
@@ -601,6 +612,10 @@ class SlotPool:
                 self._on_short(self.shortage)
             self.count = count
             return
+
+    def _free_share(self, count: int) -> float:
+        """What is to stay free with that many slots: nothing for those that must be."""
+        return self._room.free_share if count > max(1, self._regions.slots_min) else 0.0
 
     def _choose(self) -> Slot | None:
         idle = self._idle_slots()
@@ -628,11 +643,15 @@ class SlotPool:
         except UsageError as error:
             if not self._served:
                 raise
-            self.count = min(self.count, max(self._regions.slots_min, len(self._slots)))
-            if self.shortage is None and self._on_short is not None:
-                self._on_short(error)
-            self.shortage = error
+            self._do_without(error)
             return None
+
+    def _do_without(self, error: UsageError) -> None:
+        """Memory is short for another slot: those that there are must suffice."""
+        self.count = min(self.count, max(self._regions.slots_min, len(self._slots)))
+        if self.shortage is None and self._on_short is not None:
+            self._on_short(error)
+        self.shortage = error
 
     def _idle_slots(self) -> list[Slot]:
         """The slots that this process does not use, sealed longest ago first: usually that one is
@@ -670,8 +689,14 @@ class SlotPool:
         number = self._next_number()
         if number is None:
             return None
-        check_available(self.slot_bytes, purpose="a slot", available=self._available)
-        region = self._regions.make(number, self.slot_bytes)
+        free_share = self._free_share(len(self._slots) + 1)
+        check_available(
+            self.slot_bytes,
+            purpose="a slot",
+            available=self._room.available_bytes,
+            free_share=free_share,
+        )
+        region = self._regions.make(number, self.slot_bytes, free_share=free_share)
         slot = Slot(
             number,
             region,
@@ -726,6 +751,10 @@ class SlotPool:
         )
         if slot is None:
             # The next acquire meets the same error and raises it to its caller.
-            with contextlib.suppress(UsageError, UnavailableError):
-                slot = self._make()
+            with contextlib.suppress(UnavailableError):
+                try:
+                    slot = self._make()
+                except UsageError as error:
+                    if self._free_share(len(self._slots) + 1):
+                        self._do_without(error)
         return slot

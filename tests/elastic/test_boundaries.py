@@ -114,3 +114,33 @@ def test_the_board_shows_phase_steps_and_counts(board: Board) -> None:
     assert (words.completed, words.staged, words.skipped, words.first_step_done) == (8, 1, 1, True)
     first.set_phase(TrainerPhase.PAUSED)
     assert (words.completed, words.phase) == (8, TrainerPhase.PAUSED)
+
+
+def test_interval_that_rank_0_measures_is_every_ranks(board: Board) -> None:
+    both = [MemoryTier(board, rank=rank, every=None) for rank in range(2)]
+    for tier in both:
+        tier.begin(0)
+    staged, changed, now_s = [], [], 0.0
+    for step in range(1, 41):
+        now_s += 1.0
+        wanted = [tier.should_stage(step, since=step - 1) for tier in both]
+        assert wanted[0] == wanted[1]
+        if wanted[0]:
+            staged.append(step)
+            for tier in both:
+                pace = tier.copied(step, began_s=now_s, ended_s=now_s + 0.1)
+                changed += [(step, pace.every)] if pace is not None else []
+        for tier in both:
+            tier.complete_boundary(step, staged=wanted[0])
+    assert changed == [(3, 8)]
+    assert staged == [1, 2, 3, 11, 19, 27, 35]
+
+
+def test_fixed_interval_is_kept_whatever_copies_cost(board: Board) -> None:
+    both = tiers(board, 2)
+    staged = []
+    for step in range(1, 13):
+        if boundary(both, step) == [True, True]:
+            staged.append(step)
+            assert both[0].copied(step, began_s=float(step), ended_s=step + 0.9) is None
+    assert staged == [2, 4, 6, 8, 10, 12]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,10 +12,12 @@ from ckpt.elastic.schedule import (
     AUTO_S,
     EverySeconds,
     EverySteps,
+    MemoryPace,
     is_due,
     next_due,
     parse_duration,
     parse_every,
+    parse_memory_every,
 )
 from ckpt.errors import UsageError
 
@@ -84,3 +88,80 @@ def test_loop_that_counts_several_steps_at_once_meets_a_due_boundary_where_it_pa
 def test_schedules_by_time_are_never_due_by_step() -> None:
     assert not any(is_due(EverySeconds(1.0), completed) for completed in range(100))
     assert next_due(EverySeconds(1.0), 5) is None
+
+
+@pytest.mark.parametrize(("every", "meant"), [(1, 1), (0, 0), (7, 7), ("auto", None)])
+def test_memory_every_is_a_number_of_boundaries_or_measured(every, meant: int | None) -> None:
+    assert parse_memory_every(every) == meant
+
+
+@pytest.mark.parametrize("every", [-1, True, 1.5, "2", "often", None])
+def test_memory_every_of_another_kind_is_refused(every) -> None:
+    with pytest.raises(UsageError, match="memory_every counts boundaries"):
+        parse_memory_every(every)
+
+
+class Training:
+    """Steps and copies of given lengths under a pace; ``changes`` are those of the interval."""
+
+    def __init__(self) -> None:
+        self.pace = MemoryPace()
+        self.now_s, self.completed, self.copied_s = 50.0, 0, 0.0
+        self.changes: list[int] = []
+
+    def run(self, steps: int, *, step_s: float, copy_s: float, since: int = 0) -> float:
+        """Train on; returns which share of the steps' time copies took from step ``since`` on."""
+        trained_s = copied_s = 0.0
+        for n in range(steps):
+            self.now_s += step_s
+            self.completed += 1
+            trained_s += step_s * (n >= since)
+            if self.completed % self.pace.every == 0:
+                began_s, self.now_s = self.now_s, self.now_s + copy_s
+                copied_s += copy_s * (n >= since)
+                if self.pace.copied(self.completed, began_s=began_s, ended_s=self.now_s):
+                    self.changes.append(self.pace.every)
+        return copied_s / trained_s
+
+
+@given(step_s=st.floats(0.001, 10.0), copy_s=st.floats(0.0001, 5.0), later_s=st.floats(0.0001, 5.0))
+def test_copies_in_memory_cost_two_percent_at_most_and_the_interval_settles(
+    step_s: float, copy_s: float, later_s: float
+) -> None:
+    for length_s in (copy_s, later_s):  # the state may grow, or the machine become busy
+        training = Training()
+        wanted = max(1.0, length_s / (0.02 * step_s))
+        steps = min(20_000, int(60 * wanted) + 20)
+        share = training.run(steps, step_s=step_s, copy_s=length_s, since=steps // 2)
+        assert len(training.changes) <= 1 + math.log(wanted, 8), "each change is announced"
+        if steps == 20_000:
+            continue  # it may not have got there
+        assert share <= 0.021
+        aimed = length_s / (training.pace.every * step_s)
+        assert aimed <= 0.0201
+        assert training.pace.every == 1 or aimed > 0.005, "no rarer than that needs"
+
+
+def test_interval_follows_steps_that_become_longer_and_shorter() -> None:
+    training = Training()
+    training.run(10, step_s=1.0, copy_s=0.001)
+    assert (training.pace.every, training.changes) == (1, [])
+    training.run(20, step_s=1.0, copy_s=0.3)
+    assert training.pace.every == 8
+    training.run(100, step_s=1.0, copy_s=0.3)
+    assert training.pace.every == 20
+    training.run(400, step_s=10.0, copy_s=0.3)
+    assert training.pace.every == 2
+    assert training.changes == [8, 20, 4, 2], "one window had steps of both kinds"
+
+
+def test_pause_and_a_snapshot_in_between_do_not_count_as_steps() -> None:
+    training = Training()
+    for _ in range(8):
+        training.run(1, step_s=0.1, copy_s=0.1)
+        training.now_s += 60.0
+        training.pace.interrupted()
+        training.run(1, step_s=0.1, copy_s=0.1)
+        training.pace.interrupted()
+    training.run(2, step_s=0.1, copy_s=0.1)
+    assert training.pace.every == 8

@@ -8,12 +8,13 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.ipc import frames
-from ckpt.ipc.frames import FDS_MAX, MessageSocket, close_fds
+from ckpt.ipc.frames import FDS_MAX, MessageSocket, close_fds, peer_uid
 from ckpt.ipc.messages import Bye, Hello, Keep, Post, Slots, Value
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
@@ -198,3 +199,31 @@ def test_a_forked_child_leaves_the_connection_to_its_parent(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     one.send(Hello(version=1, role="tool", pid=1))
     assert other.receive(5) == (Hello(version=1, role="tool", pid=1), [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_user_at_the_other_end_is_the_one_who_connected(tmp_path: Path) -> None:
+    nobody = 65534
+    with socket.socket(socket.AF_UNIX) as listener:
+        path = tmp_path / "socket"
+        listener.bind(str(path))
+        listener.listen()
+        path.chmod(0o666)
+        tmp_path.chmod(0o777)
+        folder = os.open(tmp_path, os.O_PATH)
+        for uid in (nobody, 0):
+            child = os.fork()
+            if child == 0:
+                try:
+                    os.setuid(uid)
+                    # Through the descriptor: the folders above it are root's alone.
+                    with socket.socket(socket.AF_UNIX) as peer:
+                        peer.connect(f"/proc/self/fd/{folder}/socket")
+                        peer.recv(1)
+                finally:
+                    os._exit(0)
+            sock, _ = listener.accept()
+            assert peer_uid(sock) == uid
+            sock.close()
+            os.waitpid(child, 0)
+        os.close(folder)

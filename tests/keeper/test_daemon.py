@@ -68,6 +68,26 @@ def test_what_was_handed_in_is_durable_before_it_ends(serve: Serve) -> None:
     assert durable(served) == [PAIR]
 
 
+def test_process_of_another_user_is_refused_and_counted(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve()
+    trainer = served.trainer()
+    monkeypatch.setattr(daemon_module, "peer_uid", lambda sock: os.geteuid() + 1)
+    for _ in range(2):
+        wire = served.wire()
+        assert wire.receive(WAIT_S) is None, "closed before a word"
+        wire.close()
+    monkeypatch.undo()
+    told = [event.facts for event in served.events if event.kind == "stranger-refused"]
+    assert told[0] == {"uid": os.geteuid() + 1, "refused": 1}
+    assert served.home is not None
+    assert served.home.strangers == 2
+    assert served.report().state == "in place"
+    trainer.leave()
+    assert served.ends()
+
+
 def test_tools_do_not_keep_it_alive(serve: Serve) -> None:
     served = serve()
     trainer, tool = served.trainer(), served.tool()

@@ -250,16 +250,41 @@ def test_a_slot_beyond_the_nodes_memory_is_refused_in_clear_words(
 ) -> None:
     # The first slot's pages are promised, but hardly taken: they count.
     held.add(0, 0)
-    monkeypatch.setattr(slots_module, "available_bytes", lambda: 2 * SLOT_BYTES - 4 * PAGE_BYTES)
+    monkeypatch.setattr(
+        slots_module, "available_bytes", lambda **_: 2 * SLOT_BYTES - 4 * PAGE_BYTES
+    )
     other = MadeSlot()
     with pytest.raises(
         UsageError,
         match=r"not enough memory for another slot.* rank=1 slot_bytes=65536 .*allow fewer slots",
     ):
         held.table.add(1, 0, other.given(), SLOT_BYTES)
-    monkeypatch.setattr(slots_module, "available_bytes", lambda: 2 * SLOT_BYTES)
+    monkeypatch.setattr(slots_module, "available_bytes", lambda **_: 2 * SLOT_BYTES)
     held.table.add(1, 0, other.given(), SLOT_BYTES)
     other.close()
+
+
+def test_slot_that_can_be_done_without_leaves_memory_free_and_the_other_ranks_as_many(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def left(*, free_share: float) -> int:
+        asked.append(free_share)
+        return 3 * SLOT_BYTES
+
+    for rank in range(2):
+        held.add(rank, 0).memory[:] = bytes(SLOT_BYTES)  # its pages are taken
+    monkeypatch.setattr(slots_module, "available_bytes", left)
+    made = [MadeSlot() for _ in range(3)]
+    held.table.add(0, 1, made[0].given(), SLOT_BYTES, free_share=0.1)
+    with pytest.raises(UsageError, match="not enough memory for another slot"):
+        # Room for it, but not for a third of the other rank, which has one only.
+        held.table.add(0, 2, made[1].given(), SLOT_BYTES, free_share=0.1)
+    held.table.add(1, 1, made[2].given(), SLOT_BYTES, free_share=0.1)
+    assert asked == [0.1, 0.1, 0.1]
+    for each in made:
+        each.close()
 
 
 def test_pages_that_are_taken_already_are_not_counted_twice(
@@ -267,7 +292,7 @@ def test_pages_that_are_taken_already_are_not_counted_twice(
 ) -> None:
     made = MadeSlot()
     made.memory[:] = bytes(SLOT_BYTES)
-    monkeypatch.setattr(slots_module, "available_bytes", lambda: 0)
+    monkeypatch.setattr(slots_module, "available_bytes", lambda **_: 0)
     held.table.add(0, 0, made.given(), SLOT_BYTES)
     made.close()
 

@@ -41,6 +41,19 @@ def test_version_2_group_above_limits_less_what_it_can_drop(tmp_path: Path) -> N
     assert ask(tree(tmp_path, files)) == 2500
 
 
+def test_share_of_each_ones_whole_memory_stays_free(tmp_path: Path) -> None:
+    files = {
+        "proc/meminfo": "MemTotal: 2000 kB\nMemAvailable: 1000 kB\n",
+        "proc/self/cgroup": "0::/box\n",
+        "cg/box/memory.max": "900000\n",
+        "cg/box/memory.current": "10000\n",
+        "cg/box/memory.stat": "inactive_file 0\n",
+    }
+    root = tree(tmp_path, files)
+    assert available_bytes(free_share=0.1, proc=root / "proc", cgroup=root / "cg") == 800_000
+    assert available_bytes(free_share=0.5, proc=root / "proc", cgroup=root / "cg") == 0
+
+
 def test_version_1_group_limits(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "3:cpu:/x\n4:memory:/hidden/box\n",

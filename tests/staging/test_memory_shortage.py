@@ -19,7 +19,7 @@ class Scarce(OwnRegions):
         self.asked = 0
         self.refuses: set[SnapshotId] = set()
 
-    def make(self, number: int, size_bytes: int) -> Region:
+    def make(self, number: int, size_bytes: int, *, free_share: float) -> Region:
         self.asked += 1
         if not self.left:
             raise UsageError("memory is short")

@@ -13,6 +13,7 @@ import pytest
 
 from ckpt.errors import InternalError, UsageError
 from ckpt.format.canonical import digest
+from ckpt.staging.memory import MemoryRoom, Region
 from ckpt.staging.slot import OwnRegions, Slot, SlotPool, generation_of, read_slot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
@@ -271,12 +272,66 @@ def test_pool_does_with_as_many_slots_as_fit_and_says_so(room: float, made: int)
         count=3,
         data_bytes=DATA,
         header_bytes=HEADER,
-        available_bytes=int(room * (DATA + HEADER)),
+        room=MemoryRoom(int(room * (DATA + HEADER))),
         on_short=short.append,
     )
     try:
         assert pool.count == made
         assert len(short) == (made < 3)
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize(
+    ("room", "fewest", "made"),
+    [
+        (3.4, 1, 3),
+        (3.2, 1, 2),
+        (2.1, 1, 1),
+        (1.05, 1, 1),
+        (3.4, 2, 3),
+        (3.2, 2, 2),
+        (2.0, 2, 2),
+    ],
+)
+def test_pool_that_leaves_a_tenth_free_has_at_least_the_fewest_slots(
+    monkeypatch, room: float, fewest: int, made: int
+) -> None:
+    monkeypatch.setattr(OwnRegions, "slots_min", fewest)
+    short: list[UsageError] = []
+    pool = SlotPool(
+        count=3,
+        data_bytes=DATA,
+        header_bytes=HEADER,
+        room=MemoryRoom(int(room * (DATA + HEADER)), free_share=0.1),
+        on_short=short.append,
+    )
+    try:
+        pool.wait_prefaulted()
+        assert pool.count == len(pool.slots) == made
+        assert ["10% of all memory kept free" in str(error) for error in short] == [True] * (
+            made < 3
+        )
+    finally:
+        pool.close()
+
+
+def test_slot_that_the_owner_of_the_memory_refuses_is_done_without_before_it_is_needed(
+    monkeypatch,
+) -> None:
+    def make(self: OwnRegions, number: int, size_bytes: int, *, free_share: float) -> Region:
+        if free_share and number == 2:
+            raise UsageError("not enough memory for another slot.")
+        return Region(size_bytes)
+
+    monkeypatch.setattr(OwnRegions, "make", make)
+    short: list[UsageError] = []
+    pool = SlotPool(
+        count=3, data_bytes=DATA, room=MemoryRoom(free_share=0.01), on_short=short.append
+    )
+    try:
+        pool.wait_prefaulted()
+        assert (pool.count, len(pool.slots), len(short)) == (2, 2, 1)
     finally:
         pool.close()
 
@@ -288,14 +343,14 @@ def test_pool_without_room_for_the_fewest_slots_of_its_owner_is_refused(monkeypa
             count=3,
             data_bytes=DATA,
             header_bytes=HEADER,
-            available_bytes=int(1.9 * (DATA + HEADER)),
+            room=MemoryRoom(int(1.9 * (DATA + HEADER))),
         )
 
 
 def test_too_large_pool_is_refused_before_anything_is_taken() -> None:
     with pytest.raises(UsageError, match=r"needed_bytes=\d+ available_bytes=1000"):
-        SlotPool(count=3, data_bytes=DATA, available_bytes=1000)
-    pool = SlotPool(count=1, data_bytes=DATA, header_bytes=HEADER, available_bytes=DATA + HEADER)
+        SlotPool(count=3, data_bytes=DATA, room=MemoryRoom(1000))
+    pool = SlotPool(count=1, data_bytes=DATA, header_bytes=HEADER, room=MemoryRoom(DATA + HEADER))
     with pytest.raises(UsageError, match="not enough memory"):
         pool.resize(100 * DATA)
     assert pool.data_bytes == DATA

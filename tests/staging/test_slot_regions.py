@@ -33,7 +33,7 @@ class Owner:
     def kept(self) -> Sequence[tuple[int, Region]]:
         return self._kept
 
-    def make(self, number: int, size_bytes: int) -> Region:
+    def make(self, number: int, size_bytes: int, *, free_share: float) -> Region:
         if self.short:
             raise UnavailableError("nobody answers")
         self.told.append(f"make {number}")

@@ -206,7 +206,9 @@ class KeeperAttachment:
         """
         trainer = supervised_trainer()
         if trainer is None or spec is None or not trainer.serves(spec):
-            return cls(connect_ranks(name=name), None, spec=spec, slots=options.slots, emit=emit)
+            return cls(
+                connect_ranks(name=name), None, spec=spec, slots=options.slots_max, emit=emit
+            )
         global _sessions  # noqa: PLW0603  a mailbox outlives sessions: each session of a trainer has its own keys
         _sessions += 1
         link = KeeperLink.connect(
@@ -215,7 +217,7 @@ class KeeperAttachment:
             start=False,
         )
         return cls(
-            LinkMailbox(link, f"{_sessions}/"), link, spec=spec, slots=options.slots, emit=emit
+            LinkMailbox(link, f"{_sessions}/"), link, spec=spec, slots=options.slots_max, emit=emit
         )
 
     def start(self) -> None:

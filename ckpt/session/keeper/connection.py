@@ -303,11 +303,14 @@ class KeeperLink:
             raise
         return slots
 
-    def slot_created(self, index: int, fd: int, size_bytes: int) -> None:
+    def slot_created(
+        self, index: int, fd: int, size_bytes: int, *, free_share: float = 0.0
+    ) -> None:
         """Give slot ``index`` of this rank to the keeper, which holds it on return. Raises
-        UsageError if memory is short.
+        UsageError if memory is short, for this node's other ranks too if ``free_share`` is set.
         """
-        self._calls.call(SlotCreated(index=index, size_bytes=size_bytes), [fd])
+        message = SlotCreated(index=index, size_bytes=size_bytes, free_share=free_share)
+        self._calls.call(message, [fd])
 
     def slot_released(self, index: int) -> None:
         """Report that this rank gave slot ``index`` up."""

@@ -38,7 +38,9 @@ class SlotHolder(Protocol):
         """The slots of a rank that the keeper holds, by number."""
         ...
 
-    def slot_created(self, index: int, fd: int, size_bytes: int) -> None:
+    def slot_created(
+        self, index: int, fd: int, size_bytes: int, *, free_share: float = 0.0
+    ) -> None:
         """Give a slot to the keeper, which holds it on return. ``fd`` stays the caller's."""
         ...
 
@@ -54,7 +56,9 @@ class _NoKeeper:
         del rank
         return ()
 
-    def slot_created(self, index: int, fd: int, size_bytes: int) -> None:
+    def slot_created(
+        self, index: int, fd: int, size_bytes: int, *, free_share: float = 0.0
+    ) -> None:
         pass
 
     def slot_released(self, index: int) -> None:
@@ -92,7 +96,7 @@ class SharedSlots:
         kept, self._kept = self._kept, {}
         return list(kept.items())
 
-    def make(self, number: int, size_bytes: int) -> Region:
+    def make(self, number: int, size_bytes: int, *, free_share: float) -> Region:
         region = Region(size_bytes)
         try:
             if region.fd is None:
@@ -101,7 +105,7 @@ class SharedSlots:
                 )
             self._own.clear(number)
             self._own.release(number)
-            self._keeper.slot_created(number, region.fd, size_bytes)
+            self._keeper.slot_created(number, region.fd, size_bytes, free_share=free_share)
         except BaseException:
             region.close()
             raise

@@ -54,7 +54,9 @@ class RankKeeper:
         found = sorted(self._keeper.held[rank].items())
         return [(index, Region.from_fd(os.dup(fd), size)) for index, (fd, size) in found]
 
-    def slot_created(self, index: int, fd: int, size_bytes: int) -> None:
+    def slot_created(
+        self, index: int, fd: int, size_bytes: int, *, free_share: float = 0.0
+    ) -> None:
         self._check()
         assert index not in self._keeper.held[self._rank], "a number is given twice"
         self._keeper.held[self._rank][index] = os.dup(fd), size_bytes
