@@ -25,6 +25,9 @@ WAIT_S = 120.0 if not SOAK else 1200.0
 
 POLL_S = 0.003
 
+LOOK_S = 0.03
+"""How often all processes of the system are looked through: that takes milliseconds itself."""
+
 
 def plain(program: str, *arguments: object) -> list[str]:
     """The command that runs one of ``programs/`` in a plain process."""
@@ -38,15 +41,20 @@ def ranks(program: str, *arguments: object, restarts: int = 0) -> list[str]:
 
 
 def wait_for(
-    until: Callable[[], bool], what: str, *, wait_s: float = WAIT_S, say: Callable[[], str] = str
+    until: Callable[[], bool],
+    what: str,
+    *,
+    wait_s: float = WAIT_S,
+    say: Callable[[], str] = str,
+    poll_s: float = POLL_S,
 ) -> None:
     """Wait for a condition. Fails the test where it does not come true in time; ``say`` adds what
-    people need then."""
+    people need then. ``poll_s``: longer for what is dear to look at."""
     deadline_s = time.monotonic() + wait_s
     while not until():
         if time.monotonic() > deadline_s:
             pytest.fail(f"not within {wait_s:.0f} s: {what}\n{say()}")
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
 
 
 @dataclass
@@ -244,7 +252,11 @@ class Fleet:
         """Wait until no process is left, then look that nothing else is: no job's folder, no shared
         memory by name."""
         wait_for(
-            lambda: not self.members(), "the end of all processes", wait_s=wait_s, say=self.describe
+            lambda: not self.members(),
+            "the end of all processes",
+            wait_s=wait_s,
+            say=self.describe,
+            poll_s=LOOK_S,
         )
         left = (
             [str(path.relative_to(self.runtime)) for path in self.runtime.rglob("*")]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.jobs import POLL_S, WAIT_S, Job, Results, plain, wait_for
+from kit.jobs import LOOK_S, POLL_S, WAIT_S, Job, Results, plain, wait_for
 from kit.template import Program, run
 
 TTL_S = 2.0
@@ -36,16 +36,17 @@ class Machine:
     def mark(self) -> bytes:
         return f"CKPT_RUNTIME_DIR={self.folder / 'runtime'}".encode()
 
+    def has(self, pid: int) -> bool:
+        """Whether a living process is one of this machine's."""
+        try:
+            return self.mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            return False
+
     def members(self) -> list[int]:
         """Every living process of this machine."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdecimal() and self.mark in (entry / "environ").read_bytes().split(
-                    b"\0"
-                ):
-                    found.append(int(entry.name))
-        return found
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+        return [pid for pid in pids if self.has(pid)]
 
     def stop(self) -> None:
         """Everything stands still: so that several machines can be killed at the same moment."""
@@ -70,7 +71,7 @@ class Machine:
         for path in (self.folder / "runtime").glob("*/job.json"):
             with contextlib.suppress(OSError, ValueError):
                 pid = int(json.loads(path.read_text())["pid"])
-                if pid in self.members():
+                if self.has(pid):
                     return pid
         return 0
 
@@ -126,9 +127,10 @@ class Cluster:
         before: Sequence[str] = (),
         host: str = "",
         more: Mapping[str, object] | None = None,
+        cwd: Path | None = None,
     ) -> Machine:
         """Start the program on one more machine. ``before``: what puts it there; ``host``: its
-        address there; ``more``: what its launcher says besides."""
+        address there; ``more``: what its launcher says besides; ``cwd``: where it starts."""
         number = len(self.machines)
         machine = Machine(f"m{number}", self.folder / f"m{number}")
         machine.folder.mkdir()
@@ -157,6 +159,7 @@ class Cluster:
             machine.process = Program(
                 [*before, *plain(program, self.results, *arguments)],
                 env=environment,
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -175,7 +178,7 @@ class Cluster:
     def of_rank(self, rank: int) -> Machine:
         """The machine that holds a rank now."""
         pid = self.job.trainer(rank)
-        found = next((machine for machine in self.machines if pid in machine.members()), None)
+        found = next((machine for machine in self.machines if machine.has(pid)), None)
         assert found is not None, f"nobody holds rank {rank}\n{self.output()}"
         return found
 
@@ -229,6 +232,7 @@ class Cluster:
             "the end of keepers",
             wait_s=wait_s,
             say=self.output,
+            poll_s=LOOK_S,
         )
 
     def output(self) -> str:

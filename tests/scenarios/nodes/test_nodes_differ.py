@@ -13,12 +13,12 @@ from kit.machines import Cluster, Machine, cluster
 
 import ckpt
 
-STEPS = 200
-ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.1)
-RUNNING = 5
+STEPS = 100
+ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.2)
+RUNNING = 3
 """Steps after which the job runs."""
 REFUSED = ckpt.errors.UsageError.exit_code
-REDONE_MAX = 25
+REDONE_MAX = 12
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_relative_store_in_different_working_directories_is_two_stores(
     one = made(nodes="2")
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-        one.start(*ARGUMENTS, "--store", "runs/a", before=["env", "-C", str(tmp_path / name)])
+        one.start(*ARGUMENTS, "--store", "runs/a", cwd=tmp_path / name)
     assert set(one.wait_end().values()) == {REFUSED}, one.output()
     for machine in one.machines:
         assert "absolute paths" in said(machine), one.output()

@@ -16,8 +16,8 @@ import ckpt
 
 PREEMPTED = 128 + signal.SIGTERM
 NOT_DURABLE = 75
-BEGUN = 20
-STEPS = 200
+BEGUN = 10
+STEPS = 100
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_all_nodes_stop_durable_at_one_step_when_one_of_them_is_asked_to_go(
 ) -> None:
     with cluster(tmp_path / "cluster", nodes="2") as made:
         for _ in range(2):
-            made.start(10_000, "--every", 100_000, "--step-s", 0.03)
+            made.start(10_000, "--every", 100_000, "--step-s", 0.06)
         made.wait_steps(BEGUN)
         asked = made.of_rank(rank).process
         assert asked is not None
@@ -47,7 +47,7 @@ def test_standby_goes_on_in_the_place_of_a_node_that_is_asked_to_go(
 ) -> None:
     with cluster(tmp_path / "cluster", nodes="2") as made:
         for _ in range(3):
-            made.start(STEPS, "--every", 100_000, "--step-s", 0.05)
+            made.start(STEPS, "--every", 100_000, "--step-s", 0.1)
         made.wait_steps(BEGUN)
         asked, stays = made.of_rank(rank), made.of_rank(1 - rank)
         assert asked.process is not None and stays.process is not None
@@ -77,7 +77,7 @@ def test_keepers_bring_to_a_slow_store_what_all_nodes_had_when_they_were_asked_t
         disks.disk(made.results / "store", tmp_path / "store.img") as store,
     ):
         for _ in range(2):
-            made.start(10_000, "--every", 100_000, "--step-s", 0.05, "--grace", "2s")
+            made.start(10_000, "--every", 100_000, "--step-s", 0.1, "--grace", "2s")
         made.wait_steps(BEGUN)
         store.stall(60.0)
         for machine in made.machines:

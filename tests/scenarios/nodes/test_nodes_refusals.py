@@ -24,12 +24,12 @@ from ckpt.cluster.secret import read_secret
 from ckpt.errors import FencedError, StoreDeniedError
 from ckpt.ipc.runtime_dir import JobFolder
 
-STEPS = 5_000 if SOAK else 500
-FUZZ_AT, UNDISTURBED = 20, 30
+STEPS = 2_500 if SOAK else 250
+FUZZ_AT, UNDISTURBED = 10, 15
 """From which step on it is disturbed, and how many steps its nodes have afterwards to bring their
 mirrors up to date."""
-REDONE_MAX = 25
-ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.1)
+REDONE_MAX = 12
+ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.2)
 TURNS = 3000 if SOAK else 60
 GROWTH_BYTES_MAX = 128 << 20
 """What the keeper may have grown by: its connections' bounds (``peer.server``, ``keeper.peers``),

@@ -20,13 +20,13 @@ from kit.template import Program
 
 import ckpt
 
-STEPS = 200
-KILL_AT = 30
-REDONE_MAX = 25
+STEPS = 100
+KILL_AT = 15
+REDONE_MAX = 12
 """Steps since the last pair that was on another node: far fewer than all, which the store would
 leave."""
 
-ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.1)
+ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.2)
 BALLAST_MIB = 1
 ELSEWHERE = "192.0.2.7"
 """An address of nobody (RFC 5737)."""
@@ -63,7 +63,7 @@ def test_on_the_way_state_is_read_in_the_clear_and_not_over_tls(
     secret = tmp_path / "secret"
     secret.touch(mode=0o600)
     secret.write_text(os.urandom(32).hex())
-    arguments = (STEPS, "--every", 1000, "--step-s", 0.1, "--ballast-mib", BALLAST_MIB)
+    arguments = (*ARGUMENTS, "--ballast-mib", BALLAST_MIB)
     with (
         cluster(tmp_path / "cluster", nodes="2", secret=secret) as one,
         listening(lan, tmp_path / "heard.json") as heard,
