@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from kit.agents import TESTS, Etcd
-from kit.jobs import PROGRAMS, Fleet, Job, wait_for
+from kit.jobs import LOOK_S, PROGRAMS, Fleet, Job, wait_for
 from kit.template import run
 
 from ckpt.errors import FencedError
@@ -101,7 +101,7 @@ def test_an_undecorated_program_goes_on_when_an_agent_was_killed_and_came_back(
         "--max-restarts=3",
         "--rdzv-conf=ttl=1,join_timeout=200",
     ]
-    nodes = [start(launcher, PLAIN, out, 400) for _ in range(2)]
+    nodes = [start(launcher, PLAIN, out, 200) for _ in range(2)]
     wait_for(lambda: len(lines(out, 1)) > 5, "both train", wait_s=WAIT_S, say=say(nodes))
     pid = int(
         [line for line in (out / "pids.txt").read_text().splitlines() if line.startswith("0 ")][
@@ -111,12 +111,12 @@ def test_an_undecorated_program_goes_on_when_an_agent_was_killed_and_came_back(
     dead = next(node for node in nodes if node.has(pid))
     dead.fleet.kill_all()
     done = [len(lines(out, rank)) for rank in range(2)]
-    nodes = [next(node for node in nodes if node is not dead), start(launcher, PLAIN, out, 400)]
+    nodes = [next(node for node in nodes if node is not dead), start(launcher, PLAIN, out, 200)]
     assert finished(nodes) == [0, 0], say(nodes)()
     for rank in range(2):
         assert all(line[1:3] == ["2", "2"] for line in lines(out, rank))
-        assert [int(line[0]) for line in lines(out, rank)[-400:]] == list(range(400))
-        assert len(lines(out, rank)) >= 400 + done[rank]
+        assert [int(line[0]) for line in lines(out, rank)[-200:]] == list(range(200))
+        assert len(lines(out, rank)) >= 200 + done[rank]
 
 
 def losses(folder: Path, rank: int) -> int:
@@ -139,8 +139,8 @@ def test_a_warm_standby_takes_over_and_the_other_agents_notice_nothing(
         "--nnodes=2",
         "--nproc-per-node=1",
     ]
-    nodes = [start(launcher, STEADY, out, 600, "--step-s", 0.1) for _ in range(3)]
-    _lose_a_node(nodes, out, 600, warm=True)
+    nodes = [start(launcher, STEADY, out, 300, "--step-s", 0.2) for _ in range(3)]
+    _lose_a_node(nodes, out, 300, warm=True)
 
 
 @pytest.mark.slow
@@ -159,8 +159,8 @@ def test_a_standby_that_waits_takes_over_over_etcd(
         "--nproc-per-node=1",
         f"--rdzv-conf=ttl=5,standby=wait,secret={secret}",
     ]
-    nodes = [start(launcher, STEADY, out, 600, "--step-s", 0.1) for _ in range(3)]
-    _lose_a_node(nodes, out, 600, warm=False)
+    nodes = [start(launcher, STEADY, out, 300, "--step-s", 0.2) for _ in range(3)]
+    _lose_a_node(nodes, out, 300, warm=False)
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
         "--nproc-per-node=1",
         f"--rdzv-conf=ttl=5,secret={secret}",
     ]
-    nodes = [start(launcher, STEADY, out, 800, "--step-s", 0.1) for _ in range(2)]
+    nodes = [start(launcher, STEADY, out, 400, "--step-s", 0.2) for _ in range(2)]
 
     def theirs() -> set[int]:
         return set(etcd.leases()) - before
@@ -188,11 +188,13 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
     def settled(but: set[int]) -> bool:
         return len(theirs()) == 2 and theirs() - but != set()
 
-    wait_for(lambda: losses(out, 1) > 20, "both train", wait_s=WAIT_S, say=say(nodes))
-    wait_for(lambda: settled(set()), "one lease a node", wait_s=WAIT_S, say=say(nodes))
+    wait_for(lambda: losses(out, 1) > 10, "both train", wait_s=WAIT_S, say=say(nodes))
+    wait_for(
+        lambda: settled(set()), "one lease a node", wait_s=WAIT_S, say=say(nodes), poll_s=LOOK_S
+    )
     leases, done = theirs(), losses(out, 1)
     wait_for(
-        lambda: losses(out, 1) > done + 80,
+        lambda: losses(out, 1) > done + 40,
         "they go on for longer than a lease",
         wait_s=WAIT_S,
         say=say(nodes),
@@ -205,11 +207,12 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
         "one lease a node with the next keeper",
         wait_s=WAIT_S,
         say=say(nodes),
+        poll_s=LOOK_S,
     )
     (out / "hurry").touch()
     assert finished(nodes) == [0, 0], say(nodes)()
     assert "asked-back" not in say(nodes)()
-    wait_for(lambda: not theirs(), "no lease is left", wait_s=WAIT_S)
+    wait_for(lambda: not theirs(), "no lease is left", wait_s=WAIT_S, poll_s=LOOK_S)
 
 
 def _lose_a_node(nodes: list[Node], out: Path, steps: int, *, warm: bool) -> None:
@@ -217,12 +220,13 @@ def _lose_a_node(nodes: list[Node], out: Path, steps: int, *, warm: bool) -> Non
     still the same."""
     trainer = nodes[0].job  # reads what ranks say of themselves, wherever they are
     job = Job(trainer.process, out)
-    wait_for(lambda: losses(out, 1) > 20, "both train", wait_s=WAIT_S, say=say(nodes))
+    wait_for(lambda: losses(out, 1) > 10, "both train", wait_s=WAIT_S, say=say(nodes))
     wait_for(
         lambda: sum(node.runs(STEADY) for node in nodes) == (3 if warm else 2),
         "the workers run",
         wait_s=WAIT_S,
         say=say(nodes),
+        poll_s=LOOK_S,
     )
     supervisor = job.supervisor(0)
     dead = next(node for node in nodes if node.has(job.trainer(1)))
@@ -276,13 +280,13 @@ def test_job_that_another_one_fenced_ends_and_is_not_started_again_to_fence_it_b
             "--rdzv-conf=ttl=1,last_call_timeout=0",
         ]
         store = outs[0] / "store"
-        arguments = (3000, "--step-s", 0.05, "--every", 5, "--store", store)
+        arguments = (600, "--step-s", 0.2, "--every", 5, "--store", store)
         nodes.append(start(launcher, STEADY, out, *arguments))
-        wait_for(lambda out=out: losses(out, 0) > 10, "it trains", wait_s=WAIT_S, say=say(nodes))
+        wait_for(lambda out=out: losses(out, 0) > 5, "it trains", wait_s=WAIT_S, say=say(nodes))
     fenced, other = nodes
     assert fenced.job.wait_end(WAIT_S) == FencedError.exit_code, say(nodes)()
     assert "no restart follows" in fenced.output
     done = losses(outs[1], 0)
     (outs[1] / "hurry").touch()
     assert other.job.wait_end(WAIT_S) == 0, say(nodes)()
-    assert done > 10 and "FencedError" not in other.output
+    assert done > 5 and "FencedError" not in other.output

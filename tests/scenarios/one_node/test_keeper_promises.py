@@ -7,6 +7,7 @@ import json
 import random
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,17 @@ def calm_run(fleet: Fleet, command: list[str]) -> Job:
     calm = fleet.start(command, "calm")
     assert calm.wait_end() == 0, f"{calm.output()}\n{fleet.describe()}"
     return calm
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    """All steps of the little training, undisturbed."""
+    fleet = Fleet(tmp_path_factory.mktemp("calm"))
+    try:
+        yield calm_run(fleet, plain("steady.py", "{folder}", STEPS))
+        fleet.wait_gone()
+    finally:
+        fleet.kill_all()
 
 
 @pytest.mark.slow
@@ -121,12 +133,11 @@ def test_second_sigterm_ends_at_once_and_the_newest_complete_pair_becomes_durabl
 
 @pytest.mark.slow
 def test_second_run_of_a_job_that_lives_is_refused_and_the_first_goes_on_unharmed(
-    fleet: Fleet,
+    fleet: Fleet, calm: Job
 ) -> None:
     # It takes far longer than the ten seconds that the second waits for a launch which may just be
     # ending.
     command = plain("steady.py", fleet.folder / "first", STEPS, "--step-s", 0.8)
-    calm = calm_run(fleet, plain("steady.py", "{folder}", STEPS))
     first = fleet.start(command, "first")
     first.wait_steps(3)
     second = fleet.start(command, "second")
@@ -142,9 +153,8 @@ def test_second_run_of_a_job_that_lives_is_refused_and_the_first_goes_on_unharme
 
 
 @pytest.mark.slow
-def test_two_jobs_on_one_machine_do_not_disturb_each_other(fleet: Fleet) -> None:
+def test_two_jobs_on_one_machine_do_not_disturb_each_other(fleet: Fleet, calm: Job) -> None:
     command = plain("steady.py", "{folder}", STEPS)
-    calm = calm_run(fleet, command)
     jobs = [fleet.start([*command, "--step-s", "0.3"], name) for name in ("one", "other")]
     for job in jobs:
         job.wait_steps(5)

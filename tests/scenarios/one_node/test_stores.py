@@ -24,8 +24,8 @@ from kit.servers.s3 import Gateway, Moto
 
 from ckpt.format.keys import JOB_KEY
 
-STEPS, EVERY = 400 if not SOAK else 2400, 10
-PAUSE_S = 0.1
+STEPS, EVERY = 200 if not SOAK else 1200, 5
+PAUSE_S = 0.2
 """Between two steps of a run that is disturbed, until it is told to hurry: it lasts longer than any
 store's recovery."""
 
