@@ -55,7 +55,7 @@ class FoldBuilder:
 
     It shares the state's index until a record changes it, and copies it then: O(1) to make and for
     a record that is void, one copy of a dict for the first one that counts. Used in this module
-    only. It has one attribute for each field of ``LogState``, hence so many.
+    only, once each. It has one attribute for each field of ``LogState``, hence so many.
     """
 
     __slots__ = (
@@ -95,13 +95,10 @@ class FoldBuilder:
         self._write_ids = Counter(state.recent)
 
     def freeze(self, before: LogState) -> LogState:
-        """The state as it is now."""
+        """The state as it is now. The last call: the state shares the dicts from here on."""
         if self._owned:
             opens, snapshots = tuple(self.opens.values()), tuple(self.snapshots.values())
             index = LogIndex(opens, snapshots, self.opens, self.snapshots, self.steps)
-            # What was handed on is frozen: the next change copies again.
-            self._owned = False
-            self._own_steps = set()
         else:
             opens, snapshots, index = before.opens, before.snapshots, before.index
         return replace(
@@ -150,14 +147,14 @@ class FoldBuilder:
     def commit(self, entry: Committed) -> None:
         """Apply a ``commit`` that counts."""
         pair = entry.snapshot
-        self._own(pair.epoch)
+        self._own_captured(pair.epoch)
         self.snapshots[pair] = entry
         self.steps[pair.epoch][pair.step] = None
         self.opens[pair.epoch] = replace(self.opens[pair.epoch], last_step=pair.step)
 
     def drop(self, pair: SnapshotId) -> None:
         """Remove a snapshot."""
-        self._own(pair.epoch)
+        self._own_captured(pair.epoch)
         del self.snapshots[pair]
         del self.steps[pair.epoch][pair.step]
 
@@ -175,17 +172,19 @@ class FoldBuilder:
         index = LogIndex((), (), self.opens, self.snapshots, self.steps)
         return index.newest(self.epoch) or max(self.snapshots, default=None)
 
-    def _own(self, epoch: int | None = None) -> None:
-        """Make the dicts, and the steps of one captured epoch, this fold's own to change."""
+    def _own(self) -> None:
+        """Make the dicts this fold's own to change."""
         if not self._owned:
-            self.opens, self.snapshots, self.steps = (
-                self.opens.copy(),
-                self.snapshots.copy(),
-                self.steps.copy(),
-            )
+            self.opens = self.opens.copy()
+            self.snapshots = self.snapshots.copy()
+            self.steps = self.steps.copy()
             self._owned = True
-        if epoch is not None and epoch not in self._own_steps:
-            self.steps[epoch] = dict(self.steps.get(epoch, {}))
+
+    def _own_captured(self, epoch: int) -> None:
+        """Make the dicts, and the steps of one captured epoch, this fold's own to change."""
+        self._own()
+        if epoch not in self._own_steps:
+            self.steps[epoch] = self.steps.get(epoch, {}).copy()
             self._own_steps.add(epoch)
 
 
@@ -280,7 +279,7 @@ def _refuse_commit(log: FoldBuilder, writer_epoch: int, body: Commit) -> VoidRea
     pair = body.snapshot
     if writer_epoch < log.epoch:
         return (
-            "superseded" if superseded(log.opens, writer_epoch, log.epoch) else "fenced",
+            "superseded" if superseded(log.opens, writer_epoch) else "fenced",
             f"a newer epoch is open. writer={writer_epoch} newest={log.epoch}",
         )
     if writer_epoch > log.epoch:

@@ -97,47 +97,54 @@ def decide(
     store. ``voted``: the stores gave out the position, so a record that is not on all of them was
     acknowledged only if it is at settled keys.
     """
-    # A record is written only after its predecessor counts, so a successor proves what counts here,
-    # however few copies are left.
-    held = {d for one in readings for d in (one.record, one.settled, one.later)}
-    if len(both := held.intersection(followed)) > 1:
-        return Unclear(tuple(sorted(both)), forked=True)
-    for digest in sorted(followed):
-        settled_copies = sum(reading.settled == digest for reading in readings)
-        record_copies = sum(reading.record == digest for reading in readings)
-        if settled_copies or record_copies:
-            return Taken(digest, max(settled_copies, record_copies), settled=settled_copies > 0)
-        if any(reading.later == digest for reading in readings):
-            return Taken(digest, 0, settled=True)
     if followed:
-        return Vacant()  # none of these stores has the record that counts
+        return _followed(readings, followed)
     last = max(readings, key=lambda reading: reading.later_round, default=None)
-    unsure = sum(not reading.sure for reading in readings)
-    damaged = any(reading.damaged for reading in readings)
+    # Whether damage, with the silent stores, may hide a record that was on W stores.
+    hidden = quorum <= sum(not reading.sure for reading in readings) and any(
+        reading.damaged for reading in readings
+    )
     if last is not None and last.later:
         # What the last round settled is what all earlier ones settled, if they settled anything.
         # Acknowledged are only copies at the settled key of the first round.
         copies = sum(reading.settled == last.later for reading in readings)
-        if copies < quorum <= unsure and damaged:
+        if copies < quorum and hidden:
             return Unclear((last.later,))
         return Taken(last.later, copies, settled=True)
     # One record at most is settled in a round, so that key is read first.
     settled = _possible([reading.settled for reading in readings], readings, quorum)
     if settled:
-        if len(settled) == 1 and max(settled.values()) < quorum <= unsure and damaged:
-            return Unclear(tuple(settled))  # a later round may have settled another record
-        return _only(settled, settled_key=True)
+        position = _only(settled, settled_key=True)
+        if isinstance(position, Taken) and position.copies < quorum and hidden:
+            return Unclear((position.digest,))  # a later round may have settled another record
+        return position
     records = _possible([reading.record for reading in readings], readings, quorum)
     if written := {reading.settled for reading in readings if reading.settled}:
         # A settled copy on fewer than W stores: its writer knew that nothing else can count, and
         # has not finished.
         records = {digest: count for digest, count in records.items() if digest in written}
-    elif max(records.values(), default=0) < quorum <= unsure and damaged:
-        # Another record may have been on W stores, some of which hold only damage now.
+    elif max(records.values(), default=0) < quorum and hidden:
         return Unclear(tuple(sorted(records)))
     if voted and len(records) > 1:
         return Vacant()  # none is on all stores or settled: none was acknowledged
     return _only(records, settled_key=False)
+
+
+def _followed(readings: Sequence[PositionReading], followed: Collection[str]) -> Position:
+    """A record is written only after its predecessor counts, so a successor proves what counts,
+    however few copies are left."""
+    held = {digest for one in readings for digest in {one.record, one.settled, one.later}}
+    both = sorted(held.intersection(followed))
+    if not both:
+        return Vacant()  # none of these stores has the record that counts
+    if len(both) > 1:
+        return Unclear(tuple(both), forked=True)
+    (digest,) = both
+    settled_copies = sum(reading.settled == digest for reading in readings)
+    record_copies = sum(reading.record == digest for reading in readings)
+    # Where it is at neither key, a later round settled it.
+    settled = settled_copies > 0 or record_copies == 0
+    return Taken(digest, max(settled_copies, record_copies), settled)
 
 
 def _possible(
@@ -213,13 +220,15 @@ def contest(
     if counts[mine] >= quorum:
         return Won(counts[mine] == len(votes))
     best = winner(counts)
-    if best is not None and counts[best] >= quorum:
+    if best is None:
+        return Undecided()
+    if counts[best] >= quorum:
         return Beaten(best)
     # A split has one winner only if every vote is known: with one unknown, two writers could count
     # different votes and find different winners.
-    if best is not None and counts.total() == len(votes):
+    if counts.total() == len(votes):
         return Split(best)
-    return Divided(best) if best is not None and counts.total() >= quorum else Undecided()
+    return Divided(best) if counts.total() >= quorum else Undecided()
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,18 +251,18 @@ class NextRound:
 def conclude(held: Sequence[str | None], quorum: int) -> Settled | NextRound | Undecided:
     """What a round settled. ``held``: for each store the digest at the round's settled key.
 
-    Empty if the key is closed, None if unknown.
+    Empty if the key is closed, None if unknown; stores that nothing is known of may be left out.
     """
     counts = Counter(digest for digest in held if digest)
-    best = winner(counts)
-    if best is not None and counts[best] >= quorum:
+    best = winner(counts) or ""
+    if counts[best] >= quorum:
         return Settled(best)
     if sum(digest is not None for digest in held) < quorum:
         return Undecided()
     # Of W known keys at least one is among the W that a settled record needs: if none of them holds
     # a record, none was settled. Different records at the first round's keys mean that a later
     # round settled one of them, and then any vote will do here.
-    return NextRound(best or "")
+    return NextRound(best)
 
 
 def contest_among_survivors(
@@ -314,7 +323,7 @@ class StoreRecords:
 
     def last(self) -> int:
         """The last position at which it holds anything; -1 for none."""
-        return max((*self.records, *self.settled, *self.damaged, *self.later), default=-1)
+        return max({*self.records, *self.settled, *self.damaged, *self.later}, default=-1)
 
     def all_at(self, seq: int) -> Iterator[Record]:
         """The valid records that it holds at one position, those of later rounds last."""

@@ -92,14 +92,14 @@ class QuorumSequencer:
         self._full = dict(full)
         self._quorum = quorum
         self._absent = absent
-        self._rounds_max = ROUNDS_MAX if rounds else 1
+        self._rounds = rounds
         self._survivors = survivors
 
     def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """Returns once all stores hold the record, or W hold it at its settled key too."""
-        mine = vote = _digest(data, seq)
+        mine = vote = decode_record(data).digest
         bytes_of = {mine: data}
-        for number in range(self._rounds_max):
+        for number in range(ROUNDS_MAX if self._rounds else 1):
             vote_key, settled_key = keys.round_keys(seq, number)
             answers = self._replicas.create(
                 vote_key, bytes_of[vote], self._full, self._quorum, vote=True
@@ -115,13 +115,13 @@ class QuorumSequencer:
                     digest = vote
                 case Beaten(digest) | Split(digest):
                     pass
-                case Divided(digest) if self._rounds_max > 1:
+                case Divided(digest) if self._rounds:
                     pass
                 case _:
                     return self._unknown("too few stores answered.", answers)
             answers = self._settle(settled_key, outcome, bytes_of[digest], seq, number)
             held = _learn(answers, seq, bytes_of)
-            match conclude(held + [None] * self._absent, self._quorum):
+            match conclude(held, self._quorum):
                 case Settled(winner):
                     won = bytes_of[winner]
                     if number and (doubt := self._settle_first(seq, won)) is not None:
@@ -190,12 +190,12 @@ def settle_anyway(
     """
     key = keys.settled_key(seq)
     answers = replicas.create(key, data, full, quorum)
-    others = {
-        number: full[number]
-        for number, answer in answers.items()
-        if answer != data and _settled_digest(answer, seq) is not None
-    }
-    if others and count_copies(data, answers) < quorum:
+    if count_copies(data, answers) < quorum:
+        others = {
+            number: full[number]
+            for number, answer in answers.items()
+            if answer != data and _digest(answer, seq) is not None
+        }
         answers |= replicas.overwrite(key, data, others, len(others))
     return answers
 
@@ -231,10 +231,7 @@ class CopyingSequencer:
         answers = self._replicas.create(keys.log_key(seq), winner, self._full, self._quorum)
         if count_copies(winner, answers) >= self._quorum:
             return result
-        others = sum(
-            isinstance(answer, bytes) and answer != winner and _digest(answer, seq) != ""
-            for answer in answers.values()
-        )
+        others = sum(answer != winner and bool(_digest(answer, seq)) for answer in answers.values())
         if len(self._full) + self._absent - others < self._quorum:
             # So many stores hold another record that ours can never be on W of them.
             raise FencedError(
@@ -269,14 +266,14 @@ def _learn(
     """
     found: list[str | None] = []
     for answer in answers.values():
-        digest = _settled_digest(answer, seq)
+        digest = _digest(answer, seq)
         if digest and isinstance(answer, bytes):
             bytes_of[digest] = answer
         found.append(digest)
     return found
 
 
-def _settled_digest(answer: bytes | NoAnswer, seq: int) -> str | None:
+def _digest(answer: bytes | NoAnswer, seq: int) -> str | None:
     """The digest of a valid record of this position, empty for a closed round; else None."""
     if isinstance(answer, NoAnswer):
         return None
@@ -287,18 +284,6 @@ def _settled_digest(answer: bytes | NoAnswer, seq: int) -> str | None:
     if content.seq != seq:
         return None
     return content.digest if isinstance(content, Record) else ""
-
-
-def _digest(answer: bytes | NoAnswer, seq: int) -> str:
-    """The digest of a valid record of this position; empty for anything else, which may be any
-    record."""
-    if isinstance(answer, NoAnswer):
-        return ""
-    try:
-        record = decode_record(answer)
-    except (IntegrityError, FormatVersionError):
-        return ""
-    return record.digest if record.seq == seq else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,7 +454,7 @@ class ReplicatedLog:
         records: dict[str, Record] = {}
         for settled in (True, False):
             for answer in self._replicas.read_position(seq, settled=settled):
-                if (digest := _settled_digest(answer, seq)) and isinstance(answer, bytes):
+                if (digest := _digest(answer, seq)) and isinstance(answer, bytes):
                     records[digest] = decode_record(answer)
                     copies[settled, digest] += 1
         best_first = sorted(copies, key=lambda held: (held[0], copies[held], held[1]), reverse=True)

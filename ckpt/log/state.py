@@ -212,7 +212,7 @@ class LogState:
     def superseded_since(self, epoch: int) -> bool:
         """Whether the newest epoch belongs to a later membership epoch of the job that opened
         ``epoch``."""
-        return superseded(self.index.opens, epoch, self.epoch)
+        return superseded(self.index.opens, epoch)
 
     @property
     def tags(self) -> dict[str, SnapshotId]:
@@ -274,11 +274,12 @@ class LogState:
         return replace(self, hole=None, short="")
 
 
-def superseded(opens: Mapping[int, OpenedEpoch], epoch: int, newest: int) -> bool:
-    """Whether ``newest`` belongs to a later membership epoch of the job that opened ``epoch``."""
-    if epoch not in opens or newest not in opens:
+def superseded(opens: dict[int, OpenedEpoch], epoch: int) -> bool:
+    """Whether the newest of ``opens``, which ascend, belongs to a later membership epoch of the job
+    that opened ``epoch``."""
+    if epoch not in opens:
         return False
-    later = opens[newest].membership
+    later = opens[next(reversed(opens))].membership
     return later is not None and later.supersedes(opens[epoch].membership)
 
 

@@ -4,6 +4,7 @@ by case."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -23,6 +24,7 @@ from ckpt.log.quorum import (
     Won,
     conclude,
     contest,
+    contest_among_survivors,
     decide,
     is_placeholder,
     placeholder_id,
@@ -37,6 +39,7 @@ NONE, SILENT, ROT = (
 )
 HAS_A, HAS_B, HAS_C = PositionReading(A), PositionReading(B), PositionReading(C)
 SETTLED_A, BOTH_A = PositionReading(settled=A), PositionReading(A, A)
+ROT_SETTLED_A = PositionReading(settled=A, damaged=True)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,9 @@ def test_a_record_counts_that_is_or_may_be_on_enough_stores(
         ([SETTLED_A, SETTLED_A, HAS_A], {A}, Taken(A, 2, True)),
         ([SETTLED_A, NONE, HAS_B], {A}, Taken(A, 1, True)),
         ([HAS_B, HAS_A, NONE], {B, A}, Unclear((A, B), forked=True)),
+        ([SETTLED_A, HAS_B, NONE], {B, A}, Unclear((A, B), forked=True)),
+        ([PositionReading(C, "", B, 1), HAS_A, NONE], {A, B}, Unclear((A, B), forked=True)),
+        ([PositionReading(A, "", B, 1), HAS_A, NONE], {B, C}, Taken(B, 0, True)),
         ([HAS_B, HAS_B, NONE], {B, A}, Taken(B, 2, False)),
     ],
 )
@@ -196,6 +202,14 @@ def test_a_divided_vote_was_told_to_nobody(seen: list[PositionReading], found: P
         ([PositionReading(A, "", A, 1), ROT, SILENT], Unclear((A,))),
         ([PositionReading(A, A), ROT, SILENT], Unclear((A,))),
         ([PositionReading(A, A), ROT, NONE], Taken(A, 1, True)),
+        # Enough damage may hide a round after the last that is seen, unless what that one settled
+        # is at W settled keys of the first.
+        ([PositionReading(A, "", A, 1), ROT, NONE], Taken(A, 0, True)),
+        ([PositionReading(A, "", A, 1), SILENT, SILENT], Taken(A, 0, True)),
+        ([PositionReading(A, A), SILENT, SILENT], Taken(A, 1, True)),
+        ([ROT_SETTLED_A, ROT_SETTLED_A, NONE], Taken(A, 2, True)),
+        ([replace(ROT_SETTLED_A, later=A, later_round=1)] * 2 + [NONE], Taken(A, 2, True)),
+        ([SETTLED_A, PositionReading(settled=B, damaged=True), SILENT], Unclear((A, B))),
     ],
 )
 def test_what_the_last_round_settled_goes_before_what_earlier_ones_did(
@@ -206,6 +220,27 @@ def test_what_the_last_round_settled_goes_before_what_earlier_ones_did(
 
 def test_what_only_a_later_round_holds_is_found_where_it_is_followed() -> None:
     assert decide([PositionReading(A, "", B, 1), HAS_A, HAS_A], 2, {B}) == Taken(B, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("votes", "first", "found"),
+    [
+        ([], False, Undecided()),
+        ([None], False, Undecided()),
+        ([A, None], False, Undecided()),
+        ([A, None], True, Undecided()),
+        ([A], True, Divided(A)),
+        ([A, A], True, Divided(A)),
+        ([A], False, Beaten(A)),
+        ([A, A], False, Beaten(A)),
+        ([A, B], False, Divided(A)),
+        ([B, A, B], False, Divided(B)),
+    ],
+)
+def test_the_survivors_of_lost_stores_decide_together_and_not_in_the_first_round(
+    votes: list[str | None], first: bool, found: object
+) -> None:
+    assert contest_among_survivors(votes, first=first) == found
 
 
 def test_a_claim_that_has_no_valid_record_wins_nothing() -> None:

@@ -362,6 +362,33 @@ def test_the_last_place_of_a_store_is_that_of_anything_it_holds(
     assert one.last() == last
 
 
+def test_a_store_lists_all_that_it_holds_at_a_place_those_of_later_rounds_last() -> None:
+    first, settled, later = (follow(LOG[:2], commit(step), by="x")[2] for step in (1, 2, 3))
+    one = StoreRecords(IDS[0], {2: first}, {2: settled}, later={2: (3, later)})
+    assert list(one.all_at(2)) == [first, settled, later] and one.last() == 2
+    assert one.at(2) == PositionReading(first.digest, settled.digest, later.digest, 3)
+    assert list(one.all_at(1)) == list(one.all_at(3)) == []
+    assert StoreRecords(IDS[0], later={7: (1, later)}).last() == 7
+
+
+def test_two_records_that_are_both_followed_are_two_histories_of_which_none_is_taken() -> None:
+    other = follow(LOG[:2], commit(7), commit(8), by="x")
+    found = read(held(0, *LOG), held(1, *other), held(2, *LOG[:2]))
+    assert found.state.without_hole() == upto(2) and found.state.hole is not None
+    assert (found.state.hole.seq, found.state.hole.reason) == (
+        2,
+        "two histories go on there: stores of the log were declared lost that were not. "
+        "stores=['u0', 'u1', 'u2'] name only those of the history that is to go on",
+    )
+
+
+def test_a_divided_vote_was_told_to_nobody_from_the_first_place_after_the_set_on() -> None:
+    """About position 0 the makers of a log may disagree on who votes; after it they do not."""
+    other = follow(LOG[:1], Open(1, None), by="x")[1]
+    found = read(held(0, *LOG[:2]), held(1, LOG[0], other), LATE)
+    assert found.state == upto(1) and not found.state.stale_reason
+
+
 def test_what_a_store_holds_at_a_place() -> None:
     one = held(0, LOG[0], LOG[1], settled=(LOG[1],), damaged=(2, 0))
     assert one.at(0) == PositionReading(LOG[0].digest, "", damaged=True)

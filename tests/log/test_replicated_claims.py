@@ -13,13 +13,19 @@ from ckpt.backends.checked import read_alone
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import FencedError, NotFoundError, UsageError
 from ckpt.format import keys
-from ckpt.format.records import Commit, make_record
+from ckpt.format.records import Closed, Commit, make_record
 from ckpt.format.store import JobRecord
 from ckpt.log.quorum import NoAnswer
 from ckpt.log.replicas import Enough, LogReplicas
-from ckpt.log.replicated import CopyingSequencer, QuorumSequencer, silent_stores
+from ckpt.log.replicated import (
+    ROUNDS_MAX,
+    CopyingSequencer,
+    QuorumSequencer,
+    settle_anyway,
+    silent_stores,
+)
 from ckpt.log.sequencers import Appended, KeyTaken, StoreSequencer, WriteUnknown
-from ckpt.testing.faults import Fault, FaultyBackend, Harm
+from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.values import SnapshotId
 
 T = TypeVar("T")
@@ -42,6 +48,8 @@ def digest_order() -> list[bytes]:
 
 FIRST, SECOND = digest_order()
 """Of a split between equals the first wins: its digest is smaller."""
+CLOSED = Closed(job="run-a", seq=SEQ, closed_round=0).encode()
+OTHER = record(3, seq=SEQ + 1)
 NEWER = FIRST.replace(b'"v":1', b'"v":9')
 
 
@@ -203,6 +211,12 @@ def test_the_makers_of_a_log_hold_no_further_rounds() -> None:
     found = QuorumSequencer(world.copies, world.ids, 2, absent=0, rounds=False).append(SEQ, FIRST)
     assert isinstance(found, WriteUnknown) and found.reason.startswith("too few stores answered.")
     assert world.at(SETTLED) == [None] * 3
+    split = Stores(*THREE[:2])
+    split.give(0, SECOND)
+    split.give(1, FIRST)
+    split.give(0, SECOND, key=SETTLED)
+    found = QuorumSequencer(split.copies, split.ids, 2, absent=0, rounds=False).append(SEQ, FIRST)
+    assert isinstance(found, WriteUnknown) and split.at(keys.round_keys(SEQ, 1)[0]) == [None] * 2
 
 
 def test_too_few_answers_are_unknown_and_say_who_is_silent() -> None:
@@ -237,6 +251,170 @@ def test_a_split_that_can_be_settled_on_too_few_stores_is_unknown() -> None:
     )
     again = world.claim(FIRST, quorum=2)
     assert again == Appended() and world.at(SETTLED) == [FIRST, FIRST]
+
+
+def _claim_at(
+    world: Stores, faults: Mapping[int, Sequence[Fault]], data: bytes
+) -> Appended | KeyTaken | WriteUnknown:
+    """Claim at two of the three stores, some of which fail."""
+    stores = [FaultyBackend(one, faults.get(n, ())) for n, one in enumerate(world.inner)]
+    return QuorumSequencer(LogReplicas(stores, OneByOne()), world.ids, 2, absent=0).append(
+        SEQ, data
+    )
+
+
+def _lost(key: str, *, skip: int = 0) -> Fault:
+    return Fault(harm=Harm.LOST_REQUEST, op="put", key=key, skip=skip, times=None)
+
+
+VOTE_1, SETTLED_1 = keys.round_keys(SEQ, 1)
+
+
+def test_a_winner_that_is_on_too_few_stores_is_put_to_no_further_round() -> None:
+    world = Stores(*THREE[:2])
+    world.give(0, SECOND)
+    world.give(1, FIRST)
+    stores = [world.inner[0], FaultyBackend(world.inner[1], [_lost(SETTLED)])]
+    copies = LogReplicas(stores, OneByOne())
+    found = QuorumSequencer(copies, world.ids, 2, absent=0).append(SEQ, FIRST)
+    assert isinstance(found, WriteUnknown) and found.reason.startswith(
+        "the record that counts is known, but on too few stores yet. silent=[memory:s1"
+    )
+    assert world.at(VOTE_1) == [None, None]
+
+
+@pytest.mark.parametrize(("mine", "found"), [(FIRST, Appended()), (SECOND, KeyTaken(FIRST))])
+def test_a_further_round_that_all_stores_agree_in_is_settled_at_the_keys_of_the_first(
+    mine: bytes, found: Appended | KeyTaken
+) -> None:
+    """Readers without rounds find there what counts."""
+    world = Stores(*THREE)
+    world.give(0, SECOND)
+    world.give(1, FIRST)
+    assert _claim_at(world, {2: [_lost(KEY)]}, mine) == found
+    assert world.at(VOTE_1) == world.at(SETTLED_1) == [FIRST] * 3
+    assert world.at(SETTLED) == [FIRST] * 3
+
+
+def test_a_further_round_whose_votes_differ_settles_nothing_though_all_are_known() -> None:
+    """Whoever was told that some of the stores are lost does not know their votes."""
+    world = Stores(*THREE)
+    third = record(4)
+    for number, data in enumerate((SECOND, FIRST, third)):
+        world.give(number, data, key=VOTE_1)
+    world.give(0, SECOND)
+    world.give(1, FIRST)
+    winner = min((FIRST, SECOND, third), key=lambda data: str(msgspec.json.decode(data)["digest"]))
+    found = _claim_at(world, {2: [_lost(KEY)]}, FIRST)
+    assert found == (Appended() if winner == FIRST else KeyTaken(winner))
+    closed = Closed(job="run-a", seq=SEQ, closed_round=1).encode()
+    assert world.at(SETTLED_1) == [closed] * 3
+    assert world.at(SETTLED) == [winner] * 3 == world.at(keys.round_keys(SEQ, 2)[1])
+
+
+def test_a_store_that_is_left_alone_closes_the_first_round_and_decides_the_second() -> None:
+    world = Stores(MemoryBackend)
+    world.give(0, SECOND)
+    alone = QuorumSequencer(world.copies, world.ids, 1, absent=0, survivors=True)
+    assert alone.append(SEQ, FIRST) == KeyTaken(SECOND)
+    assert world.at(VOTE_1) == world.at(SETTLED_1) == world.at(SETTLED) == [SECOND]
+    assert alone.append(SEQ, SECOND) == Appended()
+
+
+@pytest.mark.parametrize("votes", [2, 3])
+def test_a_further_round_that_another_writer_won_is_settled_for_it(votes: int) -> None:
+    world = Stores(*THREE)
+    world.give(0, SECOND)
+    world.give(1, FIRST)
+    for number in range(votes):
+        world.give(number, SECOND, key=VOTE_1)
+    assert _claim_at(world, {2: [_lost(KEY)]}, FIRST) == KeyTaken(SECOND)
+    assert world.at(SETTLED) == world.at(SETTLED_1) == [SECOND] * 3
+
+
+def test_what_a_further_round_settled_is_not_told_before_it_is_at_the_keys_of_the_first() -> None:
+    world = Stores(*THREE)
+    world.give(0, SECOND)
+    world.give(1, FIRST)
+    # The key of the first round is closed there, and can't be overwritten any more.
+    found = _claim_at(world, {1: [_lost(SETTLED, skip=1)], 2: [_lost(keys.LOG)]}, FIRST)
+    assert isinstance(found, WriteUnknown) and found.reason.startswith(
+        "the record that counts is known, but on too few stores yet. silent=[memory:s1"
+    )
+    assert world.at(SETTLED_1) == [FIRST, FIRST, None] and world.at(SETTLED)[0] == FIRST
+    assert world.claim(SECOND, quorum=2) == KeyTaken(FIRST)
+
+
+def test_a_writer_that_collides_in_every_round_gives_up_and_says_so() -> None:
+    world = Stores(*THREE, silent=[2])
+    for number in range(ROUNDS_MAX):
+        vote, _ = keys.round_keys(SEQ, number)
+        world.give(0, SECOND, key=vote)
+        world.give(1, FIRST, key=vote)
+    found = world.claim(FIRST, quorum=2)
+    assert isinstance(found, WriteUnknown) and found.reason.startswith(
+        "other writers came first in every round. silent=[memory:s2"
+    )
+    last, beyond = (keys.round_keys(SEQ, number) for number in (ROUNDS_MAX - 1, ROUNDS_MAX))
+    assert all(world.at(last[1])[:2]) and world.at(beyond[0]) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("held", "after", "puts"),
+    [
+        ([None, None, None], [FIRST, FIRST, FIRST], [1, 1, 1]),
+        ([FIRST, SECOND, None], [FIRST, SECOND, FIRST], [1, 1, 1]),
+        ([FIRST, SECOND, SECOND], [FIRST, FIRST, FIRST], [1, 2, 2]),
+        ([CLOSED, CLOSED, None], [FIRST, FIRST, FIRST], [2, 2, 1]),
+        ([FIRST, SECOND, b"rot"], [FIRST, FIRST, b"rot"], [1, 2, 1]),
+        ([FIRST, b"rot", OTHER], [FIRST, b"rot", OTHER], [1, 1, 1]),
+    ],
+    ids=["empty", "enough", "too few", "closed", "rot stays", "other position stays"],
+)
+def test_what_has_its_position_for_sure_takes_the_place_of_valid_records_where_it_must(
+    held: list[bytes | None], after: list[bytes | None], puts: list[int]
+) -> None:
+    """What is damaged may be the record itself: a scrub repairs it."""
+    world = Stores(*THREE)
+    for number, data in enumerate(held):
+        if data is not None:
+            world.give(number, data, key=SETTLED)
+    counted = [CountingBackend(one) for one in world.copies.stores]
+    settle_anyway(LogReplicas(counted, OneByOne()), SEQ, FIRST, world.ids, 2)
+    assert world.at(SETTLED) == after
+    assert [len(one.calls("put", prefix=SETTLED)) for one in counted] == puts
+
+
+def test_what_is_settled_in_the_first_round_is_written_once() -> None:
+    world = Stores(*THREE[:2])
+    stores = [CountingBackend(one) for one in world.inner]
+    copies = LogReplicas(stores, OneByOne())
+    assert QuorumSequencer(copies, world.ids, 2, absent=1).append(SEQ, FIRST) == Appended()
+    assert [len(store.calls("put", prefix=SETTLED)) for store in stores] == [1, 1]
+
+
+def test_a_round_is_closed_only_where_a_key_is_created_only_once() -> None:
+    """Elsewhere the closing could overwrite a record that was acknowledged."""
+    put: list[tuple[str, bytes]] = []
+
+    class Noted(Plain):
+        def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+            super().put(key, data, create_only=create_only)
+            put.append((key, b"".join(bytes(one) for one in data)))
+
+    world = Stores(MemoryBackend, MemoryBackend, Noted)
+    put.clear()
+    world.give(0, SECOND)
+    world.give(1, FIRST)
+    assert world.claim(FIRST, quorum=2) == Appended()
+    assert put and all(data == FIRST for _, data in put)
+
+
+def test_a_closed_round_where_a_vote_should_be_is_no_vote() -> None:
+    world = Stores(*THREE, silent=[2])
+    world.give(0, CLOSED)
+    found = world.claim(FIRST, quorum=2)
+    assert isinstance(found, WriteUnknown) and found.reason.startswith("too few stores answered.")
 
 
 def test_a_file_gives_the_place_and_the_stores_get_the_record() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format import keys
 from ckpt.format.canonical import seal
 from ckpt.log import stored_fold as folds
+from ckpt.log.reader import fold_seqs, prune_folds
 from ckpt.log.state import RECENT_MAX, Committed, LogState, OpenedEpoch, StoreSet, TagEntry, Void
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold, encode_fold
 from ckpt.values import MembershipEpoch, SnapshotId
@@ -303,3 +305,14 @@ def encode_fold_unlimited(state: LogState) -> bytes:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folds, "FOLD_BYTES_MAX", 1 << 40)
         return encode_fold(state)
+
+
+def test_newest_three_folds_stay() -> None:
+    store = MemoryBackend("s")
+    prune_folds(store)
+    for seq in (63, 127, 191, 255, 1023):
+        store.put(keys.fold_key(seq), [b"fold"])
+    prune_folds(store)
+    assert fold_seqs(store) == [191, 255, 1023]
+    prune_folds(store)
+    assert fold_seqs(store) == [191, 255, 1023]

@@ -61,11 +61,14 @@ def entered(module: ModuleType) -> Iterator[set[int]]:
 
 
 def _function(names: dict[str, Any], dotted: str) -> FunctionType | None:
-    """The function that stands there, out of its property; of nested ones the outermost, whose code
-    holds theirs."""
+    """The function that stands there, out of its property or class method; of nested ones the
+    outermost, whose code holds theirs."""
     for name in dotted.split("."):
         found = names[name]
-        found = found.fget if isinstance(found, property) else found
+        if isinstance(found, property):
+            found = found.fget
+        elif isinstance(found, (classmethod, staticmethod)):
+            found = found.__func__
         if isinstance(found, FunctionType):
             return found
         names = dict(vars(found))

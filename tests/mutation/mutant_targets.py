@@ -13,6 +13,8 @@ _LOG = (
     "tests/log/test_fold_lineage.py",
     "tests/log/test_stored_fold.py",
     "tests/log/test_catalog.py",
+    "tests/log/test_select.py",
+    "tests/log/test_state.py",
 )
 _STORES = (
     "tests/log/test_quorum.py",
@@ -29,7 +31,13 @@ TARGETS = (
     Target(
         "ckpt/log/replicated.py",
         _STORES,
-        only=("QuorumSequencer", "CopyingSequencer", "silent_stores", "_digest"),
+        only=(
+            "QuorumSequencer",
+            "CopyingSequencer",
+            "settle_anyway",
+            "silent_stores",
+            "_digest",
+        ),
     ),
     Target(
         "ckpt/restore/plan.py",
