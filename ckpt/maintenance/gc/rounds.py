@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, FencedError, InternalError
@@ -17,7 +17,7 @@ from ckpt.events import Emit, Event, Fact
 from ckpt.log.journal import Journal
 from ckpt.maintenance.gc.drop import drop, fenced_journal, require_newest_epoch
 from ckpt.maintenance.gc.plan import ROUND_S, GcHistory, GcIdle, GcPlan, GcRound, next_round
-from ckpt.maintenance.gc.sweep import SweepReport, sweep
+from ckpt.maintenance.gc.sweep import ReferenceCache, SweepReport, sweep
 from ckpt.maintenance.retention import KeepPolicy
 from ckpt.threads import start_thread
 
@@ -52,6 +52,18 @@ class _DueRound:
     full: bool
 
 
+@dataclass(slots=True)
+class _KnownStore:
+    """The store, and what earlier rounds learned of it. Used by the rounds' thread alone.
+
+    ``journal``: None until the first round.
+    """
+
+    backend: Backend
+    journal: Journal | None = None
+    references: ReferenceCache = field(default_factory=ReferenceCache)
+
+
 class GcRounds:
     """Applies a policy to a store until ``stop``.
 
@@ -71,7 +83,7 @@ class GcRounds:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._backend = backend
+        self._store = _KnownStore(backend)
         self._settings = settings
         self._epoch = epoch
         self._emit = emit
@@ -84,7 +96,6 @@ class GcRounds:
         self._full = False
         self._paused_at_s = 0.0
         self._restore_s = 0.0
-        self._journal: Journal | None = None
         self._reported: set[str] = set()
         start_thread(self._run, name="ckpt-gc")
 
@@ -228,12 +239,14 @@ class GcRounds:
     def _drop_and_sweep(self, due: _DueRound) -> tuple[GcPlan, SweepReport | None]:
         # A journal of its own: no upload waits for a round. The fence checks the epoch again at the
         # very seq that a drop gets.
-        self._journal = self._journal or fenced_journal(self._backend, self._writer)
-        require_newest_epoch(self._journal.refresh(), self._writer())
+        store = self._store
+        backend = store.backend
+        journal = store.journal = store.journal or fenced_journal(backend, self._writer)
+        require_newest_epoch(journal.refresh(), self._writer())
         grace_s = self.grace_s(full=due.full)
         plan, state = drop(
-            self._backend,
-            self._journal,
+            backend,
+            journal,
             # Before the first commit it is not certain that the job continues from here: nothing
             # is dropped then, and a full store loses only what is garbage already.
             self._settings.policy if due.commits else None,
@@ -244,7 +257,9 @@ class GcRounds:
             self._emit_alarm(Event("gc-rule", problem, alarm=True))
         if not due.sweep:
             return plan, None
-        return plan, sweep(self._backend, state, grace_s=grace_s, emit=self._emit_alarm)
+        return plan, sweep(
+            backend, state, grace_s=grace_s, emit=self._emit_alarm, cache=store.references
+        )
 
     def _writer(self) -> int:
         """The epoch to drop for. After ``stop`` no epoch, so a round in progress records nothing.

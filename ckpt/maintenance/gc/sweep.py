@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,14 +50,59 @@ class ReachableStore:
 # ---- what snapshots refer to
 
 
-def snapshot_references(backend: Backend, state: LogState) -> list[SnapshotReferences]:
+CACHED_KEYS_MAX = 200_000
+"""Keys that a ``ReferenceCache`` holds: about 40 MB. One snapshot of 1,000 ranks refers to 2,000
+and more."""
+
+
+class ReferenceCache:
+    """What snapshots refer to, kept from one sweep to the next. For one thread.
+
+    It never changes: the log names a manifest by its digest, and the manifest names its parts so.
+    Only what was read completely is kept, up to ``keys_max`` keys; what does not fit is read again.
+    """
+
+    def __init__(self, *, keys_max: int = CACHED_KEYS_MAX) -> None:
+        self._left = keys_max
+        self._known: dict[SnapshotId, tuple[str, SnapshotReferences]] = {}
+
+    def find(self, snapshot: SnapshotId, digest: str | None = None) -> SnapshotReferences | None:
+        """What ``snapshot`` refers to, if that is known of the manifest with ``digest`` (None: of
+        the one that was committed)."""
+        committed, references = self._known.get(snapshot, ("", None))
+        return references if digest in (None, committed) else None
+
+    def add(self, digest: str, references: SnapshotReferences) -> None:
+        """Keep the references of a committed manifest, if they are all known and fit."""
+        size = len(references.keys)
+        if not references.problem and references.snapshot not in self._known and size <= self._left:
+            self._known[references.snapshot] = digest, references
+            self._left -= size
+
+    def retain(self, snapshots: Collection[SnapshotId]) -> None:
+        """Forget all other snapshots."""
+        for snapshot in self._known.keys() - set(snapshots):
+            self._left += len(self._known.pop(snapshot)[1].keys)
+
+
+def snapshot_references(
+    backend: Backend, state: LogState, cache: ReferenceCache | None = None
+) -> list[SnapshotReferences]:
     """What each snapshot of ``state`` refers to, in log order.
 
-    Reads every manifest and part, several at once. A record that no copy has right is named in
-    ``problem``. Raises UnavailableError if a store that may have the record does not answer.
+    Reads every manifest and part of those that are not in ``cache``, several at once. A record that
+    no copy has right is named in ``problem``. Raises UnavailableError if a store that may have the
+    record does not answer.
     """
+    cache = cache or ReferenceCache()
     wanted = [(entry.snapshot, entry.manifest_digest) for entry in state.snapshots]
-    return read_all(wanted, lambda snapshot: _references(backend, state.job, *snapshot))
+    missing = [one for one in wanted if cache.find(*one) is None]
+    read = read_all(missing, lambda one: _references(backend, state.job, *one))
+    found = dict(zip(missing, read, strict=True))
+    for (_, digest), references in found.items():
+        cache.add(digest, references)
+    known = [found.get(one) or cache.find(*one) for one in wanted]
+    return [references for references in known if references is not None]
 
 
 def dropped_within(
@@ -67,8 +112,10 @@ def dropped_within(
     *,
     grace_s: float,
     write_quorum: int,
+    cache: ReferenceCache | None = None,
 ) -> list[SnapshotReferences]:
-    """The remaining references of snapshots that were dropped less than ``grace_s`` ago.
+    """The remaining references of snapshots that were dropped less than ``grace_s`` ago, or all of
+    them from ``cache``.
 
     Walks the log back from its head along the digests, to the first record that is old enough: one
     list, and one read for each record. Ages are by the stores' clocks. A record is as old as the
@@ -76,6 +123,7 @@ def dropped_within(
     """
     drops: set[SnapshotId] = set()
     digests: dict[SnapshotId, str] = {}
+    void = {entry.seq for entry in state.voids}
     expected, top = state.head_digest, state.next_seq - 1
     while top >= 0:
         low = max(0, top - WINDOW + 1)
@@ -86,7 +134,8 @@ def dropped_within(
             match record.body:
                 case Drop(snapshots, _):
                     drops.update(snapshots)
-                case Commit(snapshot, digest, _):
+                # A void one may name another manifest than the one that was committed.
+                case Commit(snapshot, digest, _) if record.seq not in void:
                     digests.setdefault(snapshot, digest)
                 case _:
                     pass
@@ -97,7 +146,8 @@ def dropped_within(
     existing = {entry.snapshot for entry in state.snapshots}
     dropped = sorted(drops - existing)
     return [
-        _dropped_references(backend, state.job, answering, snapshot, digests.get(snapshot))
+        (cache and cache.find(snapshot))
+        or _dropped_references(backend, state.job, answering, snapshot, digests.get(snapshot))
         for snapshot in dropped
     ]
 
@@ -320,6 +370,7 @@ def sweep(
     dry_run: bool = False,
     clock: Callable[[Backend], float] = store_clock,
     emit: Emit = lambda _: None,
+    cache: ReferenceCache | None = None,
 ) -> SweepReport:
     """Delete the packs, parts and manifests that are garbage in ``state``, a state of the log.
 
@@ -328,18 +379,22 @@ def sweep(
 
     Raises IntegrityError or UnavailableError if the newest snapshot cannot be known (a hole, too
     few stores), or a store that may have a manifest or part does not answer. Cost: reads all
-    manifests and parts of existing snapshots and the log's records within the grace; lists the
-    manifests, parts and packs of each store.
+    manifests and parts of existing snapshots, but for those in ``cache``, which learns them, and
+    the log's records within the grace; lists the manifests, parts and packs of each store.
     """
+    cache = cache or ReferenceCache()
     require_known(state)
     stores = [_identify(store, state, clock) for store in stores_of(backend)]
     answering = [store for store in stores if isinstance(store, ReachableStore)]
     # Before anything is deleted: raises if a store that may have a record does not answer.
-    existing = snapshot_references(backend, state)
+    existing = snapshot_references(backend, state, cache)
     dropped: list[SnapshotReferences] = []
     if grace_s > 0 and answering:  # else nothing is deleted anywhere
         quorum = write_quorum_of(backend)
-        dropped = dropped_within(backend, state, answering, grace_s=grace_s, write_quorum=quorum)
+        dropped = dropped_within(
+            backend, state, answering, grace_s=grace_s, write_quorum=quorum, cache=cache
+        )
+    cache.retain({entry.snapshot for entry in (*existing, *dropped)})
     recent = [*dropped, *(about_to_drop if grace_s > 0 else ())]
     classifier = GarbageClassifier(state, existing=existing, dropped=recent, grace_s=grace_s)
     report = SweepReport(

@@ -31,7 +31,7 @@ from ckpt.maintenance.retention import (
     keep_tagged,
 )
 from ckpt.restore.verify import verify
-from ckpt.testing.faults import Fault, FaultyBackend, Harm
+from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.testing.sample import SampleWriter, sample_ranks, write_sample_store
 from ckpt.values import SnapshotId
 
@@ -538,3 +538,20 @@ def test_full_store_that_took_nothing_for_hours_is_still_judged_by_age() -> None
     )
     assert planned.problems == ()
     assert planned.drops == (SnapshotId(1, 10), SnapshotId(1, 20))
+
+
+def test_parts_of_a_snapshot_that_stays_are_read_in_the_first_round_only(
+    rounds: Rounds, quick: None
+) -> None:
+    inner = MemoryBackend()
+    writer = write_sample_store(inner, steps=STEPS)
+    store = CountingBackend(inner)
+    made = rounds.over(store, keep_last(3))
+    parts = f"{keys.PARTS}{SnapshotId(1, 40).key}/"
+    for step, left, read in ((50, [20, 30, 40, 50], 2), (60, [20, 40, 50, 60], 0)):
+        writer.write(SnapshotId(1, step), sample_ranks(step))
+        store.forget()
+        made.on_commit()
+        until(lambda left=left: steps(inner) == left and objects(inner) == needed(inner))
+        assert made.await_idle(WAIT_S)
+        assert len({call.key for call in store.calls("read_into", prefix=parts)}) == read

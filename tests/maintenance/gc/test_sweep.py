@@ -13,6 +13,7 @@ from kit.collected_store import ClockedStore, CollectedStore, Death, Watched, sw
 from kit.damage import without_second_copies
 
 from ckpt.backends.base import Backend
+from ckpt.backends.checked import read_alone
 from ckpt.backends.encrypted.keys import load_keys, write_new_key
 from ckpt.backends.encrypted.open import encrypted
 from ckpt.backends.file.store import FileBackend
@@ -20,15 +21,22 @@ from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.format import keys
+from ckpt.format.records import Commit, make_record
 from ckpt.log.journal import Journal
 from ckpt.log.state import Hole
 from ckpt.maintenance.gc import sweep as sweep_refs
 from ckpt.maintenance.gc.drop import drop, newest_intact, preview
-from ckpt.maintenance.gc.plan import NEWEST_INTACT, PREFIXES, ObjectStatus
-from ckpt.maintenance.gc.sweep import CLOCK_PROBES, SweepReport, sweep
+from ckpt.maintenance.gc.plan import NEWEST_INTACT, PREFIXES, ObjectStatus, snapshot_of
+from ckpt.maintenance.gc.sweep import (
+    CLOCK_PROBES,
+    ReferenceCache,
+    SweepReport,
+    snapshot_references,
+    sweep,
+)
 from ckpt.maintenance.retention import keep_last, keep_tagged
 from ckpt.testing.crashes import CrashMode, run_in_child
-from ckpt.testing.faults import Fault, FaultyBackend, Harm
+from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.testing.sample import SampleWriter, damage, sample_ranks, write_sample_store
 from ckpt.values import SnapshotId
 
@@ -142,6 +150,109 @@ def test_grace_is_walked_back_over_more_records_than_are_read_at_once(
     now = 2100.0
     swept(store, grace_s=100.0)
     assert objects(store) < before
+
+
+def reads(store: CountingBackend) -> set[str]:
+    """Manifests and parts that were read since this was asked last."""
+    found = {call.key for call in store.calls("read_into")}
+    store.forget()
+    return {key for key in found if key.startswith((keys.MANIFESTS, keys.PARTS))}
+
+
+def test_second_sweep_reads_only_what_is_new_and_keeps_what_the_first_would() -> None:
+    now = 1000.0
+    inner = ClockedStore(MemoryBackend(), lambda: now)
+    store, cache = CountingBackend(inner), ReferenceCache()
+    writer = write_sample_store(inner)
+
+    def again() -> SweepReport:
+        return sweep(store, Journal.open(inner).refresh(), grace_s=100.0, cache=cache)
+
+    assert again().ok
+    records = {key for key in objects(inner) if not key.startswith(keys.PACKS)}
+    assert reads(store) == records
+    assert again().ok and reads(store) == set()
+    now = 2000.0
+    writer.journal.drop([SnapshotId(1, 10)])
+    writer.write(SnapshotId(1, 40), sample_ranks(40))
+    before = objects(inner)
+    assert again().stores[0].objects[ObjectStatus.GRACE] > 0
+    assert objects(inner) == before, "also what was dropped needs no reading within the grace"
+    assert reads(store) == {key for key in of(inner, 40) if not key.startswith(keys.PACKS)}
+    now = 2100.0
+    expected = sweep(inner, Journal.open(inner).refresh(), grace_s=100.0, dry_run=True)
+    found = again()
+    assert found.stores[0].objects == expected.stores[0].objects
+    assert found.stores[0].deleted == expected.stores[0].objects[ObjectStatus.GARBAGE] > 0
+    assert reads(store) == set()
+    assert cache.find(SnapshotId(1, 10)) is None, "what is over is forgotten"
+
+
+def test_snapshot_that_was_not_read_completely_is_read_again_by_the_next_sweep() -> None:
+    store, cache = MemoryBackend(), ReferenceCache()
+    write_sample_store(store)
+    state = Journal.open(store).refresh()
+    key = next(key for key in sorted(of(store, 30)) if key.startswith(keys.PARTS))
+    whole = read_alone(store, key, bytes_max=1 << 20)
+    damage(store, key, 20)
+    assert [one.snapshot for one in sweep(store, state, cache=cache).held] == [SnapshotId(1, 30)]
+    assert not sweep(store, state, cache=cache).ok
+    store.put(key, [whole])
+    assert sweep(store, state, cache=cache).ok
+
+
+def test_references_that_do_not_fit_are_read_again() -> None:
+    inner = MemoryBackend()
+    write_sample_store(inner)
+    state = Journal.open(inner).refresh()
+    sizes = {one.snapshot: len(one.keys) for one in snapshot_references(inner, state)}
+    store = CountingBackend(inner)
+    for room, kept in (
+        (0, 0),
+        (sizes[SnapshotId(1, 10)] - 1, 0),
+        (sizes[SnapshotId(1, 10)], 1),
+        (sum(sizes.values()) - 1, 2),
+        (sum(sizes.values()), 3),
+    ):
+        cache = ReferenceCache(keys_max=room)
+        for _ in range(3):  # what is forgotten makes room again
+            cache.retain(())
+            for _ in range(2):
+                reads(store)
+                assert sweep(store, state, cache=cache).ok
+            read = {snapshot_of(key) for key in reads(store)}
+            assert len(sizes.keys() - read) == kept, room
+
+
+def test_grace_is_that_of_the_manifest_that_was_committed_not_of_one_that_came_late() -> None:
+    """A commit of another manifest for the same snapshot is void, and newer in the log."""
+    now = 1000.0
+    store = ClockedStore(MemoryBackend(), lambda: now)
+    writer = write_sample_store(store)
+    shared = {key for key in of(store, 10) if key.startswith(keys.PACKS)}
+    writer.journal.untag("best")
+    fresh = SampleWriter(store)  # refers to nothing older
+    epoch = fresh.open_epoch(resume=SnapshotId(1, 30))
+    fresh.write(SnapshotId(epoch, 40), sample_ranks(40))
+    state = fresh.journal.drop([SnapshotId(1, 10), SnapshotId(1, 30)])
+    now = 2000.0
+    late = make_record(
+        Commit(SnapshotId(1, 20), "f" * 32, None),
+        job=state.job,
+        seq=state.next_seq,
+        epoch=epoch,
+        write_id="late",
+        prev=state.head_digest,
+    )
+    store.put(keys.log_key(late.seq), [late.encode()])
+    void = fresh.journal.drop([SnapshotId(1, 20)]).void_at(late.seq)
+    assert void is not None and void.code == "pair-taken"
+    now = 2050.0
+    swept(store, grace_s=100.0)
+    assert shared & objects(store), "a restore of 20 may be reading it"
+    now = 2100.0
+    swept(store, grace_s=100.0)
+    assert not shared & objects(store)
 
 
 def test_what_was_swept_with_a_shorter_grace_holds_nothing_back() -> None:
