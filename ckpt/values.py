@@ -208,7 +208,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 
 class TrainerPhase(enum.IntEnum):
-    """What a trainer is doing. Only in TRAINING does a step that takes too long count as a hang."""
+    """What a trainer is doing: how long it may stand still depends on it."""
 
     STARTING = 0
     BUILDING = 1

@@ -72,9 +72,11 @@ class RestartPolicy:
     after a pause of 15 s. ``stuck_max``: that many failures in a row without a new step, with
     growing pauses between them, end the job. ``hang``: the least time without a completed
     step that counts as a hang, or ``"never"``; if the job's own steps are long, ten times the
-    longest recent one. What precedes the first step, pauses and debuggers are exempt. ``start``: as
-    that, for the first step of an attempt, which may compile; once one was completed in this launch
-    on the same nodes, ten times what it took, at least ``hang``. ``grace``: how long a preempted
+    longest recent one. Pauses and debuggers are exempt. ``start``: as that, for the first step of
+    an attempt, which may compile; once one was completed in this launch on the same nodes, ten
+    times what it took, at least ``hang``. ``build``: as that, for each stretch of what precedes the
+    first step: up to the function, to ``run.track``, of the restore, and from there on; not while
+    the keeper waits for a store. ``grace``: how long a preempted
     job may take until it has ended; its trainers get four fifths of that. ``linger``: how long
     slots are kept for a program that was killed as a whole. ``end_wait``: how long the end of a
     finished training is tried again while the store does not take it (``"never"``: raise at once).
@@ -85,6 +87,7 @@ class RestartPolicy:
     stuck_max: int = 5
     hang: str = "10m"
     start: str = "30m"
+    build: str = "2h"
     grace: str = "25s"
     linger: str = "60s"
     end_wait: str = "1h"
@@ -109,6 +112,7 @@ class RestartPolicy:
             stuck_max=self.stuck_max,
             hang_s=0.0 if self.hang == NEVER else parse_duration(self.hang, name="hang"),
             start_s=0.0 if self.start == NEVER else parse_duration(self.start, name="start"),
+            build_s=0.0 if self.build == NEVER else parse_duration(self.build, name="build"),
             grace_s=parse_duration(self.grace, name="grace"),
             linger_s=parse_duration(self.linger, name="linger"),
         )

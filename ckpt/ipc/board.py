@@ -149,7 +149,7 @@ class RankBoard:
     def phase(self) -> TrainerPhase:
         """What the trainer is doing.
 
-        A value of a later version reads as STARTING, in which nothing counts as a hang.
+        A value of a later version reads as STARTING, which has the longest limit.
         """
         with contextlib.suppress(ValueError):
             return TrainerPhase(self._words[self._first + _PHASE])

@@ -244,7 +244,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     ``same_error_max``: that many equal exceptions in a row at the same step are a bug and end the
     job. ``stuck_max``: that many failures in a row without one completed step end the job.
     ``hang_s``: the least time without a step that counts as a hang (0: never). ``start_s``: as
-    that, for the first step of an attempt. ``grace_s``: how long a preempted job may take until it
+    that, for the first step of an attempt; ``build_s``: for each stretch of what precedes it.
+    ``grace_s``: how long a preempted job may take until it
     has ended. ``linger_s``: how long slots are kept for a program that was killed.
     """
 
@@ -252,6 +253,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     stuck_max: int = 5
     hang_s: float = 600.0
     start_s: float = 1800.0
+    build_s: float = 7200.0
     grace_s: float = 25.0
     linger_s: float = 60.0
 

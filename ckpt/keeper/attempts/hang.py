@@ -2,9 +2,10 @@
 
 A step is late if it takes far longer than the job's own steps. The first step of an attempt has a
 limit of its own, since it may compile: the user's, or far longer than the first steps of earlier
-attempts of this launch took on the same nodes. What precedes it, pauses and debuggers are exempt: a
-long wait means nothing there. A stopped process (SIGSTOP) is not exempt, whatever its phase,
-because nothing that it does takes time.
+attempts of this launch took on the same nodes. What precedes it, building, has one as well, for
+each stretch between two milestones; nothing is learned of it, since a restart may take another way
+through it. Pauses and debuggers are exempt: a long wait means nothing there. A stopped process
+(SIGSTOP) is not exempt, whatever its phase, because nothing that it does takes time.
 """
 
 from __future__ import annotations
@@ -98,13 +99,31 @@ def first_step_s(pulses: Sequence[Pulse]) -> float | None:
     return max(waits, default=None)
 
 
+def building_s(pulses: Sequence[Pulse]) -> float | None:
+    """How long all ranks that are not training yet have been in the same place; None: none is
+    there, or another rank is exempt, for which they may be waiting."""
+    if any(_exempt(pulse) for pulse in pulses):
+        return None
+    return min((pulse.idle_s for pulse in pulses if _builds(pulse)), default=None)
+
+
+def _builds(pulse: Pulse) -> bool:
+    return pulse.phase in (TrainerPhase.STARTING, TrainerPhase.BUILDING)
+
+
+def _exempt(pulse: Pulse) -> bool:
+    return pulse.traced or pulse.phase in (TrainerPhase.PAUSED, TrainerPhase.DEBUGGING)
+
+
 def _in_first_step(pulse: Pulse) -> bool:
     return pulse.phase is TrainerPhase.TRAINING and not pulse.first_step_done and not pulse.traced
 
 
-def hung_ranks(pulses: Sequence[Pulse], *, floor_s: float, start_s: float = 0.0) -> tuple[int, ...]:
+def hung_ranks(
+    pulses: Sequence[Pulse], *, floor_s: float, start_s: float = 0.0, build_s: float = 0.0
+) -> tuple[int, ...]:
     """The ranks that stand still, the furthest behind first; none if ``floor_s`` is 0. ``start_s``:
-    the limit of the first step (0: none).
+    the limit of the first step (0: none); ``build_s``: that of what precedes it.
 
     While a rank is exempt none is reported: the others may be waiting for it. A stopped process is
     never exempt.
@@ -120,7 +139,11 @@ def hung_ranks(pulses: Sequence[Pulse], *, floor_s: float, start_s: float = 0.0)
     if halted:
         return tuple(pulse.rank for pulse in halted)
     if any(pulse.phase is not TrainerPhase.TRAINING or pulse.traced for pulse in training):
-        return ()
+        waited_s = building_s(training)
+        if not build_s or waited_s is None or waited_s <= build_s:
+            return ()
+        built = [pulse for pulse in training if _builds(pulse)]
+        return tuple(pulse.rank for pulse in sorted(built, key=lambda pulse: -pulse.idle_s))
     starting = [pulse for pulse in training if not pulse.first_step_done]
     if starting:
         if not start_s or min(pulse.idle_s for pulse in starting) <= start_s:

@@ -12,6 +12,7 @@ from ckpt.keeper.attempts.events import Hung
 from ckpt.keeper.attempts.hang import (
     Observation,
     Pulse,
+    building_s,
     check_interval_s,
     first_step_s,
     hung_ranks,
@@ -24,7 +25,16 @@ from ckpt.keeper.job_state import JobState
 STACKS_WAIT_S = 2.0
 """How long hanging trainers may take to write their stacks; a stopped process never does."""
 SLOW_START_S = 600.0
-"""A first step that takes longer raises an alarm, at half of its limit at the latest."""
+"""A first step that takes longer raises an alarm, at half of its limit at the latest; so does what
+precedes it."""
+PLACES = {
+    "": "starting, before the decorated function",
+    "entered": "in the function, before run.track, or in init_process_group",
+    "group": "in the function, with a process group, before run.track",
+    "tracked": "restoring",
+    "restored": "restored, before the first step",
+}
+"""Where a rank stands after a milestone of its start, for people."""
 STACKS_SETTLE_S = 0.2
 STACKS_POLL_S = 0.05
 
@@ -46,6 +56,8 @@ class HangWatch:
         there is none, or the last attempt ended in its first step."""
         self._generation = 0
         self._slow_told = False
+        self._milestones: dict[int, str] = {}
+        """The last milestone of its start that each rank has reached."""
         self._dumping: tuple[float, Hung] | None = None
         """Until when stacks are awaited, and what is reported then."""
 
@@ -60,6 +72,13 @@ class HangWatch:
         self._generation = generation
         self._first_step_s, self._slow_told = None, False
         self._observation, self._check_at_s, self._dumping = None, 0.0, None
+        self._milestones.clear()
+
+    def reached(self, rank: int, milestone: str) -> None:
+        """A rank reached a milestone of its start: the time of what precedes its first step begins
+        anew."""
+        if milestone in PLACES:
+            self._milestones[rank], self._slow_told = milestone, False
 
     def stop(self) -> None:
         """The attempt is being killed: its stacks are of no use."""
@@ -92,8 +111,15 @@ class HangWatch:
     def _check(self, roster: Roster, board: Board, now_s: float) -> None:
         floor_s, alive = self._state.launch.policy.hang_s, _alive(roster)
         stopped = {entry.rank: _stopped(entry) for entry in alive}
+        waits = self._waits_for_store
         marks = {
-            entry.rank: (_mark(board.rank(entry.rank)), stopped[entry.rank]) for entry in alive
+            entry.rank: (
+                _mark(board.rank(entry.rank)),
+                stopped[entry.rank],
+                self._milestones.get(entry.rank, ""),
+                waits,
+            )
+            for entry in alive
         }
         self._observation = observe(
             self._observation, marks, now_s=now_s, check_s=check_interval_s(floor_s)
@@ -107,7 +133,9 @@ class HangWatch:
             self._longest_start_s, floor_s=floor_s, start_s=self._state.launch.policy.start_s
         )
         self._follow_start(pulses, start_s)
-        stuck = hung_ranks(pulses, floor_s=floor_s, start_s=start_s)
+        build_s = 0.0 if waits or not self._judges_building else self._state.launch.policy.build_s
+        self._follow_building(pulses, build_s)
+        stuck = hung_ranks(pulses, floor_s=floor_s, start_s=start_s, build_s=build_s)
         # While a rank starts or is dead the others may only be waiting for it: its own event
         # decides.
         if not stuck or any(
@@ -120,12 +148,58 @@ class HangWatch:
             f"rank {first} hangs: no step for {idle_s[first]:.1f} s, {len(stuck)} of "
             f"{roster.ranks} ranks stand still"
         )
+        if not board.rank(first).beat_ns:
+            text = f"{text} before their first step ({self._places(stuck)})"
         for entry in alive:
             path = self._stack_file(roster, entry.rank)
             dump = messages.Dump(attempt=roster.attempt, path=str(path))
             self._state.clients.broadcast("supervisor", dump, rank=entry.rank)
         event = Hung(first, roster.attempt, text, now_s, self._state.memory.completed())
         self._dumping = (now_s + STACKS_WAIT_S, event)
+
+    @property
+    def _waits_for_store(self) -> bool:
+        """Whether the ranks may be waiting for this keeper's questions to a store, which say so
+        themselves."""
+        uploads = self._state.uploads.current
+        return uploads is not None and uploads.asks_store
+
+    @property
+    def _judges_building(self) -> bool:
+        """Of several nodes only that of rank 0 judges what precedes the first step: its keeper
+        alone knows whether all wait for a store. All ranks wait for one that hangs, also there."""
+        placement = self._state.launch.cluster.placement
+        return placement is None or placement.first_rank == 0
+
+    def _places(self, ranks: Sequence[int]) -> str:
+        """Where these ranks stand in their start."""
+        there: dict[str, list[int]] = {}
+        for rank in sorted(ranks):
+            there.setdefault(self._milestones.get(rank, ""), []).append(rank)
+        return "; ".join(
+            f"rank {', '.join(map(str, found))}: {PLACES[name]}" for name, found in there.items()
+        )
+
+    def _follow_building(self, pulses: Sequence[Pulse], limit_s: float) -> None:
+        """Warn before what precedes the first step counts as a hang, and say where each rank
+        stands."""
+        waited_s = building_s(pulses)
+        if waited_s is None or not limit_s or self._slow_told:
+            return
+        if waited_s <= min(SLOW_START_S, limit_s / 2):
+            return
+        self._slow_told = True
+        text = (
+            f"no rank has come further for {waited_s:.0f} s, and training has not begun. "
+            f"{self._places([pulse.rank for pulse in pulses])}. After {limit_s:.0f} s it counts as "
+            "a hang, and all ranks start again; if it takes that long, set RestartPolicy(build=...)"
+        )
+        self._warn(Event("slow-start", text, {"seconds": round(waited_s, 1)}, alarm=True))
+
+    def _warn(self, event: Event) -> None:
+        self._state.emit(event)
+        line = messages.PrintLine(text=event.text, alarm=True)
+        self._state.clients.broadcast("supervisor", line, rank=0)
 
     def _follow_start(self, pulses: Sequence[Pulse], limit_s: float) -> None:
         """Learn how long first steps take, and warn before one counts as a hang."""
@@ -149,11 +223,7 @@ class HangWatch:
                 "counts as a hang, and all ranks start again. If it compiles that long, set "
                 f"RestartPolicy({'hang' if learned else 'start'}=...)"
             )
-            facts = {"seconds": round(waited_s, 1)}
-            self._state.emit(Event("slow-start", text, facts, alarm=True))
-            self._state.clients.broadcast(
-                "supervisor", messages.PrintLine(text=text, alarm=True), rank=0
-            )
+            self._warn(Event("slow-start", text, {"seconds": round(waited_s, 1)}, alarm=True))
 
     def _stack_file(self, roster: Roster, rank: int) -> Path:
         return self._stacks / f"{roster.attempt}-{rank}.txt"

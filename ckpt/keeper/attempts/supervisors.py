@@ -485,6 +485,7 @@ class Supervisors:
     def _milestone(self, rank: int, phase: messages.Phase) -> None:
         """A trainer reached a milestone of its start; the last one of all ranks ends the
         recovery."""
+        self._watch.reached(rank, phase.name)
         recovery = self._recovery
         if recovery is None or recovery.attempt != self._attempt:
             return

@@ -340,6 +340,11 @@ class Uploads:
         return self._submissions.count - first, tuple(tail)
 
     @property
+    def asks_store(self) -> bool:
+        """Whether a question to a store, or a record for one, has no answer yet."""
+        return self._epochs.busy or bool(self._retries)
+
+    @property
     def flushing(self) -> bool:
         """Whether ``flush_newest`` has something left to do."""
         return self._final_flush.busy

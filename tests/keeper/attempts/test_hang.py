@@ -13,6 +13,7 @@ from ckpt.keeper.attempts.hang import (
     STEP_TIME_FACTOR,
     Observation,
     Pulse,
+    building_s,
     check_interval_s,
     first_step_s,
     hung_ranks,
@@ -144,3 +145,19 @@ def test_limit_of_the_first_step_follows_those_of_earlier_attempts() -> None:
     assert start_limit_s(30.0, floor_s=FLOOR_S, start_s=1800.0) == 30.0 * STEP_TIME_FACTOR
     assert start_limit_s(900.0, floor_s=FLOOR_S, start_s=1800.0) == 1800.0
     assert start_limit_s(30.0, floor_s=FLOOR_S, start_s=0.0) == 0.0
+
+
+def test_ranks_that_build_hang_once_the_last_of_them_has_stood_still_for_the_limit() -> None:
+    builds = Pulse(0, TrainerPhase.STARTING, False, completed=-1, idle_s=70.0, longest_step_s=0.0)
+    other = replace(builds, rank=1, phase=TrainerPhase.BUILDING, idle_s=65.0)
+    limits = {"floor_s": FLOOR_S, "start_s": 1e9}
+    assert hung_ranks([other, builds], **limits, build_s=60.0) == (0, 1)
+    assert hung_ranks([other, builds], **limits, build_s=66.0) == (), "the other came further"
+    assert hung_ranks([other, builds], **limits, build_s=0.0) == ()
+    assert hung_ranks([other, builds], floor_s=0.0, build_s=60.0) == ()
+    waits = replace(WELL, rank=2, first_step_done=False, idle_s=500.0)
+    assert hung_ranks([waits, builds], **limits, build_s=60.0) == (0,), "the other waits for it"
+    for exempt in (replace(builds, rank=2, traced=True), replace(WELL, phase=TrainerPhase.PAUSED)):
+        assert hung_ranks([exempt, builds], **limits, build_s=60.0) == ()
+        assert building_s([exempt, builds]) is None
+    assert building_s([WELL]) is None

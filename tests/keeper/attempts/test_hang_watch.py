@@ -15,13 +15,14 @@ from ckpt.events import Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.messages import Policy
 from ckpt.keeper import daemon as daemon_module
+from ckpt.keeper.attempts.events import Hung
 from ckpt.keeper.attempts.hang import STEP_TIME_FACTOR, check_interval_s
-from ckpt.keeper.attempts.hang_watch import STACKS_WAIT_S, HangWatch
+from ckpt.keeper.attempts.hang_watch import SLOW_START_S, STACKS_WAIT_S, HangWatch
 from ckpt.keeper.attempts.roster import RankState, Roster, RosterEntry, RosterState
 from ckpt.keeper.job_state import JobState
 from ckpt.values import TrainerPhase
 
-POLICY = Policy(hang_s=60.0, start_s=1800.0)
+POLICY = Policy(hang_s=60.0, start_s=1800.0, build_s=3600.0)
 QUICK_S, SLOW_S = 30.0, 900.0
 """First steps of which the second takes more than STEP_TIME_FACTOR times the first."""
 LOOK_S = check_interval_s(POLICY.hang_s)
@@ -69,6 +70,14 @@ class OneRank:
         self.now_s += LOOK_S
         return None
 
+    def builds(self, until_s: float) -> Hung | None:
+        """Time passes in which no step is begun; the hang that is found by then."""
+        while self.now_s <= until_s:
+            if (found := self.watch.tick(self.roster, self.now_s)) is not None:
+                return found
+            self.now_s += min(LOOK_S, self.watch.wait_s() or LOOK_S)
+        return None
+
     def warning(self) -> str:
         return [event.text for event in self.events if event.kind == "slow-start"][-1]
 
@@ -78,6 +87,33 @@ def one(tmp_path: Path) -> Iterator[OneRank]:
     made = OneRank(tmp_path)
     yield made
     made.state.memory.close()
+
+
+def test_hang_before_the_first_step_is_warned_of_and_found(one: OneRank) -> None:
+    one.watch.begin(generation=0)
+    one.watch.reached(0, "entered")
+    assert one.builds(SLOW_START_S - LOOK_S) is None
+    assert not one.events
+    assert one.builds(SLOW_START_S + 2 * LOOK_S) is None
+    assert "rank 0: in the function, before run.track" in one.warning()
+    assert "RestartPolicy(build=...)" in one.warning()
+    one.watch.reached(0, "tracked")
+    assert one.builds(POLICY.build_s + 2 * LOOK_S) is None, "it came further meanwhile"
+    assert "rank 0: restoring" in one.warning()
+    found = one.builds(SLOW_START_S + POLICY.build_s + 10 * LOOK_S)
+    assert found is not None
+    assert "before their first step (rank 0: restoring)" in found.text
+
+
+def test_wait_of_the_keeper_for_a_store_is_no_hang_of_what_waits_for_it(
+    one: OneRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = one.state.uploads.need()
+    monkeypatch.setattr(type(uploads), "asks_store", property(lambda _: one.now_s < 9000.0))
+    one.watch.begin(generation=0)
+    assert one.builds(9000.0 + POLICY.build_s - LOOK_S) is None
+    assert one.builds(9000.0 + POLICY.build_s + 5 * LOOK_S) is not None
+    one.state.uploads.close()
 
 
 def ended_about(ended_s: float | None, limit_s: float) -> bool:
