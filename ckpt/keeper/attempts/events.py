@@ -99,7 +99,8 @@ class PauseOver:
 @dataclass(frozen=True, slots=True)
 class TrainerDied:
     """A trainer ended by itself, or was ``overdue``: see the message ``Died``. ``completed``: the
-    most steps of any rank; -1 for none."""
+    most steps of any rank; -1 for none. ``stepping``: it had not come to the end of its steps, nor
+    to the boundary at which all stop."""
 
     rank: int
     attempt: int
@@ -107,6 +108,7 @@ class TrainerDied:
     at_s: float
     completed: int
     overdue: bool = False
+    stepping: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -407,7 +407,7 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
     if event.status == -signal.SIGINT:  # a person wants the end, whatever else went wrong
         text = f"rank {event.rank} {status_text(event.status)}"
         failure = Failure(event.rank, "died", text, event.status, event.at_s, final=True)
-    elif roster.shared and _stopped_for_another(entry, event.status):
+    elif roster.shared and _stopped_for_another(entry, event):
         if any(entry.seat in _LIVE for entry in roster.members.values()):
             return roster, []  # the others stop as well; once the next epoch comes they are killed
         text = f"rank {event.rank} stopped with all others, because another node is asked to go"
@@ -442,12 +442,15 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
     return _fail(roster, failure, event.completed)
 
 
-def _stopped_for_another(entry: RosterEntry, status: int) -> bool:
+def _stopped_for_another(entry: RosterEntry, event: TrainerDied) -> bool:
     """Whether a trainer ended as one that stops because another node is asked to go. A program may
-    also exit with these numbers by itself: then it reported another exception, or its call had
-    returned."""
-    told = entry.failing is None or entry.failing.kind == PREEMPTED_KIND
-    return status in _STOPPED and told and not entry.finished
+    also exit with these numbers by itself: then it reported another exception, its call had
+    returned, or it was in the middle of its steps."""
+    if entry.failing is not None:
+        told = entry.failing.kind == PREEMPTED_KIND
+    else:
+        told = not event.stepping
+    return event.status in _STOPPED and told and not entry.finished
 
 
 def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[RosterAction]]:

@@ -54,6 +54,7 @@ from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, RankState, Roster, Ros
 from ckpt.keeper.connection import ClientConnection
 from ckpt.keeper.job_state import JobState
 from ckpt.keeper.trainer_calls import TrainerCalls
+from ckpt.values import TrainerPhase
 
 if TYPE_CHECKING:  # imported for a job with several nodes only
     from ckpt.keeper.nodes.nodes import Nodes
@@ -191,6 +192,8 @@ class Supervisors:
                         message.at_s,
                         memory.completed(),
                         message.overdue,
+                        stepping=memory.board is not None
+                        and memory.board.rank(client.rank).phase is not TrainerPhase.FINISHED,
                     )
                 )
             case messages.Killed():

@@ -564,6 +564,16 @@ def test_status_of_a_stop_after_the_call_had_returned_is_a_failure_that_nothing_
     assert (asked.failure.kind, asked.failure.final) == ("died", True)
 
 
+@pytest.mark.parametrize("status", [PREEMPTED_STATUS, NOT_DURABLE_STATUS])
+def test_status_of_a_stop_in_the_middle_of_the_steps_is_a_failure_at_once(status: int) -> None:
+    told = shared()
+    died = TrainerDied(0, told.attempt, status, told.now_s, 3, stepping=True)
+    assert kinds(told(died)) == [KillAll], "the other one would be waited for"
+    *_, asked = told.killed(1)
+    assert isinstance(asked, RequestEpoch) and asked.failure is not None
+    assert (asked.failure.kind, asked.failure.status) == ("died", status)
+
+
 @pytest.mark.parametrize("reports", [True, False])
 @pytest.mark.parametrize("status", [PREEMPTED_STATUS, NOT_DURABLE_STATUS])
 def test_ranks_that_stop_for_another_node_are_no_failure_and_stay_supervised(
