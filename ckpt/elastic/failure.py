@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ckpt.elastic.boundaries import Milestones
-from ckpt.elastic.processes.trainer import TrainerProcess
+from ckpt.elastic.processes.trainer import TrainerProcess, trainer_of_process
 from ckpt.errors import (
     CkptError,
     FencedError,
@@ -158,6 +158,8 @@ class ExitReporter:
         trainer = supervised_trainer()
         if trainer is None or not self._outermost:
             return
+        if (process := trainer_of_process()) is not None:
+            process.entered()
         if self._session.supervised:
             self._session.join()
             milestones.report_to(self._session.reporter.report)
@@ -168,6 +170,8 @@ class ExitReporter:
     def failing(self, facts: FailureDescription, step: int) -> None:
         """The process is about to exit because of an exception."""
         failing = Failing(**facts, step=step)
+        if (process := trainer_of_process()) is not None:
+            process.failing(failing)  # the keeper may be gone, or go before it reads the message
         if self._inner is not None:
             self._inner.close()
         if self._link is None:

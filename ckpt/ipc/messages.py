@@ -343,18 +343,35 @@ class Started(Message, frozen=True, kw_only=True, tag="Started"):
     at_s: float
 
 
+class Failing(Message, frozen=True, kw_only=True, tag="Failing"):
+    """User code raised an exception, and this trainer is about to exit because of it.
+
+    Equal exceptions at equal places have equal ``fingerprint``s. ``final``: a restart would not
+    help (a usage error, Ctrl-C). ``passing``: an outage that may pass by itself.
+    """
+
+    kind: str
+    text: str
+    fingerprint: str
+    step: int
+    final: bool = False
+    passing: bool = False
+
+
 class Died(Message, frozen=True, kw_only=True, tag="Died"):
     """The trainer ended by itself.
 
     ``status`` is as from ``os.waitstatus_to_exitcode``: an exit code, or minus a signal.
     ``overdue``: the supervisor stopped it because this node's lease had run out; the program did
-    nothing wrong.
+    nothing wrong. ``failing``: the exception that it told its supervisor of, in case no keeper took
+    its own message.
     """
 
     attempt: int
     status: int
     at_s: float
     overdue: bool = False
+    failing: Failing | None = None
 
 
 class Killed(Message, frozen=True, kw_only=True, tag="Killed"):
@@ -517,21 +534,6 @@ class SetTag(Message, frozen=True, kw_only=True, tag="SetTag"):
 
     name: str
     snapshot: SnapshotId
-
-
-class Failing(Message, frozen=True, kw_only=True, tag="Failing"):
-    """User code raised an exception, and this trainer is about to exit because of it.
-
-    Equal exceptions at equal places have equal ``fingerprint``s. ``final``: a restart would not
-    help (a usage error, Ctrl-C). ``passing``: an outage that may pass by itself.
-    """
-
-    kind: str
-    text: str
-    fingerprint: str
-    step: int
-    final: bool = False
-    passing: bool = False
 
 
 class Progress(Message, frozen=True, kw_only=True, tag="Progress"):

@@ -16,8 +16,9 @@ from types import FrameType
 
 import msgspec
 
-from ckpt.elastic.processes.trainer import TrainerOrder
+from ckpt.elastic.processes.trainer import ENTERED, FAILING, TrainerOrder
 from ckpt.errors import InternalError
+from ckpt.ipc.messages import Failing
 
 REPORT_BYTES_MAX = 4096
 """The most bytes of a trainer read at once; each is one report."""
@@ -131,7 +132,8 @@ class TrainerChild:
     ``os.waitstatus_to_exitcode``; None while it lives. ``killed``: the supervisor killed it;
     ``rest``: what is left of the killed group.
     ``stacks``: its file for stack dumps; ``dumps``: it writes there on SIGUSR2. ``stopped``: the
-    kernel stopped it because it tried to use the terminal.
+    kernel stopped it because it tried to use the terminal. ``failing``: the exception that it said
+    it ends with; ``partial``: the beginning of such a line.
     """
 
     pid: int
@@ -143,6 +145,8 @@ class TrainerChild:
     killed: bool = False
     dumps: bool = False
     stopped: bool = False
+    failing: Failing | None = None
+    partial: bytes = field(default=b"", repr=False)
     rest: KilledGroup | None = field(default=None, repr=False)
 
     def signal(self, number: int, *, group: bool = False) -> None:
@@ -191,7 +195,7 @@ class TrainerChild:
         self.signal(signal.SIGUSR2)
 
     def read_reports(self) -> bytes:
-        """The trainer's report bytes.
+        """The trainer's report bytes; a line about a failure is kept as ``failing``.
 
         b"" and a closed ``report_fd`` once the trainer and all its children are gone.
         """
@@ -202,7 +206,27 @@ class TrainerChild:
         if not reports:
             os.close(self.report_fd)
             self.report_fd = -1
-        return reports
+        return self._without_lines(self.partial + reports)
+
+    def _without_lines(self, reports: bytes) -> bytes:
+        """The single bytes among the reports."""
+        single = bytearray()
+        while reports:
+            first, reports = reports[:1], reports[1:]
+            if first == ENTERED:
+                self.failing = None
+            elif first == FAILING:
+                line, end, rest = reports.partition(b"\n")
+                if not end:  # the rest of it is on its way
+                    self.partial = first + line
+                    return bytes(single)
+                with contextlib.suppress(msgspec.MsgspecError):  # a program may write there too
+                    self.failing = msgspec.json.decode(line, type=Failing)
+                reports = rest
+            else:
+                single += first
+        self.partial = b""
+        return bytes(single)
 
     def promote(self, order: TrainerOrder) -> bool:
         """Give a prepared trainer its attempt; false if it is gone."""

@@ -55,6 +55,7 @@ from ckpt.ipc.messages import (
     Bye,
     Died,
     Dump,
+    Failing,
     Hello,
     Kill,
     Killed,
@@ -170,7 +171,8 @@ class Supervisor:
         self._prepared: TrainerChild | None = None
         self._attempt = plan.hello.attempt
         self._started = False
-        self._ended: int | None = None
+        self._ended: tuple[int, Failing | None] | None = None
+        """How the trainer ended by itself, and the exception that it reported before."""
         self._unanswered: Kill | None = None
         self._starting: Start | None = None
         self._leaving: Leave | None = None
@@ -346,8 +348,10 @@ class Supervisor:
         self._terminal.take_back()
         if child.killed:
             return
-        self._ended = status
-        self._keeper.send(self._died(child.attempt, status))
+        if child.report_fd >= 0:
+            child.read_reports()  # what it said last
+        self._ended = status, child.failing
+        self._keeper.send(self._died(child.attempt, *self._ended))
         if status != 0:
             child.kill()  # its own children would hold memory and ports that the next attempt needs
 
@@ -507,7 +511,8 @@ class Supervisor:
         self._keeper.send(Bye())
         for child in self._children():
             child.forget()
-        status = exit_status(message.status, self._ended, interrupted=self._interrupted)
+        own = self._ended[0] if self._ended is not None else None
+        status = exit_status(message.status, own, interrupted=self._interrupted)
         if status == -signal.SIGINT:
             die_by_signal(signal.SIGINT, group=self._had_terminal)
         exit_with(status)
@@ -516,7 +521,7 @@ class Supervisor:
         if not self._keeper.reconnect(self._attempt):
             return
         if self._ended is not None:
-            self._keeper.send(self._died(self._attempt, self._ended))
+            self._keeper.send(self._died(self._attempt, *self._ended))
         if self._preempted:
             self._preempted = False
             self._preempt()
@@ -527,7 +532,7 @@ class Supervisor:
 
     # ---- helpers
 
-    def _died(self, attempt: int, status: int) -> Died:
+    def _died(self, attempt: int, status: int, failing: Failing | None) -> Died:
         """The report of a trainer's end. One that failed after Ctrl-C ended because of it.
 
         Whatever its status was: no restart is wanted.
@@ -538,6 +543,7 @@ class Supervisor:
             status=reported,
             at_s=time.monotonic(),
             overdue=attempt == self._overdue,
+            failing=failing,
         )
 
     def _children(self) -> list[TrainerChild]:

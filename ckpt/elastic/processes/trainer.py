@@ -3,8 +3,8 @@
 ``TrainerProcess`` says that this process is a trainer. It is passed to a spawned trainer, and to
 later decorated calls of any trainer, in the environment as ``CKPT_SEAT``. It counts only in the
 process whose pid it names, so processes that a trainer starts do not take it for their own. All
-that a trainer reports to its supervisor are single bytes in a pipe: that needs no thread, and a
-signal handler may write them.
+that a trainer reports to its supervisor are single bytes in a pipe, and one line about the
+exception that ends it: that needs no thread, and a signal handler may write them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from ckpt.errors import InternalError, UsageError
 from ckpt.format.canonical import prepare_decoders
-from ckpt.ipc.messages import RankPlacement
+from ckpt.ipc.messages import Failing, RankPlacement
 
 TRAINER_VARIABLE = "CKPT_SEAT"
 """The environment variable that holds a ``TrainerProcess``."""
@@ -43,6 +43,10 @@ DUMPS_READY = b"D"
 FIRST_STEP = b"S"
 READY = b"R"
 TERMINATED = b"T"
+FAILING = b"F"
+"""An exception ends the trainer: a ``Failing`` follows as one line of JSON."""
+ENTERED = b"E"
+"""A decorated call began: what an earlier one failed of is over."""
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -81,6 +85,16 @@ class TrainerProcess:
     def first_step_done(self) -> None:
         """Report that this trainer got past its start; the next one may now be prepared."""
         report_byte(self.report_fd, FIRST_STEP)
+
+    def entered(self) -> None:
+        """Report that a decorated call begins."""
+        report_byte(self.report_fd, ENTERED)
+
+    def failing(self, failing: Failing) -> None:
+        """Report the exception that this trainer is about to end with: its supervisor tells the
+        next keeper, if there is none now.
+        """
+        report_byte(self.report_fd, FAILING + msgspec.json.encode(failing) + b"\n")
 
     def promoted(self) -> TrainerProcess:
         """This trainer if it has an attempt; else the trainer of the attempt that is ordered.
@@ -205,7 +219,10 @@ def exec_again(trainer: TrainerProcess, folder: str) -> NoReturn:
 
 
 def report_byte(report_fd: int, byte: bytes) -> None:
-    """Write one byte to the supervisor. If it is gone, this process is about to be killed."""
+    """Write one byte, or one line, to the supervisor.
+
+    If it is gone, this process is about to be killed.
+    """
     with contextlib.suppress(BrokenPipeError):
         os.write(report_fd, byte)
 

@@ -34,12 +34,13 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class SupervisorJoined:
     """A supervisor is ready: it runs no trainer. ``status``: how its last trainer ended by itself,
-    if it did."""
+    if it did; ``failing``: the exception that it ended with, of which no keeper may have heard."""
 
     rank: int
     peer: int
     pid: int
     status: int | None = None
+    failing: Failing | None = None
 
 
 @dataclass(frozen=True, slots=True)

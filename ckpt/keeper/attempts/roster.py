@@ -258,7 +258,11 @@ def _preempted(roster: Roster) -> tuple[Roster, list[RosterAction]]:
 def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterAction]]:
     ended = event.status is not None and _well(roster, event.status)
     entry = RosterEntry(
-        event.rank, event.peer, event.pid, seat=RankState.ENDED if ended else RankState.IDLE
+        event.rank,
+        event.peer,
+        event.pid,
+        seat=RankState.ENDED if ended else RankState.IDLE,
+        failing=event.failing,
     )
     roster = replace(roster, members={**roster.members, entry.rank: entry})
     leaves: list[RosterAction] = [LeaveOne(event.rank, event.status or 0)] if ended else []
@@ -271,9 +275,23 @@ def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterA
     if any(ends):
         text = "the keeper was lost after a rank had ended, and before the others did"
         roster, actions = _leave(roster, Failure(event.rank, "died", text, 1, 0.0))
+    elif (failure := _told_in_the_gap(roster)) is not None and roster.shared:
+        roster, actions = _wait(roster, failure)
+    elif failure is not None:
+        roster, actions = _leave(roster, failure)
     else:
         roster, actions = _wait(roster, None) if roster.shared else _start(roster)
     return roster, [*leaves, *actions]
+
+
+def _told_in_the_gap(roster: Roster) -> Failure | None:
+    """The failure after which nothing may follow, of a trainer that ended while there was no
+    keeper."""
+    for entry in roster.members.values():
+        told = entry.failing
+        if told is not None and told.final and told.kind != PREEMPTED_KIND:
+            return _of_exception(entry.rank, told, 1, 0.0)
+    return None
 
 
 def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterAction]]:
@@ -413,18 +431,7 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
         text = f"rank {event.rank} stopped with all others, because another node is asked to go"
         failure = Failure(event.rank, "stopped", text, event.status, event.at_s)
     elif failing is not None:
-        fenced = failing.kind == FencedError.__name__
-        failure = Failure(
-            event.rank,
-            FENCED if fenced else "error",
-            f"rank {event.rank} raised {failing.kind}: {failing.text}",
-            FencedError.exit_code if fenced else event.status,
-            event.at_s,
-            failing.fingerprint,
-            failing.step,
-            failing.final,
-            failing.passing,
-        )
+        failure = _of_exception(event.rank, failing, event.status, event.at_s)
     elif event.overdue:
         text = (
             f"rank {event.rank} was stopped, because its node had lost contact with the job's "
@@ -442,15 +449,28 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
     return _fail(roster, failure, event.completed)
 
 
+def _of_exception(rank: int, failing: Failing, status: int, at_s: float) -> Failure:
+    fenced = failing.kind == FencedError.__name__
+    return Failure(
+        rank,
+        FENCED if fenced else "error",
+        f"rank {rank} raised {failing.kind}: {failing.text}",
+        FencedError.exit_code if fenced else status,
+        at_s,
+        failing.fingerprint,
+        failing.step,
+        failing.final,
+        failing.passing,
+    )
+
+
 def _stopped_for_another(entry: RosterEntry, event: TrainerDied) -> bool:
     """Whether a trainer ended as one that stops because another node is asked to go. A program may
     also exit with these numbers by itself: then it reported another exception, its call had
     returned, or it was in the middle of its steps."""
-    if entry.failing is not None:
-        told = entry.failing.kind == PREEMPTED_KIND
-    else:
-        told = not event.stepping
-    return event.status in _STOPPED and told and not entry.finished
+    if event.status not in _STOPPED or entry.finished:
+        return False
+    return not event.stepping if entry.failing is None else entry.failing.kind == PREEMPTED_KIND
 
 
 def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[RosterAction]]:

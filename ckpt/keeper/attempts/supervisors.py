@@ -102,11 +102,11 @@ class Supervisors:
         """When the pause after an attempt is over, and that attempt's number."""
         self._gathering_s = 0.0
         self._missing_reported = False
-        self._handing_over: dict[int, int | None] = {}
+        self._handing_over: dict[int, messages.Died | None] = {}
         """Supervisors (by connection) that served an earlier keeper and still hand over what they
         hold.
 
-        The value is the exit status of their trainer, if it ended by itself.
+        The value is how their trainer ended, if it did by itself.
         """
         self._cut_off = False
 
@@ -179,11 +179,13 @@ class Supervisors:
                 if self._recovery is not None and message.attempt == self._attempt:
                     self._recovery.how = message.how
             case messages.Died() if client.number in self._handing_over:
-                self._handing_over[client.number] = message.status
+                self._handing_over[client.number] = message
             case messages.Died():
                 # The trainer may have sent its exception before it died: read that first, it
                 # explains the death.
                 self._drain()
+                if message.failing is not None and self._unheard(client.rank):
+                    self._on(TrainerFailing(client.rank, message.attempt, message.failing))
                 self._on(
                     TrainerDied(
                         client.rank,
@@ -232,6 +234,11 @@ class Supervisors:
             case _:
                 return False
         return True
+
+    def _unheard(self, rank: int) -> bool:
+        """Whether no exception of the rank's trainer was heard of from itself."""
+        entry = self.roster.members.get(rank) if self.roster is not None else None
+        return entry is not None and entry.failing is None
 
     def repeat_stop(self, client: ClientConnection) -> None:
         """A trainer connected after the job was asked to stop: ask it too."""
@@ -304,7 +311,7 @@ class Supervisors:
 
     # ---- events and actions of the roster
 
-    def _joined(self, client: ClientConnection, status: int | None) -> None:
+    def _joined(self, client: ClientConnection, died: messages.Died | None) -> None:
         """A supervisor has handed over what it holds: give it all that this keeper holds, and count
         its rank in."""
         memory = self._state.memory
@@ -316,7 +323,8 @@ class Supervisors:
             for slot in memory.slots:
                 keep = messages.Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes)
                 client.send(keep, [slot.fd])
-        self._on(SupervisorJoined(client.rank, client.number, client.hello.pid, status))
+        status, failing = (died.status, died.failing) if died is not None else (None, None)
+        self._on(SupervisorJoined(client.rank, client.number, client.hello.pid, status, failing))
 
     def _on(self, event: RosterEvent) -> None:
         if self.roster is None:

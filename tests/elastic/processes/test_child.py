@@ -1,10 +1,15 @@
-"""A killed group whose processes do not all end."""
+"""A killed group whose processes do not all end; what a trainer reports."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from ckpt.elastic.processes.child import KilledGroup, LivingMember, living_members
+import msgspec
+
+from ckpt.elastic.processes.child import KilledGroup, LivingMember, TrainerChild, living_members
+from ckpt.elastic.processes.trainer import FAILING, FIRST_STEP, TrainerProcess
+from ckpt.ipc.messages import Failing
 
 STUCK = LivingMember(71, "python", "D")
 
@@ -80,3 +85,25 @@ def test_only_what_lives_in_the_group_is_left_of_it(tmp_path: Path) -> None:
         LivingMember(71, "a (b) c", "D"),
         LivingMember(80, "python", "D"),
     ]
+
+
+def test_exception_that_ends_a_trainer_is_read_between_its_other_reports_and_in_pieces() -> None:
+    out, into = os.pipe()
+    os.set_blocking(out, False)
+    child = TrainerChild(pid=os.getpid(), attempt=1, report_fd=out)
+    trainer = TrainerProcess(attempt=1, port=1, how="fork", pid=1, report_fd=into)
+    failing = Failing(kind="STDError", text="REST\nDEF", fingerprint="f", step=3, final=True)
+    trainer.entered()
+    trainer.first_step_done()
+    trainer.failing(failing)
+    trainer.first_step_done()
+    assert (child.read_reports(), child.failing) == (b"SS", failing)
+    trainer.entered()
+    line = FAILING + msgspec.json.encode(failing) + b"\n"
+    for piece in (line[:1], line[1:9], line[9:-1]):
+        os.write(into, piece)
+        assert (child.read_reports(), child.failing) == (b"", None)
+    os.write(into, line[-1:] + FIRST_STEP)
+    os.close(into)
+    assert (child.read_reports(), child.failing) == (FIRST_STEP, failing)
+    assert child.read_reports() == b""

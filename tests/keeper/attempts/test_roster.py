@@ -586,3 +586,30 @@ def test_ranks_that_stop_for_another_node_are_no_failure_and_stay_supervised(
     assert isinstance(asked, RequestEpoch) and asked.failure is not None
     assert (asked.failure.kind, asked.failure.final) == ("stopped", False)
     assert told.roster.state is RosterState.WAITING
+
+
+FINAL = Failing(kind="UsageError", text="no such layer", fingerprint="f", step=3, final=True)
+
+
+def test_final_error_of_a_trainer_that_ended_while_there_was_no_keeper_ends_the_launch() -> None:
+    told = Told(2, attempt=4)
+    told(SupervisorJoined(0, 0, 1))
+    leave = told(SupervisorJoined(1, 1, 1, 1, FINAL))[-1]
+    assert isinstance(leave, LeaveAll)
+    assert (leave.status, leave.text) == (1, "rank 1 raised UsageError: no such layer")
+
+
+def test_final_error_that_no_keeper_heard_of_ends_the_job_of_several_nodes() -> None:
+    told = Told(2, attempt=4)
+    told.roster = replace(told.roster, shared=True)
+    told(SupervisorJoined(1, 1, 1, 1, FINAL))
+    (asked,) = told(SupervisorJoined(0, 0, 1))
+    assert isinstance(asked, RequestEpoch) and asked.failure is not None
+    assert (asked.failure.final, asked.failure.rank) == (True, 1)
+
+
+@pytest.mark.parametrize("kind", ["UsageError", "Preempted"])
+def test_other_errors_that_no_keeper_heard_of_are_followed_by_an_attempt(kind: str) -> None:
+    told = Told(1, attempt=4)
+    failing = structs.replace(FINAL, kind=kind, final=kind == "Preempted")
+    assert told(SupervisorJoined(0, 0, 1, 1, failing)) == [StartAll(5)]
