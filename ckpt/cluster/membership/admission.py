@@ -171,9 +171,18 @@ def _rank_holders(view: View, *, ended: bool) -> list[Member]:
 
 
 def awaited_nodes(
-    view: View, me: str, *, proved: AbstractSet[str], nodes_min: int, ended: bool
+    view: View,
+    me: str,
+    *,
+    proved: AbstractSet[str],
+    nodes_min: int,
+    ended: bool,
+    last_end: str = "",
 ) -> str:
-    """For whom a member waits before it can train or stand by, for people; "" if for no node."""
+    """For whom a member waits before it can train or stand by, for people; "" if for no node.
+
+    ``last_end``: how the job's last run ended before this node came, if it may be of that run.
+    """
     holders = [member.node for member in _rank_holders(view, ended=ended)]
     if me in holders:
         missing = _placed(view) - view.by_node.keys()
@@ -189,6 +198,11 @@ def awaited_nodes(
     more = f"; not connected: {_named(strangers)}" if strangers else ""
     if len(known) >= nodes_min:
         return f"an epoch of {len(known)} nodes{more}"
+    if last_end:
+        more = (
+            f"{more}; the last run of this job ended before this node came ({last_end}): stop this "
+            "node if it belongs to that run. Under `ckpt run` or torchrun it would know"
+        )
     return f"more nodes: {len(known)} of {nodes_min} are here{more}"
 
 

@@ -506,7 +506,8 @@ class Node:
         if self._admission_of != me.node:
             self._admission_of = me.node
             self._admission = Admission(silent_s=2 * self._deps.ttl_s + 2.0)
-        ended = epoch_note(view).end is not None
+        note = epoch_note(view)
+        ended = note.end is not None
         verdict = self._admission.look(
             view,
             me.node,
@@ -522,8 +523,15 @@ class Node:
         self._excluded = frozenset(verdict.excluded) - verdict.pending
         if verdict.refusal:
             self._observer.on_refused(verdict.refusal)
+        # Without an agent nobody says when this run began: the end may be that of an earlier one.
+        unclear = ended and self._deps.ends_after < 0 and view.epoch_revision < self._began_at
         self.awaited = awaited_nodes(
-            view, me.node, proved=self._proved, nodes_min=self._options.nodes_min, ended=ended
+            view,
+            me.node,
+            proved=self._proved,
+            nodes_min=self._options.nodes_min,
+            ended=ended,
+            last_end=note.why if unclear else "",
         )
         return verdict
 

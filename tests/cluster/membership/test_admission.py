@@ -280,3 +280,10 @@ def test_node_alone_leads() -> None:
 def test_whom_a_node_waits_for(view: View, proved: str, waits_for: str) -> None:
     said = awaited_nodes(view, "a", proved=frozenset(proved), nodes_min=2, ended=False)
     assert said == waits_for
+
+
+def test_node_that_may_be_of_a_run_that_is_over_says_so_while_it_waits_for_more() -> None:
+    how = {"proved": frozenset[str](), "nodes_min": 2, "ended": True, "last_end": "all ranks ended"}
+    said = awaited_nodes(view_of("a"), "a", **how)  # type: ignore[arg-type]
+    assert said.startswith("more nodes: 1 of 2 are here; the last run of this job ended")
+    assert "(all ranks ended)" in said and "stop this node" in said
