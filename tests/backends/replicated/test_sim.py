@@ -10,7 +10,7 @@ import pytest
 from kit.replicated.simulation import BODY_BYTES, MOODS, ReplicationSimulation
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
-SEEDS = 300 if not SOAK else 20_000
+SEEDS = 200 if not SOAK else 20_000
 BATCH = 100
 BATCHES = [
     0,

@@ -29,10 +29,10 @@ from ckpt.restore.verify import verify
 from ckpt.values import SnapshotId
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
-SEEDS = 5000 if SOAK else 100
+SEEDS = 5000 if SOAK else 60
 ACTIONS = 40
 GRACE_S = 50.0
-BATCH = 50
+BATCH = 20
 
 
 @dataclass
