@@ -139,8 +139,8 @@ def test_a_warm_standby_takes_over_and_the_other_agents_notice_nothing(
         "--nnodes=2",
         "--nproc-per-node=1",
     ]
-    nodes = [start(launcher, STEADY, out, 300, "--step-s", 0.2) for _ in range(3)]
-    _lose_a_node(nodes, out, 300, warm=True)
+    nodes = [start(launcher, STEADY, out, 120, "--step-s", 0.5) for _ in range(3)]
+    _lose_a_node(nodes, out, 120, warm=True)
 
 
 @pytest.mark.slow
@@ -159,8 +159,8 @@ def test_a_standby_that_waits_takes_over_over_etcd(
         "--nproc-per-node=1",
         f"--rdzv-conf=ttl=5,standby=wait,secret={secret}",
     ]
-    nodes = [start(launcher, STEADY, out, 300, "--step-s", 0.2) for _ in range(3)]
-    _lose_a_node(nodes, out, 300, warm=False)
+    nodes = [start(launcher, STEADY, out, 120, "--step-s", 0.5) for _ in range(3)]
+    _lose_a_node(nodes, out, 120, warm=False)
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
         "--nproc-per-node=1",
         f"--rdzv-conf=ttl=5,secret={secret}",
     ]
-    nodes = [start(launcher, STEADY, out, 400, "--step-s", 0.2) for _ in range(2)]
+    nodes = [start(launcher, STEADY, out, 160, "--step-s", 0.5) for _ in range(2)]
 
     def theirs() -> set[int]:
         return set(etcd.leases()) - before
@@ -188,13 +188,13 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
     def settled(but: set[int]) -> bool:
         return len(theirs()) == 2 and theirs() - but != set()
 
-    wait_for(lambda: losses(out, 1) > 10, "both train", wait_s=WAIT_S, say=say(nodes))
+    wait_for(lambda: losses(out, 1) > 4, "both train", wait_s=WAIT_S, say=say(nodes))
     wait_for(
         lambda: settled(set()), "one lease a node", wait_s=WAIT_S, say=say(nodes), poll_s=LOOK_S
     )
     leases, done = theirs(), losses(out, 1)
     wait_for(
-        lambda: losses(out, 1) > done + 40,
+        lambda: losses(out, 1) > done + 16,
         "they go on for longer than a lease",
         wait_s=WAIT_S,
         say=say(nodes),
@@ -220,7 +220,7 @@ def _lose_a_node(nodes: list[Node], out: Path, steps: int, *, warm: bool) -> Non
     still the same."""
     trainer = nodes[0].job  # reads what ranks say of themselves, wherever they are
     job = Job(trainer.process, out)
-    wait_for(lambda: losses(out, 1) > 10, "both train", wait_s=WAIT_S, say=say(nodes))
+    wait_for(lambda: losses(out, 1) > 4, "both train", wait_s=WAIT_S, say=say(nodes))
     wait_for(
         lambda: sum(node.runs(STEADY) for node in nodes) == (3 if warm else 2),
         "the workers run",

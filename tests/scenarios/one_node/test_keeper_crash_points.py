@@ -11,7 +11,7 @@ from kit.template import run
 
 PROGRAM = PROGRAMS / "keeper_crash_points.py"
 SOAK = os.environ.get("CKPT_SOAK") == "1"
-SHARE = 1 if SOAK else 17
+SHARE = 1 if SOAK else 31
 TIMEOUT_S = 300.0 if not SOAK else 3600.0
 
 
