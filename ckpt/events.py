@@ -155,15 +155,36 @@ Emit = Callable[[Event], None]
 def emit_to_logging(rank: int) -> Emit:
     """An ``Emit`` that writes to the logger ``ckpt``, with facts as ``key=value``.
 
-    Alarms are warnings, all others are info.
+    Alarms are warnings, all others are info. Warnings are written as ``log_warning`` does.
     """
-    logger = logging.getLogger("ckpt")
 
     def emit(event: Event) -> None:
-        level = logging.WARNING if event.alarm else logging.INFO
-        if not logger.isEnabledFor(level):
+        if not event.alarm and not _LOGGER.isEnabledFor(logging.INFO):
             return
         facts = " ".join(f"{key}={value}" for key, value in event.facts.items())
-        logger.log(level, "[rank %d] %s%s", rank, event.text, f" ({facts})" if facts else "")
+        text = f"[rank {rank}] {event.text}{f' ({facts})' if facts else ''}"
+        if event.alarm:
+            log_warning(text)
+        else:
+            _LOGGER.info("%s", text)
 
     return emit
+
+
+_LOGGER = logging.getLogger("ckpt")
+
+
+def log_warning(text: str) -> None:
+    """Write a warning to the logger ``ckpt``, also if it is disabled.
+
+    ``logging.config`` disables every logger that exists and that its configuration does not name,
+    unless it is told not to: that must not silence alarms. Levels, handlers and
+    ``logging.disable`` are the program's choice and hold.
+    """
+    level = logging.WARNING
+    if not _LOGGER.disabled:
+        _LOGGER.warning("%s", text)
+    elif level > _LOGGER.manager.disable and level >= _LOGGER.getEffectiveLevel():
+        record = _LOGGER.makeRecord(_LOGGER.name, level, "", 0, "%s", (text,), None)
+        if _LOGGER.filter(record):
+            _LOGGER.callHandlers(record)

@@ -8,7 +8,6 @@ an agent and by the agent's rendezvous.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ from pathlib import Path
 import msgspec
 
 from ckpt.errors import FencedError
+from ckpt.events import log_warning
 from ckpt.format.canonical import prepare_decoders
-
-_log = logging.getLogger("ckpt")
 
 VERDICT_VARIABLE = "CKPT_VERDICT"
 """Names the file to workers."""
@@ -47,12 +45,9 @@ def give_verdict(verdict: Verdict) -> None:
     except FileNotFoundError:
         return  # the agent removed its folder: it has ended, and restarts nothing
     except OSError as error:
-        _log.warning(
+        log_warning(
             "the agent cannot be told that a restart is futile, and may start the program again. "
-            "file=%s cause=%s; stop it by hand. reason=%s",
-            name,
-            error,
-            verdict.text,
+            f"file={name} cause={error}; stop it by hand. reason={verdict.text}"
         )
 
 

@@ -205,11 +205,20 @@ of one machine only."""
 
 
 def database_path(log_id: str) -> Path:
-    """Where this machine keeps the SQLite file of a log."""
+    """Where this machine keeps the SQLite file of a log. Raises UsageError for a user without a
+    home: another folder by default could be wiped, or be another one for the next process.
+    """
     folder = os.environ.get(STATE_VARIABLE)
     if not folder:
         state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-        folder = str(Path(state).expanduser() / "ckpt")
+        try:
+            folder = str(Path(state).expanduser() / "ckpt")
+        except RuntimeError as error:
+            raise UsageError(
+                "this user has no home, so there is no folder for the file that gives out the "
+                f"log's positions. uid={os.getuid()} set {STATE_VARIABLE} to a folder on a local "
+                "disk that stays"
+            ) from error
     return Path(folder) / f"{log_id}.sqlite3"
 
 

@@ -290,3 +290,14 @@ def test_a_file_from_before_machines_were_recorded_still_serves(path: Path) -> N
     db.close()
     assert file.name == name
     assert file.append(0, b"a") == Appended()
+
+
+def test_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: int) -> None:
+        raise KeyError("no such user")
+
+    for variable in (sqlite.STATE_VARIABLE, "XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(UsageError, match=rf"no home.*set {sqlite.STATE_VARIABLE} to a folder"):
+        database_path("3" * 32)
