@@ -34,6 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--raise-at", type=int)
     parser.add_argument("--prepared", action="store_true")
     parser.add_argument("--store")
+    parser.add_argument("--job")
     parser.add_argument("--grace", default="25s")
     return parser.parse_args()
 
@@ -46,6 +47,7 @@ POLICY = ckpt.RestartPolicy(hang=OPTIONS.hang, linger=OPTIONS.linger, grace=OPTI
 
 @ckpt.resilient(
     store=OPTIONS.store or str(OPTIONS.folder / "store"),
+    job=OPTIONS.job,
     every=OPTIONS.every,
     memory_every=1,
     restart=POLICY,

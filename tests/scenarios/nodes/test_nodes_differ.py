@@ -110,6 +110,30 @@ def test_node_that_wants_another_number_of_nodes_is_refused(
     check_job_ends_well(one, other)
 
 
+@pytest.mark.slow
+def test_nodes_that_would_write_otherwise_all_end_at_once_and_name_both(
+    made: Callable[..., Cluster],
+) -> None:
+    one = made(nodes="2")
+    for job in ("one", "two"):
+        one.start(*ARGUMENTS, "--job", job)
+    assert set(one.wait_end().values()) == {REFUSED}, one.output()
+    for machine in one.machines:
+        assert "nodes of one job have different options" in said(machine), one.output()
+        assert all(f"job={job}" in said(machine) for job in ("one", "two")), one.output()
+    assert not (one.results / "store").exists(), "no step was taken"
+
+
+@pytest.mark.slow
+def test_nodes_may_differ_in_options_that_rank_0_decides(made: Callable[..., Cluster]) -> None:
+    one = made(nodes="2")
+    for every, linger in ((7, "5s"), (1000, "60s")):
+        one.start(20, "--step-s", 0.01, "--every", every, "--linger", linger)
+    assert set(one.wait_end().values()) == {0}, one.output()
+    newest = ckpt.Checkpointer(str(one.results / "store")).latest()
+    assert newest is not None and newest.step == 20
+
+
 def other_secret(folder: Path, name: str) -> dict[str, object]:
     path = folder / name
     path.write_text(os.urandom(32).hex())
