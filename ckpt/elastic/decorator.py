@@ -189,9 +189,9 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     others are dropped in the background after commits, and their bytes are deleted ``grace``
     later by the stores' clocks (default: a quarter of an hour, more if restores take longer, less
     while a store is full): longer than any restore that may have begun before.
-    ``scrub_every``: a duration after which the keeper reads everything in the stores at a low
-    rate, compares and repairs it, and raises an alarm for what it cannot repair; None for never
-    (`ckpt scrub` does it on request).
+    ``scrub_every``: a duration after the last scrub of the stores, by whatever process, after
+    which the keeper reads everything in them at a low rate, compares and repairs it, and raises an
+    alarm for what it cannot repair; None for never (`ckpt scrub` does it on request).
 
     Raises UsageError at once if an argument cannot work.
     """

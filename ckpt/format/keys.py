@@ -19,6 +19,7 @@ PARTS = "parts/"
 MANIFESTS = "manifests/"
 LOG = "log/"
 FOLDS = "folds/"
+SCRUBS = "scrubs/"
 
 COPIES = "copies/"
 """Second copies of small objects, on a store that holds a log alone: see ``copy_key``."""
@@ -56,6 +57,7 @@ _LOG_RE = re.compile(r"log/(?:(\d{17})/(?=\1))?(\d{20})\.json", re.ASCII)
 _SETTLED_RE = re.compile(r"log/(?:(\d{17})/(?=\1))?(\d{20})\.settled\.json", re.ASCII)
 _ROUND_RE = re.compile(r"log/(?:(\d{17})/(?=\1))?(\d{20})\.(vote|settled)-(\d{2})\.json", re.ASCII)
 _FOLD_RE = re.compile(r"folds/(\d{20})\.json", re.ASCII)
+_SCRUB_RE = re.compile(r"scrubs/(\d{20})\.json", re.ASCII)
 _HEX_RE = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
@@ -162,6 +164,11 @@ def fold_key(seq: int) -> str:
     return f"{FOLDS}{_bounded('seq', seq, SEQ_MAX):020d}.json"
 
 
+def scrub_key(unix_ms: int) -> str:
+    """The key of the record of a scrub that ended then, in milliseconds since 1970."""
+    return f"{SCRUBS}{_bounded('unix_ms', unix_ms, SEQ_MAX):020d}.json"
+
+
 def copy_key(key: str) -> str:
     """The key of the second copy of the object ``key``.
 
@@ -214,6 +221,11 @@ def parse_round_key(key: str) -> tuple[int, int, bool] | None:
 def parse_fold_key(key: str) -> int | None:
     """The seq, or None if ``key`` is not exactly what ``fold_key`` gives."""
     return _parse_seq(_FOLD_RE, key)
+
+
+def parse_scrub_key(key: str) -> int | None:
+    """The milliseconds since 1970, or None if ``key`` is not exactly what ``scrub_key`` gives."""
+    return _parse_seq(_SCRUB_RE, key)
 
 
 def _log_stem(seq: int) -> str:

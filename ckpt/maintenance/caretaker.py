@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of, write_quorum_of
@@ -18,7 +18,9 @@ from ckpt.backends.file.store import FileBackend
 from ckpt.errors import CkptError, InternalError
 from ckpt.events import Emit, Event
 from ckpt.log.journal import Journal
+from ckpt.log.state import Committed
 from ckpt.maintenance.replica import SyncLimits
+from ckpt.maintenance.scrub.history import record_scrub, scrubbed_s_ago
 from ckpt.maintenance.scrub.scrub import Scrub
 from ckpt.maintenance.store_set import (
     LogCoverage,
@@ -45,7 +47,8 @@ class StoreCaretaker:
 
     ``has_newest_epoch`` says whether this keeper's epoch is the newest in the log: a keeper that
     was replaced must not change the set of stores. ``scrub_every_s``: how often everything is read
-    and compared; None for never. A store alone is only scrubbed: no other could refill it.
+    and compared, counted over all keepers of the stores; None for never. A store alone is only
+    scrubbed: no other could refill it.
     """
 
     def __init__(
@@ -66,9 +69,7 @@ class StoreCaretaker:
         self._coverage = LogCoverage()
         self._upto_seq = 0
         self._scrub_every_s = scrub_every_s
-        self._scrub_due_s = (
-            time.monotonic() + scrub_every_s if scrub_every_s is not None else math.inf
-        )
+        self._scrub_due_s = 0.0 if scrub_every_s is not None else math.inf
         self._scrub = Scrub(
             stores_of(backend),
             write_quorum_of(backend),
@@ -169,13 +170,32 @@ class StoreCaretaker:
 
     def _scrub_when_due(self, journal: Journal) -> None:
         if (
-            self._scrub_every_s is not None
-            and time.monotonic() >= self._scrub_due_s
-            and self._has_newest_epoch(journal)  # one node of several, not each
+            self._scrub_every_s is None
+            or time.monotonic() < self._scrub_due_s
+            or not self._has_newest_epoch(journal)  # one node of several, not each
         ):
-            report = self._scrub.run(self._stop)
-            if report is not None and report.complete:
-                self._scrub_due_s = time.monotonic() + self._scrub_every_s
+            return
+        # The stores know when the last scrub ended: keepers may live less than a day.
+        left_s = self._scrub_left_s(self._scrub_every_s)
+        if left_s > 0:
+            self._scrub_due_s = time.monotonic() + left_s
+            return
+        report = self._scrub.run(self._stop, on_verified=self._record_scrub)
+        if report is not None and report.complete:
+            self._scrub_due_s = time.monotonic() + self._scrub_every_s
+
+    def _scrub_left_s(self, every_s: float) -> float:
+        """How long until a scrub is due by what the stores say; a store set without a record gets
+        one, so that the time counts from now."""
+        ago_s = scrubbed_s_ago(stores_of(self._backend), now_unix_ms=int(time.time() * 1000))
+        if ago_s is None:
+            self._record_scrub(())
+            return every_s
+        return every_s - ago_s
+
+    def _record_scrub(self, verified: Sequence[Committed]) -> None:
+        now_unix_ms = int(time.time() * 1000)
+        record_scrub(stores_of(self._backend), verified, now_unix_ms=now_unix_ms)
 
     def _emit_once(self, kind: str, text: str, *, alarm: bool) -> None:
         """Emit each text once, until a store was refilled."""

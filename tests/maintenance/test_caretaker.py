@@ -16,6 +16,7 @@ from ckpt.events import Event
 from ckpt.format import keys
 from ckpt.log.journal import Journal
 from ckpt.maintenance.caretaker import StoreCaretaker
+from ckpt.maintenance.scrub.history import last_record, record_scrub, scrubbed_s_ago
 from ckpt.maintenance.store_set import missing_by_listing
 from ckpt.testing.sample import write_sample_store
 
@@ -121,6 +122,70 @@ def test_keeper_that_was_replaced_brings_nothing(
 
 def test_jobs_scrub_once_a_day_unless_told_otherwise() -> None:
     assert inspect.signature(resilient).parameters["scrub_every"].default == "24h"
+
+
+DAY_S = 24 * 3600.0
+
+
+def now_unix_ms() -> int:
+    return int(time.time() * 1000)
+
+
+@pytest.mark.parametrize(
+    ("ended_ago_s", "due"), [(2 * DAY_S, True), (DAY_S / 2, False), (-2 * DAY_S, True)]
+)
+def test_scrubs_are_due_by_when_the_last_one_of_any_keeper_ended(
+    ended_ago_s: float, due: bool
+) -> None:
+    store = MemoryBackend()
+    write_sample_store(store)
+    record_scrub([store], (), now_unix_ms=now_unix_ms() - int(ended_ago_s * 1000))
+    before = {stat.key for stat in store.list(keys.SCRUBS)}
+    done, asked = threading.Event(), threading.Semaphore(0)
+    caretaker = StoreCaretaker(
+        store,
+        has_newest_epoch=lambda _: asked.release() or True,
+        emit=lambda event: done.set() if event.kind == "scrub-done" else None,
+        scrub_every_s=DAY_S,
+        interval_s=0.01,
+    )
+    assert asked.acquire(timeout=WAIT_S)
+    assert not due or done.wait(WAIT_S)
+    caretaker.stop(WAIT_S)
+    assert done.is_set() == due
+    if due:
+        record = last_record([store])
+        assert record is not None and len(record.verified) == 3
+        ago_s = scrubbed_s_ago([store], now_unix_ms=now_unix_ms())
+        assert ago_s is not None and ago_s < WAIT_S
+    else:
+        assert {stat.key for stat in store.list(keys.SCRUBS)} == before
+
+
+def test_time_of_stores_that_were_never_scrubbed_counts_from_the_first_keeper() -> None:
+    store = MemoryBackend()
+    write_sample_store(store)
+    asked = threading.Semaphore(0)
+    for _ in range(2):
+        caretaker = StoreCaretaker(
+            store,
+            has_newest_epoch=lambda _: asked.release() or True,
+            emit=lambda _: None,
+            scrub_every_s=DAY_S,
+            interval_s=0.01,
+        )
+        assert asked.acquire(timeout=WAIT_S)
+        caretaker.stop(WAIT_S)
+        records = [stat.key for stat in store.list(keys.SCRUBS)]
+        assert len(records) == 1, "the second keeper counts from the first one's record"
+
+
+def test_store_that_may_be_an_unmounted_disk_gets_no_record() -> None:
+    whole, empty = MemoryBackend(), MemoryBackend()
+    write_sample_store(whole)
+    record_scrub([whole, empty], (), now_unix_ms=5)
+    assert [stat.key for stat in whole.list("")][-1] == keys.scrub_key(5)
+    assert list(empty.list("")) == []
 
 
 @pytest.mark.parametrize("newest", [True, False])

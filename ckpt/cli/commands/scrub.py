@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import click
 
 from ckpt.backends.checked import stores_of, write_quorum_of
@@ -10,6 +12,7 @@ from ckpt.cli.output import human_bytes
 from ckpt.cli.replica_report import exit_code_of, print_report, report_json
 from ckpt.cli.store_options import StoreList, open_plain_stores, rate_option, urls_command
 from ckpt.errors import InternalError
+from ckpt.maintenance.scrub.history import record_scrub
 from ckpt.maintenance.scrub.scrub import Scrub
 
 _EPILOG = """\b
@@ -69,7 +72,14 @@ def command(
             fill_empty=fill_empty,
             rate_bytes_per_s=rate_bytes_per_s,
         )
-        report = scrub.run(threads=threads_for(stores))
+        report = scrub.run(
+            threads=threads_for(stores),
+            on_verified=None
+            if look_only
+            else lambda verified: record_scrub(
+                stores, verified, now_unix_ms=int(time.time() * 1000)
+            ),
+        )
     if report is None:
         raise InternalError("a scrub without a stop event was stopped")
     if choice.as_json:

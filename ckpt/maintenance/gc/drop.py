@@ -28,6 +28,7 @@ from ckpt.log.state import Committed, LogState
 from ckpt.maintenance.gc.plan import GcPlan, plan_gc, restore_order
 from ckpt.maintenance.gc.sweep import GRACE_S, probed_clock, require_known, sweep
 from ckpt.maintenance.retention import KeepPolicy
+from ckpt.maintenance.scrub.history import last_record
 from ckpt.values import SnapshotId
 
 RACES_MAX = 8
@@ -60,11 +61,14 @@ def preview(
     require_known(state)
     infos = snapshots(backend, state)
     intact = newest_intact(backend, state)
+    verified = newest_verified(backend, state)
     ages_s: Mapping[SnapshotId, float] = {}
     problems: tuple[str, ...] = ()
     if policy is not None and policy.by_age:
         ages_s, problems = _ages(backend, state, now_unix_s, asks_clocks=asks_clocks)
-    return plan_gc(state, infos, policy, ages_s=ages_s, intact=intact, problems=problems)
+    return plan_gc(
+        state, infos, policy, ages_s=ages_s, intact=intact, verified=verified, problems=problems
+    )
 
 
 def _ages(
@@ -211,11 +215,33 @@ def with_dropped(
 def newest_intact(backend: Backend, state: LogState) -> SnapshotId | None:
     """The first snapshot in restore order whose records are readable and packs complete; or None.
 
-    Packs are checked for existence and length. Comparing bytes with digests is left to ``verify``
-    and ``scrub``, because it reads everything. Raises UnavailableError.
+    Packs are checked for existence and length: their bytes are known by ``newest_verified``. Raises
+    UnavailableError.
     """
     return next(
         (snapshot for snapshot in restore_order(state) if _intact(backend, state, snapshot)), None
+    )
+
+
+def newest_verified(backend: Backend, state: LogState) -> SnapshotId | None:
+    """The first snapshot in restore order whose every byte the last scrub found right, and that is
+    still complete; None if the stores know of none.
+
+    Raises UnavailableError if no store answers.
+    """
+    stores = stores_of(backend)
+    record = last_record(stores)
+    if record is None:
+        return None
+    digests = {entry.snapshot: entry.manifest_digest for entry in state.snapshots}
+    return next(
+        (
+            snapshot
+            for snapshot in restore_order(state)
+            if (snapshot, digests[snapshot]) in record.verified
+            and _intact(backend, state, snapshot)
+        ),
+        None,
     )
 
 

@@ -20,7 +20,8 @@ from ckpt.maintenance.retention import KeepPolicy, Tagged, metrics_of
 from ckpt.values import SnapshotId, SnapshotInfo
 
 NEWEST = "newest"
-NEWEST_INTACT = "newest found whole"
+NEWEST_INTACT = "newest of full length, not read"
+NEWEST_VERIFIED = "newest whose bytes were read and are right"
 NO_POLICY = "nothing is to be dropped"
 NONE_INTACT = "no snapshot was found whole"
 CLOCK_DOUBTED = "the clock may have been set"
@@ -93,17 +94,19 @@ def plan_gc(
     *,
     ages_s: Mapping[SnapshotId, float],
     intact: SnapshotId | None,
+    verified: SnapshotId | None = None,
     problems: Sequence[str] = (),
 ) -> GcPlan:
     """Decide for each snapshot of ``infos`` (those of ``state``, in log order).
 
     ``ages_s`` are the snapshots' ages, as far as they are known, and ``problems`` why they are not.
     Nothing is dropped while no snapshot has the metric that a rule keeps by, or while a pause makes
-    it doubtful that ages are right. ``policy`` None keeps
-    all. ``intact`` is the first of ``restore_order(state)`` whose bytes were
-    found complete. It is kept beside the newest: a job whose newest snapshot is damaged falls back
-    to it. If there is none, nothing is dropped. It also becomes the floor: nothing older that was
-    never committed is needed.
+    it doubtful that ages are right. ``policy`` None keeps all. ``intact`` is the first of
+    ``restore_order(state)`` that was found complete, by its lengths. It is kept beside the newest:
+    a job whose newest snapshot is damaged falls back to it. If there is none, nothing is dropped.
+    It also becomes the floor: nothing older that was never committed is needed. ``verified`` is the
+    first that the last scrub read and found right (None: none is known). It is kept too, for
+    lengths say nothing of a rotten sector.
     """
     preferred = restore_order(state)
     lineage = frozenset(state.lineage)
@@ -111,7 +114,10 @@ def plan_gc(
     decisions: list[SnapshotDecision] = []
     for info in infos:
         reasons = [NEWEST] if preferred[:1] == (info.id,) else []
-        reasons += [NEWEST_INTACT] if info.id == intact and not reasons else []
+        if not reasons and info.id == verified:
+            reasons = [NEWEST_VERIFIED]
+        elif not reasons and info.id == intact:
+            reasons = [NEWEST_INTACT]
         reasons += [f"tagged {', '.join(info.tags)}"] if info.tags else []
         reasons += [rule for rule in by_rule.get(info.id, ()) if rule != str(Tagged())]
         reasons += [NO_POLICY] if policy is None else []

@@ -12,6 +12,7 @@ from ckpt.format.part import Part, decode_part
 from ckpt.log.state import Committed
 from ckpt.maintenance.copies import (
     CHUNK_REF_BYTES,
+    ChunkRef,
     CopyCheck,
     CopyLost,
     CopyRepair,
@@ -114,6 +115,18 @@ class ObjectScrub:
         self._last_pack = ""
         self.untraced: list[Committed] = []
         """Snapshots whose manifest or a part has no right copy."""
+        self._unsound: set[int] = set()
+        """Numbers of snapshots that need a chunk of which no right copy was found."""
+
+    def verified(self) -> list[Committed]:
+        """The snapshots of which each byte was found right in some store. Once ``records`` and
+        ``packs`` are done; a snapshot that was dropped meanwhile may be among them.
+        """
+        return [
+            entry
+            for number, entry in enumerate(self._snapshots)
+            if number not in self._unsound and entry not in self.untraced
+        ]
 
     def records(self, *, threads: int) -> None:
         """Check manifests and parts. Raises Stopped; a repeated call continues."""
@@ -257,9 +270,10 @@ class ObjectScrub:
             return
         decision = decide_pack(pack, context.copy_of_each(copies), writable=context.writable)
         repaired = self._write_pack(pack, decision) if isinstance(decision, CopyRepair) else []
-        bad_everywhere = (
-            decision.chunks if isinstance(decision, CopyLost | CopyUnknown) else pack.chunks
-        )
+        bad_everywhere = pack.chunks
+        if isinstance(decision, CopyLost | CopyUnknown):
+            bad_everywhere = decision.chunks
+            self._note_unsound(users, frozenset(decision.chunks) or frozenset(pack.chunks))
         context.count_object(
             pack.key,
             copies,
@@ -267,6 +281,18 @@ class ObjectScrub:
             lost=isinstance(decision, CopyLost),
             bad_everywhere=bad_everywhere,
         )
+
+    def _note_unsound(self, users: frozenset[int], bad: frozenset[ChunkRef]) -> None:
+        """Note which ``users`` of a pack need one of its ``bad`` chunks. Reads their parts anew."""
+        for user in users - self._unsound:
+            chunks = (
+                chunk
+                for part in self._load(self._snapshots[user])
+                for shard in part.shards
+                for chunk in zip(shard.digests, shard.locations, strict=True)
+            )
+            if not bad.isdisjoint(chunks):
+                self._unsound.add(user)
 
     def _write_pack(self, pack: Pack, repair: CopyRepair) -> list[int]:
         """Write the pack to the targets of ``repair``; the stores that took it."""

@@ -22,7 +22,7 @@ from ckpt.format import keys
 from ckpt.format.records import RECORD_BYTES_MAX, decode_record
 from ckpt.format.store import JobRecord
 from ckpt.log.reader import read_new
-from ckpt.log.state import LogState
+from ckpt.log.state import Committed, LogState
 from ckpt.maintenance.copies import CopyCheck, CopyStatus
 from ckpt.maintenance.copy_io import MaintenancePace, Stopped
 from ckpt.maintenance.replica import claim_replica
@@ -245,9 +245,17 @@ class Scrub:
         self._clock = clock
         self._run: _ScrubRun | None = None
 
-    def run(self, stop: threading.Event | None = None, *, threads: int = 1) -> ScrubReport | None:
+    def run(
+        self,
+        stop: threading.Event | None = None,
+        *,
+        threads: int = 1,
+        on_verified: Callable[[Sequence[Committed]], None] | None = None,
+    ) -> ScrubReport | None:
         """Continue to the end or until ``stop`` is set; the findings since the start.
 
+        ``on_verified`` is called at the end of a scrub that read all packs, with the snapshots of
+        which each byte was found right in some store; its errors pass through.
         None if it was stopped before anything was compared. ``threads`` objects are checked at
         once, each on all stores. Raises UsageError if the stores do not belong together,
         NotFoundError if none is a store, FormatVersionError, and UnavailableError if none answers.
@@ -260,8 +268,11 @@ class Scrub:
         except Stopped:
             return None if self._run is None else self._run.report(complete=False)
         report = self._run.report(complete=True)
+        verified = self._run.verified()
         self._run = None
         self._emit(_done_event(report))
+        if on_verified is not None and self._packs:
+            on_verified(verified)
         return report
 
     def _start(self, pace: MaintenancePace) -> _ScrubRun:
@@ -352,6 +363,10 @@ class _ScrubRun:
             hole=log.hole,
             untraced=tuple(entry.snapshot for entry in self._objects.untraced),
         )
+
+    def verified(self) -> list[Committed]:
+        """See ``ObjectScrub.verified``."""
+        return self._objects.verified()
 
     def _records(self, threads: int) -> None:
         self._objects.records(threads=threads)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from kit.collected_store import ClockedStore, CollectedStore, Death, Watched, sweep_and_die
 from kit.damage import without_second_copies
@@ -22,11 +23,18 @@ from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.format import keys
 from ckpt.format.records import Commit, make_record
+from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.log.state import Hole
 from ckpt.maintenance.gc import sweep as sweep_refs
 from ckpt.maintenance.gc.drop import drop, newest_intact, preview
-from ckpt.maintenance.gc.plan import NEWEST_INTACT, PREFIXES, ObjectStatus, snapshot_of
+from ckpt.maintenance.gc.plan import (
+    NEWEST_INTACT,
+    NEWEST_VERIFIED,
+    PREFIXES,
+    ObjectStatus,
+    snapshot_of,
+)
 from ckpt.maintenance.gc.sweep import (
     CLOCK_PROBES,
     ReferenceCache,
@@ -35,9 +43,11 @@ from ckpt.maintenance.gc.sweep import (
     sweep,
 )
 from ckpt.maintenance.retention import keep_last, keep_tagged
+from ckpt.maintenance.scrub.history import last_record, record_scrub
+from ckpt.maintenance.scrub.scrub import Scrub
 from ckpt.testing.crashes import CrashMode, run_in_child
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
-from ckpt.testing.sample import SampleWriter, damage, sample_ranks, write_sample_store
+from ckpt.testing.sample import SampleWriter, damage, sample_ranks, tensor, write_sample_store
 from ckpt.values import SnapshotId
 
 
@@ -470,6 +480,46 @@ def test_newest_whose_pack_is_gone_or_short_lets_the_one_before_it_stay() -> Non
         plan = preview(store, writer.journal.refresh(), keep_tagged(), now_unix_s=0.0)
         assert plan.drops == (SnapshotId(1, 10), SnapshotId(1, 20))
         assert [one.reasons for one in plan.decisions if one.info.step == 30] == [(NEWEST_INTACT,)]
+
+
+def scrubbed(store: Backend) -> None:
+    """A scrub of the store, recorded as its callers do."""
+    run = Scrub([store], 1, repair=False)
+    assert run.run(on_verified=lambda verified: record_scrub([store], verified, now_unix_ms=1))
+
+
+def test_newest_that_was_really_read_is_never_dropped_for_one_of_the_right_length() -> None:
+    store = MemoryBackend()
+    writer = write_sample_store(store, steps=(10, 20))
+    writer.journal.untag("best")
+    scrubbed(store)
+    for step in (30, 40, 50):
+        writer.write(SnapshotId(1, step), sample_ranks(step))
+    for step in (40, 50):  # rotten sectors, which no length shows
+        pack = next(key for key in sorted(of(store, step)) if key.startswith(keys.PACKS))
+        damage(store, pack, 5)
+    plan = preview(store, writer.journal.refresh(), keep_last(2), now_unix_s=0.0)
+    assert plan.drops == (SnapshotId(1, 10), SnapshotId(1, 30))
+    assert [one.reasons for one in plan.decisions if one.info.step == 20] == [(NEWEST_VERIFIED,)]
+    scrubbed(store)
+    plan = preview(store, writer.journal.refresh(), keep_last(2), now_unix_s=0.0)
+    assert plan.drops == (SnapshotId(1, 10), SnapshotId(1, 20)), "30 was read meanwhile"
+
+
+def test_only_snapshots_that_need_a_damaged_chunk_are_not_verified() -> None:
+    store = MemoryBackend()
+    writer = SampleWriter(store)
+    epoch = writer.open_epoch()
+    frozen, changing = tensor("frozen", np.arange(4096)), tensor("other", np.arange(4096) + 1)
+    writer.write(SnapshotId(epoch, 1), [[frozen, changing]])
+    writer.write(SnapshotId(epoch, 2), [[frozen]])
+    state = writer.journal.refresh()
+    place = load_index(store, state, SnapshotId(epoch, 1)).shards("other")[0].locations[0]
+    damage(store, place.pack, place.offset_bytes)
+    scrubbed(store)
+    record = last_record([store])
+    assert record is not None
+    assert {snapshot.step for snapshot, _ in record.verified} == {2}
 
 
 def test_nothing_is_dropped_that_nobody_agreed_to() -> None:
