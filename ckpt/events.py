@@ -65,6 +65,7 @@ KINDS: Final[Mapping[str, str]] = {
     "peer-lost": "a process lost its connection to the keeper",
     "refused": "the keeper refused a request",
     "stalled": "the keeper or its machine stood still",
+    "not-thin": "a supervisor could not drop what the program built above the call",
     "not-prepared": "not enough memory to start a trainer ahead of need",
     "prepared-died": "a trainer that was started ahead of need died",
     "missing": "a rank or a node has not joined yet",

@@ -12,13 +12,11 @@ import select
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,13 +30,11 @@ from ckpt.elastic.processes.start_method import (
     Spawn,
     choose_start_method,
 )
-from ckpt.elastic.processes.supervisor import SupervisorPlan, supervise
+from ckpt.elastic.processes.supervisor import SupervisorPlan, become_thin, supervise_accepted
 from ckpt.elastic.processes.trainer import TrainerProcess, trainer_of_process
-from ckpt.errors import CkptError, ConflictError, UnavailableError
 from ckpt.events import Event, emit_to_logging
-from ckpt.ipc.client import START_WAIT_S, HungUpError, KeeperSpec, ensure_keeper
+from ckpt.ipc.client import KeeperSpec, ensure_keeper
 from ckpt.ipc.cluster_spec import NODES_VARIABLE, local_rank_count
-from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import WIRE_VERSION, Hello, Policy
 from ckpt.session.keeper import attachment as keeping
 
@@ -204,14 +200,6 @@ def _stat(pid: int) -> tuple[int, str]:
 
 # ---- the decorated call
 
-OTHER_LAUNCH_WAIT_S = 10.0
-"""How long supervisors wait for those of an earlier launch that their launcher has just killed."""
-
-SETTLE_WAIT_S = 600.0
-"""How long supervisors wait for a keeper that is still saving the state of an earlier launch."""
-
-RETRY_S = 0.05
-
 
 def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerProcess | None:
     """The start of a decorated call.
@@ -262,7 +250,10 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerP
         stacks=_stacks(spec),
         prepare=prepare,
     )
-    trainer = _supervised(lambda: ensure_keeper(spec), plan)
+    if isinstance(start, Spawn):
+        why = become_thin(plan, spec)
+        emit(Event("not-thin", f"the supervisor keeps what the program built: {why}", alarm=True))
+    trainer = supervise_accepted(lambda: ensure_keeper(spec), plan)
     remove_stale_error_file()
     register_trainer(trainer, spec)
     return trainer
@@ -295,47 +286,6 @@ def register_trainer(trainer: TrainerProcess, spec: KeeperSpec) -> None:
     """
     if trainer.attempt:
         keeping.set_supervised_from_environment(spec, trainer.attempt)
-
-
-def _supervised(connect: Callable[[], MessageSocket], plan: SupervisorPlan) -> TrainerProcess:
-    """Supervise as soon as the keeper accepts this launch.
-
-    An earlier launch whose processes are just being killed gets time to be gone, a keeper that is
-    saving snapshots gets time to finish, and one that is just ending is replaced.
-    """
-    began_s = time.monotonic()
-    announced = False
-    while True:
-        link = connect()
-        try:
-            return supervise(link, plan)
-        except (ConflictError, UnavailableError) as error:
-            limit = _wait_limit(error)
-            if time.monotonic() - began_s > limit.seconds:
-                raise
-            if limit.announced and not announced:
-                announced = True
-                _print(f"waiting, {limit.seconds / 60:.0f} min at most: {error}")
-        time.sleep(RETRY_S)
-
-
-class _WaitLimit(NamedTuple):
-    seconds: float
-    announced: bool
-
-
-def _wait_limit(error: CkptError) -> _WaitLimit:
-    if isinstance(error, ConflictError):
-        return _WaitLimit(OTHER_LAUNCH_WAIT_S, announced=False)
-    if isinstance(error, HungUpError):
-        return _WaitLimit(START_WAIT_S, announced=False)
-    return _WaitLimit(SETTLE_WAIT_S, announced=True)
-
-
-def _print(text: str) -> None:
-    with suppress(OSError, ValueError):  # the reader is gone
-        sys.stderr.write(f"ckpt: {text}\n")
-        sys.stderr.flush()
 
 
 def _import_ahead() -> None:

@@ -262,7 +262,8 @@ def _be_trainer(
         if pipes.order_out >= 0:
             os.close(pipes.order_out)
         shared.close_in_child()
-        spawned = isinstance(shared.start, Spawn)
+        start = shared.start
+        spawned = isinstance(start, Spawn)
         how = "prepared" if order.attempt == 0 else "spawn" if spawned else "fork"
         trainer = TrainerProcess(
             attempt=order.attempt,
@@ -274,8 +275,8 @@ def _be_trainer(
             stacks=_stacks(shared, os.getpid()),
             seating=order.seating,
         )
-        if spawned:
-            exec_again(trainer, STARTUP_FOLDER)
+        if isinstance(start, Spawn):
+            exec_again(trainer, start.folder or STARTUP_FOLDER)
         return enter_forked(trainer)
     except BaseException as error:  # noqa: BLE001  printed, and the end of this process
         exit_after_error(error)

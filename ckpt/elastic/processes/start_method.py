@@ -45,10 +45,11 @@ class Fork:
 class Spawn:
     """Trainers are fresh interpreters that run the same command up to the call.
 
-    ``reason``: why no fork.
+    ``reason``: why no fork. ``folder``: where the command runs ("": where this process started).
     """
 
     reason: str
+    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)

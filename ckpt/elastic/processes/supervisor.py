@@ -9,6 +9,7 @@ no step of it blocks on anything but the next event.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import select
@@ -20,10 +21,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import NamedTuple, NoReturn
+
+import msgspec
 
 from ckpt import events
 from ckpt.elastic.processes.child import (
+    SUPERVISOR_SIGNALS,
     SignalPipe,
     Terminal,
     TrainerChild,
@@ -33,6 +38,7 @@ from ckpt.elastic.processes.child import (
 )
 from ckpt.elastic.processes.keeper_connection import SupervisorConnection
 from ckpt.elastic.processes.launch import (
+    STARTUP_FOLDER,
     InheritedProcesses,
     TrainerLaunch,
     launch_trainer,
@@ -48,8 +54,10 @@ from ckpt.elastic.processes.trainer import (
 )
 from ckpt.elastic.sigterm import SigtermHistory, SigtermMeaning
 from ckpt.elastic.verdict import Verdict, give_verdict
-from ckpt.errors import CkptError, InternalError
-from ckpt.ipc.client import KeeperSpec
+from ckpt.errors import CkptError, ConflictError, InternalError, UnavailableError
+from ckpt.format.canonical import prepare_decoders
+from ckpt.ipc.board import open_anonymous
+from ckpt.ipc.client import START_WAIT_S, HungUpError, KeeperSpec, ensure_keeper
 from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import (
     Bye,
@@ -101,6 +109,13 @@ def exit_with(status: int) -> NoReturn:
     if status < 0:
         die_by_signal(-status)
     os._exit(status & 0xFF)
+
+
+def print_line(text: str) -> None:
+    """Tell a person who reads the program's output."""
+    with suppress(OSError, ValueError):  # the reader is gone
+        sys.stderr.write(f"ckpt: {text}\n")
+        sys.stderr.flush()
 
 
 def die_by_signal(number: int, *, group: bool = False) -> NoReturn:
@@ -214,7 +229,7 @@ class Supervisor:
 
     def give_up(self, text: str, status: int) -> NoReturn:
         """Kill all trainers and exit with a message."""
-        self._print(text)
+        print_line(text)
         for child in self._children():
             child.kill()
         self._terminal.take_back()
@@ -273,7 +288,7 @@ class Supervisor:
             case StartPrepared():
                 self._is_standby = self._plan.prepare
             case PrintLine():
-                self._print(message.text)
+                print_line(message.text)
             case _:
                 raise InternalError(
                     f"unexpected message to a supervisor. type={type(message).__name__}"
@@ -389,7 +404,7 @@ class Supervisor:
         ):
             return
         self._overdue = live.attempt
-        self._print(
+        print_line(
             "this node has lost contact with its job's other nodes, which may continue without it: "
             "its trainer is stopped"
         )
@@ -505,7 +520,7 @@ class Supervisor:
             return
         self._terminal.take_back()
         if message.text:
-            self._print(message.text)
+            print_line(message.text)
         if message.futile:
             give_verdict(Verdict(message.status, message.text))
         self._keeper.send(Bye())
@@ -558,12 +573,7 @@ class Supervisor:
 
     def _tell_rest(self, child: TrainerChild) -> None:
         if child.rest is not None and (line := child.rest.line()):
-            self._print(line)
-
-    def _print(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # the reader is gone
-            sys.stderr.write(f"ckpt: {text}\n")
-            sys.stderr.flush()
+            print_line(line)
 
     def _forget(self) -> None:
         """In a trainer: close what belongs to the supervisor."""
@@ -601,3 +611,170 @@ def supervise(link: MessageSocket, plan: SupervisorPlan) -> TrainerProcess:
         if isinstance(error, CkptError):
             supervisor.give_up(str(error), error.exit_code)
         supervisor.give_up(traceback.format_exc(), InternalError.exit_code)
+
+
+OTHER_LAUNCH_WAIT_S = 10.0
+"""How long supervisors wait for those of an earlier launch that their launcher has just killed."""
+
+SETTLE_WAIT_S = 600.0
+"""How long supervisors wait for a keeper that is still saving the state of an earlier launch."""
+
+RETRY_S = 0.05
+
+
+def supervise_accepted(
+    connect: Callable[[], MessageSocket], plan: SupervisorPlan
+) -> TrainerProcess:
+    """Supervise as soon as the keeper accepts this launch.
+
+    An earlier launch whose processes are just being killed gets time to be gone, a keeper that is
+    saving snapshots gets time to finish, and one that is just ending is replaced.
+    """
+    began_s = time.monotonic()
+    announced = False
+    while True:
+        link = connect()
+        try:
+            return supervise(link, plan)
+        except (ConflictError, UnavailableError) as error:
+            limit = _wait_limit(error)
+            if time.monotonic() - began_s > limit.seconds:
+                raise
+            if limit.announced and not announced:
+                announced = True
+                print_line(f"waiting, {limit.seconds / 60:.0f} min at most: {error}")
+        time.sleep(RETRY_S)
+
+
+class _WaitLimit(NamedTuple):
+    seconds: float
+    announced: bool
+
+
+def _wait_limit(error: CkptError) -> _WaitLimit:
+    if isinstance(error, ConflictError):
+        return _WaitLimit(OTHER_LAUNCH_WAIT_S, announced=False)
+    if isinstance(error, HungUpError):
+        return _WaitLimit(START_WAIT_S, announced=False)
+    return _WaitLimit(SETTLE_WAIT_S, announced=True)
+
+
+# ---- a supervisor without what the program built above the call, where trainers are spawned
+#
+# They run the code above the call themselves, so that the supervisor has no use for what it built:
+# torch, models, the memory of a GPU, threads, ports. ``execve`` drops all of it; children, the
+# terminal and the process's number stay.
+
+_THIN = (
+    "import json, os, sys; plan = os.fdopen(int(sys.argv[1]), 'rb'); "
+    "sys.path[:] = json.loads(plan.readline()); "
+    "from ckpt.elastic.processes.supervisor import run_thin; run_thin(plan.read())"
+)
+_GPU_FILES = ("/dev/nvidia", "/dev/kfd")
+
+
+class ThinPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """A ``SupervisorPlan`` on its way through ``execve``, in a file without a name: it may hold
+    credentials.
+
+    ``command`` is the program's, which runs in ``folder``; ``handled`` are the signals that it
+    handles.
+    """
+
+    hello: Hello
+    spec: bytes
+    reason: str
+    folder: str
+    stacks: str
+    prepare: bool
+    command: list[bytes]
+    handled: list[int]
+
+
+def become_thin(plan: SupervisorPlan, spec: KeeperSpec) -> OSError:
+    """Replace this process by an interpreter that only supervises, as ``plan`` says. Returns why
+    not, if the system refuses; this process has not changed then.
+    """
+    assert isinstance(plan.start, Spawn), "forked trainers need what is here"
+    handled = [
+        int(number)
+        for number in signal.valid_signals()
+        if number not in SUPERVISOR_SIGNALS and callable(signal.getsignal(number))
+    ]
+    thin = ThinPlan(
+        hello=plan.hello,
+        spec=spec.encode(),
+        reason=plan.start.reason,
+        folder=plan.start.folder or STARTUP_FOLDER,
+        stacks=str(plan.stacks) if plan.stacks is not None else "",
+        prepare=plan.prepare,
+        command=[os.fsencode(word) for word in sys.orig_argv],
+        handled=handled,
+    )
+    fd = open_anonymous("ckpt-supervisor")
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(json.dumps(sys.path).encode() + b"\n" + msgspec.msgpack.encode(thin))
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.set_inheritable(fd, True)
+    # The program's own command stays visible, so that ``pkill -f train.py`` finds all of it.
+    words = [sys.executable, "-c", _THIN, str(fd), *sys.orig_argv]
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            with suppress(OSError):  # the reader is gone
+                stream.flush()
+    _close_gpus_on_exec()
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled)  # until the next interpreter handles them
+    try:
+        os.execve(sys.executable, words, os.environ)
+    except OSError as error:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+        os.close(fd)
+        return error
+
+
+def _close_gpus_on_exec() -> None:
+    """Drivers open their files so by themselves; this is for those that do not."""
+    try:
+        entries = list(Path("/proc/self/fd").iterdir())
+    except OSError:  # no /proc
+        return
+    for entry in entries:
+        with suppress(OSError):  # the descriptor of this very listing
+            if str(entry.readlink()).startswith(_GPU_FILES):
+                os.set_inheritable(int(entry.name), False)
+
+
+def run_thin(body: bytes) -> NoReturn:
+    """The rest of ``become_thin``, in the new interpreter."""
+    plan = msgspec.msgpack.decode(body, type=ThinPlan)
+    for number in plan.handled:
+        signal.signal(number, ignore_until_supervised)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, plan.handled)
+    sys.orig_argv[:] = [os.fsdecode(word) for word in plan.command]
+    spec = KeeperSpec.decode(plan.spec)
+    try:
+        supervise_accepted(
+            lambda: ensure_keeper(spec),
+            SupervisorPlan(
+                start=Spawn(plan.reason, plan.folder),
+                hello=plan.hello,
+                reconnect=lambda: ensure_keeper(spec),
+                emit=events.emit_to_logging(plan.hello.rank),
+                spec=spec,
+                stacks=Path(plan.stacks) if plan.stacks else None,
+                prepare=plan.prepare,
+            ),
+        )
+    except CkptError as error:  # there is no program any more that could catch it
+        print_line(str(error))
+        exit_with(error.exit_code)
+    except KeyboardInterrupt:
+        die_by_signal(signal.SIGINT)
+    raise InternalError("a spawned trainer is a program of its own")
+
+
+def ignore_until_supervised(number: int, frame: FrameType | None) -> None:
+    """The program handles this signal; the supervisor passes it on once there is a trainer."""
+
+
+prepare_decoders(ThinPlan)

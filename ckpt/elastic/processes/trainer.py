@@ -24,7 +24,6 @@ from types import FrameType
 from typing import NoReturn
 
 import msgspec
-import torch.distributed as dist
 
 from ckpt.errors import InternalError, UsageError
 from ckpt.format.canonical import prepare_decoders
@@ -322,7 +321,12 @@ _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 
 
 def watch_process_group(made: Callable[[], None]) -> None:
-    """Call ``made`` once the user's process group is made; also avoids torch's first back-off."""
+    """Call ``made`` once the user's process group is made; also avoids torch's first back-off.
+
+    Imports torch here: a supervisor by itself has no use for it.
+    """
+    import torch.distributed as dist  # noqa: PLC0415
+
     if not dist.is_available():
         return
     make = dist.init_process_group

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ckpt.elastic.processes import enter
+from ckpt.elastic.processes import supervisor
 from ckpt.errors import ConflictError, UnavailableError
 from ckpt.ipc.client import HungUpError
 
@@ -28,9 +28,9 @@ def door(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
         def sleep(seconds: float) -> None:
             now[0] += pause_s
 
-        monkeypatch.setattr(enter, "supervise", supervise)
-        monkeypatch.setattr(enter.time, "monotonic", lambda: now[0])
-        monkeypatch.setattr(enter.time, "sleep", sleep)
+        monkeypatch.setattr(supervisor, "supervise", supervise)
+        monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(supervisor.time, "sleep", sleep)
         return now
 
     return make
@@ -40,7 +40,7 @@ def test_keeper_that_settles_what_an_earlier_launch_left_is_waited_for_and_that_
     door, capsys
 ) -> None:
     now = door(*[UnavailableError("still bringing step 7 to the store")] * 500)
-    assert enter._supervised(lambda: None, None) == "seat"
+    assert supervisor.supervise_accepted(lambda: None, None) == "seat"
     assert now[0] == 500
     said = capsys.readouterr().err
     assert said.count("still bringing step 7") == 1
@@ -50,23 +50,23 @@ def test_keeper_that_settles_what_an_earlier_launch_left_is_waited_for_and_that_
 def test_keeper_that_settles_for_ever_is_not_waited_for_for_ever(door) -> None:
     now = door(*[UnavailableError("still bringing")] * 1000)
     with pytest.raises(UnavailableError, match="still bringing"):
-        enter._supervised(lambda: None, None)
+        supervisor.supervise_accepted(lambda: None, None)
     assert 600 < now[0] < 603
 
 
 def test_another_launch_is_given_time_to_go(door, capsys) -> None:
     door(*[ConflictError("running already")] * 9)
-    assert enter._supervised(lambda: None, None) == "seat"
+    assert supervisor.supervise_accepted(lambda: None, None) == "seat"
     now = door(*[ConflictError("running already")] * 100)
     with pytest.raises(ConflictError):
-        enter._supervised(lambda: None, None)
+        supervisor.supervise_accepted(lambda: None, None)
     assert now[0] < 13
     assert capsys.readouterr().err == ""
 
 
 def test_keeper_that_is_just_ending_is_asked_for_again_in_silence(door, capsys) -> None:
     door(*[HungUpError("gone")] * 20)
-    assert enter._supervised(lambda: None, None) == "seat"
+    assert supervisor.supervise_accepted(lambda: None, None) == "seat"
     assert capsys.readouterr().err == ""
 
 
@@ -77,5 +77,5 @@ def test_keeper_that_cannot_be_started_is_not_waited_for(door) -> None:
         raise UnavailableError("no keeper")
 
     with pytest.raises(UnavailableError, match="no keeper"):
-        enter._supervised(nobody, None)
+        supervisor.supervise_accepted(nobody, None)
     assert now[0] == 0.0
