@@ -13,6 +13,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -104,6 +105,9 @@ class ValueMatcher:
             case tuple() if type(live) is tuple and isinstance(node, tuple):
                 steps = self._positions(live, node, path)
                 return lambda: tuple(step() for step in steps)
+            case deque() | set() | bytearray() | np.ndarray() if _fits_in_place(live, node):
+                made = self.fresh(live, node, path)
+                return lambda: _filled(live, made())
             case torch.Generator() if isinstance(node, bytes):
                 self.last.append(lambda: _set_generator(live, node))
                 return lambda: live
@@ -359,6 +363,38 @@ def _at(values: list[object] | tuple[object, ...], index: int) -> object:
     return values[index] if index < len(values) else ABSENT
 
 
+_Plain = deque[object] | set[object] | bytearray | np.ndarray
+
+
+def _fits_in_place(live: object, node: object) -> bool:
+    """Whether a plain container or array can take a stored value: others in the program may hold
+    it too, as they hold tensors.
+    """
+    if type(live) is not type(node):
+        return False
+    match live, node:
+        case np.ndarray(), np.ndarray():
+            return (live.dtype, live.shape) == (node.dtype, node.shape) and live.flags.writeable
+        case deque(), deque():
+            return live.maxlen == node.maxlen
+    return True
+
+
+def _filled(live: _Plain, value: object) -> object:
+    match live, value:
+        case np.ndarray(), np.ndarray():
+            np.copyto(live, value)
+        case bytearray(), bytearray():
+            live[:] = value
+        case deque(), deque():
+            live.clear()
+            live.extend(value)
+        case set(), set():
+            live.clear()
+            live.update(value)
+    return live
+
+
 def _constant(value: object) -> RestoreStep:
     return lambda: value
 
@@ -583,6 +619,7 @@ class OptimizerMatcher:
         state, groups = _parts(node, path)
         stored = {name for group in groups for name in _names(group, path)}
         steps: list[RestoreStep] = []
+        self._check_order(source, groups, path)
         if self._selection.cover(f"{path}/param_groups") is not Coverage.NONE:
             steps += self._groups(source, groups, path)
         if self._selection.cover(f"{path}/state") is not Coverage.NONE:
@@ -616,6 +653,22 @@ class OptimizerMatcher:
             return source.optimizer
 
         return put
+
+    def _check_order(
+        self, source: OptimizerSource, groups: Sequence[Mapping[object, object]], path: str
+    ) -> None:
+        """LBFGS keeps its state for all parameters in a row, under the name of the first."""
+        if not isinstance(source.optimizer, torch.optim.LBFGS):
+            return
+        stored = [name for group in groups for name in _names(group, path)]
+        live = [member.name for member in source.parameters]
+        if stored != live and sorted(stored) == sorted(live):
+            self._problems.add(
+                "optimizer's parameters are in another order, in which its state lies in a row. "
+                f"stored={stored[:NAMES_SHOWN_MAX]} live={live[:NAMES_SHOWN_MAX]}",
+                path,
+                "give them in the order that they were saved in",
+            )
 
     def _of_this_share(
         self, source: OptimizerSource, node: object, path: str

@@ -262,6 +262,29 @@ def test_other_groups_are_refused_and_state_alone_is_not(store: Callable[..., ob
     assert optimizer.param_groups[0]["lr"] == 0.001
 
 
+def test_state_that_lies_in_a_row_is_refused_for_parameters_in_another_order(
+    store: Callable[..., object],
+) -> None:
+    def made(order: tuple[int, int]) -> Items:
+        layers = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        weights = list(layers.parameters())
+        optimizer = torch.optim.LBFGS([weights[place] for place in order])
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            found = layers(torch.ones(1, 2)).square().sum()
+            found.backward()
+            return found
+
+        optimizer.step(loss)
+        return {"model": layers, "optimizer": optimizer}
+
+    snapshot = store(capture(made((0, 1)), world=WORLD))
+    with pytest.raises(UsageError, match=r"another order.*path='optimizer'"):
+        apply(made((1, 0)), snapshot.index, read=snapshot.read, world=WORLD)
+    apply(made((0, 1)), snapshot.index, read=snapshot.read, world=WORLD)
+
+
 class Wrapping(torch.optim.SGD):
     """An optimizer that moves weights by a second one inside it, as many recipes do."""
 

@@ -313,6 +313,33 @@ def test_stored_type_without_a_live_value_of_it_is_refused(store: Store) -> None
         load(snapshot, state={"color": None, "config": None})
 
 
+def test_containers_and_arrays_that_others_hold_too_are_filled_in_place(store: Store) -> None:
+    def made(*numbers: int) -> dict[str, object]:
+        return {
+            "queue": deque(numbers, maxlen=4),
+            "seen": set(numbers),
+            "raw": bytearray(numbers),
+            "array": np.array(numbers, np.int64)[::-1],
+        }
+
+    snapshot = save(store, state=made(1, 2, 3))
+    state = made(7, 8, 9)
+    held = dict(state)
+    load(snapshot, state=state)
+    assert all(state[name] is value for name, value in held.items())
+    assert list(held["queue"]) == [1, 2, 3] and held["seen"] == {1, 2, 3}  # type: ignore[call-overload]
+    assert held["raw"] == bytearray((1, 2, 3))
+    assert held["array"].tolist() == [3, 2, 1]  # type: ignore[attr-defined]
+
+
+def test_array_of_another_shape_and_queue_of_another_length_are_replaced(store: Store) -> None:
+    snapshot = save(store, state={"array": np.ones(3), "queue": deque([1], maxlen=2)})
+    state: dict[str, object] = {"array": np.zeros(2), "queue": deque(maxlen=9)}
+    load(snapshot, state=state)
+    assert state["array"].tolist() == [1.0] * 3  # type: ignore[attr-defined]
+    assert state["queue"] == deque([1]) and state["queue"].maxlen == 2  # type: ignore[attr-defined]
+
+
 class Extras(nn.Module):
     """A parameter, extra state with a tensor in it, and a value that a hook computes."""
 
