@@ -41,6 +41,16 @@ class MultiStoreBackend(Backend, Protocol):
         """
         ...
 
+    def await_caught_up(
+        self, timeout_s: float, *, of: frozenset[int] | None = None, least: int | None = None
+    ) -> bool:
+        """Wait until ``least`` of the stores with the indexes ``of`` (None: all) have every object
+        that this process has put.
+
+        False if they have not after ``timeout_s``, or if that can't be known.
+        """
+        ...
+
     def read_checked(
         self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0
     ) -> None:

@@ -63,6 +63,9 @@ from ckpt.log.sequencers import (
 from ckpt.log.state import LogState, StoreSet
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold
 
+PROVE_S = 10.0
+"""How long a snapshot waits for the other stores to have all that one had which is gone."""
+
 # ---- sequencers of several stores
 
 
@@ -464,14 +467,18 @@ class ReplicatedLog:
         return self.read_new(state), self._exchanges
 
     def prove_stores(self, state: LogState, since: int) -> tuple[LogState, tuple[str, ...]]:
-        """A store that does not answer keeps the id under which it counted."""
+        """A store that does not answer keeps the id under which it counted.
+
+        Without the store that became another one, W of those that are left may have every object:
+        then nothing hangs on it. Waits for that, PROVE_S at most.
+        """
         state = self.read_new(state)
         expected = {
             number: store_id
             for number, (exchange, store_id) in self._exchanged.items()
             if exchange > since
         }
-        if expected:
+        if expected and not self._others_have_all(state, frozenset(expected)):
             raise UnavailableError(
                 "a store that took objects is another one now, or none, so they may be nowhere. "
                 f"stores={[self._replicas.urls[number] for number in expected]} "
@@ -479,6 +486,12 @@ class ReplicatedLog:
                 f"found={[self._ids[number] for number in expected]}; mount it or move it back"
             )
         return state, tuple(sorted(filter(None, self._counted.values())))
+
+    def _others_have_all(self, state: LogState, lost: frozenset[int]) -> bool:
+        """Whether W stores that count, and are not ``lost``, have every object of this process."""
+        left = frozenset(self._counted).intersection(range(len(self._backend.stores))) - lost
+        _, quorum = self.members(state)
+        return len(left) >= quorum and self._backend.await_caught_up(PROVE_S, of=left, least=quorum)
 
     def members(self, state: LogState) -> tuple[tuple[str, ...], int]:
         """Before the first record any store counts, and none can be lacking."""

@@ -191,6 +191,11 @@ class EncryptedMultiStore(EncryptedBackend):
     def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
         self._several.count_only(full, silent=silent)
 
+    def await_caught_up(
+        self, timeout_s: float, *, of: frozenset[int] | None = None, least: int | None = None
+    ) -> bool:
+        return self._several.await_caught_up(timeout_s, of=of, least=least)
+
     def stat(self, key: str) -> Stat | None:
         """If the copy that answered has a wrong length, the first copy with a right one."""
         try:

@@ -450,13 +450,14 @@ class RepairBacklog:
             in_flight = {key for at, key in self._writes_in_flight if at == index}
             return len(in_flight | self._ledger.needs[index].keys())
 
-    def caught_up(self) -> bool:
-        """Whether nothing is known to be missing in any store."""
+    def whole(self, indexes: frozenset[int]) -> frozenset[int]:
+        """Those of the stores ``indexes`` in which nothing is known to be missing."""
         with self.change:
-            return (
-                not self._writes_in_flight
-                and not any(self._ledger.needs)
-                and not any(self._ledger.scrub)
+            writing = {at for at, _ in self._writes_in_flight}
+            return frozenset(
+                at
+                for at in indexes - writing
+                if not self._ledger.needs[at] and not self._ledger.scrub[at]
             )
 
 

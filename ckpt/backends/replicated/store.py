@@ -243,22 +243,31 @@ class ReplicatedBackend:
             for index, store in enumerate(self._stores)
         )
 
-    def await_caught_up(self, timeout_s: float) -> bool:
-        """Repair without pauses, and wait until nothing is known to be missing.
+    def await_caught_up(
+        self, timeout_s: float, *, of: frozenset[int] | None = None, least: int | None = None
+    ) -> bool:
+        """Repair without pauses, and wait until nothing is known to be missing in ``least`` of the
+        stores ``of`` (None: in all of them, of all stores).
 
         False after ``timeout_s``, and at once if only a scrub can find what is missing.
         """
         state = self._process_state()
+        backlog = state.group.backlog
+        stores = frozenset(range(len(self._stores))) if of is None else of
+        count = len(stores) if least is None else least
         until_s = time.monotonic() + timeout_s
-        while not state.group.backlog.caught_up():
+
+        def caught_up() -> bool:
+            return len(backlog.whole(stores)) >= count
+
+        while not caught_up():
             left_s = until_s - time.monotonic()
-            if left_s <= 0 or any(state.group.backlog.ledger.scrub):
+            known = sum(not backlog.ledger.scrub[index] for index in stores)
+            if left_s <= 0 or known < count:
                 return False
             state.repairer.repair_now()
-            with state.group.backlog.change:
-                state.group.backlog.change.wait_for(
-                    state.group.backlog.caught_up, min(left_s, CATCH_UP_POLL_S)
-                )
+            with backlog.change:
+                backlog.change.wait_for(caught_up, min(left_s, CATCH_UP_POLL_S))
         return True
 
     def scrubbed(self, index: int) -> None:

@@ -56,6 +56,11 @@ class Pair:
     def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
         self.counting = full
 
+    def await_caught_up(
+        self, timeout_s: float, *, of: frozenset[int] | None = None, least: int | None = None
+    ) -> bool:
+        return False  # it keeps no account of what its stores miss
+
     def capabilities(self) -> Capabilities:
         return self.left.capabilities()
 

@@ -35,6 +35,11 @@ class SmallReplicated:
     def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
         self._takers = full | silent
 
+    def await_caught_up(
+        self, timeout_s: float, *, of: frozenset[int] | None = None, least: int | None = None
+    ) -> bool:
+        return False  # it keeps no account of what its stores miss
+
     def capabilities(self) -> Capabilities:
         once = all(store.capabilities().create_only for store in self._stores)
         return Capabilities(create_only=once, read_bytes_best=1, concurrency_best=1)

@@ -281,6 +281,8 @@ class Run:
 
     def gc(self, dice: random.Random, quiet: bool) -> str:
         """Drop what is not among the newest few, and sweep."""
+        if quiet:
+            self.look(dice, quiet)  # which of what is in doubt is true: that decides what is kept
         last = dice.randint(1, 4)
         policy = parse_policy(f"last={last}")
         with closing(self.backend()) as backend:

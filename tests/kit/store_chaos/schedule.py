@@ -47,7 +47,11 @@ HARMS = {
     FOLDER: (*_HARMS, "away", "broken"),
 }
 """Faults that make a store the wrong one: with ``away`` and ``broken`` it seems to be empty, though
-it is not."""
+it is not. So does every fault while the log is made: a store that is not there then has nothing
+until it is filled."""
+
+HARMLESS_AT_FIRST = frozenset({"slow", "crawling"})
+"""Faults that keep no store from having its part when the log is made."""
 
 AT_ONCE = frozenset({"rot", "lose", "wipe"})
 """Over as soon as they are done."""
@@ -197,9 +201,10 @@ class _Weather:
         place = dice.choice(free)
         kind = self._world[place]
         harmful = dice.random() < 0.35
+        what = dice.choice((HARMS if harmful else PASSING)[kind])
+        harmful |= not self._made and what not in HARMLESS_AT_FIRST
         if harmful and self._wrong not in (None, place):
             return None
-        what = dice.choice((HARMS if harmful else PASSING)[kind])
         if what == "broken" and not self._made:
             return None  # an address that leads nowhere is the caller's mistake, as long as nothing is there
         proxied = [other for other, one in enumerate(self._world) if one != FOLDER]

@@ -98,8 +98,14 @@ def test_a_store_that_came_back_empty_is_not_counted_because_it_is_silent_next(
 
 @pytest.mark.parametrize("counts", ["from the first look on", "only after it"])
 def test_a_store_that_was_exchanged_since_the_first_look_is_told_whatever_reads_the_log(
-    counts: str, stores: list[Switched], several: ReplicatedBackend, journal: Journal
+    counts: str,
+    stores: list[Switched],
+    several: ReplicatedBackend,
+    journal: Journal,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("ckpt.log.replicated.PROVE_S", 0.1)
+
     def mount() -> None:
         stores[2].put(keys.JOB_KEY, [whose])
 
@@ -110,6 +116,8 @@ def test_a_store_that_was_exchanged_since_the_first_look_is_told_whatever_reads_
     proof.begin(1)
     mount()
     journal.refresh()
+    stores[1].silent = True
+    several.put("packs/x", [b"x"])  # on the first store and on this one
     stores[2].delete(keys.JOB_KEY)
     for _ in range(2):  # nor does a look that failed use up what it found
         journal.refresh()

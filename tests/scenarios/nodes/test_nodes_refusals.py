@@ -159,7 +159,8 @@ def answer_of(port: int, raw: bytes) -> bytes:
     answer = b""
     with socket.create_connection(("127.0.0.1", port), WAIT_S) as sock, suppress(ConnectionError):
         sock.sendall(raw)
-        sock.shutdown(socket.SHUT_WR)
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)  # not connected: the keeper has closed it already
         while data := sock.recv(1 << 16):
             answer += data
     return answer
