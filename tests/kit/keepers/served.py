@@ -7,10 +7,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from ckpt.errors import CkptError
+from ckpt.errors import CkptError, UnavailableError
 from ckpt.events import Event
 from ckpt.ipc.board import Board
 from ckpt.ipc.client import KeeperClient, KeeperSpec
@@ -271,9 +272,9 @@ class Served:
     def finish(self) -> None:
         """Let it end, whatever it waits for."""
         if self.thread.is_alive() and not self.ends(0.5):
-            self.trainer(
-                0, self.daemon._job.state.memory.ranks or 1, launch=f"last-{next(self._launches)}"
-            ).leave()
+            ranks = self.daemon._job.state.memory.ranks or 1
+            with suppress(UnavailableError):  # it ends at this moment
+                self.trainer(0, ranks, launch=f"last-{next(self._launches)}").leave()
         assert self.ends()
         if self.home is not None:
             self._close()
