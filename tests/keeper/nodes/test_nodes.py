@@ -7,6 +7,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,11 @@ from ckpt.keeper.attempts.events import (
     Rank0Unreachable,
     RequestEpoch,
 )
+from ckpt.keeper.attempts.failures import EpochFailures
 from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import LocalMailbox
 from ckpt.keeper.nodes import nodes as nodes_room
-from ckpt.keeper.nodes.join import check_spec, memory_address, said_by
+from ckpt.keeper.nodes.join import _decided, check_spec, memory_address, said_by
 from ckpt.keeper.nodes.nodes import Nodes
 from ckpt.keeper.nodes.progress import REPORTS_PER_S_MAX, report_every_s
 from ckpt.keeper.nodes.remote_mailbox import RemoteMailbox
@@ -254,6 +256,22 @@ def test_failure_is_told_of_a_rank_of_the_whole_job(joined: Keeper) -> None:
         7,
     )
     assert joined.fake.seen() == MembershipEpoch("", 3)
+
+
+def test_leader_is_told_all_that_one_nodes_keeper_would_decide_by(joined: Keeper) -> None:
+    joined.come(3, "root", "me")
+    outage = replace(DIED, kind="error", fingerprint="f", step=7, passing=True)
+    joined.nodes.request_epoch(RequestEpoch(outage, 7, calls=2, moved=True), 3)
+    (told,) = joined.fake.failures
+    known = EpochFailures({}, {}, frozenset())
+    before = EpochNote(fingerprint="f", step=7, same=1, stuck=4, completed=90, calls=1)
+    decided = _decided(before, {"me": told}, known, {"me": 50.0}, 60.0, Policy())
+    assert decided.note is not None and decided.note.end is None
+    assert (decided.note.calls, decided.note.completed, decided.note.stuck) == (2, 7, 0)
+    assert decided.note.same == 1, "an outage counts only after a pause"
+    assert len(decided.note.restarts) == 1
+    again = _decided(decided.note, {"me": told}, known, {"me": 50.0}, 60.0, Policy())
+    assert again.note is not None and again.note.calls == 2 and len(again.note.restarts) == 2
 
 
 def test_node_that_can_not_join_ends_the_launch_and_says_why(keeper: Keeper) -> None:
