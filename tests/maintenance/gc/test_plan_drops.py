@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from ckpt.format.records import Body, Commit, Drop, Open, Tag, make_record
 from ckpt.log.fold import empty, fold, void_if_appended
 from ckpt.log.state import LogState
-from ckpt.maintenance.gc.plan import NEWEST, NEWEST_INTACT, NONE_INTACT, plan_gc, restore_order
+from ckpt.maintenance.gc.plan import (
+    CLOCK_DOUBTED,
+    NEWEST,
+    NEWEST_INTACT,
+    NO_METRIC,
+    NONE_INTACT,
+    NOT_APPROVED,
+    plan_gc,
+    restore_order,
+)
 from ckpt.maintenance.retention import (
     KeepPolicy,
     keep_best,
@@ -164,6 +174,67 @@ def test_floor_never_sinks_and_is_set_once() -> None:
     assert plan(log.state, None).empty
     assert log.commit(SnapshotId(1, 30))
     assert plan(log.state, None).floor == SnapshotId(1, 30)
+
+
+def test_plan_that_was_approved_in_part_drops_that_part_alone() -> None:
+    found = plan(straight(10, 20, 30, 40).state, keep_last(1))
+    some = found.restricted_to([SnapshotId(1, 10), SnapshotId(1, 40), SnapshotId(9, 9)])
+    assert some.drops == (SnapshotId(1, 10),) and some.floor == found.floor
+    assert [one.reasons for one in some.decisions] == [
+        (),
+        (NOT_APPROVED,),
+        (NOT_APPROVED,),
+        (NEWEST, "last=1"),
+    ]
+    assert found.restricted_to(found.drops) == found
+
+
+def test_plan_is_empty_that_neither_drops_nor_raises_the_floor() -> None:
+    found = plan(straight(10, 20).state, keep_last(1))
+    nothing = found.restricted_to(())
+    assert found.drops and found.floor is not None and nothing.floor is not None
+    assert not found.empty and not nothing.empty and not replace(found, floor=None).empty
+    assert replace(nothing, floor=None).empty
+
+
+def test_rule_of_tags_names_the_tags_and_not_itself() -> None:
+    log = straight(10, 20)
+    assert log.add(Tag("good", SnapshotId(1, 10)), 1)
+    [first, last] = plan(log.state, keep_tagged()).decisions
+    assert (first.reasons, last.reasons) == (("tagged good",), (NEWEST,))
+
+
+def test_what_would_go_stays_while_a_rule_cannot_be_applied_and_the_rest_keeps_its_reasons() -> (
+    None
+):
+    log = straight(10, 20, 30)
+    assert log.add(Tag("good", SnapshotId(1, 10)), 1)
+    found = plan(log.state, keep_best("acc"))
+    reasons = [one.reasons for one in found.decisions]
+    assert reasons == [("tagged good",), (NO_METRIC,), (NEWEST,)] and found.drops == ()
+    [problem] = found.problems
+    assert "metric='acc' metrics='loss'; log it" in problem
+    days = {10: 368, 20: 367, 30: 366}
+    ages_s = {pair: days[pair.step] * 86400.0 for pair in log.state.lineage}
+    doubted = plan_gc(
+        log.state,
+        infos(log.state),
+        keep_for("7d"),
+        ages_s=ages_s,
+        intact=restore_order(log.state)[0],
+        problems=["told before"],
+    )
+    reasons = [one.reasons for one in doubted.decisions]
+    assert reasons == [("tagged good",), (CLOCK_DOUBTED,), (NEWEST,)] and doubted.drops == ()
+    assert doubted.problems[0] == "told before" and len(doubted.problems) == 2
+
+
+def test_rule_that_cannot_be_applied_is_no_problem_where_nothing_would_go() -> None:
+    state = straight(10).state
+    old = {SnapshotId(1, 10): 999 * 86400.0}
+    for policy in (keep_best("acc"), keep_for("7d")):
+        found = plan_gc(state, infos(state), policy, ages_s=old, intact=SnapshotId(1, 10))
+        assert found.problems == () and found.drops == ()
 
 
 def test_store_without_snapshots_has_nothing_to_plan() -> None:
