@@ -163,6 +163,7 @@ def test_a_split_place_is_settled_for_the_same_winner_whoever_finds_it(
     world.give(1, FIRST)
     assert world.claim(mine, quorum=2) == found
     assert world.at() == [SECOND, FIRST] and world.at(SETTLED) == [FIRST, FIRST]
+    assert world.at(keys.round_keys(SEQ, 1)[0]) == [None, None], "no further round is needed"
 
 
 @pytest.mark.parametrize("mine", [FIRST, SECOND, record(4)])
