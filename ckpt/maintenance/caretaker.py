@@ -19,6 +19,7 @@ from ckpt.errors import CkptError, InternalError
 from ckpt.events import Emit, Event
 from ckpt.log.journal import Journal
 from ckpt.log.state import Committed
+from ckpt.maintenance.gc.sweep import keep_reserves
 from ckpt.maintenance.replica import SyncLimits
 from ckpt.maintenance.scrub.history import record_scrub, scrubbed_s_ago
 from ckpt.maintenance.scrub.scrub import Scrub
@@ -87,6 +88,7 @@ class StoreCaretaker:
 
     def _run(self) -> None:
         journal: Journal | None = None
+        reserved = False
         while not self._stop.wait(self._interval_s):
             try:
                 journal = journal or Journal.open(self._backend)
@@ -94,6 +96,9 @@ class StoreCaretaker:
                     self._refill_empty(journal)
                     self._find_missed(journal)
                     self._catch_up(journal)
+                if not reserved:
+                    keep_reserves(self._backend, journal.refresh())
+                    reserved = True
                 self._scrub_when_due(journal)
             except CkptError as error:
                 # No alarm: commits raise one for a store that does not answer. Here it is retried.

@@ -22,7 +22,14 @@ from ckpt.errors import IntegrityError, UnavailableError, UsageError
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.drop import drop, preview
 from ckpt.maintenance.gc.plan import GcPlan, ObjectStatus
-from ckpt.maintenance.gc.sweep import GRACE_S, StoreSweep, SweepReport, snapshot_references, sweep
+from ckpt.maintenance.gc.sweep import (
+    GRACE_S,
+    StoreSweep,
+    SweepReport,
+    keep_reserves,
+    snapshot_references,
+    sweep,
+)
 from ckpt.maintenance.retention import KeepPolicy, duration_s, duration_text, parse_policy
 from ckpt.values import SnapshotId
 
@@ -124,6 +131,7 @@ def command(urls: StoreList, *, keep: str | None, dry_run: bool, grace: str, yes
                 grace_s=request.grace_s,
             )
             report = sweep(store.backend, state, grace_s=request.grace_s)
+            keep_reserves(store.backend, state)
         if choice.as_json:
             emit_json(_json(store, plan, report, request))
         else:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
 from ckpt.errors import (
+    CommitUnknownError,
     ConflictError,
     FencedError,
     FormatVersionError,
@@ -26,7 +27,14 @@ from ckpt.log.reader import RECORDS_AT_ONCE, LogNote, fold_seqs, read_all, recor
 from ckpt.log.sequencers import Appended, KeyTaken, WriteUnknown
 from ckpt.log.state import Committed, LogState
 from ckpt.maintenance.gc.plan import GcPlan, plan_gc, restore_order
-from ckpt.maintenance.gc.sweep import GRACE_S, probed_clock, require_known, sweep
+from ckpt.maintenance.gc.sweep import (
+    GRACE_S,
+    is_full,
+    probed_clock,
+    require_known,
+    sweep,
+    take_reserves,
+)
 from ckpt.maintenance.retention import KeepPolicy
 from ckpt.maintenance.scrub.history import last_record
 from ckpt.values import SnapshotId
@@ -133,47 +141,59 @@ def drop(
     snapshot that was tagged or became the newest meanwhile stays. A store that is too full for the
     record is swept first, with ``grace_s``. Raises as ``preview`` and ``Journal.append``.
     """
-    full = False
+    rooms = iter((_sweep_garbage, _take_reserves, _free_copies))
     for races in range(RACES_MAX + 1):
-        require_known(journal.refresh())
-        # The plan rests on confirmed records only. Otherwise a commit that is later overruled could
-        # take one of the places of "last 2", and the snapshot it pushed out would be lost.
-        state = journal.refresh_confirmed()
-        plan = preview(backend, state, policy, now_unix_s=now_unix_s, asks_clocks=True)
-        plan = plan if approved is None else plan.restricted_to(approved.drops)
+        state: LogState | None = None
+        plan = GcPlan((), None)
         try:
+            require_known(journal.refresh())
+            # The plan rests on confirmed records only. Otherwise a commit that is later overruled
+            # could take one of the places of "last 2", and the snapshot it pushed out would be
+            # lost.
+            state = journal.refresh_confirmed()
+            plan = preview(backend, state, policy, now_unix_s=now_unix_s, asks_clocks=True)
+            plan = plan if approved is None else plan.restricted_to(approved.drops)
             return plan, _record(journal, state, plan.drops, plan.floor)
         except FencedError:
             raise
-        except StoreFullError:
-            if full or races == RACES_MAX:
+        except (StoreFullError, CommitUnknownError):
+            # Of several stores it is not known that they are full, only that too few took it.
+            if races == RACES_MAX or not any(make(backend, state, plan, grace_s) for make in rooms):
                 raise
-            full = True
-            _make_room(backend, state, plan.drops, grace_s=grace_s)
         except ConflictError:
             if races == RACES_MAX:
                 raise
     raise AssertionError("the last race is raised")
 
 
-def _make_room(
-    backend: Backend, state: LogState, drops: tuple[SnapshotId, ...], *, grace_s: float
-) -> None:
-    """Free space in full stores for one small record.
+# Ways to free space in full stores for one small record. Each returns whether it freed any. The
+# state is None if its last record may not count; then nothing may be swept by it.
 
-    What is garbage already goes first. If there is none, what is held twice goes: older folds, and
-    second copies of records of the snapshots that are about to be dropped. Raises as ``sweep``.
-    """
+
+def _sweep_garbage(backend: Backend, state: LogState | None, _: GcPlan, grace_s: float) -> bool:
+    if state is None or not any(map(is_full, stores_of(backend))):
+        return False
     report = sweep(backend, state, grace_s=grace_s)
-    if any(store.deleted for store in report.stores):
-        return
-    for store in stores_of(backend):
-        for seq in fold_seqs(store)[:-1]:
-            store.delete(keys.fold_key(seq))
-        for snapshot in drops:
+    return any(store.deleted for store in report.stores)
+
+
+def _take_reserves(backend: Backend, _: LogState | None, __: GcPlan, ___: float) -> bool:
+    return take_reserves(backend)
+
+
+def _free_copies(backend: Backend, _: LogState | None, plan: GcPlan, __: float) -> bool:
+    """What is held twice goes: older folds, and second copies of records of the snapshots that are
+    about to be dropped."""
+    freed = False
+    for store in filter(is_full, stores_of(backend)):
+        twice = [keys.fold_key(seq) for seq in fold_seqs(store)[:-1]]
+        for snapshot in plan.drops:
             for prefix in (f"{keys.PARTS}{snapshot.key}/", f"{keys.MANIFESTS}{snapshot.key}-"):
-                for stat in list(store.list(keys.copy_key(prefix))):
-                    store.delete(stat.key)
+                twice += [stat.key for stat in store.list(keys.copy_key(prefix))]
+        for key in twice:
+            store.delete(key)
+            freed = True
+    return freed
 
 
 def with_dropped(

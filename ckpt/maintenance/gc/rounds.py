@@ -17,7 +17,7 @@ from ckpt.events import Emit, Event, Fact
 from ckpt.log.journal import Journal
 from ckpt.maintenance.gc.drop import drop, fenced_journal, require_newest_epoch
 from ckpt.maintenance.gc.plan import ROUND_S, GcHistory, GcIdle, GcPlan, GcRound, next_round
-from ckpt.maintenance.gc.sweep import ReferenceCache, SweepReport, sweep
+from ckpt.maintenance.gc.sweep import ReferenceCache, SweepReport, keep_reserves, sweep
 from ckpt.maintenance.retention import KeepPolicy
 from ckpt.threads import start_thread
 
@@ -257,9 +257,11 @@ class GcRounds:
             self._emit_alarm(Event("gc-rule", problem, alarm=True))
         if not due.sweep:
             return plan, None
-        return plan, sweep(
+        report = sweep(
             backend, state, grace_s=grace_s, emit=self._emit_alarm, cache=store.references
         )
+        keep_reserves(backend, state)
+        return plan, report
 
     def _writer(self) -> int:
         """The epoch to drop for. After ``stop`` no epoch, so a round in progress records nothing.

@@ -21,6 +21,7 @@ from ckpt.errors import (
     FormatVersionError,
     IntegrityError,
     NotFoundError,
+    StoreDeniedError,
     StoreFullError,
     UnavailableError,
 )
@@ -315,9 +316,61 @@ def earliest_time(store: Backend) -> float:
     )
 
 
+def is_full(store: Backend) -> bool:
+    """Whether the store has no room for a log record. Raises UnavailableError, StoreDeniedError.
+
+    Writes an object of a page and deletes it.
+    """
+    key = f"{CLOCK_PROBES}{secrets.token_hex(16)}"
+    try:
+        store.put(key, [bytes(PAGE_BYTES)])
+    except StoreFullError:
+        return True
+    store.delete(key)
+    return False
+
+
 def is_probe(key: str) -> bool:
     """Whether ``key`` is one that ``store_clock`` uses."""
     return _PROBE_RE.fullmatch(key) is not None
+
+
+# ---- the reserve: room for the record of a drop in a store that is full
+
+RESERVE_KEY = "reserve/0"
+RESERVE_BYTES = 256 << 10
+"""Room for some hundred records: a record of a drop takes up to 1 MiB, and usually below 4 KiB."""
+PAGE_BYTES = 4096
+
+
+def keep_reserves(backend: Backend, state: LogState) -> None:
+    """Make the reserve of each store of the log that has none.
+
+    A store that is full, read-only or does not answer is left for the next time. Cost: two small
+    requests for each store, and one write where there is no reserve.
+    """
+    for store in stores_of(backend):
+        found = _identify(store, state, lambda _: 0.0)
+        if isinstance(found, ReachableStore):
+            try:
+                if store.stat(RESERVE_KEY) is None:
+                    # Random, because a disk that compresses would reserve nothing for zeros.
+                    store.put(RESERVE_KEY, [secrets.token_bytes(RESERVE_BYTES)])
+            except (StoreFullError, StoreDeniedError, UnavailableError):
+                continue  # nothing is lost by it; who next looks after the store tries again
+
+
+def take_reserves(backend: Backend) -> bool:
+    """Delete the reserves of the stores that are full; whether there was one."""
+    taken = False
+    for store in stores_of(backend):
+        try:
+            if store.stat(RESERVE_KEY) is not None and is_full(store):
+                store.delete(RESERVE_KEY)
+                taken = True
+        except (StoreDeniedError, UnavailableError):
+            continue  # of several stores the others may be enough; the record's writer finds out
+    return taken
 
 
 # ---- the sweep

@@ -14,15 +14,22 @@ from kit.collected_store import ClockedStore, Watched
 from ckpt.backends.base import Backend, Buffer
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
-from ckpt.errors import ConflictError, FencedError, StoreFullError, UnavailableError
+from ckpt.errors import (
+    CommitUnknownError,
+    ConflictError,
+    FencedError,
+    StoreFullError,
+    UnavailableError,
+)
 from ckpt.events import Event
 from ckpt.format import keys
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.maintenance.gc import plan as gc_due
-from ckpt.maintenance.gc.drop import fenced_journal, preview
+from ckpt.maintenance.gc.drop import drop, fenced_journal, preview
 from ckpt.maintenance.gc.plan import PREFIXES
 from ckpt.maintenance.gc.rounds import GcRounds, RetentionSettings
+from ckpt.maintenance.gc.sweep import RESERVE_KEY, keep_reserves, sweep
 from ckpt.maintenance.retention import (
     KeepPolicy,
     keep_best,
@@ -466,8 +473,8 @@ def test_age_is_by_the_stores_stamps_whatever_the_trainers_clock_was(rounds: Rou
 class FullStore(MemoryBackend):
     """A store that takes ``room`` bytes more and no more; what is deleted makes room."""
 
-    def __init__(self) -> None:
-        super().__init__("full")
+    def __init__(self, name: str = "full") -> None:
+        super().__init__(name)
         self.room: int | None = None
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
@@ -498,6 +505,49 @@ def test_full_store_is_collected_also_if_not_one_record_fits(
     assert steps(store) == [20, 40] and not any(event.alarm for event in rounds.events)
     assert (objects(store) == needed(store)) == (grace_s == 0.0)
     assert verify(load_index(store, Journal.open(store).refresh(), SnapshotId(1, 40)), store).ok
+
+
+@pytest.mark.parametrize("by", ["keeper", "command"])
+def test_several_full_stores_without_garbage_are_collected_with_their_reserves(
+    rounds: Rounds, by: str
+) -> None:
+    """There are no older folds and no second copies: nothing else could make room for a record."""
+    stores = [FullStore(f"full-{n}") for n in range(3)]
+    several = ReplicatedBackend(stores, emit=lambda _: None, seed=1)
+    write_sample_store(several, steps=STEPS)
+    keep_reserves(several, Journal.open(several).refresh())
+    assert all(store.stat(RESERVE_KEY) is not None for store in stores)
+    for store in stores:
+        store.room = 0
+    if by == "keeper":
+        made = rounds.over(several, keep_last(1), grace_s=0.0)
+        made.on_commit()
+        assert made.await_idle(WAIT_S)
+        assert not any(event.alarm for event in rounds.events)
+    else:
+        journal = Journal.open(several)
+        _, state = drop(several, journal, keep_last(1), now_unix_s=time.time(), grace_s=0.0)
+        assert all(store.stat(RESERVE_KEY) is None for store in stores)
+        sweep(several, state, grace_s=0.0)
+        keep_reserves(several, state)
+    assert steps(several) == [20, 40]
+    for store in stores:
+        assert objects(store) == needed(several)
+        assert store.stat(RESERVE_KEY) is not None, "made again for the next time"
+    several.close()
+
+
+def test_full_stores_that_never_had_a_reserve_say_so_and_keep_everything() -> None:
+    stores = [FullStore(f"full-{n}") for n in range(3)]
+    several = ReplicatedBackend(stores, emit=lambda _: None, seed=1)
+    write_sample_store(several, steps=STEPS)
+    for store in stores:
+        store.room = 0
+    with pytest.raises(CommitUnknownError, match="no space"):
+        drop(several, Journal.open(several), keep_last(1), now_unix_s=time.time(), grace_s=0.0)
+    keep_reserves(several, Journal.open(several).refresh())
+    assert steps(several) == list(STEPS) and all(store.room == 0 for store in stores)
+    several.close()
 
 
 def test_store_that_fills_is_swept_at_once_and_with_a_shorter_grace(rounds: Rounds) -> None:
