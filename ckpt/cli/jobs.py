@@ -27,6 +27,7 @@ from ckpt.ipc.messages import (
     RankReport,
     SlotReport,
     Status,
+    StoreBehind,
 )
 from ckpt.ipc.runtime_dir import JobFolder, list_jobs
 from ckpt.values import SnapshotId, SnapshotInfo
@@ -273,7 +274,13 @@ def summary(report: KeeperReport) -> list[tuple[str, str]]:
         ("durable", _durable_text(report.durable)),
         ("uploads", f"{report.uploads} in flight, {held} slots held"),
         ("slots", human_bytes(report.slot_bytes)),
+        *(("behind", _behind_text(store)) for store in report.behind),
     ]
+
+
+def _behind_text(store: StoreBehind) -> str:
+    least = "at least " if store.more else ""
+    return f"{store.store} lacks {least}{store.objects} objects that other stores have"
 
 
 def rank_rows(report: KeeperReport) -> list[tuple[str, ...]]:
@@ -367,6 +374,9 @@ def report_json(report: KeeperReport) -> dict[str, JsonValue]:
         "recoveries": [dict(facts) for facts in report.recoveries],
         "mirror_bytes": report.mirror_bytes,
         "refused": dict(report.refused),
+        "behind": [
+            {"store": one.store, "objects": one.objects, "more": one.more} for one in report.behind
+        ],
     }
 
 

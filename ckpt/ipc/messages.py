@@ -81,6 +81,18 @@ class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
     mirrored: SnapshotId | None
 
 
+class StoreBehind(msgspec.Struct, frozen=True, kw_only=True):
+    """A store that lacks what others of the job's stores have: how many objects, as far as its
+    keeper knows.
+
+    ``more``: it lacks more than the keeper remembers; a scrub finds the rest.
+    """
+
+    store: str
+    objects: int
+    more: bool = False
+
+
 class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
     """The state of one keeper.
 
@@ -112,6 +124,8 @@ class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
 
     ``line`` counts connections between keepers, the others count requests for peer memory.
     """
+    behind: tuple[StoreBehind, ...] = ()
+    """With several stores: those that are known to lack something."""
 
 
 # ---- placement: where ranks and their staged state are

@@ -327,6 +327,7 @@ class Job:
             nodes=cluster.nodes,
             mirror_bytes=cluster.mirror_bytes,
             refused=dict(cluster.refused),
+            behind=uploads.stores_behind if uploads is not None else (),
         )
 
     def _rank_report(self, rank: int) -> RankReport:

@@ -10,6 +10,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ckpt.backends.base import Backend
 from ckpt.errors import (
@@ -42,8 +43,10 @@ from ckpt.format.records import (
 from ckpt.log.access import LogAccess
 from ckpt.log.catalog import info_of
 from ckpt.log.fold import fold, require_counted, void_error, void_if_appended
+from ckpt.log.high_water import HighWaterMark
 from ckpt.log.open import open_log
 from ckpt.log.reader import LogNote
+from ckpt.log.replicated import ReplicatedLog
 from ckpt.log.select import ResumeChoice, require_newest
 from ckpt.log.sequencers import Appended, KeyTaken, WriteUnknown
 from ckpt.log.state import LogState, StoreSet
@@ -66,13 +69,14 @@ class Journal:
     that it read, so that ``refresh`` reads only what is new.
     """
 
-    __slots__ = ("_access", "_lock", "_notes", "_state", "_url")
+    __slots__ = ("_access", "_lock", "_mark", "_notes", "_state", "_url")
 
-    def __init__(self, access: LogAccess, url: str) -> None:
+    def __init__(self, access: LogAccess, url: str, mark: HighWaterMark | None = None) -> None:
         self._access = access
         self._url = url
         self._lock = threading.RLock()
         self._state: LogState | None = None
+        self._mark = mark
         self._notes: deque[LogNote] = deque(maxlen=NOTES_MAX)
 
     @classmethod
@@ -84,7 +88,8 @@ class Journal:
         cannot create a key only once; IntegrityError if a lone store's ``ckpt.json`` is damaged or
         missing; UnavailableError. Cost: reads one small object of each store.
         """
-        return cls(open_log(backend, job=job, create=create), backend.url)
+        mark = HighWaterMark(backend.url)
+        return cls(open_log(backend, job=job, create=create, mark=mark), backend.url, mark)
 
     @property
     def access(self) -> LogAccess:
@@ -114,15 +119,59 @@ class Journal:
         UnavailableError; FormatVersionError for a record of a newer release.
         """
         with self._lock:
-            self._state = self._access.read_new(self._started())
-            return self._state
+            return self._seen(self._access.read_new(self._started()))
+
+    def accept_rollback(self) -> LogState:
+        """Go on with what the stores hold, though more was seen from here before.
+
+        Raises UnavailableError if the newest record there cannot be known.
+        """
+        with self._lock:
+            state = self._access.read_new(self._started())
+            if state.stale_reason:
+                raise UnavailableError(
+                    f"what the stores hold is not known. why={state.stale_reason} repeat later"
+                )
+            if self._mark is not None:
+                self._mark.accept(state)
+            return self._seen(state)
+
+    @property
+    def mark(self) -> HighWaterMark | None:
+        """What was seen of the log from here before."""
+        return self._mark
+
+    def _seen(self, state: LogState) -> LogState:
+        """Keep ``state`` as last read. If less is there than was seen before, that is said in
+        ``LogState.short``: the newest record is not known then."""
+        access = self._access
+        silent = isinstance(access, ReplicatedLog) and bool(access.silent)
+        if self._mark is not None and (reason := self._mark.judge(state, silent=silent)):
+            state = replace(state, short=reason)
+        elif self._mark is not None and not state.stale_reason:
+            # A record counts for certain once another one follows.
+            self._mark.advance(state, state.next_seq - 2)
+        self._state = state
+        return state
 
     def _started(self) -> LogState:
         """The state as last read; the one to start from if none was read."""
+        if self._mark is not None:
+            self._mark.look()
         if self._state is None:
             self._state, notes = self._access.read_start()
             self._notes.extend(notes)
         return self._state
+
+    def _require_not_older(self) -> None:
+        """Raise IntegrityError if more of the log was seen from here than the stores hold.
+
+        UnavailableError if a store is silent, which may have it.
+        """
+        if self._mark is not None and self._mark.older:
+            raise (UnavailableError if self._mark.silent else IntegrityError)(
+                f"nothing is written to an older log. job={self.job!r} why={self._mark.older}"
+            )
 
     def refresh_confirmed(self) -> LogState:
         """As ``refresh``, with a last record that certainly counts.
@@ -148,7 +197,8 @@ class Journal:
         of a lone store; as ``refresh`` with several.
         """
         with self._lock:
-            self._state, since = self._access.look_at_stores(self._started())
+            state, since = self._access.look_at_stores(self._started())
+            self._seen(state)
             return since
 
     def prove_stores(self, since: int) -> tuple[str, ...]:
@@ -159,7 +209,8 @@ class Journal:
         one, or none, whatever read the log meanwhile: what it acknowledged may be nowhere.
         """
         with self._lock:
-            self._state, ids = self._access.prove_stores(self._started(), since)
+            state, ids = self._access.prove_stores(self._started(), since)
+            self._seen(state)
             return ids
 
     def append(
@@ -379,6 +430,8 @@ class Journal:
                 match self._access.append(state, record):
                     case Appended():
                         self._state = state = fold(state, [record])
+                        if self._mark is not None:
+                            self._mark.advance(state, record.seq)
                         self._store_fold(state)
                         return state, record.seq
                     case KeyTaken():
@@ -398,8 +451,11 @@ class Journal:
     def _confirmed(self, state: LogState) -> bool:
         """Whether the last record of ``state`` counts for good; False if another one has its
         position."""
+        self._require_not_older()
         match self._access.confirm_last(state):
             case None:
+                if self._mark is not None:
+                    self._mark.advance(state, state.next_seq - 1)
                 return True
             case KeyTaken():
                 return False
@@ -431,6 +487,7 @@ class Journal:
                 f"why={state.hole.reason} bring that object back from a copy of the store "
                 f"({self._url})"
             )
+        self._require_not_older()
         self._access.require_sequencer(state)
         if (void := void_if_appended(state, record)) is not None:
             # Void because of the last record, perhaps, which may not count: confirm that first.

@@ -14,6 +14,7 @@ from ckpt.format import keys
 from ckpt.format.records import BY_STORES, Stores, make_record
 from ckpt.format.store import JobRecord
 from ckpt.log.access import LogAccess, SingleStoreLog, open_store
+from ckpt.log.high_water import HighWaterMark
 from ckpt.log.quorum import NoAnswer, placeholder_id
 from ckpt.log.replicas import LogReplicas
 from ckpt.log.replicated import ReplicatedLog, silent_stores
@@ -211,13 +212,17 @@ FIRST_TRIES_MAX = 8
 """How often the first record is appended again after another process was faster."""
 
 
-def open_log(backend: Backend, *, job: str | None, create: bool) -> LogAccess:
-    """The log behind ``backend``. Raises as ``Journal.open`` does."""
+def open_log(backend: Backend, *, job: str | None, create: bool, mark: HighWaterMark) -> LogAccess:
+    """The log behind ``backend``; ``mark`` learns its id. Raises as ``Journal.open`` does."""
     if not isinstance(backend, MultiStoreBackend):
-        return SingleStoreLog(backend, open_store(backend, job=job, create=create))
+        record = open_store(backend, job=job, create=create)
+        mark.log_id = record.store_id
+        return SingleStoreLog(backend, record)
     replicas = LogReplicas(backend.stores)
     location = locate_log(replicas, write_quorum=backend.write_quorum, job=job, create=create)
-    several = ReplicatedLog(backend, replicas, job=location.job, log_id=location.log_id)
+    mark.log_id = location.log_id
+    mark.look()
+    several = ReplicatedLog(backend, replicas, job=location.job, log_id=location.log_id, mark=mark)
     if create:
         _begin(several, backend, location)
     return several

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from ckpt.format.records import BY_STORES, Record, Stores
 from ckpt.format.store import SEQUENCER_STORE
@@ -399,12 +400,18 @@ class MergedLog:
     before: LogState | None = None
 
 
-def merge_stores(state: LogState, answers: Sequence[StoreAnswer], urls: Sequence[str]) -> MergedLog:
+def merge_stores(
+    state: LogState,
+    answers: Sequence[StoreAnswer],
+    urls: Sequence[str],
+    known: Mapping[int, str] = MappingProxyType({}),
+) -> MergedLog:
     """``state`` and the records after it that count.
 
     ``answers``: what each store holds from ``state.next_seq`` on; ``urls`` names the stores in
-    reasons. Stops at the first vacant position. Sets ``hole`` if a record must have been there, and
-    ``short`` if too few stores answered to know.
+    reasons. ``known``: digests of records that counted before, by position. Stops at the first
+    vacant position. Sets ``hole`` if a record must have been there, and ``short`` if too few stores
+    answered to know.
     """
     batch: list[Record] = []  # taken, not folded yet
     end: list[Unreadable] = []
@@ -418,7 +425,7 @@ def merge_stores(state: LogState, answers: Sequence[StoreAnswer], urls: Sequence
             in_force, position = _first(answers, records)
         else:
             in_force = members or _lone(answers)
-            position = _decide(answers, seq, in_force)
+            position = _decide(answers, seq, in_force, known.get(seq))
         if isinstance(position, Taken):
             record = records[position.digest]
             batch.append(record)
@@ -437,7 +444,8 @@ def merge_stores(state: LogState, answers: Sequence[StoreAnswer], urls: Sequence
             continue
         if isinstance(position, Unclear) and position.forked:
             reason = (
-                "two histories go on there: stores of the log were declared lost that were not. "
+                "two histories go on there: stores of the log were declared lost that were not, or "
+                "were rolled back. "
                 f"stores={list(urls)} name only those of the history that is to go on"
             )
             end.append(Unreadable(seq, reason))
@@ -506,8 +514,14 @@ def _readings(answers: Sequence[StoreAnswer], seq: int, members: StoreSet) -> li
     ]
 
 
-def _decide(answers: Sequence[StoreAnswer], seq: int, members: StoreSet) -> Position:
+def _decide(
+    answers: Sequence[StoreAnswer], seq: int, members: StoreSet, known: str | None = None
+) -> Position:
     followed = {record.prev for record in dict(_records_at(answers, seq + 1)).values()}
+    # What was seen to count is as sure as what a successor names, and stores that were rolled back
+    # forgot both. If none has it, the stores hold an older log, which is for the journal to say.
+    if known is not None and known in dict(_records_at(answers, seq)):
+        followed.add(known)
     # Makers of a log may name different stores, so they hold no further rounds.
     voted = members.sequencer == BY_STORES and seq > 0
     position = decide(_readings(answers, seq, members), members.write_quorum, followed, voted=voted)

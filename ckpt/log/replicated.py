@@ -31,6 +31,7 @@ from ckpt.format.records import (
     make_record,
 )
 from ckpt.log.fold import empty
+from ckpt.log.high_water import HighWaterMark
 from ckpt.log.quorum import (
     Beaten,
     Divided,
@@ -290,10 +291,14 @@ def _digest(answer: bytes | NoAnswer, seq: int) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class OperatorWord:
-    """What a person vouches for during one command: who gives out positions from now on (empty: as
-    the log says), and the ids of stores that never come back."""
+class OutsideKnowledge:
+    """What no store says. ``mark``: what was seen of the log before.
 
+    What a person vouches for during one command: ``sequencer``, who gives out positions from now on
+    (empty: as the log says), and ``lost``, the ids of stores that never come back.
+    """
+
+    mark: HighWaterMark | None = None
     sequencer: str = ""
     lost: frozenset[str] = frozenset()
 
@@ -306,7 +311,13 @@ class ReplicatedLog:
     """
 
     def __init__(
-        self, backend: MultiStoreBackend, copies: LogReplicas, *, job: str, log_id: str
+        self,
+        backend: MultiStoreBackend,
+        copies: LogReplicas,
+        *,
+        job: str,
+        log_id: str,
+        mark: HighWaterMark | None = None,
     ) -> None:
         self._backend = backend
         self._replicas = copies
@@ -321,7 +332,7 @@ class ReplicatedLog:
         1 on, and its id before."""
         self._tail: LastRecord | None = None
         self._before_tail: LogState | None = None
-        self._word = OperatorWord()
+        self._outside = OutsideKnowledge(mark)
 
     @property
     def job(self) -> str:
@@ -576,7 +587,9 @@ class ReplicatedLog:
         self._silent = frozenset(
             number for number, answer in enumerate(answers) if isinstance(answer, NoAnswer)
         )
-        merged = merge_stores(state.without_hole(), answers, self._replicas.urls)
+        mark = self._outside.mark
+        known = mark.proof if mark is not None else {}
+        merged = merge_stores(state.without_hole(), answers, self._replicas.urls, known)
         if (hole := merged.state.hole) is not None:
             newer = sum(
                 hole.seq in answer.newer for answer in answers if isinstance(answer, StoreRecords)
@@ -665,11 +678,11 @@ class ReplicatedLog:
     def using_sequencer(self, name: str) -> Iterator[None]:
         """For a take-over: within the context, append through ``name`` instead of the log's
         sequencer."""
-        self._word = replace(self._word, sequencer=name)
+        self._outside = replace(self._outside, sequencer=name)
         try:
             yield
         finally:
-            self._word = replace(self._word, sequencer="")
+            self._outside = replace(self._outside, sequencer="")
 
     @contextmanager
     def declared_lost(self, ids: Collection[str]) -> Iterator[None]:
@@ -679,11 +692,11 @@ class ReplicatedLog:
         If fewer than W others are left, records are appended that all of those hold. Only for the
         record that removes the stores: with their return there could be two histories.
         """
-        self._word = replace(self._word, lost=frozenset(ids))
+        self._outside = replace(self._outside, lost=frozenset(ids))
         try:
             yield
         finally:
-            self._word = replace(self._word, lost=frozenset())
+            self._outside = replace(self._outside, lost=frozenset())
 
     def _needed(self, members: StoreSet) -> int:
         """How many stores must hold a record: W, or all that are left if those are fewer.
@@ -692,7 +705,7 @@ class ReplicatedLog:
         answer.
         """
         real = {store_id for store_id in members.ids if not is_placeholder(store_id)}
-        lost = self._word.lost.intersection(real).difference(self._ids)
+        lost = self._outside.lost.intersection(real).difference(self._ids)
         left = len(real) - len(lost)
         if not lost or left >= members.write_quorum:
             return members.write_quorum
@@ -709,7 +722,7 @@ class ReplicatedLog:
         full = self.full(members)
         quorum = self._needed(members)
         survivors = quorum < members.write_quorum
-        members = replace(members, sequencer=self._word.sequencer or members.sequencer)
+        members = replace(members, sequencer=self._outside.sequencer or members.sequencer)
         absent = sum(not is_placeholder(store_id) for store_id in members.ids) - len(full)
         if first:
             # A placeholder's store has no vote. But another process that made the log at the same
@@ -730,7 +743,7 @@ class ReplicatedLog:
                 )
             # The makers of a log may name different stores; and after a take-over, writers of the
             # old sequencer acknowledge what W stores hold at the first key.
-            rounds = not first and not self._word.sequencer
+            rounds = not first and not self._outside.sequencer
             return QuorumSequencer(
                 self._replicas, full, quorum, absent=absent, rounds=rounds, survivors=survivors
             )
@@ -769,7 +782,8 @@ def joined_by(log: ReplicatedLog, new: Backend) -> ReplicatedLog:
     A record that takes ``new`` into the set has to be copied there before another follows.
     """
     replicas = LogReplicas((*log.replicas.stores, new))
-    return ReplicatedLog(log._backend, replicas, job=log.job, log_id=log.log_id)
+    mark = log._outside.mark
+    return ReplicatedLog(log._backend, replicas, job=log.job, log_id=log.log_id, mark=mark)
 
 
 def _named_by(body: Stores) -> StoreSet:

@@ -208,18 +208,22 @@ def database_path(log_id: str) -> Path:
     """Where this machine keeps the SQLite file of a log. Raises UsageError for a user without a
     home: another folder by default could be wiped, or be another one for the next process.
     """
-    folder = os.environ.get(STATE_VARIABLE)
-    if not folder:
-        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-        try:
-            folder = str(Path(state).expanduser() / "ckpt")
-        except RuntimeError as error:
-            raise UsageError(
-                "this user has no home, so there is no folder for the file that gives out the "
-                f"log's positions. uid={os.getuid()} set {STATE_VARIABLE} to a folder on a local "
-                "disk that stays"
-            ) from error
-    return Path(folder) / f"{log_id}.sqlite3"
+    try:
+        return state_folder() / f"{log_id}.sqlite3"
+    except RuntimeError as error:
+        raise UsageError(
+            "this user has no home, so there is no folder for the file that gives out the log's "
+            f"positions. uid={os.getuid()} set {STATE_VARIABLE} to a folder on a local disk that "
+            "stays"
+        ) from error
+
+
+def state_folder() -> Path:
+    """Where this user keeps what logs need on this machine. Raises RuntimeError without a home."""
+    if folder := os.environ.get(STATE_VARIABLE):
+        return Path(folder)
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "ckpt"
 
 
 def file_system_type(mounts: str, path: str) -> str:

@@ -206,7 +206,7 @@ def _joined_by(journal: Journal, new: Backend) -> Journal:
     if not isinstance(access, ReplicatedLog) or new.url in access.replicas.urls:
         return journal
     joined = joined_by(access, new)
-    return Journal(joined, " + ".join(joined.replicas.urls))
+    return Journal(joined, " + ".join(joined.replicas.urls), journal.mark)
 
 
 def take_over(journal: Journal, backend: Backend) -> StoreSet:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,18 @@ from kit.damage import bytes_of, without_second_copies
 from safetensors.torch import load_file
 
 from ckpt.backends.file.store import FileBackend
+from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import UnavailableError
 from ckpt.format import keys
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
-from ckpt.testing.sample import SampleWriter, damage, sample_ranks, sample_state
+from ckpt.testing.sample import (
+    SampleWriter,
+    damage,
+    sample_ranks,
+    sample_state,
+    write_sample_store,
+)
 from ckpt.values import SnapshotId
 
 
@@ -275,3 +284,36 @@ def test_rm_refuses_the_newest_and_tagged_ones(ckpt, store, step: int, why: str)
     done = ckpt("rm", store.url, "--step", step, "--yes")
     assert done.code == 2
     assert why in done.err
+
+
+def test_store_that_was_rolled_back_is_accepted_by_command(ckpt, tmp_path: Path) -> None:
+    here, image = tmp_path / "run", tmp_path / "image"
+    write_sample_store(FileBackend(here), steps=(10, 20))
+    shutil.copytree(here, image)
+    assert ckpt("tag", here, "late", "--step", 20).code == 0
+    shutil.rmtree(here)
+    shutil.copytree(image, here)
+    looked = ckpt("ls", here)
+    assert "rolled back" in looked.err and looked.code == 0
+    refused = ckpt("tag", here, "again", "--step", 20)
+    assert refused.code == 20 and "ckpt stores accept" in refused.err
+    assert ckpt("stores", "accept", here).code == 0
+    assert ckpt("tag", here, "again", "--step", 20).code == 0
+    assert ckpt("ls", here).err == ""
+
+
+def test_store_that_is_lost_for_good_is_replaced_where_all_must_hold_a_record(
+    ckpt, tmp_path: Path
+) -> None:
+    east, west, new = (tmp_path / name for name in ("east", "west", "new"))
+    with closing(
+        ReplicatedBackend([FileBackend(east), FileBackend(west)], emit=lambda _: None)
+    ) as both:
+        write_sample_store(both, steps=(10,))
+    lost_id = ckpt("stores", "show", east, "--replica", west, "--json").json["ids"][1]
+    shutil.rmtree(west)
+    change = ("stores", "replace", east, "--replica", west, "--id", lost_id, "--store", new)
+    refused = ckpt(*change)
+    assert refused.code == 11 and "--lost" in refused.err
+    assert ckpt(*change, "--lost").code == 0
+    assert ckpt("tag", east, "--replica", new, "on", "--step", 10).code == 0

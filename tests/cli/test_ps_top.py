@@ -72,6 +72,7 @@ def test_ps_shows_job_ranks_processes_and_slots(ckpt, keeper) -> None:
         "durable   5:100 (best), committed 2023-11-14 22:13:20Z",
         "uploads   1 in flight, 2 slots held",
         "slots     6.0 MiB",
+        "behind    s3://b/run lacks 7 objects that other stores have",
     ):
         assert text in done.out.splitlines()
     [head, first, second] = [line.split() for line in done.out.splitlines()[-3:]]
@@ -132,6 +133,7 @@ def test_ps_json_has_all_of_the_report(ckpt, keeper) -> None:
         "recoveries": [RECOVERY],
         "mirror_bytes": 12345,
         "refused": {"mac": 3, "line": 1},
+        "behind": [{"store": "s3://b/run", "objects": 7, "more": False}],
     }
     assert len(ranks) == 2
     slots = ranks[1].pop("slots")

@@ -40,8 +40,8 @@ JSON: {"jobs": [{"job", "store", "pid", "launch", "state", "since_s",
 "slot_bytes", "rss_bytes", "ranks": [{"rank", "supervisor_pid",
 "trainer_pid", "completed", "phase", "idle_s", "staged", "skipped",
 "slots": [{"index", "size_bytes", "snapshot": null | pair, "held"}, ...]},
-...], "recoveries": [{...}, ...], "mirror_bytes", "refused": {kind: count}},
-...],
+...], "recoveries": [{...}, ...], "mirror_bytes", "refused": {kind: count},
+"behind": [{"store", "objects", "more"}, ...]}, ...],
 "silent": [{"job", "store", "pid", "folder", "problem"}, ...],
 "dead": [{"job", "store", "pid", "folder"}, ...]}. A pair is
 {"epoch", "step"}. "pid" is the keeper's. "silent" keepers live and do not

@@ -22,7 +22,7 @@ from ckpt.log.state import StoreSet
 from ckpt.maintenance import store_set as sets
 from ckpt.maintenance.replica import SyncLimits
 
-_ACTIONS = ("show", "add", "replace", "remove", "takeover")
+_ACTIONS = ("show", "add", "replace", "remove", "takeover", "accept")
 
 _EPILOG = """\b
 Examples:
@@ -31,6 +31,7 @@ Examples:
   ckpt stores replace URL --replica URL... --id ID --store NEW
   ckpt stores remove URL --replica URL... --id ID [--id ID]
   ckpt stores takeover URL --replica URL...
+  ckpt stores accept URL --replica URL...
 
 \b
 URL and --replica name the stores as they are now. `add`, `replace` and `remove` first bring \
@@ -52,6 +53,11 @@ that do not create a key only
 once). Nothing but your word keeps those who used it from writing in the meantime: make sure that \
 they are gone. The places come
 from the etcd that CKPT_SEQUENCER names from then on, or else from a file of this machine.
+
+\b
+`accept` goes on with stores that hold an older log than was seen from this machine before: a disk \
+or a store that was rolled
+back. What was written since then is lost with it.
 
 \b
 JSON: {"write_quorum", "sequencer", "ids": [...], "stores": [{"url", "store_id", "counts"}]}.
@@ -105,7 +111,7 @@ def command(
     rate: float | None,
 ) -> None:
     """Show or change on which stores the log of the job at URL lies. ACTION: show, add, replace,
-    remove or takeover."""
+    remove, takeover or accept."""
     _require(action, new_url=new_url, store_ids=store_ids, quorum=quorum)
     if lost and not store_ids:
         raise UsageError(f"--lost goes with --id. action={action}")
@@ -146,6 +152,8 @@ def command(
                 )
             case "takeover":
                 sets.take_over(journal, backend)
+            case "accept":
+                journal.accept_rollback()
             case _:
                 pass
         _print(choice, *sets.store_memberships(journal, backend))

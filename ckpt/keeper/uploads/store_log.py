@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import MultiStoreBackend
+from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import (
     CkptError,
     ConflictError,
@@ -26,7 +27,7 @@ from ckpt.errors import (
 from ckpt.events import Emit, Event
 from ckpt.format.records import Open
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.messages import Retention
+from ckpt.ipc.messages import Retention, StoreBehind
 from ckpt.keeper.uploads.choices import (
     LAUNCH_PREFIX_CHARS,
     NOT_WRITTEN,
@@ -247,6 +248,19 @@ class StoreLog:
         if self._writer is None:
             raise InternalError("the log is written before an epoch is open.")
         return self._writer
+
+    def behind(self) -> tuple[StoreBehind, ...]:
+        """The stores that are known to lack what others have. Opens and asks none."""
+        backend = self._backend
+        while backend is not None and not isinstance(backend, ReplicatedBackend):
+            backend = getattr(backend, "inner", None)  # below encryption
+        if backend is None:
+            return ()
+        return tuple(
+            StoreBehind(store=found.url, objects=found.keys, more=found.overflow)
+            for found in backend.behind()
+            if found.keys or found.overflow
+        )
 
     def check_log(self, log_id: str) -> None:
         """Raise UsageError if the stores hold another log, NotFoundError if they hold none."""

@@ -29,7 +29,7 @@ from ckpt.errors import (
 from ckpt.events import Emit, Event, Fact
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.mailbox import RankMailbox
-from ckpt.ipc.messages import Choice, RemoteError, Retention, from_error
+from ckpt.ipc.messages import Choice, RemoteError, Retention, StoreBehind, from_error
 from ckpt.keeper.slots import PostToLoop
 from ckpt.keeper.uploads.epochs import LogEpochs
 from ckpt.keeper.uploads.final_flush import (
@@ -186,6 +186,11 @@ class Uploads:
     def in_flight(self) -> int:
         """Snapshots that some rank submitted and that not all ranks are done with."""
         return len(self._submissions)
+
+    @property
+    def stores_behind(self) -> tuple[StoreBehind, ...]:
+        """The stores that are known to lack what others have."""
+        return self._log.behind()
 
     @property
     def idle(self) -> bool:

@@ -306,7 +306,8 @@ def fenced_journal(backend: Backend, epoch: Callable[[], int]) -> Journal:
     Each append raises FencedError if a newer epoch is open, so a job that was replaced drops
     nothing. Raises as ``Journal.open``.
     """
-    return Journal(FencedLogAccess(Journal.open(backend).access, epoch), backend.url)
+    journal = Journal.open(backend)
+    return Journal(FencedLogAccess(journal.access, epoch), backend.url, journal.mark)
 
 
 class FencedLogAccess:

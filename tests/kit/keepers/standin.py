@@ -19,6 +19,7 @@ from ckpt.ipc.messages import (
     RankReport,
     SlotReport,
     Status,
+    StoreBehind,
     Welcome,
     from_error,
 )
@@ -84,6 +85,7 @@ def job_report(job: str = "demo", *, completed: int = 120, attempt: int = 2) -> 
         recoveries=(RECOVERY,),
         mirror_bytes=12345,
         refused={"mac": 3, "line": 1},
+        behind=(StoreBehind(store="s3://b/run", objects=7),),
     )
 
 

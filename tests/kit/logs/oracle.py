@@ -19,7 +19,7 @@ def look(scene: Scene, heard: set[int]) -> LogState | None:
     heard -= {site.number for site in world.sites if site.lost}
     everywhere = tuple(range(len(world.sites)))
     stores = [Still(world.sites[n], heard=n in heard) for n in everywhere]
-    process = Process(world, "")
+    process = Process(world, "/dev/null")  # one who has seen nothing before
     process.patient = True
     try:
         with process.running():

@@ -151,3 +151,22 @@ def operations(make: Callable[[], list[Store]], quorum: int, *, after: bool = Fa
     watch = Watch(stores, -1, lambda: None, after=after)
     made(stores, quorum)
     return range(1, watch.count + 1)
+
+
+class Disk(MemoryBackend):
+    """A store that may be put back to an image of itself; its address says that it outlives its
+    process."""
+
+    @property
+    def url(self) -> str:
+        return super().url.replace("memory:", "disk:")
+
+
+def image_of(disk: MemoryBackend) -> Disk:
+    """The same store, as an image of its disk was taken now."""
+    image = Disk(disk.url.partition(":")[2])
+    for stat in disk.list(""):
+        data = bytearray(stat.size_bytes)
+        disk.read_into(stat.key, memoryview(data))
+        image.put(stat.key, [data])
+    return image

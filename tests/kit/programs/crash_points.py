@@ -239,6 +239,10 @@ class Points:
         root = self.folder / "box" / "store"
         shutil.rmtree(root.parent, ignore_errors=True)
         root.parent.mkdir()
+        # Each life of this address begins anew: nobody has seen more of it before.
+        seen = self.folder / "state"
+        shutil.rmtree(seen, ignore_errors=True)
+        os.environ["CKPT_STATE_DIR"] = str(seen)
         if any(self._template.iterdir()):
             shutil.copytree(self._template, root)
         return root

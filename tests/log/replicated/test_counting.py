@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import pytest
+from kit.logs.small import Disk, Store, commit, image_of, made
+from kit.logs.stores import SmallReplicated
 
 from ckpt.backends.base import Buffer, Capabilities, Stat
 from ckpt.backends.checked import read_alone
@@ -14,6 +16,7 @@ from ckpt.errors import UnavailableError
 from ckpt.format import keys
 from ckpt.format.store import JOB_BYTES_MAX
 from ckpt.log.journal import Journal, StoreProof
+from ckpt.values import SnapshotId
 
 
 class Switched:
@@ -129,3 +132,24 @@ def test_a_store_that_was_exchanged_since_the_first_look_is_told_whatever_reads_
         proof.finish(1)
     proof.begin(2)
     assert len(proof.finish(2)) == 3
+
+
+def test_of_several_stores_the_others_tell_what_one_forgot(one_by_one: None) -> None:
+    stores = [Store(f"s{n}", inner=Disk(f"s{n}")) for n in range(3)]
+    journal = made(stores)
+    epoch = journal.open_epoch(resume=None)
+    commit(journal, epoch, 1)
+    image = image_of(stores[0].inner)
+    stores[2].up = False
+    commit(journal, epoch, 2)
+    stores[2].up = True
+    # Two of the three are enough to know what is newest, if none of them forgot.
+    stores[0].inner = image
+    stores[1].up = False
+    assert "rolled back" in Journal.open(SmallReplicated(stores, 2)).refresh().stale_reason
+    with pytest.raises(UnavailableError, match="older log"):
+        Journal.open(SmallReplicated(stores, 2)).tag("x", SnapshotId(1, 1))
+    stores[1].up = True
+    late = Journal.open(SmallReplicated(stores, 2))
+    late.tag("x", SnapshotId(1, 2))
+    assert not late.refresh().stale_reason

@@ -1,0 +1,116 @@
+"""Stores that are rolled back to old data are not taken for the log."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from kit.logs.small import JOB, Disk, Store, commit, image_of
+
+from ckpt.backends.base import Backend
+from ckpt.backends.file.store import FileBackend
+from ckpt.errors import IntegrityError
+from ckpt.log.fold import empty
+from ckpt.log.high_water import HighWaterMark
+from ckpt.log.journal import Journal
+from ckpt.log.sequencers import STATE_VARIABLE
+from ckpt.values import SnapshotId
+
+
+@pytest.fixture(autouse=True)
+def _state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+
+
+def _saved(store: Backend, step: int) -> None:
+    journal = Journal.open(store, job=JOB, create=True)
+    epoch = journal.refresh().epoch or journal.open_epoch(resume=None)
+    commit(journal, epoch, step)
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["older", "another log"])
+def test_a_lone_store_that_was_rolled_back_is_told_and_not_written_to(
+    goes_on: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = Disk("a")
+    _saved(store, 1)
+    image = image_of(store)
+    _saved(store, 2)
+    if goes_on:  # another machine, which saw nothing, went on with the image
+        monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "elsewhere"))
+        for step in (3, 4, 5):
+            _saved(image, step)
+        monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    there = [stat.key for stat in image.list("")]
+    journal = Journal.open(image)
+    state = journal.refresh()
+    assert "rolled back" in state.stale_reason, "a restore asks for permission"
+    for write in (
+        lambda: journal.open_epoch(resume=None),
+        lambda: journal.tag("x", SnapshotId(1, 1)),
+        lambda: journal.drop([SnapshotId(1, 1)]),
+        journal.refresh_confirmed,
+    ):
+        with pytest.raises(IntegrityError, match="ckpt stores accept"):
+            write()
+    assert [stat.key for stat in image.list("")] == there
+    # It is told again by each process, until the newer data is back or somebody accepts.
+    assert not Journal.open(store).refresh().stale_reason
+    assert Journal.open(image).refresh().stale_reason
+    assert not journal.accept_rollback().stale_reason
+    journal.tag("x", SnapshotId(1, 1))
+    assert not Journal.open(image).refresh().stale_reason
+
+
+def test_a_copy_at_another_address_is_a_log_of_its_own(tmp_path: Path) -> None:
+    store = FileBackend(tmp_path / "a")
+    _saved(store, 1)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    _saved(store, 2)
+    assert not Journal.open(FileBackend(tmp_path / "b")).refresh().stale_reason
+
+
+def test_a_process_that_saw_more_meanwhile_makes_nobody_doubt() -> None:
+    """What was seen is read before the stores are."""
+    stores = [Store("one", inner=Disk("one"))]
+    _saved(stores[0], 1)
+    reader = Journal.open(stores[0])
+    other = Journal.open(stores[0].inner)
+
+    def meanwhile() -> None:
+        stores[0].before = lambda: None
+        other.tag("x", SnapshotId(1, 1))
+
+    for at in range(1, 20):
+        count = 0
+
+        def step(at: int = at) -> None:
+            nonlocal count
+            count += 1
+            if count == at:
+                meanwhile()
+
+        stores[0].before = step
+        assert not reader.refresh().stale_reason
+        stores[0].before = lambda: None
+        reader = Journal.open(stores[0])
+
+
+def test_a_state_folder_that_cannot_be_used_costs_nothing_but_the_protection(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "file"))
+    store = Disk("a")
+    _saved(store, 1)
+    _saved(store, 2)
+    assert not Journal.open(store).refresh().stale_reason
+
+
+def test_a_mark_that_is_damaged_is_as_good_as_none(tmp_path: Path) -> None:
+    mark = HighWaterMark("disk:x", "0" * 32)
+    mark.path.parent.mkdir(parents=True)
+    mark.path.write_bytes(b"{")
+    mark.look()
+    assert mark.judge(empty("job")) == "" and mark.known
