@@ -361,9 +361,11 @@ class Operator(Person):
         pending = {store_id for one in world.ledger.sets() for store_id in one}
         world.ledger.give_up(pending - here)
         with journal.access.declared_lost(world.ledger.declared_lost):
-            if journal.refresh_confirmed().stores != members:
-                self.scene.told(journal)  # who gave stores up before died in between
-                return
+            state = journal.refresh_confirmed()
+            if state.stores != members:
+                if state.head_digest:
+                    self.scene.told(journal)  # who gave stores up before died in between
+                return  # or nothing was heard of the log
             self._change(journal, Stores(ids, quorum, members.sequencer), members)
         world.note("gave up stores")
         if number is not None and store_id:
