@@ -102,8 +102,9 @@ def test_keeper_killed_while_it_drops_and_sweeps_loses_nothing(fleet: Fleet) -> 
 def test_job_that_is_killed_with_its_keeper_goes_on_from_the_only_snapshot_that_is_kept(
     fleet: Fleet,
 ) -> None:
-    command = plain("kept.py", "{folder}", 200, "--keep", "last=1", "--grace", "0s")
-    calm = fleet.start(plain("kept.py", "{folder}", 200), "calm")
+    total = 60 * (KILLS // 2) + 200
+    command = plain("kept.py", "{folder}", total, "--keep", "last=1", "--grace", "0s")
+    calm = fleet.start(plain("kept.py", "{folder}", total), "calm")
     assert calm.wait_end() == 0, calm.output()
     fleet.wait_gone()
     for number in range(KILLS // 2):
@@ -120,7 +121,7 @@ def test_job_that_is_killed_with_its_keeper_goes_on_from_the_only_snapshot_that_
     assert differences(calm, job, world_size=1) == [], job.output()
     assert "can't be read whole" not in (job.folder / "output.txt").read_text()
     fleet.wait_gone()
-    assert steps(job) == [200]
+    assert steps(job) == [total]
     assert_exactly_what_is_needed(job)
 
 
