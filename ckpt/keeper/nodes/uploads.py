@@ -79,8 +79,14 @@ class Settlement:
     def begin(self, *, generation: bool = False) -> None:
         """An attempt begins after all, or a new ``generation``."""
         self._settling = None
+        self.begins(self._view.me)
         if generation:
             self._said.clear()
+
+    def begins(self, node: str) -> None:
+        """An attempt begins on a node: what it said of the end of an earlier one is over. Its slots
+        hold something else since, and it has yet to end."""
+        self._said.pop(node, None)
 
     def receive(self, node: str, message: mesh.NodeSubmissions | mesh.MeshEpochOpened) -> None:
         """A message of another node about a generation in which no attempt follows."""
@@ -348,6 +354,7 @@ class ClusterUploads:
                 self._settlement.receive(node, message)
             case mesh.NodeSubmissions():
                 self._submitted[node] = message
+                self._settlement.begins(node)
                 self._send_opened()
             case mesh.MeshEpochOpened():
                 self._message = message
@@ -362,7 +369,6 @@ class ClusterUploads:
         sent again."""
         epoch = self._view.epoch
         said = self._said
-        self._settlement.connected(node)
         if epoch is None:
             return
         if said is not None and said.attempt == epoch.number and node not in epoch.record.ranks:
@@ -371,6 +377,7 @@ class ClusterUploads:
             self._send_own()
             for channel in self._channels:
                 channel.repeat()
+        self._settlement.connected(node)  # last: what begins an attempt takes back its end
 
     def _may_act(self) -> bool:
         """Whether this node may act now, by the same word that its supervisors obey. In any

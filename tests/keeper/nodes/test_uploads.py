@@ -306,3 +306,21 @@ def test_node_whose_others_never_end_gives_up_and_says_so(
     (told,) = world.keepers["b"].alarms("settle-failed")
     assert f"{pair} stays in memory only" in told
     assert world.log().newest() is None
+
+
+def test_what_a_node_said_before_another_attempt_does_not_settle_for_it(world: World) -> None:
+    epoch = world.attempt(1, era=1, resume=None)
+    world.until(world.calls.empty)
+    world.stage(0, SnapshotId(epoch, 3))
+    world.keepers["b"].end()  # its program was killed as a whole, and comes back
+    world.until(world.calls.empty)
+    epoch = world.attempt(2, era=1, resume=None)
+    world.until(world.calls.empty)
+    pair = SnapshotId(epoch, 7)
+    world.stage(1, pair)
+    world.keepers["a"].end()
+    world.until(world.calls.empty)
+    assert world.keepers["a"].uploads.settling  # the other has not ended yet
+    world.keepers["b"].end()
+    world.settle()
+    assert world.log().newest() == pair
