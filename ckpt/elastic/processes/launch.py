@@ -172,8 +172,15 @@ def _files_and_processes() -> tuple[list[io.IOBase], list[subprocess.Popen[Any]]
     found = [each for each in objects if type(each) in wanted]
     return (
         [each for each in found if type(each) in files],
-        [each for each in found if type(each) not in files and each.returncode is None],
+        [each for each in found if type(each) not in files and _began(each)],
     )
+
+
+def _began(process: subprocess.Popen[Any]) -> bool:
+    """Whether it was started, and is not known to have ended. An object whose ``__init__`` raised,
+    which a traceback may keep, lacks a number or even these attributes."""
+    pid = getattr(process, "pid", None)
+    return pid is not None and getattr(process, "returncode", None) is None
 
 
 def _write_out(file: io.IOBase) -> str | None:

@@ -115,3 +115,17 @@ def test_wait_in_a_trainer_ends_as_the_process_does() -> None:
         assert os.waitpid(pid, 0)[1] == 0
         assert time.monotonic() - began_s < 30
         process.returncode = -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [(["true"], {"bufsize": "wrong"}), (["/no/such/program"], {"close_fds": False})],
+)
+def test_process_that_could_not_be_started_is_passed_over(
+    words: list[str], options: dict[str, object]
+) -> None:
+    made = subprocess.Popen.__new__(subprocess.Popen)
+    with pytest.raises((TypeError, OSError)):
+        made.__init__(words, **options)  # type: ignore[misc, call-overload]
+    settle_above(pytest.fail)
+    assert type(made) is subprocess.Popen
