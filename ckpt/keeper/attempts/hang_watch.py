@@ -58,6 +58,8 @@ class HangWatch:
         self._slow_told = False
         self._milestones: dict[int, str] = {}
         """The last milestone of its start that each rank has reached."""
+        self._elsewhere: dict[int, tuple[str, int]] = {}
+        """Of ranks that train on another store than the keeper's: that, and the last step."""
         self._dumping: tuple[float, Hung] | None = None
         """Until when stacks are awaited, and what is reported then."""
 
@@ -73,12 +75,18 @@ class HangWatch:
         self._first_step_s, self._slow_told = None, False
         self._observation, self._check_at_s, self._dumping = None, 0.0, None
         self._milestones.clear()
+        self._elsewhere.clear()
 
     def reached(self, rank: int, milestone: str) -> None:
         """A rank reached a milestone of its start: the time of what precedes its first step begins
         anew."""
         if milestone in PLACES:
             self._milestones[rank], self._slow_told = milestone, False
+
+    def progressed(self, rank: int, store: str, completed: int) -> None:
+        """A rank completed steps of a run that the board does not show: the call around it, which
+        may never begin a step itself, does not hang."""
+        self._elsewhere[rank], self._slow_told = (store, completed), False
 
     def stop(self) -> None:
         """The attempt is being killed: its stacks are of no use."""
@@ -117,6 +125,7 @@ class HangWatch:
                 _mark(board.rank(entry.rank)),
                 stopped[entry.rank],
                 self._milestones.get(entry.rank, ""),
+                self._elsewhere.get(entry.rank),
                 waits,
             )
             for entry in alive

@@ -224,6 +224,8 @@ class Supervisors:
             case messages.Failing():
                 self._on(TrainerFailing(client.rank, client.attempt, message))
             case messages.Progress(store=store, completed=completed):
+                if client.attempt == self._attempt:
+                    self._watch.progressed(client.rank, store, completed)
                 self._on(TrainerProgressed(client.rank, client.attempt, store, completed))
             case messages.Finished():
                 self._on(TrainerFinished(client.rank, client.attempt))

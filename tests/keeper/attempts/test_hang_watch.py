@@ -105,6 +105,15 @@ def test_hang_before_the_first_step_is_warned_of_and_found(one: OneRank) -> None
     assert "before their first step (rank 0: restoring)" in found.text
 
 
+def test_steps_of_a_run_on_another_store_are_no_hang_of_the_call_around_it(one: OneRank) -> None:
+    one.watch.begin(generation=0)
+    one.watch.reached(0, "entered")
+    for step in range(10):
+        one.watch.progressed(0, "file:///other", step)
+        assert one.builds(one.now_s + POLICY.build_s / 2) is None
+    assert one.builds(one.now_s + POLICY.build_s) is not None, "the run inside hangs"
+
+
 def test_wait_of_the_keeper_for_a_store_is_no_hang_of_what_waits_for_it(
     one: OneRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
