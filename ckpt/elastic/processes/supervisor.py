@@ -666,10 +666,13 @@ def _wait_limit(error: CkptError) -> _WaitLimit:
 # terminal and the process's number stay.
 
 _THIN = (
-    "import json, os, sys; plan = os.fdopen(int(sys.argv[1]), 'rb'); "
-    "sys.path[:] = json.loads(plan.readline()); "
-    "from ckpt.elastic.processes.supervisor import run_thin; run_thin(plan.read())"
+    "import sys; sys.path[:] = filter(None, sys.path); import json, os\n"
+    "with os.fdopen(int(sys.argv[1]), 'rb') as plan: path, body = plan.readline(), plan.read()\n"
+    "sys.path[:] = json.loads(path)\n"
+    "from ckpt.elastic.processes.supervisor import run_thin; run_thin(body)"
 )
+"""Modules of the folder where the program stands are not for it, and what reads the plan is closed:
+neither the keeper nor a trainer inherits it."""
 _GPU_FILES = ("/dev/nvidia", "/dev/kfd")
 
 
@@ -712,8 +715,10 @@ def become_thin(plan: SupervisorPlan, spec: KeeperSpec) -> OSError:
         handled=handled,
     )
     fd = open_anonymous("ckpt-supervisor")
+    # Imports pass over what is no text, such as a Path.
+    path = [entry for entry in sys.path if isinstance(entry, str)]
     with os.fdopen(os.dup(fd), "wb") as file:
-        file.write(json.dumps(sys.path).encode() + b"\n" + msgspec.msgpack.encode(thin))
+        file.write(json.dumps(path).encode() + b"\n" + msgspec.msgpack.encode(thin))
     os.lseek(fd, 0, os.SEEK_SET)
     os.set_inheritable(fd, True)
     # The program's own command stays visible, so that ``pkill -f train.py`` finds all of it.

@@ -18,6 +18,9 @@ heard = []
 signal.signal(signal.SIGHUP, lambda *_: heard.append("hup"))
 built = torch.ones(48 << 20, dtype=torch.uint8)
 threading.Thread(target=threading.Event().wait, daemon=True, name="above").start()
+sys.path.append(Path("no-text"))  # imports pass over it
+Path("elsewhere").mkdir(exist_ok=True)
+Path("elsewhere/json.py").write_text("raise SystemExit('the module of a folder')")
 
 @ckpt.resilient(store=sys.argv[1], job="thin", every="1h")
 def train(run):
@@ -32,12 +35,14 @@ def train(run):
     fields = dict(line.split(":", 1) for line in (parent / "status").read_text().splitlines())
     print("supervisor", int(fields["RssAnon"].split()[0]), int(fields["Threads"]), flush=True)
     print("command", (parent / "cmdline").read_bytes().decode().split("\\0")[-3:-1], flush=True)
+    fds = [fd for of in (parent, Path("/proc/self")) for fd in (of / "fd").iterdir()]
+    print("plans", sum("ckpt-supervisor" in os.path.realpath(fd) for fd in fds), flush=True)
     os.kill(os.getppid(), signal.SIGHUP)  # it passes on what the program handles
     while "hup" not in heard:
         time.sleep(0.01)
     return run.completed_steps
 
-os.chdir("/")
+os.chdir("elsewhere")
 print("ended", train(), flush=True)
 """
 
@@ -68,4 +73,5 @@ def test_supervisor_of_spawned_trainers_drops_what_the_program_built(tmp_path: P
     anonymous_kib, threads = map(int, facts[1:])
     assert anonymous_kib < 40 << 10, "torch alone takes more, and the program built 48 MiB"
     assert threads == 1
+    assert "plans 0" in output, output
     assert f"command ['train.py', '{store}']" in output, "pkill -f finds it"
