@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -103,10 +103,9 @@ def check_optimizer(optimizer: Optimizer, path: str, tracked: Container[int]) ->
             )
         return
     for name, value in vars(optimizer).items():
-        if (
-            isinstance(value, Optimizer)
-            and value.state is not optimizer.state
-            and id(value) not in tracked
+        if any(
+            inner.state is not optimizer.state and id(inner) not in tracked
+            for inner in _optimizers_in(value)
         ):
             raise UsageError(
                 "optimizer keeps state in another one inside it, which would be left out. "
@@ -115,12 +114,34 @@ def check_optimizer(optimizer: Optimizer, path: str, tracked: Container[int]) ->
             )
     if type(optimizer).state_dict is Optimizer.state_dict:
         return
-    if more := sorted(map(str, optimizer.state_dict().keys() - {"state", "param_groups"})):
+    try:
+        entries = optimizer.state_dict().keys()
+    except Exception as error:
+        raise UsageError(
+            "optimizer's class has a state_dict of its own, which fails, so that what it keeps is "
+            f"unknown. item={path!r} type={kind} error={error!r}; track what it keeps by itself"
+        ) from error
+    if more := sorted(map(str, entries - {"state", "param_groups"})):
         raise UsageError(
             "optimizer's class adds entries to its state_dict, which would be left out. "
-            f"item={path!r} type={kind} entries={more}; track what they hold by itself, and an "
-            "optimizer without them"
+            f"item={path!r} type={kind} entries={more[:ENTRIES_SHOWN_MAX]} in_all={len(more)}; "
+            "track what they hold by itself, and an optimizer without them"
         )
+
+
+ENTRIES_SHOWN_MAX = 3
+"""Names of entries that one error lists."""
+
+
+def _optimizers_in(value: object) -> Iterator[Optimizer]:
+    """The optimizers that an attribute holds, by itself or in a list, tuple or dict."""
+    match value:
+        case Optimizer():
+            yield value
+        case list() | tuple():
+            yield from (one for one in value if isinstance(one, Optimizer))
+        case dict():
+            yield from (one for one in value.values() if isinstance(one, Optimizer))
 
 
 class OptimizerSource:

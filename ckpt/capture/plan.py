@@ -52,6 +52,11 @@ class CapturePlan:
         tracked: list[tuple[nn.Module | Optimizer, str]] = []
         for name, item in self.items.items():
             visit(item, escape(name), lambda value, path: tracked.append((value, path)))
+        known = {id(live) for live, _ in tracked}
+        for live, path in tracked:
+            # Before it is remembered: what is refused is refused each time.
+            if isinstance(live, Optimizer) and id(live) not in self._sources:
+                check_optimizer(live, path, known)
         sources_before, self._sources = self._sources, {}
         renamed = [
             self._refresh_module(live, path, sources_before)
@@ -75,10 +80,6 @@ class CapturePlan:
             for live, path in tracked
             if isinstance(live, Optimizer)
         ]
-        known = {id(live) for live, _ in tracked}
-        for live, path in tracked:
-            if isinstance(live, Optimizer) and id(live) not in sources_before:
-                check_optimizer(live, path, known)
         return moved or any(optimizers_moved)
 
     def capture(self) -> Capture:

@@ -307,6 +307,33 @@ def test_optimizer_with_another_one_inside_is_refused_by_name_unless_both_are_tr
     capture({"outer": outer, "base": outer.base}, world=WORLD)
 
 
+def test_optimizers_in_a_list_inside_another_one_are_refused_unless_tracked() -> None:
+    outer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    inner = torch.optim.AdamW(outer.param_groups[0]["params"])
+    outer.parts = [inner]  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"item='outer' type=SGD attribute='parts'"):
+        capture({"outer": outer}, world=WORLD)
+    capture({"outer": outer, "parts": [inner]}, world=WORLD)
+
+
+def test_refused_optimizer_that_joined_later_is_refused_each_time() -> None:
+    optimizers: list[object] = []
+    plan = CapturePlan({"optimizers": optimizers}, WORLD)
+    optimizers.append(Counting([nn.Parameter(torch.zeros(2))]))
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"item='optimizers/0' type=Counting"):
+            plan.capture()
+
+
+def test_optimizer_whose_state_dict_fails_is_refused_by_name() -> None:
+    class Failing(torch.optim.SGD):
+        def state_dict(self) -> dict[str, object]:
+            raise NotImplementedError("use another one")
+
+    with pytest.raises(UsageError, match=r"item='optimizer' type=.*Failing.*use another one"):
+        capture({"optimizer": Failing([nn.Parameter(torch.zeros(2))])}, world=WORLD)
+
+
 def test_optimizer_whose_class_adds_entries_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"type=Counting entries=\['rounds'\]"):
         capture({"optimizer": Counting([nn.Parameter(torch.zeros(2))])}, world=WORLD)
