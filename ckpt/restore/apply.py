@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from ckpt.capture.leaves import World, clean_fqn, escape, join
 from ckpt.capture.modules import EXTRA_STATE, ComputedEntry, ModuleSource
 from ckpt.capture.optimizers import OptimizerParameter, OptimizerSource
-from ckpt.capture.plan import CapturePlan
+from ckpt.capture.plan import CapturePlan, capture
 from ckpt.capture.streams import (
     RngState,
     generators_alike,
@@ -34,7 +34,15 @@ from ckpt.capture.tensors import is_dtensor, is_expanded
 from ckpt.capture.tree import PLAIN, Stateful, Walker, class_name, is_stateful, state_of, type_name
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format.index import SnapshotIndex
-from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref, StateNode
+from ckpt.format.objects import (
+    DataclassNode,
+    EnumNode,
+    Named,
+    NamedTupleNode,
+    Ref,
+    StateNode,
+    encode_object,
+)
 from ckpt.restore.reader import ReadWants, read_object_of_all_ranks, read_objects
 from ckpt.restore.targets import (
     Coverage,
@@ -82,6 +90,7 @@ class ValueMatcher:
         self._selection = selection
         self._problems = problems
         self._sources = sources
+        self._matched: dict[int, tuple[object, object]] = {}
         self.late: list[Callable[[], None]] = []
         self.last: list[Callable[[], None]] = []
 
@@ -93,6 +102,8 @@ class ValueMatcher:
         if isinstance(node, StateNode):
             self._check_class(live, node, path)
             node = node.state
+        if cover is Coverage.ALL and self._is_other_than_before(live, node):
+            return self._untied(live, node, path)
         match live:
             case nn.Module() | Optimizer():
                 return self._sources(live, node, path)
@@ -153,6 +164,25 @@ class ValueMatcher:
                 return self._named_tuple(hint, node, path)
             case _:
                 return lambda: copy.copy(node)
+
+    def _is_other_than_before(self, live: object, node: object) -> bool:
+        """Whether a container or array lies in several places now, and was stored as two that
+        differ: a program may begin with one initial value for both, and then replace it in each.
+        """
+        if type(live) not in _UNTIED:
+            return False
+        _, before = self._matched.setdefault(id(live), (live, node))
+        if before is node or not (_holds_no_tensor(before) and _holds_no_tensor(node)):
+            return False
+        return encode_object(before) != encode_object(node)
+
+    def _untied(self, live: object, node: object, path: str) -> RestoreStep:
+        if "/" not in path:
+            self._problems.add(
+                "one live object, but stored as two that differ.", path, "give each its own"
+            )
+            return lambda: live
+        return self.fresh(live, node, path)
 
     def _check_class(self, live: object, node: StateNode, path: str) -> None:
         """State of another class may load without an error and mean something else. A class that
@@ -361,6 +391,26 @@ class ValueMatcher:
 
 def _at(values: list[object] | tuple[object, ...], index: int) -> object:
     return values[index] if index < len(values) else ABSENT
+
+
+_UNTIED = (dict, OrderedDict, Counter, defaultdict, list, deque, set, bytearray, np.ndarray)
+"""Types of which ``fresh`` makes another one that is the same."""
+
+
+def _holds_no_tensor(node: object) -> bool:
+    """Whether a stored value is only plain ones: two of them can be compared as they are."""
+    match node:
+        case Ref() | StateNode():
+            return False
+        case dict():
+            return all(map(_holds_no_tensor, node.values()))
+        case list() | tuple() | deque():
+            return all(map(_holds_no_tensor, node))
+        case DataclassNode():
+            return all(map(_holds_no_tensor, node.fields.values()))
+        case NamedTupleNode():
+            return all(map(_holds_no_tensor, node.values))
+    return True
 
 
 _Plain = deque[object] | set[object] | bytearray | np.ndarray
@@ -576,13 +626,38 @@ def _put_made(source: ModuleSource, values: list[tuple[ComputedEntry, object]]) 
                 f"error={error}"
             ) from error
         # A module with a loading of its own may return nothing: then it says that it took all.
-        ignored = sorted(others.keys() & set(getattr(loaded, "unexpected_keys", ())))
+        # What it takes no notice of is not lost if the module makes the same again: of its other
+        # state (a packed weight's scales), or because a hook read the entry and left it there.
+        unexpected = others.keys() & set(getattr(loaded, "unexpected_keys", ()))
+        ignored = sorted(_lost(source, {key: others[key] for key in unexpected}))
         if ignored:
             raise UsageError(
                 "module takes no notice of entries that its hooks made, so they would be lost. "
                 f"path={source.path!r} entries={ignored[:NAMES_SHOWN_MAX]} in_all={len(ignored)}; "
                 "give it a hook that loads them, or leave them out of its state_dict"
             )
+
+
+def _lost(source: ModuleSource, stored: Mapping[str, object]) -> list[str]:
+    """The keys of ``stored`` entries that the module does not make again, bit by bit."""
+    if not stored:
+        return []
+    source.rebuild()
+    made = {entry.key: entry.value for entry in source.computed}
+    return [
+        key
+        for key, value in stored.items()
+        if key not in made or _as_bytes(made[key]) != _as_bytes(value)
+    ]
+
+
+def _as_bytes(value: object) -> tuple[bytes, ...]:
+    captured = capture({"entry": {"value": value}}, world=World(0, 1))
+    tensors = (
+        bytes(leaf.tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for leaf in captured.tensors
+    )
+    return (*(leaf.data for leaf in captured.objects), *tensors)
 
 
 def _extra_state_owners(module: nn.Module) -> dict[str, nn.Module]:

@@ -383,16 +383,68 @@ def test_extra_state_and_what_hooks_compute_come_back(store: Store) -> None:
     assert fresh[0].weight.tolist() == [2.0, 2.0]
 
 
+def test_one_initial_value_for_two_names_does_not_tie_what_was_stored_as_two(store: Store) -> None:
+    def made() -> dict[str, object]:
+        array, queue, values, seen = np.zeros(2), deque([0]), [0], {0}
+        return {"a": [array, queue, values, seen], "b": [array, queue, values, seen]}
+
+    trained: dict[str, object] = {
+        "a": [np.ones(2), deque([1]), [1], {1}],
+        "b": [np.full(2, 2.0), deque([2]), [2], {2}],
+    }
+    state = made()
+    load(save(store, state=trained), state=state)
+    assert [np.ndarray.tolist(state["a"][0]), *state["a"][1:]] == [[1, 1], deque([1]), [1], {1}]  # type: ignore[index]
+    assert [np.ndarray.tolist(state["b"][0]), *state["b"][1:]] == [[2, 2], deque([2]), [2], {2}]  # type: ignore[index]
+    tied = made()
+    load(save(store, state=made()), state=tied)
+    assert all(one is other for one, other in zip(tied["a"], tied["b"], strict=True))  # type: ignore[call-overload]
+
+
+def test_one_live_item_that_was_stored_as_two_that_differ_is_refused(store: Store) -> None:
+    snapshot = save(store, first=[1], second=[2])
+    both = [0]
+    with pytest.raises(UsageError, match=r"one live object.*path='second'"):
+        load(snapshot, first=both, second=both)
+    assert both == [0]
+
+
 def _adds_made(module: nn.Module, state: dict[str, object], prefix: str, local: object) -> None:
     state[prefix + "made"] = torch.ones(1)
 
 
 def test_entry_of_a_hook_that_loading_ignores_is_an_error_that_names_it(store: Store) -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    model[0].register_state_dict_post_hook(_adds_made)
+    made = torch.ones(1)
+
+    def adds(module: nn.Module, state: dict[str, object], prefix: str, local: object) -> None:
+        state[prefix + "made"] = made.clone()
+
+    model[0].register_state_dict_post_hook(adds)
     snapshot = save(store, model=model)
+    made.zero_()
     with pytest.raises(UsageError, match=r"path='model' entries=\['0.made'\]"):
         load(snapshot, model=model)
+
+
+def test_entry_that_loading_ignores_and_the_module_makes_again_is_not_lost(store: Store) -> None:
+    def reads(module: nn.Module, state: dict[str, object], prefix: str, *rest: object) -> None:
+        module.seen = state.get(prefix + "seen")  # type: ignore[assignment]
+
+    def adds(module: nn.Module, state: dict[str, object], prefix: str, local: object) -> None:
+        state[prefix + "seen"] = module.seen
+        state[prefix + "half"] = module.weight.detach() / 2  # type: ignore[operator]
+
+    def made(seen: int) -> nn.Module:
+        model = nn.Linear(2, 2)
+        model.seen = seen  # type: ignore[assignment]
+        model.register_state_dict_post_hook(adds)
+        model.register_load_state_dict_pre_hook(reads)
+        return model
+
+    trained, model = made(5), made(0)
+    load(save(store, model=trained), model=model)
+    assert model.seen == 5 and torch.equal(model.weight, trained.weight)  # type: ignore[arg-type]
 
 
 def test_entry_that_a_load_hook_renames_comes_back(store: Store) -> None:
