@@ -62,8 +62,11 @@ class HighWaterMark:
 
     @property
     def path(self) -> Path:
-        """The file. Raises RuntimeError for a user without a home."""
-        return state_folder() / "seen" / f"{self.log_id}-{digest_hex(self.url.encode())[:8]}.json"
+        """The file, the same in whatever order the stores are named. Raises RuntimeError for a user
+        without a home."""
+        urls = " + ".join(sorted(self.url.split(" + ")))
+        address = digest_hex(urls.encode(errors="surrogateescape"))[:8]  # a path may be no UTF-8
+        return state_folder() / "seen" / f"{self.log_id}-{address}.json"
 
     def look(self) -> None:
         """Before the log is read: learn what was seen. Later, another process could have seen more.
@@ -116,6 +119,9 @@ class HighWaterMark:
             seq = state.next_seq - 1
             self.seen = SeenRecord(seq=seq, write_id=write_id, digest=state.head_digest)
             self._write(self.seen)
+        else:  # an empty log
+            with suppress(OSError, RuntimeError):
+                self.path.unlink(missing_ok=True)
 
     def _read(self) -> SeenRecord | None:
         if self.url.startswith(IN_MEMORY):

@@ -197,8 +197,10 @@ class Journal:
         of a lone store; as ``refresh`` with several.
         """
         with self._lock:
-            state, since = self._access.look_at_stores(self._started())
-            self._seen(state)
+            started = self._started()
+            state, since = self._access.look_at_stores(started)
+            if state is not started:  # else nothing was read that could be older than what was seen
+                self._seen(state)
             return since
 
     def prove_stores(self, since: int) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -114,3 +115,41 @@ def test_a_mark_that_is_damaged_is_as_good_as_none(tmp_path: Path) -> None:
     mark.path.write_bytes(b"{")
     mark.look()
     assert mark.judge(empty("job")) == "" and mark.known
+
+
+@pytest.mark.parametrize("records", [0, 1])
+def test_what_was_accepted_stays_accepted(records: int, tmp_path: Path) -> None:
+    """Also an empty log, which has no last record."""
+    store = Disk("a")
+    journal = Journal.open(store, job=JOB, create=True)
+    if records:
+        journal.open_epoch(resume=None)
+    image = image_of(store)
+    _saved(store, 1)
+    rolled_back = Journal.open(image)
+    assert rolled_back.refresh().stale_reason
+    assert rolled_back.accept_rollback().next_seq == records
+    assert not Journal.open(image).refresh().stale_reason
+
+
+def test_stores_are_the_same_in_whatever_order_they_are_named() -> None:
+    """Else who names them otherwise than the job does would accept for nobody."""
+    log_id = "0" * 32
+    marks = [HighWaterMark(url, log_id) for url in ("/a + /b", "/b + /a", "/a + /c")]
+    assert marks[0].path == marks[1].path != marks[2].path
+
+
+def test_a_folder_whose_name_is_no_text_is_remembered_too(tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    _saved(FileBackend(folder), 1)
+    assert Journal.open(FileBackend(folder)).refresh().next_seq == 2
+    assert len(list((tmp_path / "state" / "seen").iterdir())) == 1
+
+
+def test_before_the_log_is_read_nothing_is_called_older() -> None:
+    """Of a lone store a look before objects are written reads ``ckpt.json`` alone."""
+    store = Disk("a")
+    _saved(store, 1)
+    journal = Journal.open(store)
+    journal.look_at_stores()
+    assert journal.mark is not None and not journal.mark.older
