@@ -29,7 +29,7 @@ from ckpt.log.state import Committed, LogState
 from ckpt.maintenance.gc.plan import GcPlan, plan_gc, restore_order
 from ckpt.maintenance.gc.sweep import (
     GRACE_S,
-    is_full,
+    full_stores,
     probed_clock,
     require_known,
     sweep,
@@ -171,7 +171,7 @@ def drop(
 
 
 def _sweep_garbage(backend: Backend, state: LogState | None, _: GcPlan, grace_s: float) -> bool:
-    if state is None or not any(map(is_full, stores_of(backend))):
+    if state is None or next(full_stores(backend), None) is None:
         return False
     report = sweep(backend, state, grace_s=grace_s)
     return any(store.deleted for store in report.stores)
@@ -185,7 +185,7 @@ def _free_copies(backend: Backend, _: LogState | None, plan: GcPlan, __: float) 
     """What is held twice goes: older folds, and second copies of records of the snapshots that are
     about to be dropped."""
     freed = False
-    for store in filter(is_full, stores_of(backend)):
+    for store in full_stores(backend):
         twice = [keys.fold_key(seq) for seq in fold_seqs(store)[:-1]]
         for snapshot in plan.drops:
             for prefix in (f"{keys.PARTS}{snapshot.key}/", f"{keys.MANIFESTS}{snapshot.key}-"):

@@ -21,7 +21,6 @@ from ckpt.errors import (
     FormatVersionError,
     IntegrityError,
     NotFoundError,
-    StoreDeniedError,
     StoreFullError,
     UnavailableError,
 )
@@ -330,6 +329,20 @@ def is_full(store: Backend) -> bool:
     return False
 
 
+def full_stores(backend: Backend) -> Iterator[Backend]:
+    """The stores that have no room for a log record; not those that do not answer or refuse.
+
+    Of several stores the others may be enough for a record: its writer finds out.
+    """
+    for store in stores_of(backend):
+        try:
+            if not is_full(store):
+                continue
+        except UnavailableError:
+            continue
+        yield store
+
+
 def is_probe(key: str) -> bool:
     """Whether ``key`` is one that ``store_clock`` uses."""
     return _PROBE_RE.fullmatch(key) is not None
@@ -356,20 +369,20 @@ def keep_reserves(backend: Backend, state: LogState) -> None:
                 if store.stat(RESERVE_KEY) is None:
                     # Random, because a disk that compresses would reserve nothing for zeros.
                     store.put(RESERVE_KEY, [secrets.token_bytes(RESERVE_BYTES)])
-            except (StoreFullError, StoreDeniedError, UnavailableError):
+            except UnavailableError:
                 continue  # nothing is lost by it; who next looks after the store tries again
 
 
 def take_reserves(backend: Backend) -> bool:
     """Delete the reserves of the stores that are full; whether there was one."""
     taken = False
-    for store in stores_of(backend):
+    for store in full_stores(backend):
         try:
-            if store.stat(RESERVE_KEY) is not None and is_full(store):
+            if store.stat(RESERVE_KEY) is not None:
                 store.delete(RESERVE_KEY)
                 taken = True
-        except (StoreDeniedError, UnavailableError):
-            continue  # of several stores the others may be enough; the record's writer finds out
+        except UnavailableError:
+            continue
     return taken
 
 

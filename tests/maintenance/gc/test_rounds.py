@@ -537,6 +537,21 @@ def test_several_full_stores_without_garbage_are_collected_with_their_reserves(
     several.close()
 
 
+def test_a_store_that_is_away_keeps_no_full_ones_from_being_collected() -> None:
+    stores = [FullStore(f"full-{n}") for n in range(3)]
+    several = ReplicatedBackend(stores, emit=lambda _: None, seed=1)
+    write_sample_store(several, steps=STEPS)
+    keep_reserves(several, Journal.open(several).refresh())
+    several.close()
+    for store in stores:
+        store.room = 0
+    away = FaultyBackend(stores[0], [Fault(harm=Harm.LOST_REQUEST, times=None)])
+    left = ReplicatedBackend([away, *stores[1:]], emit=lambda _: None, seed=1)
+    drop(left, Journal.open(left), keep_last(1), now_unix_s=time.time(), grace_s=0.0)
+    assert steps(left) == [20, 40]
+    left.close()
+
+
 def test_full_stores_that_never_had_a_reserve_say_so_and_keep_everything() -> None:
     stores = [FullStore(f"full-{n}") for n in range(3)]
     several = ReplicatedBackend(stores, emit=lambda _: None, seed=1)
