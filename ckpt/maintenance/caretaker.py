@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of, write_quorum_of
 from ckpt.backends.file.store import FileBackend
-from ckpt.errors import CkptError, InternalError
+from ckpt.errors import CkptError, InternalError, UnavailableError
 from ckpt.events import Emit, Event
 from ckpt.log.journal import Journal
 from ckpt.log.state import Committed
@@ -205,7 +205,13 @@ class StoreCaretaker:
 
     def _record_scrub(self, verified: Sequence[Committed]) -> None:
         now_unix_ms = int(time.time() * 1000)
-        record_scrub(stores_of(self._backend), verified, now_unix_ms=now_unix_ms)
+        try:
+            record_scrub(stores_of(self._backend), verified, now_unix_ms=now_unix_ms)
+        except UnavailableError as error:
+            # Full stores, say. What was read need not be read again at once: this keeper knows the
+            # time by itself.
+            text = f"no store took the record of a scrub, so the next keeper may repeat it: {error}"
+            self._emit_once("care-waits", text, alarm=False)
 
     def _emit_once(self, kind: str, text: str, *, alarm: bool) -> None:
         """Emit each text once, until a store was refilled."""

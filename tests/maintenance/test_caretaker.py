@@ -20,6 +20,7 @@ from ckpt.log.journal import Journal
 from ckpt.maintenance.caretaker import StoreCaretaker
 from ckpt.maintenance.scrub.history import last_record, record_scrub, scrubbed_s_ago
 from ckpt.maintenance.store_set import missing_by_listing
+from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import write_sample_store
 
 WAIT_S = 20.0
@@ -205,6 +206,30 @@ def test_time_of_stores_that_were_never_scrubbed_counts_from_the_first_keeper() 
         caretaker.stop(WAIT_S)
         records = [stat.key for stat in store.list(keys.SCRUBS)]
         assert len(records) == 1, "the second keeper counts from the first one's record"
+
+
+def test_store_that_takes_no_record_is_not_scrubbed_again_at_once() -> None:
+    inner = MemoryBackend()
+    write_sample_store(inner)
+    record_scrub([inner], (), now_unix_ms=now_unix_ms() - int(2 * DAY_S * 1000))
+    full = FaultyBackend(inner, [Fault(harm=Harm.FULL, op="put", times=None)])
+    events: list[Event] = []
+    asked = threading.Semaphore(0)
+    caretaker = StoreCaretaker(
+        full,
+        has_newest_epoch=lambda _: asked.release() or True,
+        emit=events.append,
+        scrub_every_s=DAY_S,
+        interval_s=0.01,
+    )
+    until_s = time.monotonic() + WAIT_S
+    while "care-waits" not in (kinds := [event.kind for event in events]):
+        assert time.monotonic() < until_s, kinds
+        threading.Event().wait(0.01)
+    while asked.acquire(timeout=0.2):  # it asks only if a scrub is due
+        assert time.monotonic() < until_s, "it scrubs and scrubs"
+    caretaker.stop(WAIT_S)
+    assert [event.kind for event in events].count("scrub-done") == 1
 
 
 def test_store_that_may_be_an_unmounted_disk_gets_no_record() -> None:

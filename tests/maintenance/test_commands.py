@@ -14,8 +14,11 @@ from kit.damage import faults_of, flip, objects_of, record_of
 from ckpt.backends.encrypted.keys import load_keys
 from ckpt.backends.encrypted.open import encrypted
 from ckpt.backends.file.store import FileBackend
+from ckpt.backends.memory import MemoryBackend
+from ckpt.cli.commands import scrub
 from ckpt.cli.main import run
 from ckpt.format import keys
+from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import write_sample_store
 
 Command = Callable[..., "Done"]
@@ -89,6 +92,14 @@ def test_scrub_leaves_an_empty_store_alone_and_fills_it_when_told(
     assert not Path(trio[2].url).exists()
     assert ckpt("scrub", *urls(trio), "--fill-empty").code == 0
     assert faults_of(trio[2], trio[0]) == []
+
+
+def test_scrub_only_warns_if_no_store_takes_its_record(capsys: pytest.CaptureFixture[str]) -> None:
+    store = MemoryBackend()
+    write_sample_store(store)
+    denied = FaultyBackend(store, [Fault(harm=Harm.READ_ONLY, times=None)])
+    scrub._record((denied,), ())
+    assert "no store took the record of this scrub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rate", ["0", "fast", "-5M"])

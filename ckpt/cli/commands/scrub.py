@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import click
 
+from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of, write_quorum_of
-from ckpt.cli.echo import emit_json
+from ckpt.cli.echo import emit_json, warn
 from ckpt.cli.output import human_bytes
 from ckpt.cli.replica_report import exit_code_of, print_report, report_json
 from ckpt.cli.store_options import StoreList, open_plain_stores, rate_option, urls_command
-from ckpt.errors import InternalError
+from ckpt.errors import InternalError, UnavailableError
+from ckpt.log.state import Committed
 from ckpt.maintenance.scrub.history import record_scrub
 from ckpt.maintenance.scrub.scrub import Scrub
 
@@ -74,11 +77,7 @@ def command(
         )
         report = scrub.run(
             threads=threads_for(stores),
-            on_verified=None
-            if look_only
-            else lambda verified: record_scrub(
-                stores, verified, now_unix_ms=int(time.time() * 1000)
-            ),
+            on_verified=None if look_only else lambda verified: _record(stores, verified),
         )
     if report is None:
         raise InternalError("a scrub without a stop event was stopped")
@@ -88,6 +87,14 @@ def command(
         print_report(report)
         click.echo(f"{human_bytes(report.moved_bytes)} read and written")
     return exit_code_of(report)
+
+
+def _record(stores: tuple[Backend, ...], verified: Sequence[Committed]) -> None:
+    """Record the scrub; a warning if no store takes that, for what was found has to be told."""
+    try:
+        record_scrub(stores, verified, now_unix_ms=int(time.time() * 1000))
+    except UnavailableError as error:
+        warn(f"no store took the record of this scrub. {error}")
 
 
 def threads_for(stores: tuple[object, ...]) -> int:
