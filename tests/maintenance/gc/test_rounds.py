@@ -29,7 +29,7 @@ from ckpt.maintenance.gc import plan as gc_due
 from ckpt.maintenance.gc.drop import drop, fenced_journal, preview
 from ckpt.maintenance.gc.plan import PREFIXES
 from ckpt.maintenance.gc.rounds import GcRounds, RetentionSettings
-from ckpt.maintenance.gc.sweep import RESERVE_KEY, keep_reserves, sweep
+from ckpt.maintenance.gc.sweep import RESERVE_KEY, full_stores, keep_reserves, sweep
 from ckpt.maintenance.retention import (
     KeepPolicy,
     keep_best,
@@ -547,6 +547,7 @@ def test_a_store_that_is_away_keeps_no_full_ones_from_being_collected() -> None:
         store.room = 0
     away = FaultyBackend(stores[0], [Fault(harm=Harm.LOST_REQUEST, times=None)])
     left = ReplicatedBackend([away, *stores[1:]], emit=lambda _: None, seed=1)
+    assert [store.url for store in full_stores(left)] == [store.url for store in stores[1:]]
     drop(left, Journal.open(left), keep_last(1), now_unix_s=time.time(), grace_s=0.0)
     assert steps(left) == [20, 40]
     left.close()
