@@ -14,7 +14,8 @@ from typing import Any
 
 import ckpt
 from ckpt.cli.main import run
-from ckpt.format.keys import JOB_KEY, log_key, parse_settled_key
+from ckpt.format.keys import JOB_KEY, SCRUBS, log_key, parse_settled_key
+from ckpt.maintenance.gc.sweep import RESERVE_KEY
 from kit.servers.proxy import FaultProxy
 from kit.servers.s3 import Bucket
 
@@ -251,10 +252,16 @@ def _option_words(
     return words
 
 
+OWN = (SCRUBS, RESERVE_KEY)
+
+
 def unequal(stores: Collection[Region]) -> list[str]:
-    """What is not the same everywhere. A ``ckpt.json`` is its store's own; a record may be at
-    either of its place's keys."""
-    found = [_by_place(store.objects()) for store in stores]
+    """What is not the same everywhere. A ``ckpt.json`` is its store's own, as are its reserve and
+    what was read of it; a record may be at either of its place's keys."""
+    found = [
+        {key: data for key, data in _by_place(store.objects()).items() if not key.startswith(OWN)}
+        for store in stores
+    ]
     return [
         f"{key} of {[len(one.get(key, b'')) for one in found]} bytes"
         for key in sorted({key for one in found for key in one})

@@ -377,7 +377,8 @@ def test_two_records_that_are_both_followed_are_two_histories_of_which_none_is_t
     assert found.state.without_hole() == upto(2) and found.state.hole is not None
     assert (found.state.hole.seq, found.state.hole.reason) == (
         2,
-        "two histories go on there: stores of the log were declared lost that were not. "
+        "two histories go on there: stores of the log were declared lost that were not, or were "
+        "rolled back. "
         "stores=['u0', 'u1', 'u2'] name only those of the history that is to go on",
     )
 

@@ -83,7 +83,8 @@ class InheritedProcesses:
         for process in processes:
             self._statuses[self._places[process.pid]] = _RUNNING
             kind = type(process)
-            process.__class__ = type(f"Inherited{kind.__name__}", (_InheritedPopen, kind), {})
+            if not issubclass(kind, _InheritedPopen):
+                process.__class__ = type(f"Inherited{kind.__name__}", (_InheritedPopen, kind), {})
             cast("_InheritedPopen", process).inherited = self
 
     def note(self, pid: int, status: int) -> None:

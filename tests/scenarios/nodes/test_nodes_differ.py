@@ -127,8 +127,8 @@ def test_nodes_that_would_write_otherwise_all_end_at_once_and_name_both(
 @pytest.mark.slow
 def test_nodes_may_differ_in_options_that_rank_0_decides(made: Callable[..., Cluster]) -> None:
     one = made(nodes="2")
-    for every, linger in ((7, "5s"), (1000, "60s")):
-        one.start(20, "--step-s", 0.01, "--every", every, "--linger", linger)
+    for grace, linger in (("9s", "5s"), ("25s", "60s")):
+        one.start(20, "--step-s", 0.01, "--every", 7, "--grace", grace, "--linger", linger)
     assert set(one.wait_end().values()) == {0}, one.output()
     newest = ckpt.Checkpointer(str(one.results / "store")).latest()
     assert newest is not None and newest.step == 20
