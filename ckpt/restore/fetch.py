@@ -11,6 +11,7 @@ keeps. Reading and digesting release the GIL, so that workers scale over cores.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import os
@@ -150,8 +151,8 @@ class Fetcher:
         def work(read: PackRead, scratch: _ScratchMemory) -> int:
             try:
                 return _deliver_read(self._backend, plan.snapshot, read, targets, scratch)
-            except IntegrityError:
-                if self._places_of is None:
+            except (IntegrityError, UnavailableError) as error:
+                if self._places_of is None or not _is_damage(error):
                     raise
             for chunk in read.chunks:
                 self._deliver_from_any(plan.snapshot, chunk, targets, scratch)
@@ -166,7 +167,7 @@ class Fetcher:
         first place's error if all are damaged.
         """
         own = chunk.location
-        first: IntegrityError | None = None
+        first: IntegrityError | UnavailableError | None = None
         for at in itertools.chain([own], self._places_of(chunk.digest) if self._places_of else ()):
             if first is not None and (at == own or at.raw_bytes != own.raw_bytes):
                 continue
@@ -176,7 +177,9 @@ class Fetcher:
             )
             try:
                 _deliver_read(self._backend, snapshot, read, targets, scratch)
-            except IntegrityError as error:
+            except (IntegrityError, UnavailableError) as error:
+                if not _is_damage(error):
+                    raise
                 first = first or error
                 continue
             if first is not None:
@@ -328,6 +331,21 @@ def _targets(plan: ReadPlan, outputs: Sequence[memoryview | NDArray[np.generic]]
             raise UsageError(f"an output must be contiguous and writable. output={number}")
         targets.append(array.reshape(-1).view(np.uint8))
     return targets
+
+
+def _is_damage(error: CkptError) -> bool:
+    """Whether the bytes of one place are damaged: wrong, missing, or on a bad sector of a disk.
+
+    A disk that is gone answers in the same way as a bad sector; then no other place answers either.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, IntegrityError):
+            return True
+        if isinstance(cause, OSError) and cause.errno == errno.EIO:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _deliver_read(

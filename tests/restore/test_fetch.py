@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import threading
 
 import numpy as np
@@ -157,6 +159,40 @@ def test_silent_store_is_not_called_damage(big: np.ndarray) -> None:
     plan = plan_reads(index, [Want("w", None, Box.whole(big.shape))], coalesce_bytes=0)
     with pytest.raises(UnavailableError):
         fetch(backend, plan, [np.zeros_like(big)])
+
+
+class BadSectorBackend(MemoryBackend):
+    """The disk cannot read some packs."""
+
+    bad: tuple[str, ...] = ()
+
+    def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        if key in self.bad:
+            raise UnavailableError(f"the disk failed. key={key}") from OSError(errno.EIO, "sector")
+        super().read_into(key, out, offset_bytes=offset_bytes)
+
+
+def test_bad_sector_is_read_from_another_place_of_the_same_bytes(big: np.ndarray) -> None:
+    backend = BadSectorBackend("sectors")
+    index = write(backend, [[tensor("w", big)]])
+    places = index.shards("w", None)[0].locations
+    copy = "packs/copy/x.pack"
+    body = bytearray(places[-1].offset_bytes + places[-1].stored_bytes)
+    backend.read_into(places[0].pack, memoryview(body))
+    backend.put(copy, [body])
+    elsewhere = dict(zip(index.shards("w", None)[0].digests, places, strict=True))
+    plan = plan_reads(index, [Want("w", None, Box.whole(big.shape))], coalesce_bytes=0)
+    backend.bad = (places[0].pack,)
+    out = np.zeros_like(big)
+    with Fetcher(
+        backend, places_of=lambda digest: [dataclasses.replace(elsewhere[digest], pack=copy)]
+    ) as fetcher:
+        fetcher.fetch(plan, [out])
+        assert np.array_equal(out, big)
+        assert len(fetcher.read_elsewhere) == len(places)
+        backend.bad = (places[0].pack, copy)
+        with pytest.raises(UnavailableError, match="the disk failed"):
+            fetcher.fetch(plan, [out])
 
 
 class GatedBackend(MemoryBackend):
