@@ -27,6 +27,7 @@ __all__ = [
     "info_of",
     "load_index",
     "load_manifest",
+    "read_committed",
     "select",
     "snapshots",
 ]
@@ -151,7 +152,7 @@ class _FoundPlaces:
 def _manifest(backend: Backend, state: LogState, entry: Committed) -> Manifest:
     key = keys.manifest_key(entry.snapshot, entry.manifest_digest)
     check = _digest_is(entry.manifest_digest, "manifest differs from what was committed")
-    data = _committed_object(backend, key, check, bytes_max=MANIFEST_BYTES_MAX)
+    data = read_committed(backend, key, check, bytes_max=MANIFEST_BYTES_MAX)
     manifest = Manifest.decode(data)
     if (manifest.job, manifest.snapshot, manifest.base) != (state.job, entry.snapshot, entry.base):
         raise IntegrityError(
@@ -163,7 +164,7 @@ def _manifest(backend: Backend, state: LogState, entry: Committed) -> Manifest:
 
 def _part(backend: Backend, ref: PartRef) -> Part:
     check = _digest_is(ref.digest, "part differs from what its manifest names")
-    data = _committed_object(
+    data = read_committed(
         backend, ref.key, check, bytes_max=min(ref.size_bytes, PART_STORED_BYTES_MAX)
     )
     if len(data) != ref.size_bytes:
@@ -184,9 +185,12 @@ def _digest_is(digest: str, fact: str) -> Check:
     return check
 
 
-def _committed_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> bytes:
-    """The object's bytes, or those of its second copy. A missing object that a commit names is
-    damage, not a wrong name."""
+def read_committed(backend: Backend, key: str, check: Check, *, bytes_max: int) -> bytes:
+    """The bytes of a manifest or part that a commit names, or those of its second copy.
+
+    Raises IntegrityError if neither passes ``check``, also if both are missing, and
+    UnavailableError.
+    """
     try:
         return read_object(backend, key, check, bytes_max=bytes_max)
     except (NotFoundError, IntegrityError) as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from ckpt.backends.base import Backend, Stat
-from ckpt.backends.checked import read_alone, read_checked, read_object, stores_of
+from ckpt.backends.checked import read_alone, read_checked, stores_of
 from ckpt.errors import (
     ConflictError,
     FormatVersionError,
@@ -24,6 +24,7 @@ from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import PART_STORED_BYTES_MAX
 from ckpt.format.records import RECORD_BYTES_MAX, Record, decode_record
+from ckpt.log.catalog import read_committed
 from ckpt.log.reader import fold_seqs, positions, prune_folds, read_all, read_at
 from ckpt.log.sequencers import PUT_TRIES_MAX, KeyTaken, WriteUnknown, create_once
 from ckpt.log.state import LogState
@@ -300,7 +301,7 @@ def copy_object(
     Raises IntegrityError if ``source`` has no right copy, what either store raises, and Stopped.
     """
     if isinstance(want, WholeObject):
-        data = read_object(
+        data = read_committed(
             source,
             want.key,
             lambda stored: (

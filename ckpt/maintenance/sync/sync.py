@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import read_object, stores_of
+from ckpt.backends.checked import stores_of
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.events import Emit, Event
 from ckpt.format import keys
@@ -21,6 +21,7 @@ from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest
 from ckpt.format.part import Part, decode_part
 from ckpt.format.store import JobRecord
+from ckpt.log.catalog import read_committed
 from ckpt.log.journal import Journal
 from ckpt.log.state import Committed, Hole, LogState
 from ckpt.maintenance.copies import CHUNK_REF_BYTES, PackReferences, WholeObject
@@ -184,7 +185,7 @@ class SyncRun:
     ) -> bytes | None:
         self.pace.take(want.size_bytes or 0)
         try:
-            return read_object(
+            return read_committed(
                 self.source,
                 want.key,
                 lambda data: (
