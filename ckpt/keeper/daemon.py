@@ -213,7 +213,7 @@ class Daemon:
         self._alarms.discard("full")
         uid = peer_uid(sock)
         if uid not in (None, os.geteuid()):
-            # The folder keeps others out; this holds too where somebody opened it, or its disk.
+            # The folder's mode keeps other users out; this holds too where it was opened.
             sock.close()
             self._listener.strangers += 1
             text = "refused a connection of another user; look who can enter the keeper's folder"

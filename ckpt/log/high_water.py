@@ -1,7 +1,7 @@
 """How much of a log this user has seen on this machine, kept outside of the log's stores.
 
 A disk that is rolled back to an old image, or a store that is restored from an old copy, keeps its
-id and holds an older log that is right in itself. Only somebody who remembers can tell.
+id and holds an older log that is right in itself. Only a memory outside of it can tell.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ckpt.log.sequencers import state_folder
 from ckpt.log.state import LogState
 
 IN_MEMORY = "memory:"
-"""Stores in the memory of one process end with it: nobody can roll them back."""
+"""Stores in the memory of one process end with it, so they cannot be rolled back."""
 
 
 class SeenRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -536,7 +536,7 @@ class Journal:
         try:
             self._access.prune_folds()
         except CkptError as error:
-            # They cost space alone; whoever stores the next fold tries again.
+            # They cost space alone; the writer of the next fold tries again.
             self._notes.append(LogNote("old folds not deleted", keys.FOLDS, str(error)))
 
 

@@ -523,7 +523,7 @@ class Node:
         self._excluded = frozenset(verdict.excluded) - verdict.pending
         if verdict.refusal:
             self._observer.on_refused(verdict.refusal)
-        # Without an agent nobody says when this run began: the end may be that of an earlier one.
+        # Without an agent it is unknown when this run began: the end may be that of an earlier one.
         unclear = ended and self._deps.ends_after < 0 and view.epoch_revision < self._began_at
         self.awaited = awaited_nodes(
             view,

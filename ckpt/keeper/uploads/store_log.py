@@ -191,7 +191,7 @@ def log_id_of(spec: KeeperSpec, emit: Emit) -> str | None:
     try:
         return start_thread(read, name="ckpt-log-id").result(LOG_ID_WAIT_S)
     except (CkptError, WaitTimeoutError):
-        return ""  # whatever it is, whoever uses the stores says it
+        return ""  # whatever it is, the next use of the stores reports it
 
 
 class StoreLog:
