@@ -185,7 +185,7 @@ class StoreCaretaker:
         if left_s > 0:
             self._scrub_due_s = time.monotonic() + left_s
             return
-        report = self._scrub.run(self._stop, on_verified=self._note_scrub)
+        report = self._scrub.run(self._stop, on_verified=self._record_scrub)
         if report is not None and report.complete:
             self._scrub_due_s = time.monotonic() + self._scrub_every_s
 
@@ -197,11 +197,6 @@ class StoreCaretaker:
             self._record_scrub(())
             return every_s
         return every_s - ago_s
-
-    def _note_scrub(self, verified: Sequence[Committed]) -> None:
-        # Done, even if no store takes the record (all are full, say): not again at once.
-        self._scrub_due_s = time.monotonic() + (self._scrub_every_s or 0.0)
-        self._record_scrub(verified)
 
     def _record_scrub(self, verified: Sequence[Committed]) -> None:
         now_unix_ms = int(time.time() * 1000)

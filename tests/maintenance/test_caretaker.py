@@ -5,15 +5,13 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
-from ckpt.backends.base import Buffer
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.elastic.decorator import resilient
-from ckpt.errors import StoreFullError
 from ckpt.events import Event
 from ckpt.format import keys
 from ckpt.log.journal import Journal
@@ -165,29 +163,15 @@ def test_scrubs_are_due_by_when_the_last_one_of_any_keeper_ended(
         assert {stat.key for stat in store.list(keys.SCRUBS)} == before
 
 
-def test_scrub_whose_record_no_store_takes_is_not_repeated_at_once() -> None:
-    class FullForRecords(MemoryBackend):
-        def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-            if full.is_set() and key.startswith(keys.SCRUBS):
-                raise StoreFullError("the store is full")
-            super().put(key, data, create_only=create_only)
-
-    full = threading.Event()
-    store = FullForRecords()
-    write_sample_store(store)
-    record_scrub([store], (), now_unix_ms=now_unix_ms() - int(2 * DAY_S * 1000))
-    full.set()
-    done = threading.Semaphore(0)
-    caretaker = StoreCaretaker(
-        store,
-        has_newest_epoch=lambda _: True,
-        emit=lambda event: done.release() if event.kind == "scrub-done" else None,
-        scrub_every_s=DAY_S,
-        interval_s=0.01,
-    )
-    assert done.acquire(timeout=WAIT_S)
-    assert not done.acquire(timeout=0.3), "scrubbed again"
-    caretaker.stop(WAIT_S)
+def test_record_that_names_no_snapshot_hides_none_that_an_earlier_scrub_verified() -> None:
+    first, second = MemoryBackend("1"), MemoryBackend("2")
+    for store in (first, second):
+        write_sample_store(store)
+    entry = Journal.open(first).refresh().snapshots[0]
+    record_scrub([first], [entry], now_unix_ms=now_unix_ms() - 1000)
+    record_scrub([second], (), now_unix_ms=now_unix_ms())  # the first one did not answer
+    record = last_record([first, second])
+    assert record is not None and len(record.verified) == 1
 
 
 def test_time_of_stores_that_were_never_scrubbed_counts_from_the_first_keeper() -> None:

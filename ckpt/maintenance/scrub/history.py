@@ -37,7 +37,11 @@ def scrubbed_s_ago(stores: Sequence[Backend], *, now_unix_ms: int) -> float | No
 
 
 def last_record(stores: Sequence[Backend]) -> ScrubRecord | None:
-    """The newest readable record that any store has; None if there is none.
+    """The newest readable record that any store has, and that names a snapshot; None if there is
+    none.
+
+    One that names none may only say from when on time counts, written while the stores that knew
+    of earlier scrubs did not answer: it takes nothing away from what those verified.
 
     Raises UnavailableError if no store answers.
     """
@@ -45,9 +49,11 @@ def last_record(stores: Sequence[Backend]) -> ScrubRecord | None:
     for seq, store in sorted(found, key=lambda one: one[0], reverse=True):
         try:
             data = read_alone(store, keys.scrub_key(seq), bytes_max=SCRUB_BYTES_MAX)
-            return ScrubRecord.decode(data)
+            record = ScrubRecord.decode(data)
         except (IntegrityError, FormatVersionError, NotFoundError, UnavailableError):
             continue  # an older record, or another store's, says less or the same
+        if record.verified:
+            return record
     return None
 
 
