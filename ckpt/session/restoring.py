@@ -26,7 +26,7 @@ from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.ipc.messages import RemoteError, from_error, to_error
 from ckpt.log.catalog import ChunkPlaces, info_of, load_index, load_manifest
 from ckpt.log.fold import LogState
-from ckpt.restore.apply import apply
+from ckpt.restore.apply.apply import apply
 from ckpt.restore.fetch import Fetcher
 from ckpt.restore.plan import Want, plan_reads
 from ckpt.save.persister import SUSPECT_KEY

@@ -12,7 +12,7 @@ from ckpt.capture.leaves import World
 from ckpt.capture.plan import CapturePlan
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.format.canonical import digest
-from ckpt.restore.apply import apply
+from ckpt.restore.apply.apply import apply
 from ckpt.restore.fetch import Fetcher, fetch
 from ckpt.restore.from_slots import SLOT_PREFIX, SlotStore, slot_key, staged_index
 from ckpt.restore.plan import Want, plan_reads

@@ -13,7 +13,7 @@ from ckpt.capture.leaves import World
 from ckpt.capture.plan import capture
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.format.objects import Ref
-from ckpt.restore.apply import apply
+from ckpt.restore.apply.apply import apply
 from ckpt.restore.plan import Want
 from ckpt.restore.reader import rebuild
 from ckpt.values import DTYPE_BYTES

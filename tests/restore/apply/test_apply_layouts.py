@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ckpt.capture.leaves import Capture, TensorLeaf, World
 from ckpt.capture.plan import capture
-from ckpt.restore.apply import apply
+from ckpt.restore.apply.apply import apply
 
 Items = dict[str, object]
 Store = Callable[..., object]

@@ -14,7 +14,7 @@ from ckpt.capture.leaves import World
 from ckpt.capture.plan import capture
 from ckpt.capture.streams import RngState, generators_alike, state_of_new_rank
 from ckpt.errors import UsageError
-from ckpt.restore.apply import apply
+from ckpt.restore.apply.apply import apply
 
 Store = Callable[..., object]
 Draws = tuple[float, float, float, float]

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ckpt.capture.leaves import Capture, World
 from ckpt.capture.plan import CapturePlan, capture
-from ckpt.restore.apply import apply
+from ckpt.restore.apply.apply import apply
 
 SIZE = 2
 WAIT_S = 90

@@ -144,6 +144,9 @@ def _bump(tensor: torch.Tensor) -> None:
 PROBLEMS_SHOWN_MAX = 20
 """Differences that one error lists."""
 
+NAMES_SHOWN_MAX = 3
+"""Names of parameters or entries that one difference lists."""
+
 
 class Coverage(Enum):
     """How much of what is at and below a path is selected."""

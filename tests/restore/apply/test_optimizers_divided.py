@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ckpt.capture.leaves import World
 from ckpt.capture.plan import capture
 from ckpt.errors import UsageError
-from ckpt.restore.apply import apply
+from ckpt.restore.apply.apply import apply
 
 SIZE = 2
 Items = dict[str, object]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ckpt.capture.leaves import World
 from ckpt.capture.plan import CapturePlan, capture
 from ckpt.errors import UsageError
-from ckpt.restore.apply import apply
+from ckpt.restore.apply.apply import apply
 
 WORLD = World(0, 1)
 STEPS = 4

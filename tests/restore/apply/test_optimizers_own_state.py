@@ -13,7 +13,7 @@ from ckpt.capture.leaves import Capture, World
 from ckpt.capture.plan import capture
 from ckpt.errors import UsageError
 from ckpt.format.objects import StateNode, decode_object, encode_object
-from ckpt.restore.apply import apply
+from ckpt.restore.apply.apply import apply
 
 from .test_apply_layouts import hybrid, plain, ranks_of, sharded
 

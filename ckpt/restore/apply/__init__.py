@@ -1,0 +1,1 @@
+"""Restoring live objects in place."""
