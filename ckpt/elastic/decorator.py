@@ -14,7 +14,12 @@ from ckpt.elastic.failure import ExitReporter, die, ends_process
 from ckpt.elastic.processes.enter import enter
 from ckpt.elastic.processes.trainer import trainer_of_process, watch_process_group
 from ckpt.elastic.run import Run
-from ckpt.elastic.schedule import parse_duration, parse_every, parse_memory_every
+from ckpt.elastic.schedule import (
+    capture_rule,
+    parse_duration,
+    parse_every,
+    parse_memory_every,
+)
 from ckpt.elastic.sigterm import InPlaceSigterm
 from ckpt.elastic.verdict import fenced_verdict, give_verdict
 from ckpt.errors import UsageError
@@ -221,7 +226,12 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     def decorate(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            trainer = enter(keeper_spec(address, options), policy, prepare=prepared)
+            trainer = enter(
+                keeper_spec(address, options),
+                policy,
+                capture_rule=capture_rule(schedule, copy_every),
+                prepare=prepared,
+            )
             milestones = Milestones()
             milestones.reach("entered")
             if trainer is not None:

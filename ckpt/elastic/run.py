@@ -22,7 +22,7 @@ from ckpt.elastic.boundaries import (
 )
 from ckpt.elastic.failure import ExitReporter, Preempted, describe_failure
 from ckpt.elastic.processes.trainer import TrainerProcess
-from ckpt.elastic.schedule import EverySeconds, Schedule, is_due, next_due
+from ckpt.elastic.schedule import EverySeconds, Schedule, capture_rule, is_due, next_due
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.session.agreement import SnapshotRequest
@@ -390,7 +390,7 @@ class Run(RankInfo):
 
     def _open(self) -> None:
         self.ready()
-        self._session.open_run()
+        self._session.open_run(capture_rule(self._schedule, self._memory_every))
 
     def _start(self) -> None:
         """Before the first step: find the snapshot's step count, and restore the generators."""

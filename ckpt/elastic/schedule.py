@@ -80,6 +80,17 @@ def parse_memory_every(every: int | str) -> int | None:
     return every
 
 
+def capture_rule(schedule: Schedule, memory_every: int | None) -> str:
+    """What each rank decides by itself about when state is captured, as ``name=value`` words: it
+    must be equal on all ranks.
+
+    Rank 0 alone decides when a duration is over, and how many boundaries lie between two copies in
+    memory; so these are not told apart.
+    """
+    every = str(schedule.steps) if isinstance(schedule, EverySteps) else "seconds"
+    return f"every={every} memory_every={'0' if memory_every == 0 else 'some'}"
+
+
 def is_due(schedule: Schedule, completed: int, *, since: int | None = None) -> bool:
     """Whether a snapshot is due at this boundary by the schedule alone, so that every rank knows
     it.

@@ -308,6 +308,9 @@ class Hello(Message, frozen=True, kw_only=True, tag="Hello"):
 
     ``stores`` and ``access`` are digests of the peer's settings (``KeeperSpec.stores_digest`` and
     ``access_digest``); "" if it sends none. A keeper of other settings serves no new launch.
+
+    ``capture_rule``: what decides when all ranks capture, as ``name=value`` words; from a
+    supervisor. All nodes must say the same.
     """
 
     version: int
@@ -323,6 +326,7 @@ class Hello(Message, frozen=True, kw_only=True, tag="Hello"):
     stores: str = ""
     access: str = ""
     ends_after: int = -1
+    capture_rule: str = ""
 
 
 class Settings(Message, frozen=True, kw_only=True, tag="Settings"):

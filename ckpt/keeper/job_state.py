@@ -33,6 +33,7 @@ class Launch:
     def __init__(self, cluster: ClusterView) -> None:
         self.id = ""
         self.policy = Policy()
+        self.capture_rule = ""
         self.cluster = cluster
         """``SingleNode`` until a launch with other nodes enters a cluster; replaced with each such
         launch."""
@@ -43,6 +44,7 @@ class Launch:
         """Make the launch of ``hello`` the current one."""
         self.id = hello.launch
         self.policy = hello.policy or self.policy
+        self.capture_rule = hello.capture_rule
         self.cut_off = False
 
     def enter_cluster(self, make: Callable[[], ClusterView]) -> None:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import msgspec
 
-from ckpt.errors import CkptError, ConflictError, UnavailableError
+from ckpt.errors import CkptError, ConflictError, UnavailableError, UsageError
 from ckpt.format.canonical import prepare_decoders
 from ckpt.ipc.mailbox import POLL_FIRST_S, POLL_LAST_S, CountingMailbox, wait_for_message
 from ckpt.session.agreement import Ack, Skip, SnapshotRequest, Take, boundary_for, merge_requests
@@ -32,6 +32,33 @@ RANKS_PER_S_MAX = 10_000
 """Requests a second that all idle ranks together may send to the message store: their pauses grow
 with their number.
 """
+
+
+RULE_WAIT_S = 600.0
+"""How long a rank waits until rank 0 has said its rule: it may still be starting."""
+
+
+def check_capture_rule(mailbox: CountingMailbox, rule: str) -> None:
+    """Before the first step: ranks that capture state by different rules would share no snapshot.
+
+    ``rule``: what this rank decides by itself about when state is captured, as ``name=value``
+    words; "" on all ranks: there is nothing to compare. Rank 0 says its rule, the others wait for
+    it. Raises UsageError on a rank whose rule is another one.
+    """
+    if mailbox.size == 1 or not rule:
+        return
+    if mailbox.rank == 0:
+        mailbox.post("capture-rule", rule.encode())
+        return
+    first = wait_for_message(
+        mailbox, "capture-rule", timeout_s=RULE_WAIT_S, awaited="rank 0's rule of snapshots"
+    ).decode()
+    if first != rule:
+        raise UsageError(
+            "ranks would capture state at different steps, so they would share no snapshot. "
+            f"rank_0=({first}) rank_{mailbox.rank}=({rule}); give all ranks the same every= and "
+            "memory_every="
+        )
 
 
 class Decisions(Protocol):

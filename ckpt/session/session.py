@@ -29,7 +29,7 @@ from ckpt.rate_limit import AlarmLimiter
 from ckpt.restore.reader import item_names
 from ckpt.session.c10d_mailbox import world_of_process
 from ckpt.session.connected import BYE_WAIT_S, ConnectedSession, SessionEpochs
-from ckpt.session.decisions import Decisions
+from ckpt.session.decisions import Decisions, check_capture_rule
 from ckpt.session.keeper.attachment import (
     KEEPER_VARIABLE,
     KeeperAttachment,
@@ -311,15 +311,17 @@ class Session:
         """
         return self._lineage.newest_first()
 
-    def open_run(self) -> None:
+    def open_run(self, capture_rule: str = "") -> None:
         """For a run: choose the newest snapshot and open an epoch that continues from it. Once.
 
-        Raises UsageError if the process group has other ranks than those that the run began with.
+        ``capture_rule``: see ``check_capture_rule``. Raises UsageError if it is not that of rank 0,
+        or if the process group has other ranks than those that the run began with.
         """
         self._check_world()
         if self.opened:
             return
         self.attach_keeper()
+        check_capture_rule(self.mailbox, capture_rule)
         if self.board is not None and self.supervised:
             # Of an earlier call of this attempt: its steps are not this one's.
             self.board.rank(self.local_rank).completed = None

@@ -13,6 +13,7 @@ from ckpt.elastic.schedule import (
     EverySeconds,
     EverySteps,
     MemoryPace,
+    capture_rule,
     is_due,
     next_due,
     parse_duration,
@@ -165,3 +166,13 @@ def test_pause_and_a_snapshot_in_between_do_not_count_as_steps() -> None:
         training.pace.interrupted()
     training.run(2, step_s=0.1, copy_s=0.1)
     assert training.pace.every == 8
+
+
+def test_ranks_must_agree_on_steps_and_on_whether_memory_holds_copies_alone() -> None:
+    rules = [
+        capture_rule(parse_every(every), parse_memory_every(memory_every))
+        for every, memory_every in [("30s", 1), ("auto", "auto"), (50, 1), (60, 1), (50, 0)]
+    ]
+    assert rules[0] == rules[1], "rank 0's clock and measurements decide"
+    assert len(set(rules[1:])) == 4
+    assert rules[2] == "every=50 memory_every=some"

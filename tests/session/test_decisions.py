@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import pytest
 
-from ckpt.errors import ConflictError, UnavailableError
+from ckpt.errors import ConflictError, UnavailableError, UsageError
 from ckpt.session.agreement import Skip, SnapshotRequest, Take, merge_requests
-from ckpt.session.decisions import RankDecisions, SoloDecisions
+from ckpt.session.decisions import RankDecisions, SoloDecisions, check_capture_rule
 
 Decide = Callable[[], Take | Skip]
 
@@ -385,3 +385,16 @@ def test_request_at_the_last_boundary_before_anyone_ended_is_served_at_the_end(
         return loops[number].got
 
     assert run_ranks(2, run) == [{5: SnapshotRequest(("best",))}] * 2
+
+
+def test_rank_with_another_rule_of_snapshots_than_rank_0_is_refused_with_both(
+    make_channels, run_ranks
+) -> None:
+    rules = ["every=5 memory_every=some", "every=7 memory_every=some", "every=5 memory_every=some"]
+    channels = make_channels(3)
+    first, second, third = run_ranks(
+        3, lambda rank: check_capture_rule(channels[rank], rules[rank])
+    )
+    assert (first, third) == (None, None)
+    assert isinstance(second, UsageError)
+    assert f"rank_0=({rules[0]}) rank_1=({rules[1]})" in str(second)

@@ -201,8 +201,10 @@ def _stat(pid: int) -> tuple[int, str]:
 # ---- the decorated call
 
 
-def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerProcess | None:
-    """The start of a decorated call.
+def enter(
+    spec: KeeperSpec | None, policy: Policy, *, capture_rule: str, prepare: bool
+) -> TrainerProcess | None:
+    """The start of a decorated call. ``capture_rule``: see ``Hello.capture_rule``.
 
     Returns in trainers, as ``TrainerProcess``, and in place, with None.
 
@@ -233,6 +235,7 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerP
         policy=policy,
         agent=spec.nodes.agent if spec.nodes is not None else "",
         ends_after=spec.nodes.ends_after if spec.nodes is not None else -1,
+        capture_rule=capture_rule,
     )
     emit = emit_to_logging(rank)
     if isinstance(start, Spawn):

@@ -103,6 +103,7 @@ def join(
 
     def info() -> NodeInfo:
         log_id = import_module("ckpt.keeper.uploads.store_log").log_id_of(state.spec, emit)
+        facts = said_by(state.spec, spec, log_id, capture_rule=state.launch.capture_rule)
         name, known = socket.gethostname(), seen()
         return NodeInfo(
             # A new id for each join, which tells a node from its earlier self that was lost.
@@ -115,7 +116,7 @@ def join(
                 f"{PEER_CAPABILITY}{memory_address(host, peer_port)}",
                 f"{FLOOR_CAPABILITY}{known.number}",
                 f"{LINE_CAPABILITY}{known.line}",
-                *said_by(state.spec, spec, log_id).capabilities(),
+                *facts.capabilities(),
             ),
         )
 
@@ -156,8 +157,11 @@ def join(
     )
 
 
-def said_by(job: KeeperSpec, nodes: NodesSpec, log_id: str | None) -> SharedFacts:
-    """What this node says that all nodes must share. ``log_id``: see ``log_id_of``."""
+def said_by(
+    job: KeeperSpec, nodes: NodesSpec, log_id: str | None, *, capture_rule: str = ""
+) -> SharedFacts:
+    """What this node says that all nodes must share. ``log_id``: see ``log_id_of``.
+    ``capture_rule``: see ``Hello.capture_rule``."""
     options: dict[str, object] = {"nodes": f"{nodes.nodes_min}:{nodes.nodes_max}"}
     options["stores"] = len(job.stores)
     if job.write_quorum is not None:
@@ -166,6 +170,9 @@ def said_by(job: KeeperSpec, nodes: NodesSpec, log_id: str | None) -> SharedFact
         options["encrypted"] = "yes"
     if job.named:
         options["job"] = job.job
+    for word in capture_rule.split():
+        name, _, value = word.partition("=")
+        options[name] = value
     log_id = NO_LOG if log_id is None else log_id
     return shared_facts(job.stores, log_id=log_id, options=options)
 

@@ -51,7 +51,7 @@ Serve = Callable[..., Node]
 def serve_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     """Makes keepers of one job, each with a store of its own so that each is another machine's; so
     they do not say which stores they have."""
-    monkeypatch.setattr(join_module, "said_by", lambda *_: SharedFacts())
+    monkeypatch.setattr(join_module, "said_by", lambda *_, **__: SharedFacts())
     monkeypatch.setattr(daemon_module, "TICK_S_MAX", 0.05)
     made: list[Node] = []
 

@@ -4,9 +4,9 @@ HOW is ``endless``, ``raises`` (the first attempt, in mid-training, inside a fol
 program's first lines make), ``rest`` (what comes after the decorated call fails), ``twice`` (two
 decorated calls, the second dies once), ``dies`` (rank 0's first attempt by SIGKILL), ``last`` (the
 first attempt dies with all steps complete and only memory holding the last of them), ``early`` (so
-too; the next one sees that nothing is left to do, and returns before it tracks anything) or
-``exits`` (``sys.exit(4)`` in every attempt). A line in ``rest.txt`` each time that the call
-returned.
+too; the next one sees that nothing is left to do, and returns before it tracks anything),
+``exits`` (``sys.exit(4)`` in every attempt) or ``uneven`` (each rank has another ``every``). A line
+in ``rest.txt`` each time that the call returned.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def fail(run: ckpt.Run, attempt: int, needed: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@ckpt.resilient(store=str(FOLDER / "store"), every=5)
+EVERY = 5 + int(os.environ.get("RANK", "0")) * (HOW == "uneven")
+
+
+@ckpt.resilient(store=str(FOLDER / "store"), every=EVERY)
 def train(run: ckpt.Run, needed: Path) -> None:
     """The training."""
     attempt = enter(FOLDER, run.rank)

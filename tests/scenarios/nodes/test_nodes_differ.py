@@ -125,6 +125,19 @@ def test_nodes_that_would_write_otherwise_all_end_at_once_and_name_both(
 
 
 @pytest.mark.slow
+def test_standby_that_would_capture_at_other_steps_is_refused_and_told_both(
+    made: Callable[..., Cluster],
+) -> None:
+    one = made(nodes="1")
+    one.start(*ARGUMENTS)
+    one.wait_steps(RUNNING)
+    other = one.start(STEPS, "--every", 7)
+    wait_for(lambda: other.process.poll() is not None, "its end", say=one.output)
+    assert "every=1000 " in said(other) and "every=7 " in said(other), one.output()
+    check_job_ends_well(one, other)
+
+
+@pytest.mark.slow
 def test_nodes_may_differ_in_options_that_rank_0_decides(made: Callable[..., Cluster]) -> None:
     one = made(nodes="2")
     for grace, linger in (("9s", "5s"), ("25s", "60s")):

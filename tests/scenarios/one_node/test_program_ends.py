@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit.jobs import Fleet, Job, plain
+from kit.jobs import Fleet, Job, plain, ranks
 
 import ckpt
 
@@ -106,6 +106,16 @@ def test_exit_with_a_status_in_the_function_is_a_failure_like_an_exception(fleet
     assert (job.attempts(), rest(job)) == (2, 0), (
         "the same end at the same step twice in a row is a bug"
     )
+    fleet.wait_gone()
+
+
+@pytest.mark.slow
+def test_ranks_that_would_capture_at_different_steps_end_before_the_first(fleet: Fleet) -> None:
+    job = fleet.start(ranks("ends.py", "{folder}", "uneven"))
+    assert job.wait_end() != 0
+    assert "rank_0=(every=5 memory_every=some) rank_1=(every=6 " in job.output(), job.output()
+    assert not (job.folder / "losses-0.txt").exists()
+    assert (job.attempts(1), rest(job)) == (1, 0), job.output()
     fleet.wait_gone()
 
 
