@@ -116,7 +116,8 @@ class ObjectScrub:
         self.untraced: list[Committed] = []
         """Snapshots whose manifest or a part has no right copy."""
         self._unsound: set[int] = set()
-        """Numbers of snapshots that need a chunk of which no right copy was found."""
+        """Numbers of snapshots that need a chunk of which no right copy was found, or of which a
+        part could not be read again, so that what they need is not known."""
 
     def verified(self) -> list[Committed]:
         """The snapshots of which each byte was found right in some store. Once ``records`` and
@@ -163,8 +164,8 @@ class ObjectScrub:
                     break
                 # The packs that did not fit into memory are next, gathered anew from the parts.
                 references = self._references.next_round()
-                for number, entry in enumerate(self._snapshots):
-                    for part in self._load(entry):
+                for number in range(len(self._snapshots)):
+                    for part in self._load(number):
                         references.add(part, number)
                 self._references = references
             # An untraced snapshot may refer to any of the rest, so none of it counts as an orphan.
@@ -287,7 +288,7 @@ class ObjectScrub:
         for user in users - self._unsound:
             chunks = (
                 chunk
-                for part in self._load(self._snapshots[user])
+                for part in self._load(user)
                 for shard in part.shards
                 for chunk in zip(shard.digests, shard.locations, strict=True)
             )
@@ -307,14 +308,23 @@ class ObjectScrub:
             return []
         return [number for number in repair.targets if context.put(number, pack.key, memory)]
 
-    def _load(self, entry: Committed) -> Iterator[Part]:
-        """The readable parts of a snapshot, from any store. ``records`` counted their problems."""
+    def _load(self, number: int) -> Iterator[Part]:
+        """The readable parts of a snapshot, from any store. ``records`` counted their problems.
+
+        One of which not all is readable now is unsound.
+        """
+        entry = self._snapshots[number]
         want = WholeObject(manifest_key(entry), entry.manifest_digest)
         manifest = _manifest(self._read_any(want, MANIFEST_BYTES_MAX))
-        for ref in () if manifest is None else manifest.parts:
+        if manifest is None:
+            self._unsound.add(number)
+            return
+        for ref in manifest.parts:
             want = WholeObject(ref.key, ref.digest, ref.size_bytes)
             part = _part(self._read_any(want, PART_STORED_BYTES_MAX))
-            if part is not None:
+            if part is None:
+                self._unsound.add(number)
+            else:
                 yield part
 
     def _read_any(self, want: WholeObject, bytes_max: int) -> bytes | None:

@@ -522,6 +522,33 @@ def test_only_snapshots_that_need_a_damaged_chunk_are_not_verified() -> None:
     assert {snapshot.step for snapshot, _ in record.verified} == {2}
 
 
+@pytest.mark.parametrize("budget_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("times", [1, None])
+def test_snapshot_that_needs_a_damaged_chunk_is_not_verified_whichever_reads_fail(
+    budget_bytes: int, times: int | None
+) -> None:
+    store = MemoryBackend()
+    writer = SampleWriter(store)
+    epoch = writer.open_epoch()
+    writer.write(SnapshotId(epoch, 1), [[tensor("a", np.arange(4096))], [tensor("b", np.ones(8))]])
+    index = load_index(store, writer.journal.refresh(), SnapshotId(epoch, 1))
+    place = index.shards("b")[0].locations[0]
+    damage(store, place.pack, place.offset_bytes)
+    for prefix in (keys.MANIFESTS, keys.PARTS):
+        for skip in range(100):
+            fault = Fault(
+                harm=Harm.LOST_REQUEST, op="read_into", key=prefix, skip=skip, times=times
+            )
+            faulty = FaultyBackend(store, [fault])
+            verified: list[object] = []
+            run = Scrub([faulty], 1, repair=False, budget_bytes=budget_bytes)
+            assert run.run(on_verified=verified.extend)
+            assert not verified
+            if not faulty.struck:
+                break
+        assert 2 <= skip < 99, "each read failed once"
+
+
 def test_nothing_is_dropped_that_nobody_agreed_to() -> None:
     store = MemoryBackend()
     writer = write_sample_store(store)
