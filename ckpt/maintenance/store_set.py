@@ -106,13 +106,14 @@ def replace(
     """
     _require_voter(journal, new)
     journal = _joined_by(journal, new)
-    if _lacks_job_record(new):
-        # Records of a writer that were in flight when the store was emptied. They belong to this
-        # log; if they do not, filling the store finds out.
-        record = dataclasses.replace(_record_beside(backend, new), store_id=secrets.token_hex(16))
-        create_only = new.capabilities().create_only
-        new.put(keys.JOB_KEY, [record.encode()], create_only=create_only)
     with _without(journal, backend, [old_id], lost=lost) as before:
+        if _lacks_job_record(new):
+            # Records of a writer that were in flight when the store was emptied. They belong to
+            # this log; if they do not, filling the store finds out.
+            beside = _record_beside(backend, new)
+            record = dataclasses.replace(beside, store_id=secrets.token_hex(16))
+            create_only = new.capabilities().create_only
+            new.put(keys.JOB_KEY, [record.encode()], create_only=create_only)
         new_id = _filled(journal, backend, new, limits, emit)
         if new_id in before.ids:
             raise UsageError(f"the store counts already. store={new.url}")

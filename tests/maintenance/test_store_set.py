@@ -12,6 +12,7 @@ from ckpt.backends.base import Backend
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import StoreDeniedError, UsageError
 from ckpt.events import Event
+from ckpt.format import keys
 from ckpt.format.records import BY_SQLITE, BY_STORES
 from ckpt.log.journal import Journal
 from ckpt.log.sequencers import STATE_VARIABLE
@@ -61,6 +62,22 @@ def test_a_store_that_cannot_vote_is_not_taken_into_a_log_whose_stores_vote(chan
         assert Journal.open(backend).refresh().stores == before
         after = store_set.add(journal, backend, Store("able"), emit=_ignore)
         assert len(after.ids) == 4
+
+
+def test_a_refused_replacement_has_written_nothing_to_the_new_store() -> None:
+    """Not to one that holds records alone either, which gets a ``ckpt.json`` to be filled."""
+    with closing(_begun(three())) as backend:
+        journal = Journal.open(backend)
+        before = journal.refresh().stores
+        assert before is not None
+        new = Store("emptied")
+        new.put(keys.log_key(0), [b"of a writer that was in flight"])
+        held = [stat.key for stat in new.inner.list("")]
+        for ids, lost in ((["0" * 32], False), (["0" * 32], True), (before.ids[:1], True)):
+            with pytest.raises(UsageError):
+                store_set.replace(journal, backend, new, ids[0], lost=lost, emit=_ignore)
+            assert [stat.key for stat in new.inner.list("")] == held
+        assert journal.refresh().stores == before
 
 
 def test_any_store_is_taken_into_a_log_whose_positions_come_from_elsewhere() -> None:
