@@ -5,14 +5,21 @@ chunks and submits its share to the *lead* of its node's ranks. The lead writes 
 them and posts their receipt. The lead of rank 0's node also gathers the receipts, commits, and
 posts the outcome. A failure anywhere fails that one snapshot on all ranks with the same error; the
 next snapshot starts afresh.
+
+A share may refer to chunks of an earlier snapshot, its base, which somebody may drop before the
+commit. So a slot of such a share is held until the outcome is known. If the base is gone, rank 0
+says so, and all ranks take a second turn in which they write everything.
 """
 
 from __future__ import annotations
 
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -20,8 +27,16 @@ import msgspec
 from msgspec import structs
 
 from ckpt.backends.base import Backend
-from ckpt.errors import CkptError, ConflictError, InternalError, UnavailableError
+from ckpt.errors import (
+    CkptError,
+    ConflictError,
+    FencedError,
+    InternalError,
+    SupersededError,
+    UnavailableError,
+)
 from ckpt.events import Emit, Event, Fact
+from ckpt.format.keys import writer_name
 from ckpt.format.manifest import Manifest, metadata_problem
 from ckpt.format.part import Part
 from ckpt.ipc.mailbox import STOP_LOOK_S, RankMailbox, StayingMailbox, wait_for_message
@@ -52,6 +67,25 @@ __all__ = ["Persister", "SaveTarget", "SealedSlot"]
 
 T = TypeVar("T")
 
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One try to make the ``n``-th snapshot durable. ``again``: the second, without a base."""
+
+    n: int
+    again: bool = False
+
+    @property
+    def number(self) -> int:
+        """Grows with each turn."""
+        return 2 * self.n + self.again
+
+    @property
+    def name(self) -> str:
+        """In the keys of its messages."""
+        return f"{self.n}+" if self.again else str(self.n)
+
+
 # ---- one node: its ranks' persisters are threads of one process
 
 LOCAL_RANKS_WAIT_S = 7200.0
@@ -69,7 +103,8 @@ class RankShare:
 class LocalRanks:
     """The persisters of one node's ranks, which are threads of one process. Thread-safe.
 
-    ``ranks`` of them, from ``rank`` on; the first is the lead. All number the snapshots alike.
+    ``ranks`` of them, from ``rank`` on; the first is the lead. All number the snapshots' turns
+    alike (``Turn.number``).
     """
 
     def __init__(self, rank: int, ranks: int) -> None:
@@ -82,7 +117,7 @@ class LocalRanks:
         """The last snapshot whose shares the lead took or gave up."""
 
     def submit(self, n: int, share: RankShare) -> None:
-        """A rank is done with its share of snapshot ``n``; its slot is free."""
+        """A rank has written its share of snapshot ``n``."""
         with self._changed:
             if n > self._taken:
                 self._shares.setdefault(n, {})[share.receipt.rank] = share
@@ -221,6 +256,11 @@ class SaveTarget:
     """Which stores take the node's objects, shared by its ranks; None: this rank's own."""
 
 
+def new_writer() -> str:
+    """A writer's name that was never used."""
+    return writer_name(socket.gethostname(), secrets.token_hex(8))
+
+
 class _ShareWriter:
     """Writes one rank's shares. ``base`` and ``stored_chunks`` say what they may refer to."""
 
@@ -256,12 +296,14 @@ class _ShareWriter:
         """Write later shares under another name."""
         self.writer, self._packs_written = writer, 0
 
-    def write(self, n: int, staged: SealedSlot) -> tuple[RankShare, Mapping[Digest, ChunkLocation]]:
-        """Write the new chunks, then release the slot. A failure becomes a receipt that says so."""
+    def write(
+        self, turn: Turn, staged: SealedSlot
+    ) -> tuple[RankShare, Mapping[Digest, ChunkLocation]]:
+        """Write the new chunks. A failure becomes a receipt that says so."""
         index = staged.index
         size_bytes = sum(shard.size_bytes for shard in index.shards)
         try:
-            self._proof.begin(n)
+            self._proof.begin(turn.number)
             persisted = persist(
                 index,
                 staged.data,
@@ -272,19 +314,12 @@ class _ShareWriter:
                 compression=self._compression,
                 verify=self._verify,
             )
-        except CkptError as error:
-            return RankShare(failed_receipt(index.snapshot, self._rank, error)), {}
         except Exception as error:  # noqa: BLE001  a thread's border: other ranks wait for a receipt
-            wrapped = InternalError(
-                f"unexpected error while writing. snapshot={index.snapshot} cause={error!r}"
-            )
-            wrapped.__cause__ = error
-            return RankShare(failed_receipt(index.snapshot, self._rank, wrapped)), {}
+            return self._failed(index.snapshot, error), {}
         finally:
             # After an error it is unknown which pack keys were written, and a key is never used
             # twice: so all that may have been used are given up.
             self._packs_written += pack_numbers_max(index)
-            staged.free()
         self._pack_sizes.note(persisted.pack_bytes)
         receipt = Receipt(
             snapshot=index.snapshot,
@@ -295,8 +330,33 @@ class _ShareWriter:
             shared=replica_groups(staged.shared),
             complete=staged.shared is not None,
             samples=replica_samples(staged.samples, self._rank),
+            repeats=True,
         )
         return RankShare(receipt, persisted.part), persisted.locations
+
+    def write_all(
+        self, turn: Turn, staged: SealedSlot, written: RankShare
+    ) -> tuple[RankShare, Mapping[Digest, ChunkLocation] | None]:
+        """The same in a second turn, without a base and under another name. A share that had none
+        is complete: only a part of its node is written anew then (no locations)."""
+        self.refer_to(None, {})
+        self.write_as(new_writer())
+        if written.receipt.base is not None:
+            return self.write(turn, staged)
+        try:
+            self._proof.begin(turn.number)
+        except Exception as error:  # noqa: BLE001  as above
+            return self._failed(staged.index.snapshot, error), None
+        return written, None
+
+    def _failed(self, snapshot: SnapshotId, error: Exception) -> RankShare:
+        if not isinstance(error, CkptError):
+            wrapped = InternalError(
+                f"unexpected error while writing. snapshot={snapshot} cause={error!r}"
+            )
+            wrapped.__cause__ = error
+            error = wrapped
+        return RankShare(failed_receipt(snapshot, self._rank, error))
 
     def _worth_keeping(self, index: StagedIndex, size_bytes: int) -> Mapping[Digest, ChunkLocation]:
         """The stored chunks, without those of sparse and old packs: these are written anew."""
@@ -353,6 +413,8 @@ class Persister:
         )
         self._submitted = 0
         self._completed = 0
+        self._last_turn = Turn(0)
+        """Before the one at hand."""
         self._closing = False
         self.durable_at_s: float | None = None
         """When the last snapshot became durable, by the monotonic clock."""
@@ -364,8 +426,8 @@ class Persister:
 
     @property
     def in_flight(self) -> int:
-        """Snapshots submitted and not completed. On rank 0, completed: every rank has released its
-        slot."""
+        """Snapshots submitted and not completed. On rank 0, completed: every rank has written its
+        share, and has released its slot or does so as soon as it hears the outcome."""
         return self._submitted - self._completed
 
     def submit(self, staged: SealedSlot, *, tags: tuple[str, ...]) -> Future[SnapshotInfo]:
@@ -448,8 +510,18 @@ class Persister:
         snapshot = staged.index.snapshot
         share: RankShare | None = None
         try:
-            share, locations = self._share_writer.write(n, staged)
-            outcome = self._outcome(n, share, staged.index, tags)
+            with ExitStack() as slot:
+                slot.callback(staged.free)
+                written, locations = self._share_writer.write(Turn(n), staged)
+                if written.receipt.base is None:
+                    slot.close()  # nothing that it refers to can be gone
+                share = written
+                outcome = self._outcome(Turn(n), share, staged.index, tags)
+                if outcome.again:
+                    turn = Turn(n, again=True)
+                    share, anew = self._share_writer.write_all(turn, staged, share)
+                    locations = locations if anew is None else anew
+                    outcome = self._outcome(turn, share, staged.index, tags)
             if outcome.info is None:
                 assert outcome.error is not None, "an outcome has one or the other"
                 raise to_error(outcome.error)
@@ -489,19 +561,20 @@ class Persister:
     def _decline(self, n: int, own: Receipt) -> None:
         """Let all ranks learn that this one has no share of a snapshot. An error in that is
         reported."""
-        snapshot = own.snapshot
+        snapshot, turn = own.snapshot, Turn(n)
         try:
-            self._local_ranks.submit(n, RankShare(own))
+            self._local_ranks.submit(turn.number, RankShare(own))
             if not self._is_lead:
                 return
             outcome = SaveOutcome(error=own.error)
-            self._local_ranks.publish(n, outcome)
+            self._local_ranks.publish(turn.number, outcome)
             if self._channel.rank == 0:
-                self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(outcome))
-                # Completed only after every rank released its slot, which its receipt shows.
-                self._gather(n, self._receipt(n, snapshot))
+                self._channel.post(f"outcome/{turn.name}", msgspec.msgpack.encode(outcome))
+                # Completed only after every rank has written its share, which its receipt shows.
+                self._gather(turn, self._receipt(turn, snapshot))
             else:
-                self._post(n, self._receipt(n, snapshot))
+                self._post(turn, self._receipt(turn, snapshot))
+                self._last_turn = turn
         except Exception as lost:  # noqa: BLE001  a thread's border; no other thread waits for this
             text = f"the other ranks cannot be informed. snapshot={snapshot} cause={lost!r}"
             self._emit(failed_event(snapshot, InternalError(text)))
@@ -516,44 +589,45 @@ class Persister:
         return self._closing
 
     def _outcome(
-        self, n: int, share: RankShare, index: StagedIndex, tags: tuple[str, ...]
+        self, turn: Turn, share: RankShare, index: StagedIndex, tags: tuple[str, ...]
     ) -> SaveOutcome:
         """Submit this rank's share; returns the snapshot's outcome. The lead's errors reach all its
         ranks."""
-        self._local_ranks.submit(n, share)
+        self._local_ranks.submit(turn.number, share)
         if not self._is_lead:
-            return self._local_ranks.outcome(n, self._closes)
+            return self._local_ranks.outcome(turn.number, self._closes)
         # Published if anything but a CkptError ends the lead, so that its other ranks do not wait.
         outcome = SaveOutcome(
             error=RemoteError(InternalError.code, "the node's lead failed.", self._channel.rank)
         )
         try:
-            outcome = self._lead(n, index, tags)
+            outcome = self._lead(turn, index, tags)
         except CkptError as error:
             outcome = SaveOutcome(error=from_error(error, rank=self._channel.rank))
             raise
         finally:
-            self._local_ranks.publish(n, outcome)
+            self._local_ranks.publish(turn.number, outcome)
         return outcome
 
-    def _lead(self, n: int, index: StagedIndex, tags: tuple[str, ...]) -> SaveOutcome:
-        receipt = self._receipt(n, index.snapshot)
+    def _lead(self, turn: Turn, index: StagedIndex, tags: tuple[str, ...]) -> SaveOutcome:
+        receipt = self._receipt(turn, index.snapshot)
         if self._channel.rank == 0:
-            outcome = self._complete(n, receipt, index, tags)
-            self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(outcome))
+            outcome = self._complete(turn, receipt, index, tags)
+            self._channel.post(f"outcome/{turn.name}", msgspec.msgpack.encode(outcome))
             return outcome
-        self._post(n, receipt)
-        message = self._wait(f"outcome/{n}", f"rank 0's commit of {index.snapshot}", rank=0)
+        self._post(turn, receipt)
+        before, self._last_turn = self._last_turn, turn
+        message = self._wait(f"outcome/{turn.name}", f"rank 0's commit of {index.snapshot}", rank=0)
         # Rank 0 has it; it would be posted again after a broken connection.
-        self._channel.forget(f"receipt/{n - 1}/{receipt.rank}")
+        self._channel.forget(f"receipt/{before.name}/{receipt.rank}")
         return msgspec.msgpack.decode(message, type=SaveOutcome)
 
-    def _receipt(self, n: int, snapshot: SnapshotId) -> Receipt:
+    def _receipt(self, turn: Turn, snapshot: SnapshotId) -> Receipt:
         """Write the part of the node's ranks; returns their receipt, which also reports a
         failure."""
         rank, ranks = self._local_ranks.rank, self._local_ranks.ranks
         try:
-            shares = self._local_ranks.shares(n, self._closes)
+            shares = self._local_ranks.shares(turn.number, self._closes)
         except UnavailableError as error:
             return Receipt(
                 snapshot=snapshot,
@@ -569,7 +643,7 @@ class Persister:
             parts = [share.part for share in shares if share.part is not None]
             ref = put_part(parts, backend=self._target.backend, writer=self._share_writer.writer)
             # After the last object: what a store acknowledged before it vanished is in doubt.
-            return structs.replace(receipt, refs=(ref,), stores=(self._proof.finish(n),))
+            return structs.replace(receipt, refs=(ref,), stores=(self._proof.finish(turn.number),))
         except CkptError as error:
             return Receipt(
                 snapshot=snapshot, rank=rank, ranks=ranks, error=from_error(error, rank=rank)
@@ -582,19 +656,27 @@ class Persister:
                 snapshot=snapshot, rank=rank, ranks=ranks, error=from_error(wrapped, rank=rank)
             )
 
-    def _post(self, n: int, receipt: Receipt) -> None:
-        self._channel.post(f"receipt/{n}/{receipt.rank}", msgspec.msgpack.encode(receipt))
+    def _post(self, turn: Turn, receipt: Receipt) -> None:
+        self._channel.post(f"receipt/{turn.name}/{receipt.rank}", msgspec.msgpack.encode(receipt))
 
     # ---- rank 0
 
     def _complete(
-        self, n: int, own: Receipt, index: StagedIndex, tags: tuple[str, ...]
+        self, turn: Turn, own: Receipt, index: StagedIndex, tags: tuple[str, ...]
     ) -> SaveOutcome:
         try:
-            whole = check_groups(self._gather(n, own))
+            whole = check_groups(self._gather(turn, own))
             if whole.error is not None:
                 return SaveOutcome(error=whole.error)
-            return self._tagged(self._commit(index, whole), tags)
+            try:
+                info = self._commit(index, whole)
+            except ConflictError as error:
+                if turn.again or not whole.repeats or not self._lacks_base(whole, error):
+                    raise
+                text = f"{whole.base} was dropped, so everything is written anew: {error}"
+                self._emit(Event("base-gone", text, {"step": index.snapshot.step}))
+                return SaveOutcome(error=from_error(error, rank=0), again=True)
+            return self._tagged(info, tags)
         except CkptError as error:
             return SaveOutcome(error=from_error(error, rank=0))
         except Exception as error:  # noqa: BLE001  a thread's border: all ranks wait for an outcome
@@ -603,21 +685,30 @@ class Persister:
             )
             return SaveOutcome(error=from_error(wrapped, rank=0))
 
-    def _gather(self, n: int, own: Receipt) -> Receipt:
-        """The receipt of all ranks for ``n``. Each has then received outcome ``n - 1``, which is
-        freed."""
+    def _lacks_base(self, whole: Receipt, error: ConflictError) -> bool:
+        """Whether nothing but the base that is gone keeps the snapshot from being committed."""
+        journal = self._target.journal
+        assert journal is not None, "rank 0 has the log"
+        if whole.base is None or isinstance(error, FencedError | SupersededError):
+            return False
+        return journal.refresh().find(whole.base) is None
+
+    def _gather(self, turn: Turn, own: Receipt) -> Receipt:
+        """The receipt of all ranks for this turn. Each has then received the outcome of the one
+        before, which is freed."""
+        before, self._last_turn = self._last_turn, turn
         receipts = [own]
         rank = own.ranks
         while rank < self._channel.size:
             message = self._wait(
-                f"receipt/{n}/{rank}",
+                f"receipt/{turn.name}/{rank}",
                 f"{own.snapshot} of rank {rank} and others of its node",
                 rank=rank,
             )
             receipt = msgspec.msgpack.decode(message, type=Receipt)
             receipts.append(receipt)
             rank += max(1, receipt.ranks)
-        self._forget(n - 1)
+        self._forget(before)
         self._leads = tuple(receipt.rank for receipt in receipts[1:])
         whole = merge_receipts(receipts)
         if whole.ranks != self._channel.size:
@@ -663,13 +754,13 @@ class Persister:
                 )
         return SaveOutcome(replace(info, tags=tags))
 
-    def _forget(self, n: int) -> None:
-        """Free the messages of a snapshot that every rank has completed. Its leads are always the
+    def _forget(self, turn: Turn) -> None:
+        """Free the messages of a turn that every rank has completed. Its leads are always the
         same."""
-        if n >= 1:
-            self._channel.forget(f"outcome/{n}")
+        if turn.n >= 1:
+            self._channel.forget(f"outcome/{turn.name}")
             for rank in self._leads:
-                self._channel.forget(f"receipt/{n}/{rank}")
+                self._channel.forget(f"receipt/{turn.name}/{rank}")
 
     def _wait(self, key: str, awaited: str, *, rank: int) -> bytes:
         """Wait for a message of ``rank`` while it is there. A rank that left has posted all its

@@ -55,6 +55,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     groups of replicas; ``complete``: whether all of them reported these. ``passed``: whether all
     are known to have passed that step. ``stores``: the ids of the stores that took the objects, a
     tuple for each different set of them. ``samples``: digests of a part of each group's elements.
+    ``repeats``: whether all of them can write everything anew if rank 0 asks for it.
     """
 
     snapshot: SnapshotId
@@ -70,6 +71,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     passed: bool = True
     stores: tuple[tuple[str, ...], ...] = ()
     samples: Mapping[str, tuple[ReplicaSample, ...]] = {}
+    repeats: bool = False
 
 
 class SaveOutcome(msgspec.Struct, frozen=True):
@@ -78,6 +80,9 @@ class SaveOutcome(msgspec.Struct, frozen=True):
     info: SnapshotInfo | None = None
     error: RemoteError | None = None
     """Why there is no ``info``; if there is, why the durable snapshot lacks a tag."""
+    again: bool = False
+    """The base was dropped meanwhile: all ranks write everything anew, and one more outcome
+    follows."""
 
 
 prepare_decoders(Receipt, SaveOutcome)
@@ -117,6 +122,7 @@ def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
         passed=all(receipt.passed for receipt in receipts),
         stores=_proven(receipts),
         samples=_samples(receipts),
+        repeats=all(receipt.repeats for receipt in receipts),
     )
     error = next((receipt.error for receipt in receipts if receipt.error is not None), None)
     if error is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,13 +23,12 @@ from ckpt.errors import (
     UsageError,
 )
 from ckpt.events import Emit, Event, Fact
-from ckpt.format.keys import writer_name
 from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.ipc.messages import RemoteError, from_error, to_error
 from ckpt.maintenance.gc.rounds import GcRounds, RetentionSettings
 from ckpt.maintenance.gc.sweep import GRACE_S
 from ckpt.save.chunks import Compression
-from ckpt.save.persister import Persister, SaveTarget
+from ckpt.save.persister import Persister, SaveTarget, new_writer
 from ckpt.session.agreement import Skip, Take, take_or_skip
 from ckpt.session.keeper.persister import KeeperPersister
 from ckpt.session.options import SessionOptions, check_metadata
@@ -653,7 +650,7 @@ class Saving:
             durable = persister.submit(staged, tags=last.tags)
         else:
             # Its part may be in the store, named by a commit that was never answered.
-            persister.write_as(writer_name(socket.gethostname(), secrets.token_hex(8)))
+            persister.write_as(new_writer())
             durable = persister.submit(staged.sealed(), tags=last.tags)
         self._pendings[-1] = Pending(
             snapshot, durable, tags=last.tags, await_outcome=self.await_outcome

@@ -13,11 +13,13 @@ import pytest
 
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError
+from ckpt.events import Event
 from ckpt.format.canonical import digest
 from ckpt.format.keys import writer_name
 from ckpt.ipc.mailbox import InProcessMailbox, InProcessRoom
 from ckpt.log.catalog import load_index, load_manifest
 from ckpt.log.journal import Journal
+from ckpt.restore.verify import verify
 from ckpt.save.chunks import NO_COMPRESSION
 from ckpt.save.persister import SUSPECT_KEY, Persister, SaveTarget, SealedSlot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
@@ -127,6 +129,60 @@ def test_base_may_be_named_while_none_is_known(world: PersisterBench) -> None:
     persister.submit(_sealed(4), tags=()).result(WAIT_S)
     assert world.base_of(4) == SnapshotId(1, 3), "a committed one is known already"
     persister.close()
+
+
+def test_snapshot_whose_base_was_dropped_meanwhile_is_written_whole_from_its_slot(
+    world: PersisterBench,
+) -> None:
+    first = world.persister.submit(_sealed(1), tags=()).result(WAIT_S)
+    known = load_index(world.store, world.journal.refresh(), first.id).locations()
+    world.persister.submit(_sealed(2), tags=()).result(WAIT_S)
+    world.persister.close()
+    told: list[Event] = []
+    place = SaveTarget(
+        backend=world.store,
+        writer=writer_name("node", "1" * 16),
+        epoch=lambda: 1,
+        journal=world.journal,
+    )
+    channel = InProcessMailbox(InProcessRoom(), rank=0, size=1)
+    persister = Persister(
+        channel,
+        place,
+        compression=NO_COMPRESSION,
+        verify=True,
+        emit=told.append,
+        base=first.id,
+        stored_chunks=known,
+    )
+    world.journal.drop([first.id])
+    freed: list[int] = []
+    sealed = _sealed(3, value=1, release=lambda: freed.append(3))
+    assert persister.submit(sealed, tags=("kept",)).result(WAIT_S).tags == ("kept",)
+    assert (world.base_of(3), freed) == (None, [3])
+    index = load_index(world.store, world.journal.refresh(), SnapshotId(1, 3))
+    packs = {location.pack for location in index.locations().values()}
+    assert packs.isdisjoint(location.pack for location in known.values())
+    assert verify(index, world.store).ok
+    assert [event.kind for event in told] == ["base-gone", "durable"]
+    assert persister.submit(_sealed(4, value=1), tags=()).result(WAIT_S).new_bytes == 0
+    assert world.base_of(4) == SnapshotId(1, 3)
+    persister.close()
+
+
+def test_slot_of_a_share_with_a_base_is_held_until_the_outcome_is_known(
+    world: PersisterBench,
+) -> None:
+    world.persister.submit(_sealed(1), tags=()).result(WAIT_S)
+    committed_at_release: list[bool] = []
+
+    def release() -> None:
+        found = world.journal.refresh().find(SnapshotId(1, 2))
+        committed_at_release.append(found is not None)
+
+    world.persister.submit(_sealed(2, release=release), tags=()).result(WAIT_S)
+    assert committed_at_release == [True]
+    world.persister.close()
 
 
 def test_snapshot_handed_in_again_is_written_under_another_name(world: PersisterBench) -> None:

@@ -30,7 +30,7 @@ from ckpt.log.journal import Journal
 from ckpt.restore.verify import verify
 from ckpt.save.chunks import NO_COMPRESSION
 from ckpt.save.persister import LocalRanks, Persister, SaveTarget, SealedSlot
-from ckpt.save.receipts import Receipt
+from ckpt.save.receipts import Receipt, merge_receipts
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, SnapshotInfo, StagedIndex, StagedShard
 
@@ -113,6 +113,29 @@ class LocalRanksBench:
         shares = {rank: sealed(rank, step) for rank in range(WORLD)} | (but or {})
         return [self.persisters[rank].submit(share, tags=()) for rank, share in shares.items()]
 
+    def commit_alone(self, step: int) -> None:
+        """Another process commits that step, of a world of one rank."""
+        whole = sealed(0, step)
+        (shard,) = whole.index.shards
+        leaf = replace(shard.leaf, shape=(ROW,))
+        shards = (replace(shard, leaf=leaf, box=Box.whole(leaf.shape)),)
+        place = SaveTarget(
+            backend=self.store,
+            writer=_writer(WORLD),
+            epoch=lambda: self.epoch,
+            journal=self.journal,
+        )
+        persister = Persister(
+            InProcessMailbox(InProcessRoom(), rank=0, size=1),
+            place,
+            compression=NO_COMPRESSION,
+            verify=True,
+            emit=lambda _: None,
+        )
+        index = replace(whole.index, world_size=1, shards=shards)
+        persister.submit(replace(whole, index=index, shared={}), tags=()).result(WAIT_S)
+        persister.close()
+
     def saved(self, step: int) -> None:
         """All hand in, and it becomes durable; nothing but this one's messages is left."""
         infos = {future.result(WAIT_S).id for future in self.save(step)}
@@ -158,6 +181,39 @@ def test_each_node_writes_one_part_and_posts_one_receipt(world: LocalRanksBench)
     ]
     assert verify(index, world.store).ok
     assert set(world.room.values) == {"outcome/3", "receipt/3/3", "receipt/3/4"}
+
+
+def test_base_that_was_dropped_meanwhile_has_all_nodes_write_everything(
+    world: LocalRanksBench,
+) -> None:
+    world.saved(1)
+    world.saved(2)
+    world.commit_alone(3)
+    world.journal.drop([SnapshotId(1, 2)])
+    # Rank 4 has forgotten its base, after an error that only it met: its share is whole already.
+    world.persisters[4]._share_writer.refer_to(None, {})
+    freed = [threading.Event() for _ in range(WORLD)]
+    shares = {rank: sealed(rank, 4, let_go=freed[rank]) for rank in range(WORLD)}
+    assert {one.result(WAIT_S).id for one in world.save(4, but=shares)} == {SnapshotId(1, 4)}
+    assert all(one.is_set() for one in freed)
+    state = world.journal.refresh()
+    manifest = load_manifest(world.store, state, SnapshotId(1, 4))
+    assert manifest.base is None
+    assert [(part.rank, part.ranks) for part in manifest.parts] == list(
+        zip(HEADS, NODES, strict=True)
+    )
+    assert verify(load_index(world.store, state, SnapshotId(1, 4)), world.store).ok
+    world.saved(5)
+    assert set(world.room.values) == {"outcome/4", "receipt/4/3", "receipt/4/4"}, (
+        "all else is freed"
+    )
+
+
+def test_second_turn_is_taken_only_if_all_ranks_offer_it() -> None:
+    receipts = [Receipt(snapshot=SnapshotId(1, 1), rank=rank, repeats=True) for rank in range(2)]
+    assert merge_receipts(receipts).repeats
+    older = Receipt(snapshot=SnapshotId(1, 1), rank=2)
+    assert not merge_receipts([*receipts, older]).repeats
 
 
 @pytest.mark.parametrize("rank", range(WORLD))

@@ -3,8 +3,6 @@ one part."""
 
 from __future__ import annotations
 
-import secrets
-import socket
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -13,13 +11,12 @@ from typing import TypeVar
 
 from ckpt.errors import CkptError, InternalError, UnavailableError
 from ckpt.events import Emit, Event
-from ckpt.format.keys import writer_name
 from ckpt.ipc.mailbox import InProcessMailbox, InProcessRoom, RankMailbox
 from ckpt.keeper.uploads.store_log import StoreLog
 from ckpt.keeper.uploads.submissions import Submission, Submissions
 from ckpt.log.journal import StoreProof
 from ckpt.save.chunks import Compression
-from ckpt.save.persister import LocalRanks, Persister, SaveTarget
+from ckpt.save.persister import LocalRanks, Persister, SaveTarget, new_writer
 from ckpt.save.sealed import SealedSlot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
@@ -76,7 +73,7 @@ class Persisters:
         for rank, channel in enumerate(channels):
             target = SaveTarget(
                 backend=log.backend,
-                writer=_new_writer(),
+                writer=new_writer(),
                 epoch=self._epoch,
                 journal=log.journal if channel.rank == 0 else None,
                 proof=proof,
@@ -125,7 +122,7 @@ class Persisters:
         tail = self._submissions.tail
         if any(one == snapshot and n < submission.n for n, one, _ in tail):
             # A trainer submits again what failed. Its part may be in the store, see below.
-            persister.write_as(_new_writer())
+            persister.write_as(new_writer())
 
         def settled(future: Future[SnapshotInfo]) -> None:
             # In the persister's thread, before it takes its next call and changes ``last_info``.
@@ -155,7 +152,7 @@ class Persisters:
         for rank, slot in sealed.items():
             # Its part may be in the store already, named by a commit that was never answered: it
             # must not be overwritten.
-            self._persisters[rank].write_as(_new_writer())
+            self._persisters[rank].write_as(new_writer())
             submission = self.submit(rank, replace(slot, shared=None), tags)
         assert submission is not None, "there is at least one rank"
         return submission
@@ -195,10 +192,6 @@ def error_of(future: Future[T]) -> CkptError | None:
     wrapped = InternalError(f"unexpected error in a keeper. cause={error!r}")
     wrapped.__cause__ = error
     return wrapped
-
-
-def _new_writer() -> str:
-    return writer_name(socket.gethostname(), secrets.token_hex(8))
 
 
 def _silent(event: Event) -> None:
