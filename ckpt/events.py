@@ -34,6 +34,7 @@ KINDS: Final[Mapping[str, str]] = {
     "skipped": "a due snapshot is skipped, because no slot was free or the last is not durable yet",
     "save-failed": "a snapshot did not become durable",
     "tag-failed": "a snapshot is durable, but lacks a tag",
+    "base-gone": "what a snapshot refers to was dropped meanwhile, so it is written again whole",
     "memory-every": "copies in memory are taken at another interval from here on",
     "memory-short": "not enough shared memory for all slots",
     "replicas-unsampled": "replicas are not compared, because a device's memory is full",
