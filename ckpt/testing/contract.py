@@ -354,17 +354,20 @@ class BackendContract:
             store.delete(f"odd/{key}")
         assert keys(store) == []
 
-    @pytest.mark.parametrize("key", HOSTILE_KEYS, ids=ascii)
-    def test_hostile_key_is_refused(self, store: Backend, key: str) -> None:
-        acts: list[Callable[[], object]] = [
-            lambda: store.put(key, [b"x"]),
-            lambda: store.read_into(key, memoryview(bytearray(1))),
-            lambda: store.stat(key),
-            lambda: store.delete(key),
-        ]
-        for act in acts:
-            with pytest.raises(UsageError):
-                act()
+    def test_hostile_keys_are_refused(self, store: Backend) -> None:
+        acts: dict[str, Callable[[str], object]] = {
+            "put": lambda key: store.put(key, [b"x"]),
+            "read_into": lambda key: store.read_into(key, memoryview(bytearray(1))),
+            "stat": store.stat,
+            "delete": store.delete,
+        }
+        for key in HOSTILE_KEYS:
+            for name, act in acts.items():
+                try:
+                    act(key)
+                except UsageError:
+                    continue
+                pytest.fail(f"{name} accepted the key {key!a}")
         assert keys(store) == []
 
     def test_delete_repeats_harmlessly(self, store: Backend) -> None:

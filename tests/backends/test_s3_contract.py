@@ -39,7 +39,8 @@ class TestObstoreOnMoto(BackendRaceContract):
         self.bucket = moto_server.bucket()
 
     def opener(self, folder: Path) -> Opener:
-        return functools.partial(open_backend, self.bucket.url, self.bucket.options)
+        # Below a prefix, as several jobs share a bucket.
+        return functools.partial(open_backend, f"{self.bucket.url}/some/run", self.bucket.options)
 
 
 class TestS3fsOnMoto(BackendRaceContract):

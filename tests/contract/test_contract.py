@@ -6,7 +6,6 @@ import functools
 import uuid
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from ckpt.backends.file.store import FileBackend
@@ -46,15 +45,3 @@ class TestFsspecLocal(BackendContract):
 class TestFileRaces(BackendRaceContract):
     def opener(self, folder: Path) -> Opener:
         return functools.partial(FileBackend, folder / "store")
-
-
-@pytest.mark.slow
-class TestS3(BackendRaceContract):
-    @pytest.fixture(autouse=True)
-    def server(self, s3_endpoint: str) -> None:
-        self.options = {"endpoint_url": s3_endpoint, "key": "test", "secret": "test"}
-
-    def opener(self, folder: Path) -> Opener:
-        bucket = f"b{uuid.uuid4().hex}"
-        fsspec.filesystem("s3", skip_instance_cache=True, **self.options).mkdir(bucket)
-        return functools.partial(open_backend, f"s3://{bucket}/some/run", self.options)
