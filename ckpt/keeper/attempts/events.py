@@ -34,13 +34,15 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class SupervisorJoined:
     """A supervisor is ready: it runs no trainer. ``status``: how its last trainer ended by itself,
-    if it did; ``failing``: the exception that it ended with, of which no keeper may have heard."""
+    if it did; ``failing``: the exception that it ended with at ``at_s``, of which no keeper may
+    have heard."""
 
     rank: int
     peer: int
     pid: int
     status: int | None = None
     failing: Failing | None = None
+    at_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

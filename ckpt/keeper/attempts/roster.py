@@ -265,6 +265,9 @@ def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterA
         failing=event.failing,
     )
     roster = replace(roster, members={**roster.members, entry.rank: entry})
+    if event.failing is not None and not ended and event.failing.kind != PREEMPTED_KIND:
+        failure = _of_exception(event.rank, event.failing, event.status or 1, event.at_s)
+        roster = replace(roster, failures=(*roster.failures, failure))
     leaves: list[RosterAction] = [LeaveOne(event.rank, event.status or 0)] if ended else []
     if roster.state is not RosterState.GATHERING or len(roster.members) < roster.ranks:
         return roster, leaves
@@ -275,23 +278,25 @@ def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterA
     if any(ends):
         text = "the keeper was lost after a rank had ended, and before the others did"
         roster, actions = _leave(roster, Failure(event.rank, "died", text, 1, 0.0))
-    elif (failure := _told_in_the_gap(roster)) is not None and roster.shared:
-        roster, actions = _wait(roster, failure)
-    elif failure is not None:
-        roster, actions = _leave(roster, failure)
     else:
-        roster, actions = _wait(roster, None) if roster.shared else _start(roster)
+        roster, actions = _after_the_gap(roster)
     return roster, [*leaves, *actions]
 
 
-def _told_in_the_gap(roster: Roster) -> Failure | None:
-    """The failure after which nothing may follow, of a trainer that ended while there was no
-    keeper."""
-    for entry in roster.members.values():
-        told = entry.failing
-        if told is not None and told.final and told.kind != PREEMPTED_KIND:
-            return _of_exception(entry.rank, told, 1, 0.0)
-    return None
+def _after_the_gap(roster: Roster) -> tuple[Roster, list[RosterAction]]:
+    """Go on after what trainers failed of while there was no keeper, if they did. It counts like
+    any failure; what failed before it, only the lost keeper knew."""
+    finals = [failure for failure in roster.failures if failure.final]
+    failure = finals[0] if finals else roster.failure
+    if roster.shared:  # the leader counts this node as lost, and other errors as its echo
+        return _wait(roster, failure if finals else None)
+    if failure is None:
+        return _start(roster)
+    if not failure.final:
+        # The most steps that are known; the keeper that saw the others is gone.
+        roster = replace(roster, record=after_failure(roster.record, failure.step))
+    roster, reason = _judge(roster, failure)
+    return _start_later(roster) if reason is None else _leave(roster, replace(failure, text=reason))
 
 
 def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterAction]]:

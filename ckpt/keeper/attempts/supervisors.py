@@ -325,8 +325,10 @@ class Supervisors:
             for slot in memory.slots:
                 keep = messages.Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes)
                 client.send(keep, [slot.fd])
-        status, failing = (died.status, died.failing) if died is not None else (None, None)
-        self._on(SupervisorJoined(client.rank, client.number, client.hello.pid, status, failing))
+        joined = SupervisorJoined(client.rank, client.number, client.hello.pid)
+        if died is not None:
+            joined = replace(joined, status=died.status, failing=died.failing, at_s=died.at_s)
+        self._on(joined)
 
     def _on(self, event: RosterEvent) -> None:
         if self.roster is None:

@@ -608,6 +608,25 @@ def test_final_error_that_no_keeper_heard_of_ends_the_job_of_several_nodes() -> 
     assert (asked.failure.final, asked.failure.rank) == (True, 1)
 
 
+def test_error_that_no_keeper_heard_of_counts_like_one_that_it_heard_of() -> None:
+    told = Told(2, attempt=4)
+    told(SupervisorJoined(0, 0, 1, 1, failing(step=7), 90.0))
+    echo = failing(fingerprint="broken collective", step=7)
+    assert told(SupervisorJoined(1, 1, 1, 1, echo, 90.2)) == [StartAll(5)]
+    told.started()
+    leave = told.fail(told=failing(step=7), status=1, completed=7)[-1]
+    assert isinstance(leave, LeaveAll)
+    assert "the same error at the same step 2 times in a row" in leave.text
+
+
+def test_error_that_no_keeper_heard_of_and_another_one_after_it_are_two() -> None:
+    told = Told(1, attempt=4)
+    assert told(SupervisorJoined(0, 0, 1, 1, failing(step=7), 90.0)) == [StartAll(5)]
+    told.started()
+    told.fail(told=failing(step=8), status=1, completed=8)
+    assert (told.roster.state, told.attempt) == (RosterState.RUNNING, 6)
+
+
 @pytest.mark.parametrize("kind", ["UsageError", "Preempted"])
 def test_other_errors_that_no_keeper_heard_of_are_followed_by_an_attempt(kind: str) -> None:
     told = Told(1, attempt=4)
