@@ -1,16 +1,18 @@
 """One tracked optimizer: its state by parameter name and its groups, read from the live fields.
 
-``Optimizer.state_dict`` is not called: it numbers parameters instead of naming them, and it fires
-the user's hooks.
+``Optimizer.state_dict`` is called only for hooks registered on it, and what they made of it is then
+captured: it numbers parameters instead of naming them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from itertools import chain
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -96,6 +98,11 @@ def check_optimizer(optimizer: Optimizer, path: str, tracked: Container[int]) ->
     """
     kind = type(optimizer).__qualname__
     if divided_keeper(optimizer) is not None:
+        if any(map(optimizer_hooks, [optimizer] * len(HookKind), HookKind)):
+            raise UsageError(
+                "hooks on an optimizer's state_dict can't be called where ranks divide its state: "
+                f"none has all of it. item={path!r} type={kind}; remove them"
+            )
         if getattr(optimizer, "_overlap_with_ddp", False):
             raise UsageError(
                 f"optimizer is not captured with overlap_with_ddp=True. item={path!r} type={kind}; "
@@ -144,6 +151,73 @@ def _optimizers_in(value: object) -> Iterator[Optimizer]:
             yield from (one for one in value.values() if isinstance(one, Optimizer))
 
 
+class HookKind(Enum):
+    """When torch calls what is registered on an optimizer; the value is the attribute that holds
+    the hooks.
+    """
+
+    BEFORE_SAVE = "_optimizer_state_dict_pre_hooks"
+    AFTER_SAVE = "_optimizer_state_dict_post_hooks"
+    BEFORE_LOAD = "_optimizer_load_state_dict_pre_hooks"
+    AFTER_LOAD = "_optimizer_load_state_dict_post_hooks"
+
+
+def optimizer_hooks(optimizer: Optimizer, kind: HookKind) -> list[Callable[..., object]]:
+    """The hooks of one kind, in the order in which torch calls them."""
+    return list(getattr(optimizer, kind.value, {}).values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RewrittenState:
+    """What an optimizer's hooks made of its state dict. ``entries``: those beside state and
+    groups.
+    """
+
+    state: dict[torch.Tensor, dict[object, object]]
+    groups: list[dict[str, object]]
+    entries: dict[str, object]
+
+
+def rewritten_state(optimizer: Optimizer, path: str) -> RewrittenState | None:
+    """Call the optimizer's ``state_dict`` if it has hooks for it; None if they only precede it.
+    Raises UsageError if what they return is no state dict of this optimizer.
+    """
+    after = optimizer_hooks(optimizer, HookKind.AFTER_SAVE)
+    if not after and not optimizer_hooks(optimizer, HookKind.BEFORE_SAVE):
+        return None
+    made = Optimizer.state_dict(optimizer)
+    if not after:
+        return None
+    numbers = parameter_numbers(optimizer)
+    match made:
+        case {"state": dict(state), "param_groups": list(groups), **entries} if [
+            group.get("params") for group in groups
+        ] == [[numbers[id(one)] for one in group["params"]] for group in optimizer.param_groups]:
+            # What is no parameter's stays under its own key, and is refused by the walk.
+            keys: dict[object, Any] = {key: key for key in state}
+            keys |= {numbers[id(one)]: one for one in _flat(optimizer)}
+            return RewrittenState(
+                {keys[key]: entry for key, entry in state.items()}, groups, entries
+            )
+    raise UsageError(
+        f"optimizer's state_dict hooks made what is no state dict of it. item={path!r} "
+        f"type={type(optimizer).__qualname__}; keep state, param_groups and the params of each "
+        "group"
+    )
+
+
+def parameter_numbers(optimizer: Optimizer) -> dict[int, int]:
+    """The number of each parameter in the optimizer's ``state_dict``, by the parameter's ``id``."""
+    numbers: dict[int, int] = {}
+    for number, parameter in enumerate(_flat(optimizer)):
+        numbers.setdefault(id(parameter), number)
+    return numbers
+
+
+def _flat(optimizer: Optimizer) -> list[torch.Tensor]:
+    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+
+
 class OptimizerSource:
     """What a plan remembers of one optimizer: names of its parameters, and the identity of all of
     its state.
@@ -158,6 +232,8 @@ class OptimizerSource:
         self.state_leaves: tuple[TensorLeaf, ...] = ()
         self.boxes: dict[str, list[list[int]]] = {}
         """Offsets and sizes of this rank's piece, for each sharded parameter with plain state."""
+        self.rewritten: RewrittenState | None = None
+        """What hooks made of the state dict at this capture, if there are such hooks."""
         self._watch = MemoryWatch()
         self._seen: object = None
         self._held: list[object] = []
@@ -166,6 +242,16 @@ class OptimizerSource:
     def state(self) -> dict[torch.Tensor, dict[object, object]]:
         """The live state that this rank keeps, by parameter."""
         return (divided_keeper(self.optimizer) or self.optimizer).state
+
+    @property
+    def state_to_store(self) -> dict[torch.Tensor, dict[object, object]]:
+        """The live state, or what hooks made of it."""
+        return self.state if self.rewritten is None else self.rewritten.state
+
+    @property
+    def groups_to_store(self) -> list[dict[str, object]]:
+        """The live groups, or what hooks made of them."""
+        return self.optimizer.param_groups if self.rewritten is None else self.rewritten.groups
 
     @property
     def kept(self) -> tuple[OptimizerParameter, ...]:
@@ -217,7 +303,7 @@ class OptimizerSource:
 
     def _structure(self) -> tuple[list[int], list[int], list[int], list[object], list[int]]:
         groups = [group["params"] for group in self.optimizer.param_groups]
-        state = self.state
+        state = self.state_to_store
         entries = list(state.values())
         return (
             list(map(len, groups)),
@@ -230,6 +316,6 @@ class OptimizerSource:
     def _values(self) -> list[object]:
         # Kept alive so that no id can be reused while it is compared with.
         return [
-            *self.state,
-            *chain.from_iterable(map(dict.values, self.state.values())),
+            *self.state_to_store,
+            *chain.from_iterable(map(dict.values, self.state_to_store.values())),
         ]

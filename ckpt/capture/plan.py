@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ckpt.capture.leaves import Capture, ObjectLeaf, TensorLeaf, World, escape
 from ckpt.capture.modules import ModuleSource, TrackedTensor
-from ckpt.capture.optimizers import OptimizerSource, check_optimizer
+from ckpt.capture.optimizers import OptimizerSource, check_optimizer, rewritten_state
 from ckpt.capture.tensors import with_aliases, with_bits_resolved
 from ckpt.capture.tree import LeafMemo, Walker, is_stateful, unsupported, visit
 from ckpt.errors import UsageError
@@ -84,12 +84,15 @@ class CapturePlan:
 
     def capture(self) -> Capture:
         """What is tracked, now. Calls ``state_dict`` of everything that is not a module, an
-        optimizer or a plain container.
+        optimizer or a plain container, and of optimizers with hooks for it.
 
-        Draws no random number, fires no optimizer hook, changes nothing that training sees, copies
-        no tensor (except lazily conjugated ones). Costs the check, the encoding of what is not a
-        tensor, and those ``state_dict`` calls.
+        Draws no random number, changes nothing that training sees, copies no tensor (except lazily
+        conjugated ones); hooks of the user's own may. Costs the check, the encoding of what is not
+        a tensor, and those ``state_dict`` calls.
         """
+        for source in self._sources.values():
+            if isinstance(source, OptimizerSource):
+                source.rewritten = rewritten_state(source.optimizer, source.path)
         self.refresh()
         return self._walk()
 

@@ -218,6 +218,13 @@ class Walker:
         node: dict[str, object] = {"state": state, "param_groups": self._groups(source)}
         if source.boxes:
             node["boxes"] = source.boxes
+        if source.rewritten is not None and source.rewritten.entries:
+            path = f"{source.path}/entries"
+            with self._replaced():
+                node["entries"] = {
+                    key: self.node(value, join(path, key))
+                    for key, value in source.rewritten.entries.items()
+                }
         if (share := source.share) is not None:
             node["share"] = share
         return StateNode(class_name(source.optimizer), node)
@@ -226,7 +233,7 @@ class Walker:
         if source.encoded_state is not None:
             self.tensors.extend(source.state_leaves)
             return source.encoded_state
-        state = source.state
+        state = source.state_to_store
         nodes: dict[str, object] = {}
         source.boxes = {}
         live: list[object] = []
@@ -259,7 +266,7 @@ class Walker:
 
     def _groups(self, source: OptimizerSource) -> list[dict[str, object]]:
         groups: list[dict[str, object]] = []
-        for number, group in enumerate(source.optimizer.param_groups):
+        for number, group in enumerate(source.groups_to_store):
             path = f"{source.path}/param_groups/{number}"
             kept = {
                 key: value

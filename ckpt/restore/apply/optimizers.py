@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ckpt.capture.leaves import join
-from ckpt.capture.optimizers import OptimizerParameter, OptimizerSource
-from ckpt.capture.tensors import is_dtensor, is_expanded
-from ckpt.errors import IntegrityError
-from ckpt.format.objects import (
-    Ref,
+from ckpt.capture.optimizers import (
+    HookKind,
+    OptimizerParameter,
+    OptimizerSource,
+    optimizer_hooks,
+    parameter_numbers,
 )
+from ckpt.capture.tensors import is_dtensor, is_expanded
+from ckpt.errors import IntegrityError, UsageError
+from ckpt.format.objects import Ref
 from ckpt.restore.apply.targets import (
     NAMES_SHOWN_MAX,
     Coverage,
@@ -21,8 +26,27 @@ from ckpt.restore.apply.targets import (
     Selection,
     TensorTargets,
 )
-from ckpt.restore.apply.values import RestoreStep, ValueMatcher
+from ckpt.restore.apply.values import ABSENT, RestoreStep, ValueMatcher
 from ckpt.values import Box
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _OptimizerDraft:
+    """Where state and groups are put: the live ones, or new ones that hooks see first."""
+
+    state: dict[torch.Tensor, dict[object, object]]
+    groups: list[dict[str, object]]
+    in_memory_of_live: bool
+
+    @classmethod
+    def in_place(cls, source: OptimizerSource) -> _OptimizerDraft:
+        return cls(source.state, source.optimizer.param_groups, in_memory_of_live=True)
+
+    @classmethod
+    def anew(cls, source: OptimizerSource) -> _OptimizerDraft:
+        state = {parameter: dict(entry) for parameter, entry in source.state.items()}
+        groups: list[dict[str, object]] = [{} for _ in source.optimizer.param_groups]
+        return cls(state, groups, in_memory_of_live=False)
 
 
 class OptimizerMatcher:
@@ -43,44 +67,76 @@ class OptimizerMatcher:
         self._values = values
 
     def match(self, source: OptimizerSource, node: object, path: str) -> RestoreStep:
-        """How the optimizer becomes what ``node`` says."""
+        """How the optimizer becomes what ``node`` says, and its hooks are called."""
         state, groups = _parts(node, path)
-        stored = {name for group in groups for name in _names(group, path)}
+        entries = _hook_entries(node, path)
+        hooked = bool(optimizer_hooks(source.optimizer, HookKind.BEFORE_LOAD))
+        self._check_hooks(entries, path, hooked=hooked)
+        draft = _OptimizerDraft.anew(source) if hooked else _OptimizerDraft.in_place(source)
         steps: list[RestoreStep] = []
         self._check_order(source, groups, path)
         if self._selection.cover(f"{path}/param_groups") is not Coverage.NONE:
-            steps += self._groups(source, groups, path)
+            steps += self._groups(source, draft, groups, path)
         if self._selection.cover(f"{path}/state") is not Coverage.NONE:
-            boxes = _boxes(node, path)
-            flags = {name: _on_device(group) for group in groups for name in _names(group, path)}
-            kept = self._of_this_share(source, node, path)
-            for member in kept:
-                state_path = f"{path}/state/{member.name}"
-                if self._selection.cover(state_path) is Coverage.NONE:
-                    continue
-                if member.name not in stored:
-                    self._problems.missing(state_path)
-                else:
-                    self._check_pieces(source, member, state.get(member.name), boxes, state_path)
-                    steps.append(
-                        self._state(
-                            source,
-                            member,
-                            state.get(member.name),
-                            state_path,
-                            step_on_device=flags[member.name],
-                        )
-                    )
-            for name in state.keys() - {member.name for member in source.parameters}:
-                if self._selection.cover(f"{path}/state/{name}") is not Coverage.NONE:
-                    self._problems.unexpected(f"{path}/state/{name}")
+            steps += self._states(source, draft, node, state, groups, path)
+        more = self._values.fresh(ABSENT, entries, f"{path}/entries") if hooked else dict
 
         def put() -> object:
             for step in steps:
                 step()
+            if hooked:
+                _load_through_hooks(source, draft, more())
+            for hook in optimizer_hooks(source.optimizer, HookKind.AFTER_LOAD):
+                hook(source.optimizer)
             return source.optimizer
 
         return put
+
+    def _check_hooks(self, entries: Mapping[object, object], path: str, *, hooked: bool) -> None:
+        """What hooks made only hooks can load; what they are given is the whole."""
+        if hooked and self._selection.cover(path) is not Coverage.ALL:
+            self._problems.add(
+                "optimizer with hooks before loading can only be restored whole.",
+                path,
+                "name the whole optimizer in only=[...], or remove the hooks",
+            )
+        if entries and not hooked and self._selection.cover(path) is Coverage.ALL:
+            self._problems.add(
+                "entries that hooks made of the optimizer's state_dict would be lost. "
+                f"entries={sorted(map(str, entries))[:NAMES_SHOWN_MAX]} in_all={len(entries)}",
+                path,
+                "register the hook that loads them (register_load_state_dict_pre_hook) before "
+                "restoring",
+            )
+
+    def _states(
+        self,
+        source: OptimizerSource,
+        draft: _OptimizerDraft,
+        node: object,
+        state: Mapping[object, object],
+        groups: Sequence[Mapping[object, object]],
+        path: str,
+    ) -> list[RestoreStep]:
+        steps: list[RestoreStep] = []
+        boxes = _boxes(node, path)
+        flags = {name: _on_device(group) for group in groups for name in _names(group, path)}
+        for member in self._of_this_share(source, node, path):
+            state_path = f"{path}/state/{member.name}"
+            if self._selection.cover(state_path) is Coverage.NONE:
+                continue
+            if member.name not in flags:
+                self._problems.missing(state_path)
+                continue
+            stored = state.get(member.name)
+            self._check_pieces(source, member, stored, boxes, state_path)
+            steps.append(
+                self._state(draft, member, stored, state_path, step_on_device=flags[member.name])
+            )
+        for name in state.keys() - {member.name for member in source.parameters}:
+            if self._selection.cover(f"{path}/state/{name}") is not Coverage.NONE:
+                self._problems.unexpected(f"{path}/state/{name}")
+        return steps
 
     def _check_order(
         self, source: OptimizerSource, groups: Sequence[Mapping[object, object]], path: str
@@ -163,7 +219,11 @@ class OptimizerMatcher:
                     )
 
     def _groups(
-        self, source: OptimizerSource, groups: list[dict[object, object]], path: str
+        self,
+        source: OptimizerSource,
+        draft: _OptimizerDraft,
+        groups: list[dict[object, object]],
+        path: str,
     ) -> list[RestoreStep]:
         live = source.optimizer.param_groups
         if len(live) != len(groups):
@@ -188,32 +248,39 @@ class OptimizerMatcher:
                 )
             for key, value in node.items():
                 if isinstance(key, str) and key != "params":
-                    steps.append(self._hyper(group, key, value, join(group_path, key)))
+                    into = draft.groups[number]
+                    steps.append(self._hyper(group, into, key, value, join(group_path, key)))
         return steps
 
     def _hyper(
-        self, group: dict[str, object], key: str, node: object, value_path: str
+        self,
+        live: dict[str, object],
+        into: dict[str, object],
+        key: str,
+        node: object,
+        value_path: str,
     ) -> RestoreStep:
         if self._selection.cover(value_path) is Coverage.NONE:
             return lambda: None
-        step = self._values.match(group.get(key), node, value_path)
+        made = self._values.match if into is live else self._values.fresh
+        step = made(live.get(key), node, value_path)
 
         def put() -> object:
-            group[key] = step()
-            return group
+            into[key] = step()
+            return into
 
         return put
 
     def _state(
         self,
-        source: OptimizerSource,
+        draft: _OptimizerDraft,
         member: OptimizerParameter,
         node: object,
         state_path: str,
         *,
         step_on_device: bool,
     ) -> RestoreStep:
-        state = source.state
+        state = draft.state
         if node is None:
             return lambda: state.pop(member.tensor, None)
         if not isinstance(node, dict):
@@ -227,6 +294,7 @@ class OptimizerMatcher:
                 value,
                 join(state_path, key),
                 on_device=key == "step" and step_on_device,
+                in_place=draft.in_memory_of_live,
             )
             for key, value in node.items()
         }
@@ -249,13 +317,19 @@ class OptimizerMatcher:
         value_path: str,
         *,
         on_device: bool,
+        in_place: bool,
     ) -> RestoreStep:
         if not isinstance(node, Ref):
             return self._values.fresh(live, node, value_path)
         leaf = self._targets.stored(node)
         parameter = member.tensor
         device = parameter.device if on_device or node.device != "cpu" else torch.device("cpu")
-        if isinstance(live, torch.Tensor) and live.device == device and not is_expanded(live):
+        if (
+            in_place
+            and isinstance(live, torch.Tensor)
+            and live.device == device
+            and not is_expanded(live)
+        ):
             fits = tuple(live.shape) == leaf.shape and str(live.dtype) == f"torch.{leaf.dtype}"
             if fits or (leaf.shape and live.shape == parameter.shape):
                 return self._targets.into(live, node, value_path).value
@@ -271,6 +345,86 @@ class OptimizerMatcher:
         return self._targets.fresh(
             NewTensor(leaf, device, like, placements), node, value_path
         ).value
+
+
+def _load_through_hooks(source: OptimizerSource, draft: _OptimizerDraft, entries: object) -> None:
+    """Give the hooks the state dict that torch would give them, the optimizer still being as it
+    was, and load what they make of it.
+    """
+    optimizer = source.optimizer
+    numbers = parameter_numbers(optimizer)
+    live = [group["params"] for group in optimizer.param_groups]
+    made: dict[str, object] = {
+        "state": {numbers[id(parameter)]: entry for parameter, entry in draft.state.items()},
+        "param_groups": [
+            {**group, "params": [numbers[id(parameter)] for parameter in parameters]}
+            for group, parameters in zip(draft.groups, live, strict=True)
+        ],
+    }
+    assert isinstance(entries, dict), "checked when the structure was read"
+    made |= entries
+    kept = {id(value): value for entry in draft.state.values() for value in entry.values()}
+    for hook in optimizer_hooks(optimizer, HookKind.BEFORE_LOAD):
+        returned = hook(optimizer, made)
+        if isinstance(returned, dict):
+            made = returned
+    match made:
+        case {"state": dict(state), "param_groups": list(groups)} if [
+            len(group.get("params", ())) for group in groups
+        ] == list(map(len, live)):
+            pass
+        case _:
+            raise UsageError(
+                "optimizer's hooks before loading made what is no state dict of it. "
+                f"item={source.path!r}; keep state, param_groups and the params of each group"
+            )
+    loaded: dict[torch.Tensor, dict[object, object]] = {}
+    for group, parameters in zip(groups, live, strict=True):
+        for number, parameter in zip(group["params"], parameters, strict=True):
+            if number in state:
+                loaded[parameter] = {
+                    key: value
+                    if id(value) in kept
+                    else _as_torch_loads(value, key, parameter, on_device=_on_device(group))
+                    for key, value in state[number].items()
+                }
+    source.state.clear()
+    source.state.update(loaded)
+    for into, group, before in zip(optimizer.param_groups, groups, draft.groups, strict=True):
+        for key in before.keys() - group.keys():
+            into.pop(key, None)
+        into.update({key: value for key, value in group.items() if key != "params"})
+
+
+def _as_torch_loads(
+    value: object, key: object, parameter: torch.Tensor, *, on_device: bool
+) -> object:
+    """What a hook put into a parameter's state, on the device and in the dtype that torch's loading
+    gives it.
+    """
+    match value:
+        case torch.Tensor() if key == "step":
+            return value.to(dtype=torch.float32, device=parameter.device) if on_device else value
+        case torch.Tensor() if parameter.is_floating_point():
+            return value.to(dtype=parameter.dtype, device=parameter.device)
+        case torch.Tensor():
+            return value.to(device=parameter.device)
+        case dict():
+            return {
+                name: _as_torch_loads(part, name, parameter, on_device=on_device)
+                for name, part in value.items()
+            }
+    return value
+
+
+def _hook_entries(node: object, path: str) -> dict[object, object]:
+    """What hooks put into the state dict beside state and groups."""
+    match node:
+        case {"entries": dict(entries)}:
+            return entries
+        case {"entries": _}:
+            raise IntegrityError(f"stored entries of an optimizer are no dict. path={path!r}")
+    return {}
 
 
 def _parts(node: object, path: str) -> tuple[Mapping[object, object], list[dict[object, object]]]:

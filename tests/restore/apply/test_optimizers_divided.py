@@ -104,3 +104,11 @@ def test_state_that_overlaps_with_gradients_is_refused(store: Callable[..., obje
         items["optimizer"]._overlap_with_ddp = True
         with pytest.raises(UsageError, match="overlap_with_ddp"):
             capture(items, world=world)
+
+
+def test_hooks_that_would_have_to_see_the_state_of_all_ranks_are_refused() -> None:
+    with rank_of(0, SIZE) as world:
+        items = made(1.0)
+        items["optimizer"].register_load_state_dict_post_hook(lambda optimizer: None)
+        with pytest.raises(UsageError, match=r"none has all of it. item='optimizer'"):
+            capture(items, world=world)
