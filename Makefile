@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 # Every process that tests start would compile everything anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup check format lint types contracts fast test soak demo mutants bench gpu clean
+.PHONY: setup check format lint types contracts fast test whole soak demo mutants bench gpu clean
 .DEFAULT_GOAL := check
 
 $(STAMP): pyproject.toml
@@ -38,7 +38,11 @@ check: lint types contracts fast
 
 # More processes than small machines have cores: many tests wait, for a lease to run out or a server to come back.
 # A process takes one file after the other, the longest first (tests/conftest.py).
-test: lint types contracts
+# The checks of the text run beside the tests: each of them uses one core.
+test: $(STAMP)
+	$(MAKE) --no-print-directory --jobs=2 lint types contracts whole
+
+whole: $(STAMP)
 	$(BIN)/pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 
 demo: $(STAMP)

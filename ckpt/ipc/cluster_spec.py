@@ -1,10 +1,14 @@
-"""What a launcher tells keepers: the settings of the job's nodes, and the number of local ranks."""
+"""What a launcher tells: the settings of the job's nodes, the number of local ranks, the name of a
+launch.
+"""
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -147,3 +151,63 @@ def _first(variables: Mapping[str, str], names: Sequence[str]) -> int | None:
 def _count(variables: Mapping[str, str], name: str) -> int | None:
     text = variables.get(name, "")
     return int(text) if text.isdecimal() and int(text) > 0 else None
+
+
+# ---- the name of one start of the whole program: the same on all its ranks, and never used again
+
+_MARKS = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+"""The variables that launchers set for each rank, the innermost launcher first."""
+
+_FACTS = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+
+
+def launch_name() -> str:
+    """The name of this start of the program, equal on all its ranks.
+
+    It holds the launcher's pid and start time, and the launcher's own names. The launcher is the
+    nearest process above this one that belongs to no rank: scripts between the two belong to the
+    rank. A program without ranks is its own launcher.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return f"{os.getpid()}-{secrets.token_hex(4)}"
+    mark = next((name for name in _MARKS if name in os.environ), "RANK")
+    launcher = _nearest_without(mark)
+    return "-".join(
+        [str(launcher), _stat(launcher)[1], *(os.environ.get(name, "") for name in _FACTS)]
+    )
+
+
+def _nearest_without(mark: str) -> int:
+    """The nearest ancestor that was started without this variable; else the outermost.
+
+    An ancestor whose variables are unreadable counts as well.
+    """
+    pid = os.getppid()
+    while True:
+        try:
+            started_with = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:  # another user's process: not part of this program
+            return pid
+        parent = _stat(pid)[0]
+        if parent <= 0 or not any(
+            variable.startswith(f"{mark}=".encode()) for variable in started_with
+        ):
+            return pid
+        pid = parent
+
+
+def _stat(pid: int) -> tuple[int, str]:
+    """A process's parent and its start time in clock ticks since boot.
+
+    The pid and the start time together identify a process.
+    """
+    try:
+        fields = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="ascii", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
+        return int(fields[1]), fields[19]
+    except (OSError, IndexError):
+        return 0, ""

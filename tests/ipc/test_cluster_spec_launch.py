@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.elastic.processes.enter import launch_name
+from ckpt.ipc.cluster_spec import launch_name
 
 WAIT_S = 60
-SAY = "import os; from ckpt.elastic.processes.enter import launch_name; os.write(1, f'{launch_name()}\\n'.encode())"
+SAY = "import os; from ckpt.ipc.cluster_spec import launch_name; os.write(1, f'{launch_name()}\\n'.encode())"
 LAUNCHER = """
 import os, subprocess, sys
 ranks = [
