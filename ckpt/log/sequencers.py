@@ -246,6 +246,11 @@ def file_system_type(mounts: str, path: str) -> str:
     return found
 
 
+def machine_id() -> str:
+    """The id of this machine; "" if its system gives none."""
+    return _text_of(MACHINE_ID)
+
+
 def _text_of(path: Path) -> str:
     """The text of a file of the system; "" if this system has none."""
     try:
@@ -310,7 +315,7 @@ class SqliteSequencer:
                         db.execute("DELETE FROM log")
                     if clear:
                         db.execute("DELETE FROM machine")
-                    if machine := _text_of(MACHINE_ID):
+                    if machine := machine_id():
                         db.execute("INSERT OR IGNORE INTO machine VALUES (1, ?)", (machine,))
                     db.execute(statement, (self._log_id, secrets.token_hex(16), start))
         except (sqlite3.Error, OSError) as error:
@@ -371,7 +376,7 @@ class SqliteSequencer:
 
     def _require_machine(self, db: sqlite3.Connection) -> None:
         """Raise UsageError if the file was made on another machine."""
-        mine = _text_of(MACHINE_ID)
+        mine = machine_id()
         try:
             row = db.execute("SELECT id FROM machine").fetchone()
         except sqlite3.OperationalError:

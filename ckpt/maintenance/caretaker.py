@@ -17,7 +17,9 @@ from ckpt.backends.checked import stores_of, write_quorum_of
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import CkptError, InternalError, UnavailableError
 from ckpt.events import Emit, Event
+from ckpt.log.high_water import FILES
 from ckpt.log.journal import Journal
+from ckpt.log.sequencers import STATE_VARIABLE
 from ckpt.log.state import Committed
 from ckpt.maintenance.gc.sweep import keep_reserves
 from ckpt.maintenance.replica import SyncLimits
@@ -41,6 +43,8 @@ RATE_BYTES_PER_S = 200e6
 
 SCRUB_BYTES_PER_S = 50e6
 """Rate limit for a scrub while training runs."""
+
+MARK_UNWRITTEN = "mark-unwritten"
 
 
 class StoreCaretaker:
@@ -90,6 +94,7 @@ class StoreCaretaker:
         journal: Journal | None = None
         reserved = False
         while not self._stop.wait(self._interval_s):
+            self._look_at_marks()
             try:
                 journal = journal or Journal.open(self._backend)
                 if len(stores_of(self._backend)) > 1:
@@ -107,6 +112,17 @@ class StoreCaretaker:
             except Exception as error:  # noqa: BLE001  the outermost frame of a thread
                 wrapped = InternalError(f"unexpected error while checking stores. cause={error!r}")
                 self._emit_once("care-failed", str(wrapped), alarm=True)
+
+    def _look_at_marks(self) -> None:
+        """Nothing waits for the folder of marks, so it is told here if that hangs or fails."""
+        if (why := FILES.trouble()) and MARK_UNWRITTEN not in self._reported:
+            self._reported.add(MARK_UNWRITTEN)
+            text = (
+                "what was seen of the log cannot be noted on this machine, so that a store which "
+                f"is rolled back is not noticed: {why} look after your home, or set "
+                f"{STATE_VARIABLE} to a folder on a local disk"
+            )
+            self._emit(Event(MARK_UNWRITTEN, text, alarm=True))
 
     def _refill_empty(self, journal: Journal) -> None:
         for store, store_id in returned_empty(journal, self._backend):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from kit.logs.small import JOB, Disk, Store, commit, image_of
 
 from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import IntegrityError
+from ckpt.log import high_water, sequencers
 from ckpt.log.fold import empty
-from ckpt.log.high_water import HighWaterMark
+from ckpt.log.high_water import FILES, HighWaterMark, SeenRecord
 from ckpt.log.journal import Journal
 from ckpt.log.sequencers import STATE_VARIABLE
 from ckpt.values import SnapshotId
@@ -22,6 +25,9 @@ from ckpt.values import SnapshotId
 @pytest.fixture(autouse=True)
 def _state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+
+
+WAIT_S = 20.0
 
 
 def _saved(store: Backend, step: int) -> None:
@@ -111,8 +117,8 @@ def test_a_state_folder_that_cannot_be_used_costs_nothing_but_the_protection(
 
 def test_a_mark_that_is_damaged_is_as_good_as_none(tmp_path: Path) -> None:
     mark = HighWaterMark("disk:x", "0" * 32)
-    mark.path.parent.mkdir(parents=True)
-    mark.path.write_bytes(b"{")
+    mark.paths[0].parent.mkdir(parents=True)
+    mark.paths[0].write_bytes(b"{")
     mark.look()
     assert mark.judge(empty("job")) == "" and mark.known
 
@@ -136,13 +142,14 @@ def test_stores_are_the_same_in_whatever_order_they_are_named() -> None:
     """Else who names them otherwise than the job does would accept for nobody."""
     log_id = "0" * 32
     marks = [HighWaterMark(url, log_id) for url in ("/a + /b", "/b + /a", "/a + /c")]
-    assert marks[0].path == marks[1].path != marks[2].path
+    assert marks[0].paths == marks[1].paths != marks[2].paths
 
 
 def test_a_folder_whose_name_is_no_text_is_remembered_too(tmp_path: Path) -> None:
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     _saved(FileBackend(folder), 1)
     assert Journal.open(FileBackend(folder)).refresh().next_seq == 2
+    assert FILES.settle(WAIT_S)
     assert len(list((tmp_path / "state" / "seen").iterdir())) == 1
 
 
@@ -153,3 +160,88 @@ def test_before_the_log_is_read_nothing_is_called_older() -> None:
     journal = Journal.open(store)
     journal.look_at_stores()
     assert journal.mark is not None and not journal.mark.older
+
+
+def test_a_folder_of_marks_that_hangs_holds_up_no_record_and_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The opening of a pipe waits for its other end, as a file of a server that is gone does."""
+    monkeypatch.setattr(high_water, "WAIT_S", 0.05)
+    store = Disk("a")
+    _saved(store, 1)
+    image = image_of(store)
+    assert FILES.settle(WAIT_S)
+    [mark] = (Path(os.environ[STATE_VARIABLE]) / "seen").iterdir()
+    journal = Journal.open(store)
+    journal.refresh()
+    mark.unlink()
+    os.mkfifo(mark)
+    for _ in range(10):
+        journal.tag("x", SnapshotId(1, 1))
+        journal.untag("x")
+    seq = journal.refresh().next_seq - 1
+    assert not FILES.settle(0)
+    deadline_s = time.monotonic() + WAIT_S
+    while not (why := FILES.trouble()):
+        assert time.monotonic() < deadline_s
+    assert "does not answer" in why
+    with mark.open("wb"):  # the server is back
+        pass
+    assert FILES.settle(WAIT_S) and not FILES.trouble()
+    assert msgspec.json.decode(mark.read_bytes(), type=SeenRecord).seq == seq
+    assert Journal.open(image).refresh().stale_reason
+
+
+def test_a_mark_that_hangs_is_taken_once_its_folder_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(high_water, "WAIT_S", 0.05)
+    store = Disk("a")
+    _saved(store, 1)
+    image = image_of(store)
+    _saved(store, 2)
+    assert FILES.settle(WAIT_S)
+    [mark] = (Path(os.environ[STATE_VARIABLE]) / "seen").iterdir()
+    data = mark.read_bytes()
+    mark.unlink()
+    os.mkfifo(mark)
+    journal = Journal.open(image)
+    assert not journal.refresh().stale_reason, "not known"
+    with mark.open("wb") as pipe:
+        pipe.write(data)
+    assert journal.mark is not None and journal.mark._reading is not None
+    journal.mark._reading.result(WAIT_S)
+    assert journal.refresh().stale_reason
+
+
+def test_folders_at_one_path_of_two_machines_that_share_a_home_are_two(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = tmp_path / "machine-id"
+    monkeypatch.setattr(sequencers, "MACHINE_ID", machine)
+    path, others = tmp_path / "store", tmp_path / "of another machine"
+    _saved(FileBackend(path), 1)  # by a release that did not tell machines apart
+    shutil.copytree(path, others)
+    machine.write_text("one")
+    mark = HighWaterMark(str(path), Journal.open(FileBackend(path)).log_id)
+    mark.look()
+    assert mark.seen is not None, "an older release's mark is read"
+    _saved(FileBackend(path), 2)
+    path.rename(tmp_path / "of one")
+    others.rename(path)
+    machine.write_text("two")
+    assert not Journal.open(FileBackend(path)).refresh().stale_reason
+    machine.write_text("one")
+    assert Journal.open(FileBackend(path)).refresh().stale_reason
+
+
+def test_an_object_store_is_one_from_every_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = tmp_path / "machine-id"
+    monkeypatch.setattr(sequencers, "MACHINE_ID", machine)
+    paths = []
+    for name in ("one", "two"):
+        machine.write_text(name)
+        paths.append(HighWaterMark("s3://bucket/run", "0" * 32).paths)
+    assert paths[0] == paths[1]

@@ -14,6 +14,7 @@ from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.elastic.decorator import resilient
 from ckpt.events import Event
 from ckpt.format import keys
+from ckpt.log.high_water import FILES
 from ckpt.log.journal import Journal
 from ckpt.maintenance.caretaker import StoreCaretaker
 from ckpt.maintenance.scrub.history import last_record, record_scrub, scrubbed_s_ago
@@ -258,3 +259,18 @@ def test_damage_in_a_store_alone_is_told_by_the_newest_writer(newest: bool) -> N
     caretaker.stop(WAIT_S)
     assert told.is_set() == newest
     assert any(event.alarm and pack.key in event.text for event in events) == newest
+
+
+def test_marks_that_cannot_be_kept_are_told_once(
+    backend: ReplicatedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FILES, "trouble", lambda: "the folder does not answer.")
+    watched = Watched(backend)
+    watched.wait_compared(3)
+    until_s = time.monotonic() + WAIT_S
+    while "mark-unwritten" not in [event.kind for event in watched.events]:
+        assert time.monotonic() < until_s
+    for _ in range(3):
+        watched.caretaker._look_at_marks()
+    watched.caretaker.stop(WAIT_S)
+    assert [event.alarm for event in watched.events if event.kind == "mark-unwritten"] == [True]
