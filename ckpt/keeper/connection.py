@@ -180,6 +180,10 @@ TOLD_OTHERWISE = frozenset(
 OUTCOMES = frozenset({"save-failed", "tag-failed"})
 """Kinds of alarms that a trainer raises itself from the outcome that it is sent."""
 
+OF_STRANGERS = frozenset({"stranger-refused"})
+"""Kinds of alarms that other users can raise without limit: the log has no more of them than the
+program is told."""
+
 UNTOLD_MAX = 20
 """Alarms that wait for a program to tell them to; older ones are only in the log."""
 
@@ -200,9 +204,16 @@ class AlarmRelay:
         self._clients = clients
         self._post = post
         self._limited = AlarmLimiter(lambda event: post(lambda: self._tell(event)))
+        self._of_strangers = AlarmLimiter(self._pass)
         self._untold: deque[Event] = deque(maxlen=UNTOLD_MAX)
 
     def __call__(self, event: Event) -> None:
+        if event.kind in OF_STRANGERS:
+            self._of_strangers(event)
+        else:
+            self._pass(event)
+
+    def _pass(self, event: Event) -> None:
         self._log(event)
         if event.alarm and event.kind not in TOLD_OTHERWISE:
             self._limited(event)
