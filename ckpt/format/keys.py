@@ -20,6 +20,7 @@ MANIFESTS = "manifests/"
 LOG = "log/"
 FOLDS = "folds/"
 SCRUBS = "scrubs/"
+SCRUB_CURSOR_KEY = f"{SCRUBS}cursor.json"
 
 COPIES = "copies/"
 """Second copies of small objects, on a store that holds a log alone: see ``copy_key``."""

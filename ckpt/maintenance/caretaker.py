@@ -23,7 +23,7 @@ from ckpt.log.sequencers import STATE_VARIABLE
 from ckpt.log.state import Committed
 from ckpt.maintenance.gc.sweep import keep_reserves
 from ckpt.maintenance.replica import SyncLimits
-from ckpt.maintenance.scrub.history import record_scrub, scrubbed_s_ago
+from ckpt.maintenance.scrub.history import ScrubCursors, record_scrub, scrubbed_s_ago
 from ckpt.maintenance.scrub.scrub import Scrub
 from ckpt.maintenance.store_set import (
     LogCoverage,
@@ -201,7 +201,8 @@ class StoreCaretaker:
         if left_s > 0:
             self._scrub_due_s = time.monotonic() + left_s
             return
-        report = self._scrub.run(self._stop, on_verified=self._record_scrub)
+        cursors = ScrubCursors(stores_of(self._backend))
+        report = self._scrub.run(self._stop, on_verified=self._record_scrub, cursors=cursors)
         if report is not None and report.complete:
             self._scrub_due_s = time.monotonic() + self._scrub_every_s
 

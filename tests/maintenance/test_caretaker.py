@@ -19,7 +19,7 @@ from ckpt.log.journal import Journal
 from ckpt.maintenance.caretaker import StoreCaretaker
 from ckpt.maintenance.scrub.history import last_record, record_scrub, scrubbed_s_ago
 from ckpt.maintenance.store_set import missing_by_listing
-from ckpt.testing.faults import Fault, FaultyBackend, Harm
+from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.testing.sample import write_sample_store
 
 WAIT_S = 20.0
@@ -215,6 +215,65 @@ def test_store_that_takes_no_record_is_not_scrubbed_again_at_once() -> None:
         assert time.monotonic() < until_s, "it scrubs and scrubs"
     caretaker.stop(WAIT_S)
     assert [event.kind for event in events].count("scrub-done") == 1
+
+
+class ShortLives:
+    """Keepers over one store, of which each is stopped once it has read ``packs`` packs."""
+
+    def __init__(self, store: MemoryBackend, packs: int) -> None:
+        self.packs = packs
+        self.counting = CountingBackend(store)
+        self.ended = False
+
+    def live(self) -> None:
+        counting = self.counting
+        before = len(counting.calls("read_into", prefix=keys.PACKS))
+        caretaker: list[StoreCaretaker] = []
+        known, over = threading.Event(), threading.Event()
+
+        class Stopping(CountingBackend):
+            def read_into(inner, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:  # noqa: N805
+                counting.read_into(key, out, offset_bytes=offset_bytes)
+                if len(counting.calls("read_into", prefix=keys.PACKS)) - before >= self.packs:
+                    assert known.wait(WAIT_S)
+                    caretaker[0]._stop.set()
+                    over.set()
+
+        def emit(event: Event) -> None:
+            if event.kind == "scrub-done":
+                self.ended = True
+                over.set()
+
+        caretaker.append(
+            StoreCaretaker(
+                Stopping(counting),
+                has_newest_epoch=lambda _: True,
+                emit=emit,
+                scrub_every_s=DAY_S,
+                interval_s=0.01,
+            )
+        )
+        known.set()
+        assert over.wait(WAIT_S)
+        caretaker[0].stop(WAIT_S)
+
+
+def test_keepers_that_live_shorter_than_a_scrub_takes_read_everything_once_together() -> None:
+    store = MemoryBackend()
+    write_sample_store(store, steps=range(10, 60, 10))
+    record_scrub([store], (), now_unix_ms=now_unix_ms() - int(2 * DAY_S * 1000))
+    packs = {stat.key for stat in store.list(keys.PACKS)}
+    lives, count = ShortLives(store, packs=2), 0
+    while not lives.ended:
+        count += 1
+        assert count <= len(packs), "each begins anew"
+        lives.live()
+    assert count > 2, "no keeper could do it alone"
+    read = [call.key for call in lives.counting.calls("read_into", prefix=keys.PACKS)]
+    assert sorted(read) == sorted(packs)
+    record = last_record([store])
+    assert record is not None and len(record.verified) == 5
+    assert store.stat(keys.SCRUB_CURSOR_KEY) is None
 
 
 def test_store_that_may_be_an_unmounted_disk_gets_no_record() -> None:

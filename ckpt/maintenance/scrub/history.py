@@ -6,13 +6,14 @@ retention knows which snapshot's bytes were really read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UnavailableError
 from ckpt.format import keys
-from ckpt.format.scrubs import SCRUB_BYTES_MAX, ScrubRecord
+from ckpt.format.scrubs import SCRUB_BYTES_MAX, ScrubCursor, ScrubRecord
 from ckpt.log.state import Committed
 
 RECORDS_KEPT = 2
@@ -20,6 +21,12 @@ RECORDS_KEPT = 2
 
 CLOCKS_APART_MS = 60_000
 """A record that is further in the future is of a clock that was wrong."""
+
+CURSOR_EVERY_S = 60.0
+"""How often a scrub notes where it is: what is read since is read again if its process dies."""
+
+CURSOR_KEPT_MS = 7 * 24 * 3600 * 1000
+"""A scrub that nobody went on with for so long begins anew: what it read says little now."""
 
 
 def scrubbed_s_ago(stores: Sequence[Backend], *, now_unix_ms: int) -> float | None:
@@ -67,16 +74,76 @@ def record_scrub(
     """
     entries = frozenset((entry.snapshot, entry.manifest_digest) for entry in verified)
     data = ScrubRecord(entries).encode()
+
+    def record(store: Backend) -> None:
+        store.put(keys.scrub_key(now_unix_ms), [data])
+        seqs = _seqs(store)
+        ahead = [seq for seq in seqs if seq > now_unix_ms + CLOCKS_APART_MS]
+        for seq in [*ahead, *seqs[: len(seqs) - len(ahead)][:-RECORDS_KEPT]]:
+            store.delete(keys.scrub_key(seq))
+        store.delete(keys.SCRUB_CURSOR_KEY)
+
+    _on_each(stores, record)
+
+
+class ScrubCursors:
+    """Where in the stores a scrub that is longer than its process's life is gone on with.
+
+    ``every_s``: how often it is noted at most. ``now_unix_ms``: this machine's clock.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Backend],
+        *,
+        every_s: float = CURSOR_EVERY_S,
+        now_unix_ms: Callable[[], int] = lambda: int(time.time() * 1000),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stores = tuple(stores)
+        self._every_s = every_s
+        self.now_unix_ms = now_unix_ms
+        self._clock = clock
+        self._kept_s = clock()
+
+    def read(self) -> ScrubCursor | None:
+        """Where the newest scrub is that was not ended since; None: begin anew.
+
+        Raises UnavailableError if no store answers. Cost: a short list and a small read a store.
+        """
+        now_unix_ms = self.now_unix_ms()
+        ended = max((seq for _, seqs in _recorded(self._stores) for seq in seqs), default=0)
+        found: list[ScrubCursor] = []
+        for store in self._stores:
+            try:
+                data = read_alone(store, keys.SCRUB_CURSOR_KEY, bytes_max=SCRUB_BYTES_MAX)
+                found.append(ScrubCursor.decode(data))
+            except (IntegrityError, FormatVersionError, NotFoundError, UnavailableError):
+                continue  # another store's says the same, and without any all is read again
+        oldest = max(ended, now_unix_ms - CURSOR_KEPT_MS)
+        newest = now_unix_ms + CLOCKS_APART_MS
+        credible = [cursor for cursor in found if oldest <= cursor.at_unix_ms <= newest]
+        return max(credible, key=lambda cursor: (cursor.at_unix_ms, cursor.last_pack), default=None)
+
+    def is_due(self) -> bool:
+        """Whether it is time to note where the scrub is."""
+        return self._clock() - self._kept_s >= self._every_s
+
+    def keep(self, cursor: ScrubCursor) -> None:
+        """Note on each store where the scrub is. Raises UnavailableError if no store took it."""
+        self._kept_s = self._clock()
+        data = cursor.encode()
+        _on_each(self._stores, lambda store: store.put(keys.SCRUB_CURSOR_KEY, [data]))
+
+
+def _on_each(stores: Sequence[Backend], act: Callable[[Backend], object]) -> None:
+    """``act`` on each store that has its ``ckpt.json``. Raises UnavailableError if none could."""
     errors: list[UnavailableError] = []
     for store in stores:
         try:
             if store.stat(keys.JOB_KEY) is None:
                 continue  # it may be a disk that is not mounted: nothing is written there
-            store.put(keys.scrub_key(now_unix_ms), [data])
-            seqs = _seqs(store)
-            ahead = [seq for seq in seqs if seq > now_unix_ms + CLOCKS_APART_MS]
-            for seq in [*ahead, *seqs[: len(seqs) - len(ahead)][:-RECORDS_KEPT]]:
-                store.delete(keys.scrub_key(seq))
+            act(store)
         except UnavailableError as error:
             errors.append(error)
     if len(errors) == len(stores):

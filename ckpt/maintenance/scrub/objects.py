@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckpt.errors import CkptError, IntegrityError, UnavailableError
 from ckpt.format import keys
 from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest
 from ckpt.format.part import Part, decode_part
+from ckpt.format.scrubs import ScrubCursor
 from ckpt.log.state import Committed
 from ckpt.maintenance.copies import (
     CHUNK_REF_BYTES,
@@ -33,6 +36,7 @@ from ckpt.maintenance.copy_io import (
 )
 from ckpt.maintenance.scrub.report import DropCheck, ScrubContext
 from ckpt.maintenance.scrub.second import check_second_of, whole_alone
+from ckpt.values import SnapshotId
 
 
 class OrphanWalk:
@@ -83,6 +87,44 @@ class OrphanWalk:
                 active.discard(number)
 
 
+class PacksDone(NamedTuple):
+    """The last pack up to which all were read and repaired, and how many of them are lost."""
+
+    last_pack: str
+    lost: int
+
+
+NOTHING_DONE = PacksDone("", 0)
+
+
+@dataclass(slots=True)
+class _PackWalk:
+    """Where the walk through the packs is, and what is known of those that it passed."""
+
+    references: PackReferences
+    compared: frozenset[int]
+    """The stores that were compared at its start."""
+    last_pack: str = ""
+    lost: int = 0
+    is_left: bool = False
+    """Whether a copy of a pack could not be repaired."""
+    done: PacksDone = NOTHING_DONE
+
+    def go_on(self, done: PacksDone) -> None:
+        """Go on behind what another process has done."""
+        self.last_pack, self.lost, self.done = done.last_pack, done.lost, done
+        self.references = PackReferences(self.references.chunks_max, after=done.last_pack)
+
+    def reach(self, key: str, active: Collection[int]) -> None:
+        """The pack ``key`` was read. A process that goes on from here knows nothing of what is
+        before, so it goes on at the first pack of which a copy is left unrepaired: no record may
+        reach a store that lacks it.
+        """
+        self.last_pack = key
+        if not self.is_left and self.compared.issubset(active):
+            self.done = PacksDone(key, self.lost)
+
+
 WholeCopies = dict[int, tuple[CopyCheck, bytes]]
 """Each store's copy of a small object, and its bytes, empty unless they are right."""
 
@@ -111,8 +153,10 @@ class ObjectScrub:
         self._everything = everything
         self._drop_check = drop_check
         self._next = 0
-        self._references = PackReferences(max(1, budget_bytes // 2 // CHUNK_REF_BYTES))
-        self._last_pack = ""
+        self._begun_with: frozenset[tuple[SnapshotId, str]] | None = None
+        """The snapshots that an earlier process began this scrub with; None: it began here."""
+        references = PackReferences(max(1, budget_bytes // 2 // CHUNK_REF_BYTES))
+        self._walk = _PackWalk(references, frozenset(context.active))
         self.untraced: list[Committed] = []
         """Snapshots whose manifest or a part has no right copy."""
         self._unsound: set[int] = set()
@@ -121,13 +165,27 @@ class ObjectScrub:
 
     def verified(self) -> list[Committed]:
         """The snapshots of which each byte was found right in some store. Once ``records`` and
-        ``packs`` are done; a snapshot that was dropped meanwhile may be among them.
+        ``packs`` are done; a snapshot that was dropped meanwhile may be among them. Of a scrub that
+        an earlier process began only snapshots that it knew.
         """
         return [
             entry
             for number, entry in enumerate(self._snapshots)
-            if number not in self._unsound and entry not in self.untraced
+            if number not in self._unsound
+            and entry not in self.untraced
+            and (self._begun_with is None or named(entry) in self._begun_with)
         ]
+
+    def go_on(self, cursor: ScrubCursor) -> None:
+        """Leave out the packs that an earlier process read in this scrub. Before ``records``."""
+        self._begun_with = cursor.sound
+        self._walk.go_on(PacksDone(cursor.last_pack, cursor.lost))
+        self._context.findings.lost += cursor.lost
+
+    @property
+    def done(self) -> PacksDone:
+        """How far the packs were read."""
+        return self._walk.done
 
     def records(self, *, threads: int) -> None:
         """Check manifests and parts. Raises Stopped; a repeated call continues."""
@@ -144,30 +202,34 @@ class ObjectScrub:
                 manifests.reach(manifest_key(entry))
                 # Only a snapshot that was checked completely is added: after a stop it comes again.
                 for part in self._snapshot(entry, parts, threads=threads):
-                    self._references.add(part, self._next)
+                    self._walk.references.add(part, self._next)
                 self._next += 1
             manifests.finish()
             parts.finish()
 
-    def packs(self, *, threads: int) -> None:
+    def packs(self, *, threads: int, after_each: Callable[[], None] = lambda: None) -> None:
         """Check every referenced chunk. Raises Stopped; a repeated call continues."""
-        with closing(self._orphans(keys.PACKS, self._last_pack)) as orphans:
+        with closing(self._orphans(keys.PACKS, self._walk.last_pack)) as orphans:
             while True:
-                todo = [key for key in self._references.packs() if key > self._last_pack]
+                todo = [key for key in self._walk.references.packs() if key > self._walk.last_pack]
                 with closing(map_in_order(todo, self._check_pack, threads=threads)) as checked:
                     for key, copies in checked:
                         orphans.reach(key)
-                        pack, users = self._references.pack(key), self._references.users(key)
+                        pack, users = (
+                            self._walk.references.pack(key),
+                            self._walk.references.users(key),
+                        )
                         self._repair_pack(pack, users, copies)
-                        self._last_pack = key
-                if self._references.complete:
+                        self._walk.reach(key, self._context.active)
+                        after_each()
+                if self._walk.references.complete:
                     break
                 # The packs that did not fit into memory are next, gathered anew from the parts.
-                references = self._references.next_round()
+                references = self._walk.references.next_round()
                 for number in range(len(self._snapshots)):
                     for part in self._load(number):
                         references.add(part, number)
-                self._references = references
+                self._walk.references = references
             # An untraced snapshot may refer to any of the rest, so none of it counts as an orphan.
             if not self.untraced:
                 orphans.finish()
@@ -255,7 +317,7 @@ class ObjectScrub:
         return right
 
     def _check_pack(self, key: str) -> dict[int, CopyCheck]:
-        pack, context = self._references.pack(key), self._context
+        pack, context = self._walk.references.pack(key), self._context
         return {
             number: check_pack(context.stores[number], pack, pace=context.pace)
             for number in context.active
@@ -275,13 +337,12 @@ class ObjectScrub:
         if isinstance(decision, CopyLost | CopyUnknown):
             bad_everywhere = decision.chunks
             self._note_unsound(users, frozenset(decision.chunks) or frozenset(pack.chunks))
+        lost, before = isinstance(decision, CopyLost), context.findings.unrepaired
+        self._walk.lost += lost
         context.count_object(
-            pack.key,
-            copies,
-            repaired=repaired,
-            lost=isinstance(decision, CopyLost),
-            bad_everywhere=bad_everywhere,
+            pack.key, copies, repaired=repaired, lost=lost, bad_everywhere=bad_everywhere
         )
+        self._walk.is_left |= context.findings.unrepaired > before
 
     def _note_unsound(self, users: frozenset[int], bad: frozenset[ChunkRef]) -> None:
         """Note which ``users`` of a pack need one of its ``bad`` chunks. Reads their parts anew."""
@@ -345,6 +406,11 @@ class ObjectScrub:
 def manifest_key(entry: Committed) -> str:
     """The key of the manifest that was committed."""
     return keys.manifest_key(entry.snapshot, entry.manifest_digest)
+
+
+def named(entry: Committed) -> tuple[SnapshotId, str]:
+    """The snapshot and the digest of the manifest that was committed."""
+    return entry.snapshot, entry.manifest_digest
 
 
 def _any_wrong(copies: Mapping[int, CopyCheck]) -> bool:

@@ -20,14 +20,16 @@ from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, Unava
 from ckpt.events import Emit, Event
 from ckpt.format import keys
 from ckpt.format.records import RECORD_BYTES_MAX, decode_record
+from ckpt.format.scrubs import ScrubCursor
 from ckpt.format.store import JobRecord
 from ckpt.log.reader import read_new
 from ckpt.log.state import Committed, LogState
 from ckpt.maintenance.copies import CopyCheck, CopyStatus
 from ckpt.maintenance.copy_io import MaintenancePace, Stopped
 from ckpt.maintenance.replica import claim_replica
+from ckpt.maintenance.scrub.history import ScrubCursors
 from ckpt.maintenance.scrub.log import CountedRecord, LogFindings, compare_logs
-from ckpt.maintenance.scrub.objects import ObjectScrub
+from ckpt.maintenance.scrub.objects import ObjectScrub, named
 from ckpt.maintenance.scrub.repair import repair_folds, repair_job, repair_log
 from ckpt.maintenance.scrub.report import (
     AWAY,
@@ -251,8 +253,13 @@ class Scrub:
         *,
         threads: int = 1,
         on_verified: Callable[[Sequence[Committed]], None] | None = None,
+        cursors: ScrubCursors | None = None,
     ) -> ScrubReport | None:
         """Continue to the end or until ``stop`` is set; the findings since the start.
+
+        ``cursors``: go on where another process's scrub of the same stores was cut short, and note
+        where this one is. Packs are read once then; manifests and parts, which say what packs hold,
+        by each process.
 
         ``on_verified`` is called at the end of a scrub that read all packs, with the snapshots of
         which each byte was found right in some store; its errors pass through.
@@ -263,7 +270,7 @@ class Scrub:
         pace = MaintenancePace(self._rate_bytes_per_s, stop=stop, clock=self._clock)
         try:
             if self._run is None:
-                self._run = self._start(pace)
+                self._run = self._start(pace, cursors)
             self._run.resume(pace, threads=threads)
         except Stopped:
             return None if self._run is None else self._run.report(complete=False)
@@ -275,7 +282,7 @@ class Scrub:
             on_verified(verified)
         return report
 
-    def _start(self, pace: MaintenancePace) -> _ScrubRun:
+    def _start(self, pace: MaintenancePace, cursors: ScrubCursors | None) -> _ScrubRun:
         start = start_scrub(
             self._stores,
             self._write_quorum,
@@ -291,6 +298,7 @@ class Scrub:
             packs=self._packs,
             budget_bytes=self._budget_bytes,
             clock=self._clock,
+            cursors=cursors,
         )
 
 
@@ -305,8 +313,10 @@ class _ScrubRun:
         packs: bool,
         budget_bytes: int,
         clock: Callable[[], float],
+        cursors: ScrubCursors | None,
     ) -> None:
         self._start = start
+        self._cursors = cursors
         state = start.log.state
         entries = [entry for entry in state.snapshots if only is None or entry.snapshot in only]
         drop_check = DropCheck(state, self._read_new, clock=clock)
@@ -318,6 +328,12 @@ class _ScrubRun:
             budget_bytes=budget_bytes,
             alone=start.context.is_alone(state),
         )
+        records = [start.roles[number].record for number in start.context.active]
+        self._store_ids = {record.store_id if record else "" for record in records}
+        cursor = cursors.read() if cursors is not None else None
+        # What other stores have was not compared with these; one without an id may be another.
+        if cursor is not None and self._store_ids <= set(cursor.store_ids) - {""}:
+            self._objects.go_on(cursor)
         self._snapshots = len(entries)
         self._moved_bytes = 0
         headless = [number for number, role in enumerate(start.roles) if role.role == HEADLESS]
@@ -372,7 +388,33 @@ class _ScrubRun:
         self._objects.records(threads=threads)
 
     def _packs(self, threads: int) -> None:
-        self._objects.packs(threads=threads)
+        kept_of = self._objects.done
+        try:
+            self._objects.packs(threads=threads, after_each=self._note_when_due)
+        finally:
+            if self._objects.done != kept_of:
+                self._note_place()
+
+    def _note_when_due(self) -> None:
+        if self._cursors is not None and self._cursors.is_due():
+            self._note_place()
+
+    def _note_place(self) -> None:
+        done = self._objects.done
+        if self._cursors is None or not done.last_pack:
+            return
+        cursor = ScrubCursor(
+            at_unix_ms=self._cursors.now_unix_ms(),
+            last_pack=done.last_pack,
+            store_ids=tuple(sorted(self._store_ids)),
+            sound=frozenset(map(named, self._objects.verified())),
+            lost=done.lost,
+        )
+        try:
+            self._cursors.keep(cursor)
+        except UnavailableError as error:  # full stores, say
+            text = f"a scrub that is cut short from now on reads more again: {error}"
+            self._start.context.emit(Event("scrub-unnoted", text))
 
     def _repair_log(self, threads: int) -> None:
         repair_log(self._start.context, self._start.log, self._start.counted_record)

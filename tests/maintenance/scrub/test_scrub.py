@@ -31,13 +31,16 @@ from ckpt.errors import NotFoundError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.format import keys
 from ckpt.format.records import Tag, decode_record, make_record
+from ckpt.format.scrubs import ScrubCursor
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
+from ckpt.log.state import Committed
 from ckpt.maintenance.copies import CopyStatus
+from ckpt.maintenance.scrub.history import ScrubCursors, record_scrub
 from ckpt.maintenance.scrub.report import ScrubReport
 from ckpt.maintenance.scrub.scrub import Scrub, scrub
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
-from ckpt.testing.sample import SampleWriter, sample_ranks, write_sample_store
+from ckpt.testing.sample import SampleWriter, damage, sample_ranks, write_sample_store
 from ckpt.values import ChunkLocation, SnapshotId
 
 SEEDS = range(200 if SOAK else 12)
@@ -537,6 +540,116 @@ def test_small_budget_scrubs_in_rounds_and_finds_the_same(
     assert report.ok
     assert all(faults_of(store, truth) == [] for store in trio)
     assert [tally.orphans for tally in report.stores] == [0, 0, 0]
+
+
+class Cut(CountingBackend):
+    """A store on which each process's scrub is cut short after some reads of packs."""
+
+    def __init__(self, inner: Backend) -> None:
+        super().__init__(inner)
+        self.stop = threading.Event()
+        self.left = 0
+
+    def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        super().read_into(key, out, offset_bytes=offset_bytes)
+        self.left -= key.startswith(keys.PACKS)
+        if self.left <= 0:
+            self.stop.set()
+
+
+def scrub_in_lives(store: Cut, rng: random.Random, **options: int) -> tuple[set[int], int]:
+    """Scrub until the end in processes that each read a few packs; the steps of the snapshots that
+    were verified then, and how many lives it took."""
+    for life in range(1, 200):
+        store.stop, store.left = threading.Event(), rng.randrange(1, 4)
+        verified: list[Committed] = []
+        cursors = ScrubCursors([store], every_s=rng.choice((0.0, 1e9)))
+        report = Scrub([store], 1, **options).run(
+            store.stop, on_verified=verified.extend, cursors=cursors
+        )
+        if report is not None and report.complete:
+            return {entry.snapshot.step for entry in verified}, life
+    raise AssertionError("each life began anew")
+
+
+@pytest.mark.parametrize("seed", range(100 if SOAK else 4))
+def test_scrub_that_no_process_lives_to_end_reads_each_pack_once(seed: int) -> None:
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    inner = MemoryBackend()
+    write_sample_store(inner, steps=range(10, 80, 10))
+    packs = [stat.key for stat in inner.list(keys.PACKS)]
+    for key in rng.sample(packs, rng.randrange(3)):
+        damage(inner, key, 0)
+    whole: list[Committed] = []
+    alone = Scrub([inner], 1).run(on_verified=whole.extend)
+    store = Cut(inner)
+    verified, lives = scrub_in_lives(store, rng, budget_bytes=rng.choice((1, 1 << 20)))
+    assert verified == {entry.snapshot.step for entry in whole}
+    read = [call.key for call in store.calls("read_into", prefix=keys.PACKS)]
+    assert set(read) == set(packs)
+    assert len(read) <= len(packs) + lives, "no more than the one at which it was cut"
+    assert lives > 2 and alone is not None
+
+
+def test_snapshot_that_came_while_a_scrub_was_cut_short_is_not_verified_by_it() -> None:
+    inner = MemoryBackend()
+    writer = write_sample_store(inner, steps=(10, 20, 30))
+    store = Cut(inner)
+    store.left = 2
+    cursors = ScrubCursors([store])
+    report = Scrub([store], 1).run(store.stop, cursors=cursors)
+    assert report is not None and not report.complete and cursors.read() is not None
+    writer.write(SnapshotId(1, 40), sample_ranks(40))
+    writer.journal.untag("best")
+    writer.journal.drop([SnapshotId(1, 10)])
+    verified, _ = scrub_in_lives(store, random.Random(0))
+    assert verified == {20, 30}
+
+
+def test_scrub_goes_on_where_a_copy_could_not_be_repaired_or_with_another_store_anew(
+    trio: list[FileBackend],
+) -> None:
+    packs = sorted(objects_of(trio[0], keys.PACKS))
+    Path(trio[2].url, packs[1]).unlink()
+    refusing = FaultyBackend(trio[2], [Fault(harm=Harm.FULL, op="put", key=keys.PACKS, times=None)])
+    cursors = ScrubCursors(trio, every_s=0.0)
+    cut = Scrub([*trio[:2], refusing], 2).run(cursors=cursors)
+    assert cut is not None and cut.complete and not cut.ok
+    at = cursors.read()
+    assert at is not None and at.last_pack == packs[0], "no record may reach a store that lacks one"
+    report = Scrub(list(trio), 2).run(cursors=cursors)
+    assert report is not None and report.ok and trio[2].stat(packs[1]) is not None
+    assert cursors.read() is not None
+    cursors.keep(replace(at, last_pack=packs[-1], store_ids=at.store_ids[:2]))
+    Path(trio[1].url, packs[0]).unlink()
+    report = Scrub(list(trio), 2).run(cursors=cursors)
+    assert report is not None and trio[1].stat(packs[0]) is not None
+
+
+@pytest.mark.parametrize(
+    ("at_s", "ended_s", "known"),
+    [(-100, -200, True), (-100, -50, False), (600, -200, False), (-8 * 86400, None, False)],
+)
+def test_cursor_counts_until_a_scrub_ends_and_for_a_week(
+    at_s: int, ended_s: int | None, known: bool
+) -> None:
+    store, now = MemoryBackend(), 10**12
+    write_sample_store(store)
+    if ended_s is not None:
+        record_scrub([store], (), now_unix_ms=now + ended_s * 1000)
+    cursors = ScrubCursors([store], now_unix_ms=lambda: now)
+    pack = next(stat.key for stat in store.list(keys.PACKS))
+    entry = (SnapshotId(1, 10), "0" * 32)
+    cursor = ScrubCursor(
+        at_unix_ms=now + at_s * 1000, last_pack=pack, store_ids=("a",), sound=frozenset([entry])
+    )
+    cursors.keep(cursor)
+    assert cursors.read() == (cursor if known else None)
+    store.put(keys.SCRUB_CURSOR_KEY, [b"{}"])
+    assert cursors.read() is None
+    with pytest.raises(UsageError):
+        cursors.keep(replace(cursor, last_pack="packs/"))
 
 
 @pytest.mark.slow
