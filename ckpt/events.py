@@ -123,6 +123,8 @@ KINDS: Final[Mapping[str, str]] = {
     "under-replicated": "an object is on fewer stores than required",
     "copy-mended": "missing copies were written",
     "fill-damaged": "a store was filled, but some objects are damaged on every other store",
+    "mark-unwritten": "what was seen of the log cannot be noted on this machine",
+    "scrub-unnoted": "no store took the note of where a scrub is",
     "care-waits": "store maintenance could not run; tried again",
     "care-failed": "a defect in store maintenance",
     # ---- maintenance

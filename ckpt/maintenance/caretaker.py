@@ -44,8 +44,6 @@ RATE_BYTES_PER_S = 200e6
 SCRUB_BYTES_PER_S = 50e6
 """Rate limit for a scrub while training runs."""
 
-MARK_UNWRITTEN = "mark-unwritten"
-
 
 class StoreCaretaker:
     """Keeps the stores of ``backend`` complete until ``stop``.
@@ -115,14 +113,14 @@ class StoreCaretaker:
 
     def _look_at_marks(self) -> None:
         """Nothing waits for the folder of marks, so it is told here if that hangs or fails."""
-        if (why := FILES.trouble()) and MARK_UNWRITTEN not in self._reported:
-            self._reported.add(MARK_UNWRITTEN)
+        if (why := FILES.trouble()) and "mark-unwritten" not in self._reported:
+            self._reported.add("mark-unwritten")
             text = (
                 "what was seen of the log cannot be noted on this machine, so that a store which "
                 f"is rolled back is not noticed: {why} look after your home, or set "
                 f"{STATE_VARIABLE} to a folder on a local disk"
             )
-            self._emit(Event(MARK_UNWRITTEN, text, alarm=True))
+            self._emit(Event("mark-unwritten", text, alarm=True))
 
     def _refill_empty(self, journal: Journal) -> None:
         for store, store_id in returned_empty(journal, self._backend):
