@@ -51,7 +51,11 @@ def living_members(group: int, *, proc: Path = Path("/proc")) -> list[LivingMemb
     """The processes of a group in which a thread is not dead.
 
     A zombie holds no memory and no port, so it does not count. Reads the state of every process.
+    Where there is no ``/proc`` (macOS) the kernel tells of a group only whether it lives: one
+    member then stands for all.
     """
+    if not proc.is_dir():
+        return [LivingMember(group, "any process of its group", "?")] if _lives(group) else []
     found = []
     for entry in proc.glob("[0-9]*"):
         name, state, of_group = _stat(entry)
@@ -63,6 +67,17 @@ def living_members(group: int, *, proc: Path = Path("/proc")) -> list[LivingMemb
         if state:
             found.append(LivingMember(int(entry.name), name, state))
     return found
+
+
+def _lives(group: int) -> bool:
+    """Whether a process group has members that a signal reaches. macOS answers EPERM for one of
+    zombies alone.
+    """
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def _stat(entry: Path) -> tuple[str, str, int]:

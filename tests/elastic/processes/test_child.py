@@ -87,6 +87,13 @@ def test_only_what_lives_in_the_group_is_left_of_it(tmp_path: Path) -> None:
     ]
 
 
+def test_without_proc_the_kernel_says_whether_a_group_lives(tmp_path: Path) -> None:
+    nowhere = tmp_path / "proc"
+    (left,) = living_members(os.getpgrp(), proc=nowhere)
+    assert left.pid == os.getpgrp()
+    assert living_members(2**30, proc=nowhere) == [], "no kernel has so many processes"
+
+
 def test_exception_that_ends_a_trainer_is_read_between_its_other_reports_and_in_pieces() -> None:
     out, into = os.pipe()
     os.set_blocking(out, False)
