@@ -520,7 +520,7 @@ def _decide(
     followed = {record.prev for record in dict(_records_at(answers, seq + 1)).values()}
     # What was seen to count is as sure as what a successor names, and stores that were rolled back
     # forgot both. If none has it, the stores hold an older log, which is for the journal to say.
-    if known is not None and known in dict(_records_at(answers, seq)):
+    if known in dict(_records_at(answers, seq)):
         followed.add(known)
     # Makers of a log may name different stores, so they hold no further rounds.
     voted = members.sequencer == BY_STORES and seq > 0

@@ -3,6 +3,7 @@ known and why."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -66,8 +67,12 @@ def held(
     )
 
 
-def read(*found: StoreRecords | NoAnswer, state: LogState | None = None) -> MergedLog:
-    return merge_stores(state or empty("run-a"), found, URLS[: len(found)])
+def read(
+    *found: StoreRecords | NoAnswer,
+    state: LogState | None = None,
+    known: Mapping[int, str] | None = None,
+) -> MergedLog:
+    return merge_stores(state or empty("run-a"), found, URLS[: len(found)], known=known or {})
 
 
 def upto(count: int, log: list[Record] = LOG) -> LogState:
@@ -110,6 +115,19 @@ def test_a_last_record_on_too_few_stores_is_not_taken_and_leaves_no_hole() -> No
     found = read(held(0, *LOG), held(1, *LOG[:3]), held(2, *LOG[:3]))
     assert found.state == upto(3) and found.before is None and found.underreplicated == ()
     assert found.tail is not None and found.tail.record == LOG[2] and found.tail.is_final
+
+
+def test_a_record_that_was_seen_to_count_is_taken_of_the_one_store_that_was_not_rolled_back() -> (
+    None
+):
+    rolled_back = held(0, *LOG), held(1, *LOG[:3]), held(2, *LOG[:3])
+    found = read(*rolled_back, known={3: LOG[3].digest})
+    assert found.state == upto(4) and found.underreplicated == (3,)
+    other = follow(LOG[:3], commit(3))[3]
+    forgotten = read(*rolled_back, known={3: other.digest})
+    assert forgotten == read(*rolled_back), "what no store holds any more decides nothing"
+    anew = [held(number, *LOG[:3], other) for number in range(3)]
+    assert read(*anew, known={3: LOG[3].digest}) == read(*anew), "nor what took its place"
 
 
 def test_a_last_record_that_is_followed_is_sure_although_what_follows_it_is_not_taken() -> None:
