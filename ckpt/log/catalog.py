@@ -97,13 +97,23 @@ class ChunkPlaces:
     each once; one that is unreadable is passed over. Raises UnavailableError. Threads may share it.
     Costs nothing before the first call, which asks for ``state``. Memory: the distinct places of
     the snapshot's own chunks.
+
+    ``before``: the places of another snapshot that could not be read. What was looked for there in
+    vain, to the last place, is not looked for again: one chunk that many snapshots share would have
+    each of them read all others.
     """
 
-    __slots__ = ("_backend", "_found", "_index", "_lock", "_state")
+    __slots__ = ("_backend", "_found", "_index", "_lock", "_state", "_vain")
 
     def __init__(
-        self, backend: Backend, state: Callable[[], LogState], index: SnapshotIndex
+        self,
+        backend: Backend,
+        state: Callable[[], LogState],
+        index: SnapshotIndex,
+        *,
+        before: ChunkPlaces | None = None,
     ) -> None:
+        self._vain: set[Digest] = set() if before is None else before._vain
         self._backend = backend
         self._state = state
         self._index = index
@@ -112,11 +122,14 @@ class ChunkPlaces:
 
     def __call__(self, digest: Digest) -> Iterator[ChunkLocation]:
         given = 0
+        if digest in self._vain:
+            return
         while True:
             with self._lock:
                 found = self._found = self._found or _FoundPlaces(self._state(), self._index)
                 places = list(found.places.get(digest, ()))[given:]
                 if not places and not found.look_at_next(self._backend):
+                    self._vain.add(digest)
                     return
             given += len(places)
             yield from places

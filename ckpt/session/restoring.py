@@ -113,6 +113,7 @@ class Restoring:
         self._open = ExitStack()
         self._source: tuple[SnapshotIndex, Backend] | None = None
         self._half_filled: set[str] = set()
+        self._places: ChunkPlaces | None = None
         self.verified: dict[Digest, ChunkLocation] = {}
         """Location in the store of the chosen snapshot's chunks that this rank has read and
         verified.
@@ -144,6 +145,7 @@ class Restoring:
         self._take(choice.candidate)
         self._filled = []
         self._half_filled = set()
+        self._places = None
         return self.chosen
 
     def fill(self, items: Mapping[str, object], rules: FillRules) -> SnapshotInfo:
@@ -227,7 +229,10 @@ class Restoring:
         try:
             index, backend = self._loaded()
             coalesce = backend.capabilities().read_bytes_best
-            places = None if self.staged else ChunkPlaces(backend, self._state, index)
+            places = None
+            if not self.staged:
+                places = ChunkPlaces(backend, self._state, index, before=self._places)
+                self._places = places
             with Fetcher(
                 backend,
                 threads=self._threads,

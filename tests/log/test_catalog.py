@@ -11,7 +11,15 @@ from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.part import Part, encode_part
-from ckpt.log.catalog import candidates, info_of, load_index, load_manifest, select, snapshots
+from ckpt.log.catalog import (
+    ChunkPlaces,
+    candidates,
+    info_of,
+    load_index,
+    load_manifest,
+    select,
+    snapshots,
+)
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
 from ckpt.values import SnapshotId
@@ -167,3 +175,24 @@ def test_a_manifest_swapped_for_another_valid_one_is_refused(
     store.put(keys.manifest_key(one.snapshot, one.digest), [other.encode()])
     with pytest.raises(IntegrityError, match="differs from what was committed"):
         load_manifest(store, state, SnapshotId(2, 30))
+
+
+def test_a_chunk_that_no_place_has_is_looked_for_once_in_all_snapshots_together(
+    store: MemoryBackend, state: LogState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    read_into = store.read_into
+    monkeypatch.setattr(
+        store,
+        "read_into",
+        lambda key, out, **at: (reads.append(key), read_into(key, out, **at))[1],
+    )
+    places: ChunkPlaces | None = None
+    for snapshot in candidates(state):
+        index = load_index(store, state, snapshot)
+        reads.clear()
+        first = places is None
+        places = ChunkPlaces(store, lambda: state, index, before=places)
+        assert list(places(b"d" * 16)) == []
+        assert bool(reads) == first
+    assert list(ChunkPlaces(store, lambda: state, index)(b"d" * 16)) == [] and reads
