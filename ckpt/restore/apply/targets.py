@@ -406,6 +406,11 @@ class TensorTargets:
         self._slots.append((slot, new.leaf))
         return slot
 
+    def content(self, ref: Ref) -> str:
+        """What a stored tensor is, by value: equal for two that a restore makes equal."""
+        leaf = self.stored(ref)
+        return f"{leaf.dtype} {leaf.shape} {self._bytes(leaf)}"
+
     def check_ties(self) -> None:
         """Live tensors that share one memory must be stored as equal bytes."""
         refs = {slot.path: leaf for slot, leaf in self._slots if slot.tensor is not None}

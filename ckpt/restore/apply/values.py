@@ -161,12 +161,34 @@ class ValueMatcher:
         if type(live) not in _UNTIED:
             return False
         _, before = self._matched.setdefault(id(live), (live, node))
-        if before is node or not (_holds_no_tensor(before) and _holds_no_tensor(node)):
+        if before is node:
             return False
-        return encode_object(before) != encode_object(node)
+        return encode_object(self._by_value(before)) != encode_object(self._by_value(node))
+
+    def _by_value(self, node: object) -> object:
+        """A stored value with what its tensors hold instead of their names."""
+        match node:
+            case Ref():
+                return Named("tensor", self._targets.content(node))
+            case StateNode():
+                return StateNode(node.class_name, self._by_value(node.state))
+            case dict():
+                return {key: self._by_value(part) for key, part in node.items()}
+            case deque():
+                return deque(map(self._by_value, node), node.maxlen)
+            case list() | tuple():
+                return type(node)(map(self._by_value, node))
+            case DataclassNode():
+                fields = {key: self._by_value(part) for key, part in node.fields.items()}
+                return DataclassNode(node.type_name, fields)
+            case NamedTupleNode():
+                values = tuple(map(self._by_value, node.values))
+                return NamedTupleNode(node.type_name, node.names, values)
+        return node
 
     def _untied(self, live: object, node: object, path: str) -> RestoreStep:
-        if "/" not in path:
+        # Another one can be made of a plain value; of what is filled in place or loads itself, not.
+        if "/" not in path or not _is_plain(live):
             self._problems.add(
                 "one live object, but stored as two that differ.", path, "give each its own"
             )
@@ -386,20 +408,18 @@ _UNTIED = (dict, OrderedDict, Counter, defaultdict, list, deque, set, bytearray,
 """Types of which ``fresh`` makes another one that is the same."""
 
 
-def _holds_no_tensor(node: object) -> bool:
-    """Whether a stored value is only plain ones: two of them can be compared as they are."""
-    match node:
-        case Ref() | StateNode():
+def _is_plain(value: object) -> bool:
+    """Whether a live value holds neither tensors nor objects with state."""
+    match value:
+        case torch.Tensor() | torch.Generator() | nn.Module() | Optimizer():
             return False
         case dict():
-            return all(map(_holds_no_tensor, node.values()))
+            return all(map(_is_plain, value.values()))
         case list() | tuple() | deque():
-            return all(map(_holds_no_tensor, node))
-        case DataclassNode():
-            return all(map(_holds_no_tensor, node.fields.values()))
-        case NamedTupleNode():
-            return all(map(_holds_no_tensor, node.values))
-    return True
+            return all(map(_is_plain, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return all(_is_plain(getattr(value, one.name)) for one in dataclasses.fields(value))
+    return not is_stateful(value)
 
 
 _Plain = deque[object] | set[object] | bytearray | np.ndarray

@@ -358,6 +358,31 @@ def test_one_initial_value_for_two_names_does_not_tie_what_was_stored_as_two(sto
     assert all(one is other for one, other in zip(tied["a"], tied["b"], strict=True))  # type: ignore[call-overload]
 
 
+def test_shared_containers_of_tensors_are_filled_as_one_object(store: Store) -> None:
+    stored = {"t": torch.ones(2), "more": [torch.zeros(1), 4]}
+    shared: dict[str, object] = {"t": torch.zeros(2)}
+    tensor, state = shared["t"], {"a": shared, "b": shared}
+    load(save(store, state={"a": stored, "b": stored}), state=state)
+    assert state["a"] is shared and state["b"] is shared and shared["t"] is tensor
+    assert str(shared) == str(stored)
+
+
+def test_shared_empty_list_that_was_stored_as_two_with_tensors_is_untied(store: Store) -> None:
+    shared: list[object] = []
+    state = {"a": shared, "b": shared}
+    load(save(store, state={"a": [torch.ones(1)], "b": [torch.zeros(1)]}), state=state)
+    assert state["a"] is shared
+    assert str(state) == str({"a": [torch.ones(1)], "b": [torch.zeros(1)]})
+
+
+def test_shared_list_of_tensors_that_was_stored_as_two_that_differ_is_refused(store: Store) -> None:
+    shared: list[object] = [torch.zeros(2), 0]
+    stored = {"a": [torch.ones(2), 1], "b": [torch.ones(2), 2]}
+    with pytest.raises(UsageError, match=r"one live object.*path='state/b'"):
+        load(save(store, state=stored), state={"a": shared, "b": shared})
+    assert str(shared) == str([torch.zeros(2), 0])
+
+
 def test_one_live_item_that_was_stored_as_two_that_differ_is_refused(store: Store) -> None:
     snapshot = save(store, first=[1], second=[2])
     both = [0]
