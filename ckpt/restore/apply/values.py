@@ -26,6 +26,7 @@ from ckpt.capture.streams import (
 )
 from ckpt.capture.tree import PLAIN, Stateful, Walker, class_name, is_stateful, state_of, type_name
 from ckpt.errors import IntegrityError
+from ckpt.events import log_warning
 from ckpt.format.objects import (
     DataclassNode,
     EnumNode,
@@ -332,6 +333,8 @@ class ValueMatcher:
                 f"stored value is no state of this object. type={type_name(live)}", path
             )
             return lambda: live
+        if isinstance(live, torch.amp.GradScaler) and not self._scaler_fits(live, node, path):
+            return lambda: live
         step = self.fresh(state, node, path)
         if isinstance(live, RngState):
             salt = self._targets.salt_of_new_rank()
@@ -340,6 +343,24 @@ class ValueMatcher:
         else:
             self.late.append(lambda: _load(live, step()))
         return lambda: live
+
+    def _scaler_fits(self, live: torch.amp.GradScaler, node: object, path: str) -> bool:
+        """Whether the stored state is one that the scaler takes. A disabled one stores nothing, and
+        ignores what it is given."""
+        if live.is_enabled() and not node:
+            # torch refuses it, because its scale would begin anew.
+            self._problems.missing(path)
+            return False
+        if not live.is_enabled() and node:
+            self.last.append(
+                lambda: log_warning(
+                    "the stored state of a GradScaler is not taken, because the live one is "
+                    f"disabled: its scale is gone with the next snapshot. path={path!r}; enable "
+                    "it to go on with the stored scale"
+                )
+            )
+            return False
+        return True
 
     def _new_tensor(self, hint: object, ref: Ref, path: str) -> RestoreStep:
         device = hint.device if isinstance(hint, torch.Tensor) else _device(ref.device)

@@ -128,6 +128,27 @@ def test_scaler_comes_back(store: Store) -> None:
     assert other.get_scale() == 8.0
 
 
+def test_scaler_that_is_disabled_says_that_it_takes_no_state(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    snapshot = save(store, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    load(snapshot, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "path='scaler'" in caplog.text
+
+
+def test_scaler_that_is_enabled_misses_the_state_that_a_disabled_one_did_not_have(
+    store: Store,
+) -> None:
+    snapshot = save(store, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    live = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with pytest.raises(UsageError, match=r"missing in the snapshot\. path='scaler'"):
+        load(snapshot, scaler=live)
+    kept = apply({"scaler": live}, snapshot.index, read=snapshot.read, world=WORLD, missing="keep")
+    assert kept == ("scaler",)
+    assert live.get_scale() == 4.0
+
+
 def test_generators_come_back(store: Store) -> None:
     generator = torch.Generator().manual_seed(4)
     torch.randn(3, generator=generator)
