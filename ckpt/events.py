@@ -127,6 +127,14 @@ KINDS: Final[Mapping[str, str]] = {
     "scrub-unnoted": "no store took the note of where a scrub is",
     "care-waits": "store maintenance could not run; tried again",
     "care-failed": "a defect in store maintenance",
+    # ---- serving
+    "generation": "another generation of the model is served",
+    "generation-back": "a generation that was kept in memory is served again",
+    "generation-pinned": "a generation's memory waits for requests that still use it",
+    "generation-refused": "a snapshot is not served, because something is wrong with it",
+    "serving-waits": "a follower can't see what is newest; it serves what it has",
+    "serving-follows": "a follower sees the log again",
+    "on-swap-failed": "the user's on_swap raised",
     # ---- maintenance
     "gc": "snapshots that no policy keeps were dropped",
     "gc-failed": "dropping snapshots failed",

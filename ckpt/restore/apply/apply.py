@@ -6,7 +6,7 @@ change live objects, after all bytes are there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from torch import nn
@@ -28,11 +28,15 @@ from ckpt.restore.apply.targets import (
     Coverage,
     RestoreProblems,
     Selection,
+    TensorFill,
     TensorTargets,
     fill_tensors,
 )
 from ckpt.restore.apply.values import RestoreStep, ValueMatcher
 from ckpt.restore.reader import ReadWants, read_object_of_all_ranks, read_objects
+
+FillTensors = Callable[[Sequence[TensorFill]], None]
+"""Puts the bytes of every want into its tensor."""
 
 
 def apply(
@@ -44,6 +48,7 @@ def apply(
     only: Sequence[str] | None = None,
     missing: Literal["error", "keep"] = "error",
     classes: Literal["same", "any"] = "same",
+    fill: FillTensors | None = None,
 ) -> tuple[str, ...]:
     """Make the live ``items`` what the snapshot says, in their own memory. Items that only the
     snapshot has are ignored.
@@ -54,6 +59,7 @@ def apply(
     "optimizer/state"]``); everything else is left as it is and not compared. ``missing="keep"``
     lets live things that the snapshot lacks keep their value; their paths are returned.
     ``classes="any"`` loads states of optimizers and objects also into those of another class.
+    ``fill`` fills the tensors in place of ``fill_tensors`` with ``read``.
 
     All differences (missing, unexpected, shapes, dtypes, ties, groups) are found before a byte of
     live memory is written, and raised as one UsageError. Errors of ``read`` pass through; live
@@ -73,7 +79,11 @@ def apply(
         CapturePlan(items, world), index, selection, problems, read=read, any_class=classes == "any"
     )
     steps = restore.decide()
-    fill_tensors(restore.targets.fills(), read)
+    fills = restore.targets.fills()
+    if fill is None:
+        fill_tensors(fills, read)
+    else:
+        fill(fills)
     for step in [*steps, *restore.values.late, *restore.values.last]:
         step()
     return tuple(problems.kept)

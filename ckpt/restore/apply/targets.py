@@ -60,8 +60,8 @@ def fill_tensors(fills: Sequence[TensorFill], read: ReadWants) -> None:
         local = local_of(fill.tensor)
         if not local.numel():
             continue
-        if _is_direct(local):
-            direct.append((fill.want, _bytes_of(local)))
+        if is_direct(local):
+            direct.append((fill.want, bytes_of(local)))
         else:
             others.append(fill)
     if direct:
@@ -79,7 +79,8 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _is_direct(tensor: torch.Tensor) -> bool:
+def is_direct(tensor: torch.Tensor) -> bool:
+    """Whether bytes can be read straight into the tensor's memory."""
     return (
         tensor.device.type == "cpu"
         and tensor.is_contiguous()
@@ -88,7 +89,8 @@ def _is_direct(tensor: torch.Tensor) -> bool:
     )
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor for which ``is_direct`` holds, as bytes."""
     # Over the storage rather than view(): this works for every dtype and for 0-d tensors.
     base = torch.empty(0, dtype=torch.uint8)
     base.set_(
