@@ -18,8 +18,10 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +47,29 @@ ChunkPlacesOf = Callable[[Digest], Iterable[ChunkLocation]]
 """Every known place of the chunk with that digest, best first. Asked only after damage, by several
 workers at once; its errors pass through.
 """
+
+
+class CachedRange(Protocol):
+    """A range of a pack in memory that processes of this machine share."""
+
+    def read_into(self, out: memoryview) -> bool:
+        """Fill ``out`` if the range is there; its bytes may be wrong."""
+        ...
+
+    def keep(self, data: memoryview) -> None:
+        """Keep the range for others, if there is room."""
+        ...
+
+
+class RangeCache(Protocol):
+    """Where ranges may be that another process of this machine has read."""
+
+    def range(
+        self, pack: str, offset_bytes: int, size_bytes: int
+    ) -> AbstractContextManager[CachedRange | None]:
+        """The range, held for as long as the context lasts; None if it can't be had."""
+        ...
+
 
 Bytes = NDArray[np.uint8]
 
@@ -100,7 +125,8 @@ class Fetcher:
     """Workers and scratch memory that serve many fetches from one store; close it when done.
 
     ``places_of``: where else a chunk may be read if its own place is damaged. Each place is tried
-    before ``fetch`` raises IntegrityError; ``scan`` reports the damage all the same.
+    before ``fetch`` raises IntegrityError; ``scan`` reports the damage all the same. ``cache``:
+    where other processes of this machine leave what they read.
     """
 
     def __init__(
@@ -110,9 +136,11 @@ class Fetcher:
         threads: int | None = None,
         budget_bytes: int = BUDGET_BYTES,
         places_of: ChunkPlacesOf | None = None,
+        cache: RangeCache | None = None,
     ) -> None:
         self._backend = backend
         self._places_of = places_of
+        self._cache = cache
         self.read_elsewhere: dict[Digest, str] = {}
         """The chunks whose own place was damaged and that were read from another one; why."""
         self._threads = threads_best(backend) if threads is None else max(1, threads)
@@ -150,7 +178,7 @@ class Fetcher:
 
         def work(read: PackRead, scratch: _ScratchMemory) -> int:
             try:
-                return _deliver_read(self._backend, plan.snapshot, read, targets, scratch)
+                return self._deliver_once(plan.snapshot, read, targets, scratch)
             except (IntegrityError, UnavailableError) as error:
                 if self._places_of is None or not _is_damage(error):
                     raise
@@ -159,6 +187,15 @@ class Fetcher:
             return sum(chunk.location.raw_bytes for chunk in read.chunks)
 
         self._run(plan, work, on_progress)
+
+    def _deliver_once(
+        self, snapshot: str, read: PackRead, targets: list[Bytes], scratch: _ScratchMemory
+    ) -> int:
+        """Deliver a request's chunks from the cache if they are there, else from the store."""
+        if self._cache is None:
+            return _deliver_read(self._backend, snapshot, read, targets, scratch)
+        with self._cache.range(read.pack, read.offset_bytes, read.size_bytes) as cached:
+            return _deliver_read(self._backend, snapshot, read, targets, scratch, cached=cached)
 
     def _deliver_from_any(
         self, snapshot: str, chunk: ChunkRead, targets: list[Bytes], scratch: _ScratchMemory
@@ -349,14 +386,22 @@ def _is_damage(error: CkptError) -> bool:
 
 
 def _deliver_read(
-    backend: Backend, snapshot: str, read: PackRead, targets: list[Bytes], scratch: _ScratchMemory
+    backend: Backend,
+    snapshot: str,
+    read: PackRead,
+    targets: list[Bytes],
+    scratch: _ScratchMemory,
+    *,
+    cached: CachedRange | None = None,
 ) -> int:
     direct = _direct(read)
     if direct is not None:
         chunk = read.chunks[0]
         start = direct.target_offset_bytes
         raw = targets[direct.output][start : start + direct.size_bytes]
-        _read_verified(backend, snapshot, read, raw, lambda: _check(chunk, raw, snapshot))
+        _read_verified(
+            backend, snapshot, read, raw, lambda: _check(chunk, raw, snapshot), cached=cached
+        )
         _deliver(raw, (copy for copy in chunk.copies if copy is not direct), targets)
         return raw.size
     stored = scratch.stored[: read.size_bytes]
@@ -368,7 +413,7 @@ def _deliver_read(
             _check(chunk, raw, snapshot)
             _deliver(raw, chunk.copies, targets)
 
-    _read_verified(backend, snapshot, read, stored, deliver)
+    _read_verified(backend, snapshot, read, stored, deliver, cached=cached)
     return sum(chunk.location.raw_bytes for chunk in read.chunks)
 
 
@@ -429,11 +474,23 @@ def _damage(chunk: ChunkRead, error: CkptError) -> DamagedChunk:
 
 
 def _read_verified(
-    backend: Backend, snapshot: str, read: PackRead, out: Bytes, check: Callable[[], None]
+    backend: Backend,
+    snapshot: str,
+    read: PackRead,
+    out: Bytes,
+    check: Callable[[], None],
+    *,
+    cached: CachedRange | None = None,
 ) -> None:
     """Fill ``out`` from whichever copy does not make ``check`` raise, at the second try if need
-    be.
+    be. What was read from a store goes to ``cached``.
     """
+    if cached is not None:
+        if _is_right(cached, out, check):
+            return
+        _read_verified(backend, snapshot, read, out, check)
+        cached.keep(out.data)
+        return
     if isinstance(backend, MultiStoreBackend):
         read_again(lambda: _read_copies(backend, snapshot, read, out, check))
         return
@@ -443,6 +500,16 @@ def _read_verified(
         check()
 
     read_again(once)
+
+
+def _is_right(cached: CachedRange, out: Bytes, check: Callable[[], None]) -> bool:
+    if not cached.read_into(out.data):
+        return False
+    try:
+        check()
+    except IntegrityError:
+        return False  # damaged in that memory: the store decides
+    return True
 
 
 def _read_copies(

@@ -30,6 +30,7 @@ from ckpt.errors import (
     CkptError,
     FormatVersionError,
     IntegrityError,
+    InternalError,
     NotFoundError,
     UnavailableError,
     UsageError,
@@ -42,6 +43,7 @@ from ckpt.restore.fetch import Fetcher
 from ckpt.serve.choice import Followed, next_snapshot, parse_followed
 from ckpt.serve.filling import FillReport, fill_buffer, require_numbers
 from ckpt.serve.generations import Generation, Generations, ModelBuffer, PinnedGeneration
+from ckpt.serve.shared_reads import SharedReads
 from ckpt.session.options import StorageOptions, StoreArgument, check_store
 from ckpt.values import SnapshotId
 
@@ -109,6 +111,9 @@ class Follower:
     ``check`` gets the candidate ``Generation``. ``on_swap`` gets each generation after it is
     served. Both run in the follower's thread.
 
+    ``share_reads``: followers of this log in other processes of this machine read each byte from
+    the store once for all of them, through shared memory. For more than one replica on a machine.
+
     While the store does not answer, the served generation goes on being served. A process that
     serves needs no permission to write. Raises UsageError for arguments that cannot work.
     """
@@ -124,6 +129,7 @@ class Follower:
         on_swap: Callable[[Generation], object] | None = None,
         keep_generations: int = 2,
         allow_nan: bool = False,
+        share_reads: bool = False,
         poll_s: float = POLL_S,
         storage_options: StorageOptions = None,
         write_quorum: int | None = None,
@@ -141,6 +147,8 @@ class Follower:
         self._check = check
         self._on_swap = on_swap
         self._allow_nan = allow_nan
+        self._share_reads = share_reads
+        self._shared: SharedReads | None = None
         self._poll_s = poll_s
         self._emit = emit or emit_to_logging(0)
         self._followed = parse_followed(follow)
@@ -264,6 +272,9 @@ class Follower:
                 # Of the log, or of the stores: no snapshot's fault, and perhaps mended by someone.
                 pause_s = RETRY_S_MAX
                 self._waits_for(error)
+            except Exception as error:  # noqa: BLE001  a thread's border: it must not end in silence
+                pause_s = RETRY_S_MAX
+                self._waits_for(InternalError(f"a defect in following: {error!r}"))
             else:
                 pause_s = self._poll_s
                 self._waits_for(None)
@@ -339,10 +350,14 @@ class Follower:
         backend = self._log.backend
         index = load_index(backend, state, target)
         look_s = time.monotonic() - begun
+        if self._share_reads and self._shared is None:
+            self._shared = SharedReads(self._log.log_id)
+        shared_bytes = self._shared.shared_bytes if self._shared is not None else 0
         with Fetcher(
             backend,
             budget_bytes=READ_BUDGET_BYTES,
             places_of=ChunkPlaces(backend, self._log.state, index),
+            cache=self._shared,
         ) as fetcher:
             report = fill_buffer(
                 buffer,
@@ -354,6 +369,9 @@ class Follower:
                 world=World(rank=0, size=1),
             )
         report.seconds["look"] = look_s
+        if self._shared is not None:
+            report.read_bytes -= self._shared.shared_bytes - shared_bytes
+            self._shared.tidy()
         return Generation(buffer.model, info_of(index.manifest, state)), report
 
     def _judge(self, candidate: Generation, report: FillReport) -> None:
@@ -440,6 +458,12 @@ class _FollowedLog:
             self._journal.look_at_stores()
             self._identified = time.monotonic()
         return self._journal.refresh()
+
+    @property
+    def log_id(self) -> str:
+        """The log's own id. ``state`` was called before."""
+        assert self._journal is not None, "it was read"
+        return self._journal.log_id
 
     def close(self) -> None:
         if self._own:
