@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from ckpt.serve.follower import Follower as Follower
     from ckpt.serve.follower import FollowerStatus as FollowerStatus
     from ckpt.serve.generations import Generation as Generation
+    from ckpt.serve.shared_reads import SharedReads as SharedReads
+    from ckpt.serve.source import SwapReport as SwapReport
 
 _HOMES = {
     "Follower": "ckpt.serve.follower",
     "FollowerStatus": "ckpt.serve.follower",
     "Generation": "ckpt.serve.generations",
+    "SharedReads": "ckpt.serve.shared_reads",
+    "SwapReport": "ckpt.serve.source",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

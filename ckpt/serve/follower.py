@@ -23,8 +23,6 @@ from types import TracebackType
 
 import torch
 
-from ckpt.backends.base import Backend
-from ckpt.backends.replicated.open import key_source, open_job_stores, require_key_fits
 from ckpt.capture.leaves import World
 from ckpt.errors import (
     CkptError,
@@ -36,38 +34,19 @@ from ckpt.errors import (
     UsageError,
 )
 from ckpt.events import Emit, Event, emit_to_logging
-from ckpt.log.catalog import ChunkPlaces, info_of, load_index
-from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
-from ckpt.restore.fetch import Fetcher
 from ckpt.serve.choice import Followed, next_snapshot, parse_followed
-from ckpt.serve.filling import FillReport, fill_buffer, require_numbers
 from ckpt.serve.generations import Generation, Generations, ModelBuffer, PinnedGeneration
-from ckpt.serve.shared_reads import SharedReads
+from ckpt.serve.source import FillReport, GenerationSource, SnapshotChecks, SwapReport
 from ckpt.session.options import StorageOptions, StoreArgument, check_store
 from ckpt.values import SnapshotId
 
 POLL_S = 0.2
 """How often the log is looked at: one listing, of a folder or of the newest log keys."""
-IDENTIFY_S = 2.0
-"""How often it is asked whether the store is still the same one: a small read."""
 RETRY_S_MAX = 5.0
 """Longest pause between two looks while the store does not answer."""
 NICENESS = 10
 """The thread that fills gives way to those that answer requests."""
-READ_BUDGET_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class SwapReport:
-    """How one generation came to be served. Times in seconds, in order: ``look`` (log and index),
-    ``fill`` (read, verify, copy), ``check``, ``swap``; ``since_commit`` by the clocks of the
-    machine that committed and of this one."""
-
-    generation: str
-    read_bytes: int
-    reused_bytes: int
-    seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +66,16 @@ class FollowerStatus:
 
 
 @dataclass(slots=True)
-class _Progress:
-    """What the follower's thread has done; written by it alone, under the follower's lock."""
+class _FollowerState:
+    """What a follower was told and has done. Changed under the follower's lock."""
 
+    followed: Followed
+    held: bool = False
+    """Whether a rollback holds it where it is."""
+    closed: bool = False
     refused: dict[SnapshotId, str] = field(default_factory=dict)
     waits_for: str = "the first look at the log"
+    told_wait: str = ""
     swaps: int = 0
     read_bytes: int = 0
     reused_bytes: int = 0
@@ -143,32 +127,26 @@ class Follower:
             )
         if not poll_s > 0:
             raise UsageError(f"poll_s is a time in seconds above 0. poll_s={poll_s}")
-        self._item = only
-        self._check = check
+        self._state = _FollowerState(parse_followed(follow))
+        self._checks = SnapshotChecks(allow_nan, check)
         self._on_swap = on_swap
-        self._allow_nan = allow_nan
-        self._share_reads = share_reads
-        self._shared: SharedReads | None = None
         self._poll_s = poll_s
         self._emit = emit or emit_to_logging(0)
-        self._followed = parse_followed(follow)
         models = _models(into, keep_generations + 1)
         self._generations = Generations(
             [ModelBuffer(model) for model in models], keep=keep_generations
         )
-        self._log = _FollowedLog(
+        self._source = GenerationSource(
             check_store(store, write_quorum=write_quorum),
             storage_options,
+            item=only,
+            share_reads=share_reads,
             write_quorum=write_quorum,
             encryption_key=encryption_key,
             emit=self._emit,
         )
-        self._progress = _Progress()
-        self._held = False
-        self._told_wait = ""
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._closed = False
         self._thread = threading.Thread(target=self._run, name="ckpt-follow", daemon=True)
         self._thread.start()
 
@@ -204,7 +182,7 @@ class Follower:
         """
         with self._lock:
             back = self._generations.serve_kept(generation)
-            self._held = True
+            self._state.held = True
         text = f"serves {back.id} again, and stays there until told to follow"
         self._emit(Event("generation-back", text, {"generation": back.id}))
         return back
@@ -213,8 +191,8 @@ class Follower:
         """From now on follow another tag or step, or the newest; ends a rollback."""
         followed = parse_followed(follow)
         with self._lock:
-            self._followed = followed
-            self._held = False
+            self._state.followed = followed
+            self._state.held = False
         self._wake.set()
 
     def look(self) -> None:
@@ -224,27 +202,27 @@ class Follower:
     def status(self) -> FollowerStatus:
         """What is served, kept and refused, what it cost, and what is waited for."""
         with self._lock:
-            progress, served = self._progress, self._generations.served
+            now, served = self._state, self._generations.served
             return FollowerStatus(
-                follow=str(self._followed),
+                follow=str(self._state.followed),
                 generation=served.id if served is not None else None,
                 kept=tuple(kept.id for kept in self._generations.kept),
-                refused={f"{s.epoch}-{s.step}": why for s, why in progress.refused.items()},
-                waits_for=progress.waits_for,
-                held=self._held,
-                swaps=progress.swaps,
-                read_bytes=progress.read_bytes,
-                reused_bytes=progress.reused_bytes,
-                last_swap=progress.last_swap,
+                refused={f"{s.epoch}-{s.step}": why for s, why in now.refused.items()},
+                waits_for=now.waits_for,
+                held=self._state.held,
+                swaps=now.swaps,
+                read_bytes=now.read_bytes,
+                reused_bytes=now.reused_bytes,
+                last_swap=now.last_swap,
             )
 
     def close(self) -> None:
         """End following. Generations that are pinned stay usable. Idempotent."""
-        self._closed = True
+        self._state.closed = True
         self._wake.set()
         self._generations.close()
         self._thread.join()
-        self._log.close()
+        self._source.close()
 
     def __enter__(self) -> Follower:
         return self
@@ -262,7 +240,7 @@ class Follower:
     def _run(self) -> None:
         _give_way()
         pause_s = self._poll_s
-        while not self._closed:
+        while not self._state.closed:
             try:
                 self._look()
             except (UnavailableError, NotFoundError) as error:
@@ -284,55 +262,64 @@ class Follower:
     def _waits_for(self, error: CkptError | None) -> None:
         """Keep why nothing new is served; say it when it begins and when it is over."""
         with self._lock:
-            self._progress.waits_for = str(error) if error is not None else ""
+            self._state.waits_for = str(error) if error is not None else ""
         kind = type(error).__name__ if error is not None else ""
-        if kind == self._told_wait:
+        if kind == self._state.told_wait:
             return
         served = self._generations.served
         serves = f"serves {served.id} meanwhile" if served is not None else "serves nothing yet"
         if error is not None:
             absent = isinstance(error, NotFoundError) and served is None
             self._emit(Event("serving-waits", f"{serves}: {error}", alarm=not absent))
-        elif self._told_wait:
+        elif self._state.told_wait:
             self._emit(Event("serving-follows", "the stores answer; follows again"))
-        self._told_wait = kind
+        self._state.told_wait = kind
 
     def _look(self) -> None:
         """Serve what the log names now, if that is another snapshot than the served one."""
-        while not self._closed:
+        while not self._state.closed:
             with self._lock:
-                followed, held = self._followed, self._held
+                followed, held = self._state.followed, self._state.held
             if held:
                 return
             begun = time.monotonic()
-            state = self._log.state()
+            state = self._source.state()
             served = self._generations.served
             target = next_snapshot(
                 state,
                 followed,
                 served=served.info.id if served is not None else None,
-                refused=self._progress.refused,
+                refused=self._state.refused,
             )
             if target is None:
                 return
-            self._try(state, target, followed, begun)
+            self._try(state, target, followed, time.monotonic() - begun)
 
-    def _try(self, state: LogState, target: SnapshotId, followed: Followed, begun: float) -> None:
+    def _try(
+        self, state: LogState, target: SnapshotId, followed: Followed, looked_s: float
+    ) -> None:
         """Serve ``target``, or refuse it."""
         buffer = self._generations.buffer_to_fill(on_wait=self._tell_pinned)
         if buffer is None:
             return
         try:
-            candidate, report = self._fill(state, target, buffer, begun)
-            self._judge(candidate, report)
+            candidate, report = self._source.fill(
+                buffer,
+                self._generations.donors(buffer),
+                state,
+                target,
+                world=World(rank=0, size=1),
+            )
+            report.seconds["look"] = looked_s
+            self._checks.require(candidate, report)
         except (IntegrityError, FormatVersionError, UsageError) as error:
-            if self._log.state().find(target) is None:
+            if self._source.state().find(target) is None:
                 return  # it was dropped meanwhile, which is no fault of it
             self._refuse(target, str(error))
             return
         at = time.monotonic()
         with self._lock:
-            if self._held or self._followed != followed:
+            if self._state.held or self._state.followed != followed:
                 return  # a rollback came first; its word holds
             self._generations.serve(buffer, candidate)
             report.seconds["swap"] = time.monotonic() - at
@@ -344,64 +331,20 @@ class Follower:
         if self._on_swap is not None:
             self._call_on_swap(candidate)
 
-    def _fill(
-        self, state: LogState, target: SnapshotId, buffer: ModelBuffer, begun: float
-    ) -> tuple[Generation, FillReport]:
-        backend = self._log.backend
-        index = load_index(backend, state, target)
-        look_s = time.monotonic() - begun
-        if self._share_reads and self._shared is None:
-            self._shared = SharedReads(self._log.log_id)
-        shared_bytes = self._shared.shared_bytes if self._shared is not None else 0
-        with Fetcher(
-            backend,
-            budget_bytes=READ_BUDGET_BYTES,
-            places_of=ChunkPlaces(backend, self._log.state, index),
-            cache=self._shared,
-        ) as fetcher:
-            report = fill_buffer(
-                buffer,
-                self._generations.donors(buffer),
-                index,
-                item=self._item,
-                fetcher=fetcher,
-                coalesce_bytes=backend.capabilities().read_bytes_best,
-                world=World(rank=0, size=1),
-            )
-        report.seconds["look"] = look_s
-        if self._shared is not None:
-            report.read_bytes -= self._shared.shared_bytes - shared_bytes
-            self._shared.tidy()
-        return Generation(buffer.model, info_of(index.manifest, state)), report
-
-    def _judge(self, candidate: Generation, report: FillReport) -> None:
-        """Raise IntegrityError if the filled model must not be served."""
-        begun = time.monotonic()
-        if not self._allow_nan:
-            require_numbers(report.changed)
-        if self._check is not None:
-            try:
-                verdict = self._check(candidate)
-            except Exception as error:  # the user's own: whatever it raises refuses the snapshot
-                raise IntegrityError(f"check raised {error!r}") from error
-            if verdict is False:
-                raise IntegrityError("check returned False")
-        report.seconds["check"] = time.monotonic() - begun
-
     def _refuse(self, target: SnapshotId, reason: str) -> None:
         with self._lock:
-            self._progress.refused[target] = reason
+            self._state.refused[target] = reason
         served = self._generations.served
         serves = f"goes on with {served.id}" if served is not None else "serves nothing yet"
         text = f"the snapshot of {target} is refused and not tried again, {serves}: {reason}"
         self._emit(Event("generation-refused", text, {"step": target.step}, alarm=True))
 
     def _note(self, candidate: Generation, report: FillReport) -> None:
-        progress = self._progress
-        progress.swaps += 1
-        progress.read_bytes += report.read_bytes
-        progress.reused_bytes += report.reused_bytes
-        progress.last_swap = SwapReport(
+        now = self._state
+        now.swaps += 1
+        now.read_bytes += report.read_bytes
+        now.reused_bytes += report.reused_bytes
+        now.last_swap = SwapReport(
             candidate.id, report.read_bytes, report.reused_bytes, dict(report.seconds)
         )
 
@@ -416,58 +359,6 @@ class Follower:
         except Exception as error:  # noqa: BLE001  the user's own; it is served all the same
             text = f"on_swap raised, {generation.id} is served all the same: {error!r}"
             self._emit(Event("on-swap-failed", text, alarm=True))
-
-
-class _FollowedLog:
-    """The stores that are followed, opened when they first answer."""
-
-    def __init__(
-        self,
-        store: str | tuple[str, ...] | Backend,
-        storage_options: StorageOptions,
-        *,
-        write_quorum: int | None,
-        encryption_key: str | None,
-        emit: Emit,
-    ) -> None:
-        self._key = key_source(encryption_key)
-        self._own = isinstance(store, (str, tuple))
-        self.backend: Backend = (
-            open_job_stores(
-                (store,) if isinstance(store, str) else store,
-                storage_options,
-                write_quorum=write_quorum,
-                encryption_key=self._key,
-                emit=emit,
-            )
-            if isinstance(store, (str, tuple))
-            else store
-        )
-        self._journal: Journal | None = None
-        self._identified = time.monotonic()
-
-    def state(self) -> LogState:
-        """The log's fold, fresh from the stores. Raises NotFoundError if there is no log yet,
-        UnavailableError if the stores do not answer."""
-        if self._journal is None:
-            if self._own:
-                require_key_fits(self.backend, self._key)
-            self._journal = Journal.open(self.backend)
-        elif time.monotonic() - self._identified >= IDENTIFY_S:
-            # An empty folder where a disk was mounted lists no new record, as a quiet log does.
-            self._journal.look_at_stores()
-            self._identified = time.monotonic()
-        return self._journal.refresh()
-
-    @property
-    def log_id(self) -> str:
-        """The log's own id. ``state`` was called before."""
-        assert self._journal is not None, "it was read"
-        return self._journal.log_id
-
-    def close(self) -> None:
-        if self._own:
-            self.backend.close()
 
 
 def _models(

@@ -1,35 +1,58 @@
-"""Filling one copy of the model from a snapshot: what lies in memory stays or is copied, the rest
-is read.
+"""Where generations come from: the log and the stores that are followed, and one fill of a buffer.
 
-After a fill every byte of every tensor in CPU memory was checked against a digest of the snapshot:
-bytes that stayed and bytes that were copied as well as those that were read. Memory of a device is
-not read back; there a tensor stays only if torch's version counter says that nobody wrote to it.
+What lies in memory stays or is copied, the rest is read. After a fill every byte of every tensor in
+CPU memory was checked against a digest of the snapshot: bytes that stayed and bytes that were
+copied as well as those that were read. Memory of a device is not read back; there a tensor stays
+only if torch's version counter says that nobody wrote to it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ckpt.backends.base import Backend
+from ckpt.backends.replicated.open import key_source, open_job_stores, require_key_fits
 from ckpt.capture.leaves import World
 from ckpt.capture.tensors import local_of
 from ckpt.errors import IntegrityError
+from ckpt.events import Emit
 from ckpt.format.canonical import digest
 from ckpt.format.index import SnapshotIndex
+from ckpt.log.catalog import ChunkPlaces, info_of, load_index
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState
 from ckpt.restore.apply.apply import apply
 from ckpt.restore.apply.targets import TensorFill, bytes_of, fill_tensors, is_direct
 from ckpt.restore.fetch import Fetcher
 from ckpt.restore.plan import ChunkCopy, ReadPlan, Want, plan_reads
 from ckpt.serve.delta import HeldBytes, Place, delta_of
-from ckpt.serve.generations import DeviceTensor, ModelBuffer
-from ckpt.values import Digest
+from ckpt.serve.generations import DeviceTensor, Generation, ModelBuffer
+from ckpt.serve.shared_reads import SharedReads
+from ckpt.session.options import StorageOptions
+from ckpt.values import Digest, SnapshotId
 
+IDENTIFY_S = 2.0
+"""How often it is asked whether the store is still the same one: a small read."""
+READ_BUDGET_BYTES = 64 << 20
 NAMES_SHOWN_MAX = 5
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReport:
+    """How one generation came to be served. Times in seconds, in order: ``look`` (log), ``index``,
+    ``fill`` (read, verify, copy), ``check``, ``swap``; ``since_commit`` by the clocks of the
+    machine that committed and of this one."""
+
+    generation: str
+    read_bytes: int
+    reused_bytes: int
+    seconds: Mapping[str, float]
 
 
 @dataclass(slots=True)
@@ -43,27 +66,122 @@ class FillReport:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def fill_buffer(
-    buffer: ModelBuffer,
-    donors: Sequence[ModelBuffer],
-    index: SnapshotIndex,
-    *,
-    item: str,
-    fetcher: Fetcher,
-    coalesce_bytes: int,
-    world: World,
-) -> FillReport:
-    """Make the model in ``buffer`` what the snapshot says of the tracked item named ``item``.
+class GenerationSource:
+    """The stores of a job, opened when they first answer, and the item of its snapshots that is
+    served. Used by one thread."""
 
-    Raises UsageError that lists all differences if the model has another structure, other shapes or
-    dtypes (nothing was written then); IntegrityError for damage; UnavailableError. After an error
-    the buffer's model must not be used, and the next fill makes it right.
-    """
-    filling = _Filling(buffer, donors, index, fetcher, coalesce_bytes)
-    begun = time.monotonic()
-    apply({item: buffer.model}, index, read=filling.read, world=world, fill=filling.fill)
-    filling.report.seconds["fill"] = time.monotonic() - begun
-    return filling.report
+    def __init__(
+        self,
+        store: str | tuple[str, ...] | Backend,
+        storage_options: StorageOptions,
+        *,
+        item: str,
+        share_reads: bool,
+        write_quorum: int | None,
+        encryption_key: str | None,
+        emit: Emit,
+    ) -> None:
+        self._item = item
+        self._key = key_source(encryption_key)
+        self._own = isinstance(store, (str, tuple))
+        self._backend: Backend = (
+            open_job_stores(
+                (store,) if isinstance(store, str) else store,
+                storage_options,
+                write_quorum=write_quorum,
+                encryption_key=self._key,
+                emit=emit,
+            )
+            if isinstance(store, (str, tuple))
+            else store
+        )
+        self._journal: Journal | None = None
+        self._identified = time.monotonic()
+        self._share_reads = share_reads
+        self._shared: SharedReads | None = None
+
+    def state(self) -> LogState:
+        """The log's fold, fresh from the stores. Raises NotFoundError if there is no log yet,
+        UnavailableError if the stores do not answer."""
+        if self._journal is None:
+            if self._own:
+                require_key_fits(self._backend, self._key)
+            self._journal = Journal.open(self._backend)
+            if self._share_reads:
+                self._shared = SharedReads(self._journal.log_id)
+        elif time.monotonic() - self._identified >= IDENTIFY_S:
+            # An empty folder where a disk was mounted lists no new record, as a quiet log does.
+            self._journal.look_at_stores()
+            self._identified = time.monotonic()
+        return self._journal.refresh()
+
+    def fill(
+        self,
+        buffer: ModelBuffer,
+        donors: Sequence[ModelBuffer],
+        state: LogState,
+        target: SnapshotId,
+        *,
+        world: World,
+    ) -> tuple[Generation, FillReport]:
+        """Make the model in ``buffer`` what the snapshot ``target`` has of the item.
+
+        Raises UsageError that lists all differences if the model has another structure, other
+        shapes or dtypes (nothing was written then); IntegrityError for damage; UnavailableError.
+        After an error the buffer's model must not be used, and the next fill makes it right.
+        """
+        begun = time.monotonic()
+        index = load_index(self._backend, state, target)
+        indexed = time.monotonic()
+        shared_bytes = self._shared.shared_bytes if self._shared is not None else 0
+        coalesce_bytes = self._backend.capabilities().read_bytes_best
+        with Fetcher(
+            self._backend,
+            budget_bytes=READ_BUDGET_BYTES,
+            places_of=ChunkPlaces(self._backend, self.state, index),
+            cache=self._shared,
+        ) as fetcher:
+            filling = _Filling(buffer, donors, index, fetcher, coalesce_bytes)
+            apply(
+                {self._item: buffer.model},
+                index,
+                read=filling.read,
+                world=world,
+                fill=filling.fill,
+            )
+        report = filling.report
+        report.seconds.update(index=indexed - begun, fill=time.monotonic() - indexed)
+        if self._shared is not None:
+            report.read_bytes -= self._shared.shared_bytes - shared_bytes
+            self._shared.tidy()
+        return Generation(buffer.model, info_of(index.manifest, state)), report
+
+    def close(self) -> None:
+        """Close the stores, unless the user opened them."""
+        if self._own:
+            self._backend.close()
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotChecks:
+    """What a filled model must pass before it is served."""
+
+    allow_nan: bool = False
+    check: Callable[[Generation], object] | None = None
+
+    def require(self, candidate: Generation, report: FillReport) -> None:
+        """Raise IntegrityError if the candidate must not be served."""
+        begun = time.monotonic()
+        if not self.allow_nan:
+            require_numbers(report.changed)
+        if self.check is not None:
+            try:
+                verdict = self.check(candidate)
+            except Exception as error:
+                raise IntegrityError(f"check raised {error!r}") from error
+            if verdict is False:
+                raise IntegrityError("check returned False")
+        report.seconds["check"] = time.monotonic() - begun
 
 
 def require_numbers(fills: Sequence[TensorFill]) -> None:
