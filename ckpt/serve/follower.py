@@ -45,6 +45,7 @@ POLL_S = 0.2
 """How often the log is looked at: one listing, of a folder or of the newest log keys."""
 RETRY_S_MAX = 5.0
 """Longest pause between two looks while the store does not answer."""
+CLOSE_WAIT_S = 10.0
 NICENESS = 10
 """The thread that fills gives way to those that answer requests."""
 
@@ -217,12 +218,16 @@ class Follower:
             )
 
     def close(self) -> None:
-        """End following. Generations that are pinned stay usable. Idempotent."""
+        """End following. Generations that are pinned stay usable. Idempotent.
+
+        A store that hangs is waited for ten seconds; its thread ends with the process.
+        """
         self._state.closed = True
         self._wake.set()
         self._generations.close()
-        self._thread.join()
-        self._source.close()
+        self._thread.join(CLOSE_WAIT_S)
+        if not self._thread.is_alive():
+            self._source.close()
 
     def __enter__(self) -> Follower:
         return self
@@ -313,6 +318,8 @@ class Follower:
             report.seconds["look"] = looked_s
             self._checks.require(candidate, report)
         except (IntegrityError, FormatVersionError, UsageError) as error:
+            # Only what was served may be taken for looked at, if the next snapshot has it too.
+            buffer.forget()
             if self._source.state().find(target) is None:
                 return  # it was dropped meanwhile, which is no fault of it
             self._refuse(target, str(error))

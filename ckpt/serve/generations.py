@@ -76,6 +76,11 @@ class ModelBuffer:
     generation: Generation | None = None
     pins: int = 0
 
+    def forget(self) -> None:
+        """Take nothing that is in the memory for known: the next fill writes all of it."""
+        self.held = {}
+        self.on_device = {}
+
 
 class PinnedGeneration:
     """A generation for one request: ``with follower.generation() as g``. Costs a microsecond."""

@@ -25,7 +25,7 @@ class Trainer:
     """A training job that commits a model at each call."""
 
     def __init__(self, store: Path, model: nn.Module | None = None) -> None:
-        self.model = model or make_model()
+        self.model: nn.Module = model or make_model()
         self._checkpointer = Checkpointer(store, job="t")
 
     def commit(self, step: int, value: float | None = None, *, tag: str | None = None) -> None:
@@ -189,6 +189,22 @@ def test_bad_snapshot_is_refused_once_and_the_next_is_served(
     alarms = [event for event in events if event.kind == "generation-refused"]
     assert len(alarms) == 1
     assert alarms[0].alarm
+    trainer.close()
+
+
+def test_nan_that_stays_is_refused_in_the_next_snapshot_too(tmp_path: Path) -> None:
+    """Its bytes are in the buffer that was refused, and the next fill would find them there."""
+    trainer = Trainer(tmp_path / "store")
+    trainer.commit(1)
+    with Follower(tmp_path / "store", into=make_model, poll_s=0.02) as follower:
+        follower.wait(step=1, timeout_s=WAIT_S)
+        trainer.commit(2, float("nan"))
+        wait_until(lambda: "1-2" in follower.status().refused)
+        with torch.no_grad():
+            trainer.model[2].bias.fill_(3.0)
+        trainer.save(3)
+        wait_until(lambda: "1-3" in follower.status().refused)
+        assert follower.wait(timeout_s=1.0).step == 1
     trainer.close()
 
 
