@@ -153,12 +153,14 @@ class Follower:
 
     # ---- for requests
 
-    def generation(self) -> PinnedGeneration:
+    def generation(self, generation: str | None = None) -> PinnedGeneration:
         """Pin the served generation for one request: ``with follower.generation() as g``.
 
-        Raises UnavailableError, on entry, if none is served yet. Never waits for a swap.
+        ``generation`` is the id of another one that is kept, for requests that belong together. On
+        entry raises UnavailableError if none is served yet, and NotFoundError if the named one is
+        not in memory. Never waits for a swap.
         """
-        return PinnedGeneration(self._generations)
+        return PinnedGeneration(self._generations, generation)
 
     # ---- for operators
 

@@ -85,14 +85,15 @@ class ModelBuffer:
 class PinnedGeneration:
     """A generation for one request: ``with follower.generation() as g``. Costs a microsecond."""
 
-    __slots__ = ("_buffer", "_generations")
+    __slots__ = ("_buffer", "_generation_id", "_generations")
 
-    def __init__(self, generations: Generations) -> None:
+    def __init__(self, generations: Generations, generation_id: str | None = None) -> None:
         self._generations = generations
+        self._generation_id = generation_id
         self._buffer: ModelBuffer | None = None
 
     def __enter__(self) -> Generation:
-        self._buffer, generation = self._generations.pin()
+        self._buffer, generation = self._generations.pin(self._generation_id)
         return generation
 
     def __exit__(
@@ -119,19 +120,26 @@ class Generations:
         self._changed = threading.Condition()
         self._closed = False
 
-    def pin(self, *, timeout_s: float = 0.0) -> tuple[ModelBuffer, Generation]:
-        """The served generation, kept as it is until ``unpin``. Raises UnavailableError if none is
-        served yet, after ``timeout_s``."""
+    def pin(self, generation_id: str | None = None) -> tuple[ModelBuffer, Generation]:
+        """The served generation, or the one named if it is kept; it stays as it is until ``unpin``.
+
+        Raises UnavailableError if none is served yet, and NotFoundError that lists what is kept.
+        """
         with self._changed:
-            if self._served is None and timeout_s:
-                self._changed.wait_for(lambda: self._served is not None or self._closed, timeout_s)
-            served = self._served
-            if served is None or served.generation is None:
+            if self._served is None:
                 raise UnavailableError(
                     "no generation is served yet; wait for the first with follower.wait()"
                 )
-            served.pins += 1
-            return served, served.generation
+            for buffer in (self._served, *self._kept):
+                generation = buffer.generation
+                if generation is not None and generation_id in (None, generation.id):
+                    buffer.pins += 1
+                    return buffer, generation
+            kept = [buffer.generation.id for buffer in self._kept if buffer.generation is not None]
+            raise NotFoundError(
+                f"that generation is not in memory. generation={generation_id} kept={kept}; take "
+                "one of these, or none for the served one"
+            )
 
     def unpin(self, buffer: ModelBuffer) -> None:
         """A request is over."""
