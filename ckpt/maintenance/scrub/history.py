@@ -112,7 +112,9 @@ class ScrubCursors:
         Raises UnavailableError if no store answers. Cost: a short list and a small read a store.
         """
         now_unix_ms = self.now_unix_ms()
-        ended = max((seq for _, seqs in _recorded(self._stores) for seq in seqs), default=0)
+        newest = now_unix_ms + CLOCKS_APART_MS
+        seqs = [seq for _, seqs in _recorded(self._stores) for seq in seqs]
+        ended = max((seq for seq in seqs if seq <= newest), default=0)
         found: list[ScrubCursor] = []
         for store in self._stores:
             try:
@@ -121,7 +123,6 @@ class ScrubCursors:
             except (IntegrityError, FormatVersionError, NotFoundError, UnavailableError):
                 continue  # another store's says the same, and without any all is read again
         oldest = max(ended, now_unix_ms - CURSOR_KEPT_MS)
-        newest = now_unix_ms + CLOCKS_APART_MS
         credible = [cursor for cursor in found if oldest <= cursor.at_unix_ms <= newest]
         return max(credible, key=lambda cursor: (cursor.at_unix_ms, cursor.last_pack), default=None)
 

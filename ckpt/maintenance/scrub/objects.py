@@ -183,6 +183,16 @@ class ObjectScrub:
         self._context.findings.lost += cursor.lost
 
     @property
+    def records_end(self) -> int | None:
+        """The position of the first record that names a snapshot of which packs may have been left
+        out: an earlier process did not know it, or not all of it. None: there is none.
+        """
+        if self._begun_with is None:
+            return None
+        left = [one.seq for one in self._snapshots if named(one) not in self._begun_with]
+        return min(left, default=None)
+
+    @property
     def done(self) -> PacksDone:
         """How far the packs were read."""
         return self._walk.done

@@ -27,17 +27,22 @@ from ckpt.maintenance.scrub.report import HEADLESS, ScrubContext, StoreRole, los
 
 
 def repair_log(
-    context: ScrubContext, log: LogFindings, counted_record: CountedRecord | None
+    context: ScrubContext,
+    log: LogFindings,
+    counted_record: CountedRecord | None,
+    *,
+    end: int | None = None,
 ) -> None:
     """Write the records that stores lack; what cannot be written stays in ``log.faults``.
 
-    Each store gets them in ascending order, and none behind one that could not be written. A store
-    that lacks objects (``context.tainted``) gets none. Raises Stopped; a repeated call continues.
+    Each store gets them in ascending order, and none behind one that could not be written, nor at
+    ``end`` or later. A store that lacks objects (``context.tainted``) gets none. Raises Stopped; a
+    repeated call continues.
     """
     for number, faults in enumerate(log.faults):
         # A tainted store lacks an object that another store has; a record could name it.
         if number in context.writable and number not in context.tainted:
-            _repair_store(context, log, number, faults, counted_record)
+            _repair_store(context, log, number, faults, counted_record, end=end)
 
 
 def repair_folds(context: ScrubContext, log: LogFindings) -> None:
@@ -104,12 +109,16 @@ def _repair_store(
     number: int,
     faults: RecordFaults,
     counted_record: CountedRecord | None,
+    *,
+    end: int | None,
 ) -> None:
     todo = [(seq, keys.log_key(seq), False) for seq in faults.first]
     todo += [(seq, keys.settled_key(seq), True) for seq in faults.second]
     written = {False: 0, True: 0}
     try:
         for seq, key, second in sorted(todo):
+            if end is not None and seq >= end:
+                break
             data = _right_data(context, seq, log.digest(seq), counted_record)
             if data is None or not context.put(number, key, data):
                 break  # a record behind a missing one would be a gap in the store's log

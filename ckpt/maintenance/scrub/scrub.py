@@ -417,7 +417,8 @@ class _ScrubRun:
             self._start.context.emit(Event("scrub-unnoted", text))
 
     def _repair_log(self, threads: int) -> None:
-        repair_log(self._start.context, self._start.log, self._start.counted_record)
+        start, end = self._start, self._objects.records_end
+        repair_log(start.context, start.log, start.counted_record, end=end)
 
     def _repair_folds(self, threads: int) -> None:
         repair_folds(self._start.context, self._start.log)

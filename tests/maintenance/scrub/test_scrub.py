@@ -26,6 +26,7 @@ from kit.damage import (
 from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
+from ckpt.backends.replicated.open import open_stores
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
 from ckpt.events import Event
@@ -627,9 +628,49 @@ def test_scrub_goes_on_where_a_copy_could_not_be_repaired_or_with_another_store_
     assert report is not None and trio[1].stat(packs[0]) is not None
 
 
+def test_scrub_gone_on_with_gives_no_store_a_record_of_a_snapshot_whose_packs_it_left_out(
+    trio: list[FileBackend],
+) -> None:
+    before = folded(trio[0])
+    stores = open_stores([store.url for store in trio], emit=lambda event: None)
+    journal = Journal.open(stores)
+    journal.open_epoch(resume=before.snapshots[-1].snapshot)
+    writer = SampleWriter(stores, job=journal.job, _journal=journal, _writes=1000)
+    writer.write(SnapshotId(journal.refresh().epoch, 40), sample_ranks(40))
+    stores.close()
+    added = folded(trio[0])
+    packs = sorted(objects_of(trio[0], keys.PACKS))
+    # The third store had every object of the snapshots that the scrub began with, and then missed
+    # the new one, whose packs have keys below the one that the scrub had come to.
+    Path(trio[2].url, packs[-1]).unlink()
+    for seq in range(1, added.next_seq):
+        Path(trio[2].url, keys.log_key(seq)).unlink()
+    cursors = ScrubCursors(trio)
+    cursor = ScrubCursor(
+        at_unix_ms=cursors.now_unix_ms(),
+        last_pack=packs[-1],
+        store_ids=tuple(record_of(store).store_id for store in trio),
+        sound=frozenset((one.snapshot, one.manifest_digest) for one in before.snapshots),
+    )
+    cursors.keep(cursor)
+    report = Scrub(list(trio), 2).run(cursors=cursors)
+    assert report is not None and report.complete
+    assert folded(trio[2]).next_seq == added.snapshots[-1].seq, "up to the new snapshot's record"
+    assert names_nothing_missing(trio[2])
+    report = Scrub(list(trio), 2).run()
+    assert report is not None and report.ok
+    assert all(faults_of(store, trio[0]) == [] for store in trio)
+
+
 @pytest.mark.parametrize(
     ("at_s", "ended_s", "known"),
-    [(-100, -200, True), (-100, -50, False), (600, -200, False), (-8 * 86400, None, False)],
+    [
+        (-100, -200, True),
+        (-100, -50, False),
+        (-100, 3600, True),
+        (600, -200, False),
+        (-8 * 86400, None, False),
+    ],
 )
 def test_cursor_counts_until_a_scrub_ends_and_for_a_week(
     at_s: int, ended_s: int | None, known: bool
