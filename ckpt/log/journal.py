@@ -43,12 +43,12 @@ from ckpt.format.records import (
 from ckpt.log.access import LogAccess
 from ckpt.log.catalog import info_of
 from ckpt.log.fold import fold, require_counted, void_error, void_if_appended
-from ckpt.log.high_water import HighWaterMark
+from ckpt.log.high_water import FILES, HighWaterMark
 from ckpt.log.open import open_log
 from ckpt.log.reader import LogNote
 from ckpt.log.replicated import ReplicatedLog
 from ckpt.log.select import ResumeChoice, require_newest
-from ckpt.log.sequencers import Appended, KeyTaken, WriteUnknown
+from ckpt.log.sequencers import STATE_VARIABLE, Appended, KeyTaken, WriteUnknown
 from ckpt.log.state import LogState, StoreSet
 from ckpt.log.stored_fold import encode_fold, fold_due
 from ckpt.values import MembershipEpoch, SnapshotId, SnapshotInfo
@@ -57,6 +57,8 @@ RACES_MAX = 64
 """How many other writers' records one append lets pass before it gives up."""
 NOTES_MAX = 100
 """How many notes a journal keeps."""
+ACCEPT_WAIT_S = 30.0
+"""How long accepting a rollback waits until that is noted in the user's home."""
 
 Draft = Callable[[LogState], tuple[Body, int]]
 """The record to write after a state, and its writer's epoch. Called again after each lost race."""
@@ -124,7 +126,8 @@ class Journal:
     def accept_rollback(self) -> LogState:
         """Go on with what the stores hold, though more was seen from here before.
 
-        Raises UnavailableError if the newest record there cannot be known.
+        Raises UnavailableError if the newest record there cannot be known, or if it cannot be noted
+        on this machine that it is accepted: the next process would refuse the log again.
         """
         with self._lock:
             state = self._access.read_new(self._started())
@@ -133,7 +136,13 @@ class Journal:
                     f"what the stores hold is not known. why={state.stale_reason} repeat later"
                 )
             if self._mark is not None:
+                refused = self._mark.seen is not None
                 self._mark.accept(state)
+                if refused and (not FILES.settle(ACCEPT_WAIT_S) or FILES.trouble()):
+                    raise UnavailableError(
+                        f"what is accepted cannot be noted on this machine. why={FILES.trouble()} "
+                        f"look after your home, or set {STATE_VARIABLE} to a folder on a local disk"
+                    )
             return self._seen(state)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -13,7 +14,7 @@ from kit.logs.small import JOB, Disk, Store, commit, image_of
 
 from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
-from ckpt.errors import IntegrityError
+from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.log import high_water, sequencers
 from ckpt.log.fold import empty
 from ckpt.log.high_water import FILES, HighWaterMark, SeenRecord
@@ -67,6 +68,29 @@ def test_a_lone_store_that_was_rolled_back_is_told_and_not_written_to(
     assert Journal.open(image).refresh().stale_reason
     assert not journal.accept_rollback().stale_reason
     journal.tag("x", SnapshotId(1, 1))
+    assert not Journal.open(image).refresh().stale_reason
+
+
+def test_a_rollback_is_not_accepted_in_silence_where_that_cannot_be_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the command succeeds, and the job's next process refuses the log again."""
+    store = Disk("a")
+    _saved(store, 1)
+    image = image_of(store)
+    _saved(store, 2)
+    journal = Journal.open(image)
+    assert journal.refresh().stale_reason
+
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(high_water.tempfile, "mkstemp", full)
+        with pytest.raises(UnavailableError, match=r"no space left.*local disk"):
+            journal.accept_rollback()
+    assert Journal.open(image).refresh().stale_reason
+    Journal.open(image).accept_rollback()
     assert not Journal.open(image).refresh().stale_reason
 
 
