@@ -22,6 +22,7 @@ from ckpt.cluster.membership.records import TEXT_CHARS_MAX, Member, NodeInfo, Vi
 STORES_CAPABILITY = "stores="
 LOG_CAPABILITY = "log="
 OPTIONS_CAPABILITY = "options="
+CAPTURE_CAPABILITY = "captures="
 """Prefixes of the capabilities that carry a ``SharedFacts``."""
 
 NO_LOG = "none"
@@ -38,12 +39,14 @@ class SharedFacts:
 
     ``stores`` begins with a digest of all addresses; the rest of it is for people. ``log_id``: of
     the log that it found at its stores as it joined, or ``NO_LOG``. ``options``: how the job is
-    made, as ``name=value`` words.
+    made, as ``name=value`` words. ``capture_rule``: what decides when all ranks capture, alike;
+    apart from the options, because releases that do not say it compare these as a whole.
     """
 
     stores: str = ""
     log_id: str = ""
     options: str = ""
+    capture_rule: str = ""
 
     @property
     def shown_stores(self) -> str:
@@ -56,12 +59,13 @@ class SharedFacts:
             (STORES_CAPABILITY, self.stores),
             (LOG_CAPABILITY, self.log_id),
             (OPTIONS_CAPABILITY, self.options),
+            (CAPTURE_CAPABILITY, self.capture_rule),
         )
         return tuple(f"{prefix}{text}"[:TEXT_CHARS_MAX] for prefix, text in texts if text)
 
 
 def shared_facts(
-    stores: Sequence[str], *, log_id: str, options: Mapping[str, object]
+    stores: Sequence[str], *, log_id: str, options: Mapping[str, object], capture_rule: str = ""
 ) -> SharedFacts:
     """What a node with these stores says. The order of stores does not matter.
 
@@ -70,21 +74,23 @@ def shared_facts(
     digest = hashlib.sha256("\0".join(sorted(stores)).encode(errors="surrogateescape"))
     shown = ", ".join(_shown(address) for address in stores)
     words = " ".join(f"{name}={value}" for name, value in options.items())
-    return SharedFacts(f"{digest.hexdigest()[:_DIGEST_CHARS]} {shown}", log_id, _printable(words))
+    return SharedFacts(
+        f"{digest.hexdigest()[:_DIGEST_CHARS]} {shown}",
+        log_id,
+        _printable(words),
+        _printable(capture_rule),
+    )
 
 
 def facts_of(info: NodeInfo) -> SharedFacts:
     """What a node says; nothing if its release does not."""
     found = {}
+    prefixes = (STORES_CAPABILITY, LOG_CAPABILITY, OPTIONS_CAPABILITY, CAPTURE_CAPABILITY)
     for text in info.capabilities:
-        for prefix in (STORES_CAPABILITY, LOG_CAPABILITY, OPTIONS_CAPABILITY):
+        for prefix in prefixes:
             if text.startswith(prefix):
                 found[prefix] = text.removeprefix(prefix)
-    return SharedFacts(
-        found.get(STORES_CAPABILITY, ""),
-        found.get(LOG_CAPABILITY, ""),
-        found.get(OPTIONS_CAPABILITY, ""),
-    )
+    return SharedFacts(*(found.get(prefix, "") for prefix in prefixes))
 
 
 def _shown(address: str) -> str:
@@ -113,6 +119,8 @@ def misfit(first: Member, other: Member) -> str:
     later = first.joined_revision <= other.joined_revision
     if a.options and b.options and a.options != b.options:
         return f"nodes of one job have different options. {_sides(first, other, 'options')}"
+    if a.capture_rule and b.capture_rule and a.capture_rule != b.capture_rule:
+        return f"nodes of one job have different options. {_sides(first, other, 'capture rule')}"
     known = [log for log in (a.log_id, b.log_id) if log not in ("", NO_LOG)]
     older, newer = (a, b) if later else (b, a)
     missed = newer.log_id == NO_LOG and older.log_id not in ("", NO_LOG)
@@ -142,6 +150,8 @@ def _side(member: Member, what: str) -> str:
     match what:
         case "options":
             said = facts.options
+        case "capture rule":
+            said = facts.capture_rule
         case "log":
             said = f"log {facts.log_id or 'unknown'} at {facts.shown_stores}"
         case _:

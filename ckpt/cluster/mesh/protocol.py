@@ -25,7 +25,7 @@ from ckpt.cluster.mesh.messages import AnyMeshMessage, MeshMessage, NodeProof
 from ckpt.errors import FormatVersionError, StoreDeniedError, UsageError
 from ckpt.format.canonical import prepare_decoders
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 NONCE_BYTES = 16
 MAC_BYTES = 16
 GREETING_BYTES_MAX = 2048

@@ -170,11 +170,8 @@ def said_by(
         options["encrypted"] = "yes"
     if job.named:
         options["job"] = job.job
-    for word in capture_rule.split():
-        name, _, value = word.partition("=")
-        options[name] = value
     log_id = NO_LOG if log_id is None else log_id
-    return shared_facts(job.stores, log_id=log_id, options=options)
+    return shared_facts(job.stores, log_id=log_id, options=options, capture_rule=capture_rule)
 
 
 def memory_address(host: str, port: int) -> str:

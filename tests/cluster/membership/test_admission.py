@@ -109,6 +109,8 @@ def test_addresses_are_compared_whole_and_in_any_order() -> None:
         (UNKNOWN, replace(ELSEWHERE, log_id=""), False),
         (SHARED, replace(ELSEWHERE, log_id=SHARED.log_id), True),  # one log, under two names
         (SHARED, replace(SHARED, options="nodes=2:3 stores=1"), False),
+        (replace(SHARED, capture_rule="every=5"), replace(SHARED, capture_rule="every=7"), False),
+        (SHARED, replace(SHARED, capture_rule="every=5"), True),  # a release that says none
         (SHARED, SharedFacts(), True),  # a release that says nothing
     ],
 )
