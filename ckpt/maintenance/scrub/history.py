@@ -130,11 +130,15 @@ class ScrubCursors:
         """Whether it is time to note where the scrub is."""
         return self._clock() - self._kept_s >= self._every_s
 
-    def keep(self, cursor: ScrubCursor) -> None:
-        """Note on each store where the scrub is. Raises UnavailableError if no store took it."""
+    def keep(self, cursor: ScrubCursor, *, among: Sequence[Backend] | None = None) -> None:
+        """Note on each store where the scrub is; ``among``: only on these, which still answer.
+
+        Raises UnavailableError if no store took it.
+        """
         self._kept_s = self._clock()
         data = cursor.encode()
-        _on_each(self._stores, lambda store: store.put(keys.SCRUB_CURSOR_KEY, [data]))
+        stores = self._stores if among is None else among
+        _on_each(stores, lambda store: store.put(keys.SCRUB_CURSOR_KEY, [data]))
 
 
 def _on_each(stores: Sequence[Backend], act: Callable[[Backend], object]) -> None:
@@ -147,7 +151,7 @@ def _on_each(stores: Sequence[Backend], act: Callable[[Backend], object]) -> Non
             act(store)
         except UnavailableError as error:
             errors.append(error)
-    if len(errors) == len(stores):
+    if errors and len(errors) == len(stores):
         raise errors[0]
 
 

@@ -411,7 +411,9 @@ class _ScrubRun:
             lost=done.lost,
         )
         try:
-            self._cursors.keep(cursor)
+            # A store that is away would have the scrub wait for it each time.
+            context = self._start.context
+            self._cursors.keep(cursor, among=[context.stores[n] for n in context.active])
         except UnavailableError as error:  # full stores, say
             text = f"a scrub that is cut short from now on reads more again: {error}"
             self._start.context.emit(Event("scrub-unnoted", text))

@@ -662,6 +662,22 @@ def test_scrub_gone_on_with_gives_no_store_a_record_of_a_snapshot_whose_packs_it
     assert all(faults_of(store, trio[0]) == [] for store in trio)
 
 
+def test_store_that_fell_silent_is_not_asked_to_take_the_cursor() -> None:
+    inner = MemoryBackend()
+    write_sample_store(inner, steps=range(10, 80, 10))
+    other = MemoryBackend("other")
+    for key, data in objects_of(inner).items():
+        other.put(key, [data or b""])
+    other.put(keys.JOB_KEY, [replace(record_of(inner), store_id="1" * 32).encode()])
+    fault = Fault(harm=Harm.LOST_REQUEST, op="read_into", key=keys.PACKS, skip=1, times=None)
+    answering, silent = CountingBackend(inner), CountingBackend(FaultyBackend(other, [fault]))
+    stores = [answering, silent]
+    report = Scrub(stores, 1).run(cursors=ScrubCursors(stores, every_s=0.0))
+    assert report is not None and report.away == 1
+    noted = [len(store.calls("put", prefix=keys.SCRUB_CURSOR_KEY)) for store in stores]
+    assert 0 < noted[1] < noted[0], "once it is away nothing waits for it"
+
+
 @pytest.mark.parametrize(
     ("at_s", "ended_s", "known"),
     [
