@@ -147,6 +147,8 @@ class MeshEpochOpened(MeshMessage, frozen=True, kw_only=True, tag="Opened"):
     ``log``: the id of the log, ``stores``: where rank 0's node has it, for people. Standbys get it
     too, for these two. ``settling``: not 0 if no attempt follows in that placement generation, and
     the nodes make durable what only memory holds; ``settled``: nothing is left to submit for that.
+    ``origins``: of those among ``turns`` whose shares are all in memory, if only as mirrors: a node
+    that lacks one fetches it from another node's memory.
     """
 
     attempt: int
@@ -156,6 +158,7 @@ class MeshEpochOpened(MeshMessage, frozen=True, kw_only=True, tag="Opened"):
     stores: str = ""
     settling: int = 0
     settled: bool = False
+    origins: tuple[tuple[SnapshotId, str], ...] = ()
 
 
 # ---- memory

@@ -4,19 +4,32 @@ keeps on others."""
 from __future__ import annotations
 
 import itertools
+import mmap
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
+from ckpt.backends.base import Backend
 from ckpt.cluster.membership.mirrors import RankHolder, place_mirrors, standby_copies
 from ckpt.cluster.mesh import messages as mesh
 from ckpt.cluster.mesh.messages import InventoryEntry
 from ckpt.cluster.node.epochs import NodeEpoch
 from ckpt.cluster.peermem.auth import PeerSecret
+from ckpt.cluster.peermem.keys import mirror_key, slot_key
 from ckpt.cluster.peermem.store import PeerStore
 from ckpt.cluster.tls import peer_endpoint, serving_endpoint
-from ckpt.errors import UsageError
+from ckpt.errors import (
+    CkptError,
+    IntegrityError,
+    NotFoundError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.events import Emit, Event
+from ckpt.format.canonical import digest
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.ipc.messages import Source
 from ckpt.keeper.job_state import JobState
@@ -38,7 +51,10 @@ from ckpt.keeper.mirrors.serve import NodeMemoryServer
 from ckpt.keeper.nodes.epoch_view import EpochView
 from ckpt.rate_limit import RateLimit
 from ckpt.save.sealed import SealedSlot
-from ckpt.values import SnapshotId
+from ckpt.staging.header import SlotSummary, header_bytes_of, read_slot
+from ckpt.staging.memory import available_bytes
+from ckpt.threads import start_thread
+from ckpt.values import CHUNK_BYTES, PAGE_BYTES, SnapshotId
 
 NAMED_MAX = 16
 """How many ranks without a share are named in an event."""
@@ -100,6 +116,14 @@ class MirrorPeers:
         for store in self._stores.values():
             store.close()
 
+    def stores_at(self, addresses: Sequence[str]) -> list[PeerStore]:
+        """The memory of the nodes there; none of those whose address is invalid."""
+        stores = []
+        for address in addresses:
+            with suppress(UsageError):  # told where mirrors are sent
+                stores.append(self._store(address))
+        return stores
+
     def _stores_of(self, epoch: NodeEpoch, nodes: Sequence[str]) -> dict[str, PeerStore]:
         try:
             return {node: self._store(epoch.peers[node]) for node in nodes if epoch.peers.get(node)}
@@ -122,6 +146,65 @@ class MirrorPeers:
                 cap=self._cap,
             )
         return self._stores[address]
+
+
+HoldShare = Callable[[], SealedSlot]
+"""Gives a share that was fetched, for an upload."""
+
+
+def read_share(
+    wanted: SlotSummary, stores: Sequence[Backend], *, left_bytes: int | None
+) -> HoldShare:
+    """Read one rank's share from the first of ``stores``, memory of nodes, that has it in a slot or
+    as a mirror, and compare each chunk with its digest. May take long.
+
+    Takes memory for the share, ``left_bytes`` at most (None: not known). Raises UnavailableError if
+    none has it.
+    """
+    failures = []
+    keys = (mirror_key(wanted.snapshot, wanted.rank), slot_key(wanted.snapshot, wanted.rank))
+    for store, key in itertools.product(stores, keys):
+        try:
+            return _read_whole(wanted, store, key, left_bytes)
+        except NotFoundError as error:
+            failures.append(f"{store.url}: {error}")
+        except CkptError as error:
+            failures.insert(0, f"{store.url}: {error}")  # more than that it is not there
+    raise UnavailableError(
+        "no node has this share in memory any more, or it can't be read. "
+        f"snapshot={wanted.snapshot} rank={wanted.rank} why={' | '.join(failures[:NAMED_MAX])}"
+    )
+
+
+def _read_whole(wanted: SlotSummary, store: Backend, key: str, left_bytes: int | None) -> HoldShare:
+    stat = store.stat(key)
+    if stat is None:
+        raise NotFoundError(f"no such share. key={key}")
+    size = stat.size_bytes
+    if size <= PAGE_BYTES:
+        raise IntegrityError(f"not a share. key={key} size_bytes={size}")
+    if left_bytes is not None and size > left_bytes:
+        raise StoreFullError(f"no memory here. key={key} size_bytes={size} left_bytes={left_bytes}")
+    try:
+        memory = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except (OSError, ValueError, OverflowError) as error:
+        raise StoreFullError(f"no memory here. key={key} size_bytes={size}") from error
+    store.read_into(key, memory)
+    sealed, header_bytes = read_slot(memory), header_bytes_of(memory)
+    if sealed is None or header_bytes is None:
+        raise IntegrityError(f"not a sealed share. key={key}")
+    index, data = sealed[0], memory[header_bytes:]
+    if SlotSummary(index.snapshot, index.rank, index.world_size, index.origin) != wanted:
+        raise IntegrityError(f"it holds another share now. key={key}")
+    for shard in index.shards:
+        body = data[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
+        for number, expected in enumerate(shard.digests):
+            if digest(body[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]) != expected:
+                raise IntegrityError(
+                    f"the bytes differ from their digest. key={key} leaf={shard.leaf.name!r}"
+                )
+    # Each upload gets a view of its own; the memory goes with the last of them.
+    return lambda: SealedSlot(index=index, data=data[:], release=lambda: None)
 
 
 class ClusterMemory:
@@ -297,6 +380,35 @@ class ClusterMemory:
             for each in ranges
             for peers in itertools.repeat(self._servers_of(epoch, each.nodes), each.ranks)
         )
+
+    def world_size(self, snapshot: SnapshotId) -> int:
+        """Of how many ranks the snapshot is that all nodes together hold; 0 if it is not known."""
+        return sum(each.ranks for each in self._sources.get(snapshot, ()))
+
+    def fetch(
+        self,
+        wanted: Sequence[SlotSummary],
+        then: Callable[[Mapping[SlotSummary, HoldShare]], object],
+    ) -> None:
+        """Read shares of ranks of this node that no slot here holds from the memory of nodes that
+        have them; ``then`` gets those that were read, in the loop."""
+        stores = {}
+        for share in wanted:
+            sources = self.sources(share.snapshot)[share.rank : share.rank + 1]
+            stores[share] = self._peers.stores_at(sources[0].mirrors if sources else ())
+
+        def read() -> None:
+            got: dict[SlotSummary, HoldShare] = {}
+            for share in wanted:
+                try:
+                    got[share] = read_share(share, stores[share], left_bytes=available_bytes())
+                except CkptError as error:
+                    text = f"a share that a lost node had can't be fetched: {error}"
+                    facts = {"ranks": str(share.rank)}
+                    self._state.post(partial(self._state.emit, Event("memory-lost", text, facts)))
+            self._state.post(lambda: then(got))
+
+        start_thread(read, name="ckpt-share-fetch")
 
     def copied(self, epoch: NodeEpoch) -> tuple[SnapshotId | None, dict[int, int]]:
         """On a standby: the newest snapshot of which it has all that it should, and the bytes of

@@ -93,8 +93,10 @@ class Nodes:
         self._join_s = spec.join_s
         state.uploads.on_superseded = lambda text: self._post(lambda: self._cut(text))
         self._liveness = LivenessExchange(self.view, ttl_s=spec.ttl_s)
-        self.uploads = ClusterUploads(state, self.view, on_other_store=self._other_store)
         self.memory = ClusterMemory(state, self.view, spec, secret, host=host, emit=self._emit)
+        self.uploads = ClusterUploads(
+            state, self.view, on_other_store=self._other_store, fetch=self.memory.fetch
+        )
         self._progress = ProgressExchange(state.memory, self.view, self.memory)
         self.standbys = Standbys(self.view, self.memory, put_inventory=self._put_inventory)
         self._attempt = 0
@@ -205,6 +207,10 @@ class Nodes:
             # What nodes hold was made for that log: in another one it would be as if nothing were
             # there.
             self._state.uploads.need().expect_log(self.view.log_id)
+            size = self.view.epoch.record.world_size if self.view.epoch is not None else 0
+            self.uploads.gathered(
+                {pair: held[pair] for pair in held if self.memory.world_size(pair) == size}
+            )
             answer(held)
 
         self.memory.gather(gathered)

@@ -5,7 +5,8 @@ A *placement generation* lasts as long as the same nodes hold the same ranks. Wi
 submits the same snapshots in the same order. If trainers died between the submissions of two ranks,
 the node of rank 0 sends all nodes the longest list that was submitted before the next attempt
 submits anything. With another generation, uploads in flight fail: not all their ranks are there any
-more. Those of which all nodes still hold the shares are the first that the next generation submits.
+more. Those whose shares are all in memory still, in slots or as mirrors of what a lost node had,
+are the first that the next generation submits.
 
 If no attempt follows, the nodes *settle*: each says so to the node of rank 0, which sends the
 longest list once all have, and then has all submit the newest snapshot that only memory holds.
@@ -14,8 +15,10 @@ longest list once all have, and then has all submit the newest snapshot that onl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -27,9 +30,12 @@ from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox, ValueCallback
 from ckpt.keeper.nodes.epoch_view import EpochView
 from ckpt.keeper.nodes.remote_mailbox import LoopChannel, uploads_mailbox
+from ckpt.save.sealed import SealedSlot
+from ckpt.staging.header import SlotSummary
 from ckpt.values import SnapshotId
 
 if TYPE_CHECKING:  # imported when uploads are first needed
+    from ckpt.keeper.uploads.final_flush import HoldSnapshot
     from ckpt.keeper.uploads.uploads import WrittenLog
 
 
@@ -40,15 +46,128 @@ SETTLE_S = 600.0
 """How long the nodes then try to make durable what only memory holds."""
 
 
+FetchedShares = Mapping[SlotSummary, Callable[[], SealedSlot]]
+"""Shares that were read from the memory of other nodes; each can be held for uploads."""
+
+FetchShares = Callable[[Sequence[SlotSummary], Callable[[FetchedShares], object]], object]
+"""Reads these shares from the memory of nodes that have them, then makes a call in the loop with
+those that it could read."""
+
+
+class SharesElsewhere:
+    """Shares of this node's ranks that are in no slot here: a lost node had them, and others keep
+    mirrors. In the keeper's loop."""
+
+    def __init__(self, state: JobState, view: EpochView, fetch: FetchShares) -> None:
+        self._state = state
+        self._view = view
+        self._fetch = fetch
+        self.complete: Mapping[SnapshotId, str] = {}
+        """On the node of rank 0: the snapshots of this world, with origins, of which all nodes
+        together had all shares in memory when the attempt began."""
+        self._waiting: deque[tuple[Mapping[SnapshotId, str], Callable[[HoldSnapshot], object]]] = (
+            deque()
+        )
+        self._fetched: dict[SlotSummary, Callable[[], SealedSlot] | None] = {}
+        """What those that wait asked for; None: it could not be read."""
+        self.fetching = False
+        """Whether shares are being read."""
+
+    def opened(self, resume: SnapshotId | None) -> None:
+        """On the node of rank 0: training continues from ``resume``; what is newer is on no
+        lineage."""
+        self.complete = {
+            pair: origin
+            for pair, origin in self.complete.items()
+            if resume is not None and pair <= resume
+        }
+
+    def held_by_all(self, said: Iterable[mesh.NodeSubmissions]) -> dict[SnapshotId, str]:
+        """On the node of rank 0: the snapshots, with origins, that all nodes can submit; newest
+        first."""
+        # What slots hold now counts before what memory held a while ago.
+        return dict(sorted({**self.complete, **_common(said)}.items(), reverse=True))
+
+    def ready(
+        self, origins: Mapping[SnapshotId, str], then: Callable[[HoldSnapshot], object]
+    ) -> None:
+        """Call ``then``, in the order of such calls, once this node's shares of these snapshots are
+        here, or can't be had. At once if slots hold all of them."""
+        self._waiting.append((origins, then))
+        if not self.fetching:
+            self._go_on()
+
+    def hold_here(self, rank: int, pair: SnapshotId) -> SealedSlot | None:
+        """The slot of a local rank that holds the share of a snapshot which its rank has in the
+        newest epoch, for an upload; None if there is none."""
+        slots, epoch = self._state.memory.slots, self._view.epoch
+        sealed = slots.hold_snapshot(rank, pair) if slots is not None else None
+        if sealed is None or epoch is None or not self._view.placed:
+            return sealed
+        whose = (self._view.local_ranks.start + rank, epoch.record.world_size)
+        if (sealed.index.rank, sealed.index.world_size) == whose:
+            return sealed
+        sealed.free()
+        return None
+
+    def _go_on(self) -> None:
+        while self._waiting:
+            origins, then = self._waiting[0]
+            lacking = self._lacking(origins)
+            unread = [share for share in lacking if share not in self._fetched]
+            if unread:
+                self.fetching = True
+                self._fetch(unread, partial(self._got, unread))
+                return
+            self._waiting.popleft()
+            then(self._holding(lacking))
+        self._fetched = {}
+
+    def _got(self, asked: Sequence[SlotSummary], got: FetchedShares) -> None:
+        self.fetching = False
+        self._fetched.update({share: got.get(share) for share in asked})
+        self._go_on()
+
+    def _lacking(self, origins: Mapping[SnapshotId, str]) -> list[SlotSummary]:
+        slots, epoch = self._state.memory.slots, self._view.epoch
+        if slots is None or epoch is None or not self._view.placed or not origins:
+            return []
+        first, size = self._view.local_ranks.start, epoch.record.world_size
+        held = {
+            summary[0]
+            for slot in slots
+            if (summary := slot.summary()) is not None and summary[0].rank - first == slot.rank
+        }
+        wanted = (
+            SlotSummary(pair, rank, size, origin)
+            for pair, origin in sorted(origins.items())
+            for rank in self._view.local_ranks
+        )
+        return [share for share in wanted if share not in held]
+
+    def _holding(self, lacking: Sequence[SlotSummary]) -> HoldSnapshot:
+        first = self._view.local_ranks.start if lacking else 0
+        fetched = {(share.rank - first, share.snapshot): self._fetched[share] for share in lacking}
+
+        def hold(rank: int, pair: SnapshotId) -> SealedSlot | None:
+            if (rank, pair) in fetched:
+                share = fetched[rank, pair]
+                return share() if share is not None else None
+            return self.hold_here(rank, pair)
+
+        return hold
+
+
 @dataclass(slots=True)
 class _Settling:
     """A placement generation in which no attempt follows. ``until_s``: when this node gives up;
     ``begun``: all nodes said so. On the node of rank 0: what each node said, and what it told them
-    last."""
+    last; ``ready``: it has all shares that it is to submit."""
 
     generation: int
     until_s: float
     begun: bool = False
+    ready: bool = False
     said: dict[str, mesh.NodeSubmissions] = field(default_factory=dict)
     told: mesh.MeshEpochOpened | None = None
 
@@ -67,10 +186,16 @@ class Settlement:
     loop; see the module."""
 
     def __init__(
-        self, state: JobState, view: EpochView, *, on_other_store: Callable[[str], object]
+        self,
+        state: JobState,
+        view: EpochView,
+        elsewhere: SharesElsewhere,
+        *,
+        on_other_store: Callable[[str], object],
     ) -> None:
         self._state = state
         self._view = view
+        self._elsewhere = elsewhere
         self._on_other_store = on_other_store
         self._settling: _Settling | None = None
         self._said: dict[str, mesh.NodeSubmissions] = {}
@@ -149,7 +274,7 @@ class Settlement:
                 )
                 facts = {"step": lost.step}
                 self._state.emit(Event("settle-failed", text, facts, alarm=True))
-        elif settling.begun and self._view.has_rank0:
+        elif settling.ready and self._view.has_rank0:
             self._tell(settling, settled=not self._state.uploads.need().flushing)
 
     def _not_durable(self) -> SnapshotId | None:
@@ -195,28 +320,46 @@ class Settlement:
         if settling is None or settling.begun or len(said) < len(epoch.record.ranks):
             return
         settling.begun, settling.until_s = True, time.monotonic() + SETTLE_S
-        uploads = self._state.uploads.need()
         longest = max(said, key=lambda one: one.count)
-        if longest.turns:
-            uploads.epoch_opened(longest.turns, slots.hold_snapshot)
-        # No epoch need have been opened in this generation. What the log takes is decided there, by
-        # the membership epoch in whose name it is opened: this node may have left by now.
-        uploads.begin_attempt(self._view.membership, lambda: True)
-        uploads.settle_nodes(_marked(said, longest), _common(said), slots.hold_snapshot)
-        self._tell(settling, settled=False)
+        held, marked = self._elsewhere.held_by_all(said), _marked(said, longest)
+
+        def submit(hold: HoldSnapshot) -> None:
+            if self._settling is not settling:
+                return  # an attempt follows after all
+            settling.ready = True
+            uploads = self._state.uploads.need()
+            if longest.turns:
+                uploads.epoch_opened(longest.turns, hold)
+            # No epoch need have been opened in this generation. What the log takes is decided
+            # there, by the membership epoch in whose name it is opened: this node may have left.
+            uploads.begin_attempt(self._view.membership, lambda: True)
+            uploads.settle_nodes(marked, held, hold)
+            self._tell(settling, settled=False)
+
+        needed = {pair for _, pair, _ in longest.turns} | marked.keys() | set(list(held)[:1])
+        self._elsewhere.ready(
+            {
+                pair: held[pair]
+                for pair in held.keys() & needed
+                if not self._state.uploads.is_durable(pair)
+            },
+            submit,
+        )
 
     def _tell(self, settling: _Settling, *, settled: bool) -> None:
         """On the node of rank 0: have all nodes submit what is submitted here."""
         epoch, uploads = self._view.epoch, self._state.uploads.need()
         assert epoch is not None, "placed"
+        held, turns = self._elsewhere.held_by_all(self._said.values()), uploads.submitted[1]
         message = mesh.MeshEpochOpened(
             attempt=epoch.number,
-            resume=next(iter(_common(self._said.values())), None),
-            turns=uploads.submitted[1],
+            resume=next(iter(held), None),
+            turns=turns,
             log=uploads.log_id,
             stores=shared_facts(self._state.spec.stores, log_id="", options={}).shown_stores,
             settling=settling.generation,
             settled=settled,
+            origins=_origins(turns, held),
         )
         if message != settling.told:
             settling.told = message
@@ -231,12 +374,25 @@ class Settlement:
         if message.settling != settling.generation:
             return
         settling.begun, settling.until_s = True, time.monotonic() + SETTLE_S
-        if message.turns:
-            self._state.uploads.need().epoch_opened(
-                message.turns, slots.hold_snapshot, self.written(message)
-            )
-        if message.settled:
-            self._settling = None
+
+        def submit(hold: HoldSnapshot) -> None:
+            if self._settling is not settling:
+                return
+            if message.turns:
+                self._state.uploads.need().epoch_opened(message.turns, hold, self.written(message))
+            if message.settled:
+                self._settling = None
+
+        self._elsewhere.ready(self.to_fetch(message), submit)
+
+    def to_fetch(self, message: mesh.MeshEpochOpened) -> dict[SnapshotId, str]:
+        """What this node is to submit and may have to fetch first, with origins."""
+        if not message.origins:
+            return {}
+        count, origins = self._state.uploads.need().submitted[0], dict(message.origins)
+        return {
+            pair: origins[pair] for n, pair, _ in message.turns if n >= count and pair in origins
+        }
 
     def written(self, message: mesh.MeshEpochOpened) -> WrittenLog | None:
         """Where the node of rank 0 writes; None on that node, and if its release does not say
@@ -251,17 +407,22 @@ class ClusterUploads:
     """Keeps the nodes' uploads in the same order. In the keeper's loop."""
 
     def __init__(
-        self, state: JobState, view: EpochView, *, on_other_store: Callable[[str], object]
+        self,
+        state: JobState,
+        view: EpochView,
+        *,
+        on_other_store: Callable[[str], object],
+        fetch: FetchShares,
     ) -> None:
         """``on_other_store``: this node's stores are not those of rank 0's node, for the reason
         given."""
         self._state = state
         self._view = view
-        self._settlement = Settlement(state, view, on_other_store=on_other_store)
+        self._elsewhere = SharesElsewhere(state, view, fetch)
+        self._settlement = Settlement(state, view, self._elsewhere, on_other_store=on_other_store)
         self._submitted: dict[str, mesh.NodeSubmissions] = {}
-        """On the node of rank 0: what each node had submitted when the attempt began."""
-        self._own: mesh.NodeSubmissions | None = None
-        """What this node had submitted when the attempt began."""
+        """What this node had submitted when the attempt began; on the node of rank 0, what each
+        node had."""
         self._begun = 0
         """The attempt that began here last."""
         self._opened: tuple[SnapshotId | None] | None = None
@@ -295,7 +456,7 @@ class ClusterUploads:
     @property
     def settling(self) -> bool:
         """Whether the nodes are making durable what only memory holds."""
-        return self._settlement.settling
+        return self._settlement.settling or self._elsewhere.fetching
 
     def staged(self) -> Mapping[SnapshotId, str]:
         """See ``Settlement``."""
@@ -331,12 +492,18 @@ class ClusterUploads:
         uploads.use_channels(self.channel_of)  # an earlier launch of the program had other nodes
         uploads.begin_attempt(self._view.membership, self._may_act)
         self._settlement.begin()
-        self._own = self._settlement.submissions(attempt)
+        self._elsewhere.complete = {}
+        self._submitted[self._view.me] = self._settlement.submissions(attempt)
         self._begun, self._opened = attempt, None
         self._send_own()
         uploads.hold_submissions()
         if self._message is not None and self._message.attempt == attempt:
             self._follow(self._message)
+
+    def gathered(self, held: Mapping[SnapshotId, str]) -> None:
+        """On the node of rank 0: the snapshots of this world, with origins, of which all nodes
+        together have all shares in memory."""
+        self._elsewhere.complete = held
 
     def open(self, resume: SnapshotId | None) -> None:
         """On the node of rank 0: the log epoch is open. All nodes hear so once each has sent its
@@ -345,6 +512,7 @@ class ClusterUploads:
         assert epoch is not None, "an epoch with ranks here"
         if self._begun == epoch.number:  # else it was opened for an attempt that is over
             self._opened = (resume,)
+            self._elsewhere.opened(resume)
             self._send_opened()
 
     def receive(self, node: str, message: mesh.NodeSubmissions | mesh.MeshEpochOpened) -> None:
@@ -388,12 +556,11 @@ class ClusterUploads:
 
     def _send_own(self) -> None:
         epoch = self._view.epoch
-        if epoch is None or self._own is None or self._own.attempt != epoch.number:
+        own = self._submitted.get(self._view.me)
+        if epoch is None or own is None or own.attempt != epoch.number:
             return
-        if self._view.has_rank0:
-            self._submitted[self._view.me] = self._own
-        else:
-            self._view.send(epoch.record.rank0_node, self._own)
+        if not self._view.has_rank0:
+            self._view.send(epoch.record.rank0_node, own)
 
     def _send_opened(self) -> None:
         """Once all nodes have sent their submissions: let all nodes submit the
@@ -411,9 +578,8 @@ class ClusterUploads:
             return
         # Every node submits a prefix of the same sequence, so the longest list contains all others.
         longest = max(known, key=lambda entry: entry.count)
-        handed_in = self._state.uploads.need().handed_in_before(
-            _marked(known, longest), _common(known)
-        )
+        held = self._elsewhere.held_by_all(known)
+        handed_in = self._state.uploads.need().handed_in_before(_marked(known, longest), held)
         entries = (
             *longest.turns,
             *((longest.count + n, pair, tags) for n, (pair, tags) in enumerate(handed_in)),
@@ -425,6 +591,7 @@ class ClusterUploads:
             turns=entries,
             log=self._view.log_id,
             stores=shared_facts(self._state.spec.stores, log_id="", options={}).shown_stores,
+            origins=_origins(entries, held),
         )
         self._opened = None
         self._follow(message)
@@ -438,12 +605,29 @@ class ClusterUploads:
         if slots is None or epoch is None or not message.attempt == epoch.number == self._begun:
             return
         self.resume = message.resume
+        uploads, fetch = self._state.uploads.need(), self._settlement.to_fetch(message)
+        count, resume = uploads.submitted[0], message.resume
+        if any(n >= count and (resume is None or pair > resume) for n, pair, _ in message.turns):
+            fetch = {}  # nothing is waited for: the discard below would take what is needed
+
+        def submit(hold: HoldSnapshot) -> None:
+            if message.attempt == self._begun == self._view.number:
+                uploads.epoch_opened(message.turns, hold, self._settlement.written(message))
+
         # Submissions first: a slot that the list still needs may hold a capture that is discarded
         # next.
-        self._state.uploads.need().epoch_opened(
-            message.turns, slots.hold_snapshot, self._settlement.written(message)
-        )
-        slots.discard_after(message.resume)
+        if fetch:
+            self._elsewhere.ready(fetch, submit)
+        else:
+            submit(self._elsewhere.hold_here)
+        slots.discard_after(resume)
+
+
+def _origins(
+    turns: Iterable[mesh.NodeSubmission], held: Mapping[SnapshotId, str]
+) -> tuple[tuple[SnapshotId, str], ...]:
+    """The origins of those of ``turns`` that all nodes can submit."""
+    return tuple({pair: held[pair] for _, pair, _ in turns if pair in held}.items())
 
 
 def _common(said: Iterable[mesh.NodeSubmissions]) -> Mapping[SnapshotId, str]:

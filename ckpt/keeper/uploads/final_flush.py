@@ -303,7 +303,7 @@ class HandedIn:
             return
         if not self._submissions.level:
             return  # some ranks have submitted what others have not yet: all submit one sequence
-        self._find = None
+        self._find = self._sealed_of = None
         for pair, tags in find().items():
             if pair in self._done:
                 continue

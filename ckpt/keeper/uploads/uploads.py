@@ -495,7 +495,8 @@ class Uploads:
                     self._persist(rank, replace(sealed, shared=None), tags)
                     continue
                 lost = UnavailableError(
-                    f"a rank died before it submitted its share. snapshot={snapshot} rank={rank}"
+                    f"a rank died before it submitted its share, and no node has it any more. "
+                    f"snapshot={snapshot} rank={rank}"
                 )
                 self._refuse(rank, snapshot, lost)
 

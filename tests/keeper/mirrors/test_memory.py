@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 from kit.keepers.slot_makers import HEADER_BYTES, SLOT_BYTES, MadeSlot
 from msgspec import structs
 
+from ckpt.backends.memory import MemoryBackend
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.membership.records import EpochRecord, NodePlacement
 from ckpt.cluster.mesh.messages import (
@@ -24,11 +25,12 @@ from ckpt.cluster.node.epochs import NodeEpoch
 from ckpt.cluster.node.leading import EpochNote
 from ckpt.cluster.peermem.auth import PeerSecret
 from ckpt.cluster.peermem.keys import mirror_key
+from ckpt.errors import UnavailableError
 from ckpt.events import Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.keeper.job_state import JobState
-from ckpt.keeper.mirrors.memory import ClusterMemory
+from ckpt.keeper.mirrors.memory import ClusterMemory, HoldShare, read_share
 from ckpt.keeper.mirrors.plan import (
     InventoryQuery,
     MirrorReport,
@@ -38,6 +40,7 @@ from ckpt.keeper.mirrors.plan import (
 )
 from ckpt.keeper.mirrors.serve import NodeMemoryServer
 from ckpt.keeper.nodes.epoch_view import EpochView
+from ckpt.staging.header import SlotSummary
 from ckpt.values import PAGE_BYTES, SnapshotId
 
 SECRET = bytes(range(32))
@@ -301,3 +304,50 @@ def test_plan_is_told_to_all_once_all_have_said_what_they_hold(world: MirrorNode
         attempt=1, nodes=("me", "peer"), pairs=((OLD, 3, ((1, (0,)), (2, (1,)))),)
     )
     assert [one.local for one in world.memory.sources(OLD)] == [0, -1, -1]
+
+
+def test_share_of_a_lost_node_is_fetched_from_the_memory_of_the_one_that_mirrors_it(
+    world: MirrorNodes,
+) -> None:
+    world.come(2, "me", "peer")
+    world.slot.seal(OLD, rank=0, ranks=2)
+    world.peer.keep(mirror_key(OLD, 0), [world.slot.memory])
+    world.slot.begin()
+    spans = ((1, (0,)), (1, (0,)))
+    world.memory.receive("peer", MeshSources(attempt=2, nodes=("peer",), pairs=((OLD, 2, spans),)))
+    assert (world.memory.world_size(OLD), world.memory.world_size(NEW)) == (2, 0)
+    wanted = [SlotSummary(pair, 0, 2) for pair in (OLD, NEW)]
+    answers: list[Mapping[SlotSummary, HoldShare]] = []
+    world.memory.fetch(wanted, answers.append)
+    while not answers:
+        assert world.heard.acquire(timeout=WAIT_S)
+        world.posted.pop(0)()
+    assert list(answers[0]) == wanted[:1]
+    assert [event.kind for event in world.told] == ["memory-lost"]
+    for _ in range(2):  # an upload may be repeated
+        share = answers[0][wanted[0]]()
+        assert share.index.snapshot == OLD and share.index.rank == 0
+        assert share.data[:PAGE_BYTES] == bytes([OLD.step]) * PAGE_BYTES
+        share.free()
+
+
+@pytest.mark.parametrize("why", ["damaged", "of another epoch of that number", "cut off"])
+def test_share_is_read_from_the_next_node_if_one_has_another_or_a_damaged_one(why: str) -> None:
+    slot = MadeSlot()
+    slot.seal(OLD, rank=1, ranks=2, origin="ours")
+    good, bad = MemoryBackend("good"), MemoryBackend("bad")
+    good.put(mirror_key(OLD, 1), [slot.memory])
+    if why == "damaged":
+        slot.memory[HEADER_BYTES] ^= 1
+    elif why != "cut off":
+        slot.seal(OLD, rank=1, ranks=2, origin="theirs")
+    bad.put(mirror_key(OLD, 1), [slot.memory[: PAGE_BYTES if why == "cut off" else None]])
+    slot.close()
+    wanted = SlotSummary(OLD, 1, 2, "ours")
+    share = read_share(wanted, [bad, good], left_bytes=None)()
+    assert share.index.origin == "ours"
+    assert share.data[:PAGE_BYTES] == bytes([OLD.step]) * PAGE_BYTES
+    with pytest.raises(UnavailableError, match="no node has this share"):
+        read_share(wanted, [bad], left_bytes=None)
+    with pytest.raises(UnavailableError, match="no memory here"):
+        read_share(wanted, [good], left_bytes=SLOT_BYTES - 1)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kit.keepers.slot_makers import MadeSlot
 from msgspec import structs
 
 from ckpt.cluster.endpoint import Endpoint
@@ -22,6 +23,7 @@ from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.messages import MeshMessage
 from ckpt.cluster.node.epochs import NodeEpoch, NodeObserver
 from ckpt.cluster.node.leading import EpochNote
+from ckpt.cluster.peermem.keys import mirror_key
 from ckpt.errors import SupersededError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.ipc.client import KeeperSpec
@@ -242,6 +244,22 @@ def test_node_of_rank_0_has_the_room_and_answers_others(joined: Keeper) -> None:
     joined.word("other", said.MeshPost(room="attempt/3", key="k", value=b"v"))
     joined.word("other", said.MeshPeek(call=8, room="attempt/3", key="k"))
     assert ("other", said.MeshReply(call=8, value=b"v")) in joined.fake.said
+
+
+def test_what_mirrors_complete_can_be_submitted_if_it_is_of_this_world(joined: Keeper) -> None:
+    joined.come(3, "me", "other")
+    slot, larger = MadeSlot(), SnapshotId(1, 9)
+    for pair, ranks in ((PAIR, 4), (larger, 6)):
+        for rank in range(ranks):
+            slot.seal(pair, rank=rank, ranks=ranks, origin="ours")
+            joined.nodes.memory._server.keep(mirror_key(pair, rank), [slot.memory])
+    slot.close()
+    answers: list[object] = []
+    joined.nodes.gather(answers.append)
+    assert answers == [{larger: "ours", PAIR: "ours"}]
+    assert joined.nodes.uploads._elsewhere.held_by_all(()) == {PAIR: "ours"}
+    joined.nodes.begin(3, LocalMailbox())
+    assert joined.nodes.uploads._elsewhere.held_by_all(()) == {}, "it is asked for anew"
 
 
 def test_failure_is_told_of_a_rank_of_the_whole_job(joined: Keeper) -> None:

@@ -5,24 +5,29 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from kit.keepers.slot_makers import MadeSlot
+from kit.keepers.slot_makers import HEADER_BYTES, MadeSlot
 
 from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
+from ckpt.backends.memory import MemoryBackend
 from ckpt.cluster.membership.records import EpochRecord, NodePlacement
 from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.node.epochs import NodeEpoch
 from ckpt.cluster.node.leading import EpochNote
-from ckpt.errors import UnavailableError
+from ckpt.cluster.peermem.keys import mirror_key
+from ckpt.errors import CkptError, UnavailableError
 from ckpt.events import Event
 from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.messages import RemoteError
 from ckpt.keeper.cluster_view import SingleNode
 from ckpt.keeper.job_state import JobState
+from ckpt.keeper.mirrors.memory import read_share
+from ckpt.keeper.mirrors.send import compact_header
 from ckpt.keeper.nodes import uploads as of_nodes
 from ckpt.keeper.nodes.epoch_view import EpochView
 from ckpt.keeper.nodes.uploads import ClusterUploads
@@ -30,6 +35,7 @@ from ckpt.keeper.uploads.store_log import open_job_of
 from ckpt.keeper.uploads.uploads import Uploads
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
+from ckpt.staging.header import SlotSummary, read_slot
 from ckpt.values import SnapshotId
 
 WAIT_S = 60.0
@@ -42,6 +48,7 @@ class Keeper:
     def __init__(self, world: World, name: str, slots: list[MadeSlot]) -> None:
         self.world, self.name, self.slots = world, name, slots
         self.events: list[Event] = []
+        self.failed: list[tuple[SnapshotId, RemoteError]] = []
         spec = KeeperSpec(job="job", store=str(world.root), compression="off")
         self.state = JobState.create(
             spec, incarnation=name, post=self._post, emit=self.events.append
@@ -49,7 +56,9 @@ class Keeper:
         self.state.memory.resize(1)
         self.view = EpochView()
         self.view.node = self  # type: ignore[assignment]  # of a node it asks for ``send`` alone
-        self.uploads = ClusterUploads(self.state, self.view, on_other_store=pytest.fail)
+        self.uploads = ClusterUploads(
+            self.state, self.view, on_other_store=pytest.fail, fetch=self._fetch
+        )
         cluster = SingleNode(self.state.memory)
         cluster.uploads = self.uploads
         self.state.launch.enter_cluster(lambda: cluster)
@@ -59,7 +68,7 @@ class Keeper:
             spec,
             ranks=1,
             post=self._post,
-            on_outcome=lambda *_: None,
+            on_outcome=self._outcome,
             on_fenced_text=pytest.fail,
             emit=self.events.append,
             open_store=lambda: self._open(spec),
@@ -135,6 +144,22 @@ class Keeper:
     def _post(self, call: Callable[[], object]) -> None:
         self.world.calls.put(lambda: call() if self.lives else None)
 
+    def _outcome(
+        self, rank: int, pair: SnapshotId, info: object, error: RemoteError | None
+    ) -> None:
+        if error is not None:
+            self.failed.append((pair, error))
+
+    def _fetch(
+        self, wanted: Sequence[SlotSummary], then: Callable[[of_nodes.FetchedShares], object]
+    ) -> None:
+        """From the memory of the node that keeps mirrors."""
+        got = {}
+        for share in wanted:
+            with suppress(CkptError):
+                got[share] = read_share(share, [self.world.mirrors], left_bytes=None)
+        self._post(lambda: then(got))
+
     def _open(self, spec: KeeperSpec) -> Backend:
         if self.down:
             self.down -= 1
@@ -151,6 +176,8 @@ class World:
         self.slots = {name: [MadeSlot() for _ in range(3)] for name in NODES}
         self.keepers = {name: Keeper(self, name, self.slots[name]) for name in NODES}
         self.origin = ""
+        self.mirrors = MemoryBackend()
+        """What a neighbour keeps for others."""
 
     @property
     def both(self) -> tuple[Keeper, ...]:
@@ -161,13 +188,40 @@ class World:
         self.keepers[name].close()
         self.keepers[name] = Keeper(self, name, self.slots[name])
 
-    def attempt(self, number: int, *, era: int, resume: SnapshotId | None) -> int:
-        """An attempt begins on both nodes and opens its epoch of the log."""
+    def lose_node(self, name: str) -> None:
+        """Its machine is lost; a standby takes its place."""
+        self.keepers[name].close()
+        for slot in self.slots[name]:
+            slot.close()
+        self.slots[name] = [MadeSlot() for _ in range(3)]
+        self.keepers[name] = Keeper(self, name, self.slots[name])
+
+    def mirror(self, name: str, slot: int) -> bytearray:
+        """A neighbour keeps what a slot of that node holds; a copy of it."""
+        memory = self.slots[name][slot].memory
+        sealed = read_slot(memory)
+        assert sealed is not None
+        index, data = sealed[0], memory[HEADER_BYTES:]
+        share = bytearray(compact_header(index, data.nbytes) + data)
+        self.mirrors.put(mirror_key(index.snapshot, index.rank), [share])
+        return share
+
+    def attempt(
+        self,
+        number: int,
+        *,
+        era: int,
+        resume: SnapshotId | None,
+        memory: Mapping[SnapshotId, str] | None = None,
+    ) -> int:
+        """An attempt begins on both nodes and opens its epoch of the log. ``memory``: what is
+        complete in slots and mirrors; None: what is in slots."""
         for keeper in self.both:
             keeper.come(number, era=era)
         root = self.keepers["a"]
         uploads = root.state.uploads.need()
-        held = {pair: root.uploads.staged()[pair] for pair in root.uploads.staged()}
+        held = root.uploads.staged() if memory is None else memory
+        root.uploads.gathered(memory or {})
         self.until(uploads.choices(tuple(held), held).done)
         opened = uploads.open_epoch(resume)
         self.until(opened.done)
@@ -251,6 +305,75 @@ def test_what_not_all_nodes_hold_any_more_is_told_as_lost_once(world: World) -> 
         world.settle()
     (told,) = world.keepers["a"].alarms("save-failed")
     assert "not all nodes have their shares" in told
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_what_was_handed_in_outlives_a_node_whose_share_a_neighbour_mirrors(
+    world: World, name: str
+) -> None:
+    epoch = world.attempt(1, era=1, resume=None)
+    tagged, newest = SnapshotId(epoch, 3), SnapshotId(epoch, 5)
+    world.stage(0, tagged, ("best",))
+    world.stage(1, newest)
+    for slot in (0, 1):
+        world.mirror(name, slot)
+    memory = dict.fromkeys((tagged, newest), world.origin)
+    world.lose_node(name)
+    world.attempt(2, era=2, resume=newest, memory=memory)
+    world.settle()
+    assert dict(world.log().tags) == {"best": tagged}
+    assert not [one.failed for one in world.both if one.failed]
+    assert not [one.alarms("save-failed") for one in world.both if one.alarms("save-failed")]
+
+
+def test_mirror_that_is_damaged_is_not_submitted_and_the_save_is_told_as_failed(
+    world: World,
+) -> None:
+    epoch = world.attempt(1, era=1, resume=None)
+    pair = SnapshotId(epoch, 3)
+    world.stage(0, pair, ("best",))
+    share = world.mirror("b", 0)
+    share[-world.slots["b"][0].size_bytes + HEADER_BYTES] ^= 1  # the first byte of the data
+    world.mirrors.put(mirror_key(pair, 1), [share])
+    world.lose_node("b")
+    world.attempt(2, era=2, resume=pair, memory={pair: world.origin})
+    world.settle()
+    assert world.log().newest() is None
+    ((failed, error),) = world.keepers["a"].failed
+    assert failed == pair and "no node has it any more" in error.text
+    assert all(one.alarms("save-failed") for one in world.both)
+
+
+def test_node_that_holds_the_share_of_another_rank_submits_its_own_from_a_mirror(
+    world: World,
+) -> None:
+    epoch = world.attempt(1, era=1, resume=None)
+    pair = SnapshotId(epoch, 3)
+    world.stage(0, pair, ("best",))
+    world.mirror("b", 0)
+    world.lose_node("b")
+    world.slots["b"][0].seal(pair, rank=0, ranks=2, origin=world.origin)
+    world.attempt(2, era=2, resume=pair, memory={pair: world.origin})
+    world.settle()
+    assert dict(world.log().tags) == {"best": pair}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_nodes_settle_what_a_neighbour_mirrors_when_no_attempt_follows(
+    world: World, name: str
+) -> None:
+    epoch = world.attempt(1, era=1, resume=None)
+    pair = SnapshotId(epoch, 7)
+    world.stage(0, pair, ("end",))
+    world.mirror(name, 0)
+    world.lose_node(name)
+    for keeper in world.both:
+        keeper.come(2, era=2)
+    world.keepers["a"].uploads.gathered({pair: world.origin})
+    for keeper in world.both:
+        keeper.end()
+    world.settle()
+    assert dict(world.log().tags) == {"end": pair}
 
 
 def test_nodes_settle_what_memory_alone_holds_when_no_attempt_follows(world: World) -> None:
