@@ -135,9 +135,15 @@ def check_history(
     """Raises ConflictError if ``store`` holds records that the source's log does not have.
 
     Reads the records from ``chain.low`` on. ``member``: ``store`` is one of the log's stores.
+
+    A member may hold one record more, which is not decided yet, and records that lost a race. So
+    may a store that lost everything under a writer that went on writing to it: then it has no
+    beginning of the log, and each of its records names the source's record before it.
     """
-    # A member may hold one record more, which is not decided yet, and records that lost a race.
-    end = state.next_seq + member
+    strays = prefix.beyond if not member and prefix.length == 0 else frozenset()
+    end = state.next_seq + (
+        member or (state.next_seq in strays and _follows(store, state.next_seq, state.head_digest))
+    )
     ahead = max((seq for seq in (prefix.length - 1, *prefix.beyond) if seq >= end), default=None)
     if ahead is not None:
         raise ConflictError(
@@ -148,7 +154,11 @@ def check_history(
     if member:
         return
     for seq in (*range(chain.low, prefix.length), *sorted(prefix.beyond)):
-        if seq >= chain.low and _holds_other_record(store, seq, chain.digest(seq)):
+        if not chain.low <= seq < state.next_seq:
+            continue
+        if _holds_other_record(store, seq, chain.digest(seq)) and not (
+            seq in strays and _follows(store, seq, chain.digest(seq - 1))
+        ):
             raise ConflictError(
                 "the replica holds another record than the source at one position, so it has a "
                 "history of its own. "
@@ -237,6 +247,14 @@ def _any_record(source: Backend, seq: int) -> Record | None:
         if record.seq == seq:
             return record
     return None
+
+
+def _follows(store: Backend, seq: int, prev: str) -> bool:
+    """Whether the record that ``store`` holds at ``seq`` names ``prev`` as the one before it."""
+    try:
+        return decode_record(read_at(store, seq, settled=False)).prev == prev
+    except (IntegrityError, NotFoundError):
+        return False
 
 
 def _holds_other_record(store: Backend, seq: int, digest: str) -> bool:

@@ -227,6 +227,45 @@ def test_replica_that_is_further_than_its_source_is_refused(
         sync(source, store)
 
 
+def test_votes_of_a_writer_that_met_the_store_as_it_lost_everything_are_no_history(
+    source: FileBackend, tmp_path: Path
+) -> None:
+    """The writer went on with the record that it was at; the log has no next record yet, or
+    another one."""
+    journal = Journal.open(source)
+    held = journal.refresh()
+
+    def emptied(name: str) -> FileBackend:
+        store = FileBackend(tmp_path / name)
+        record = replace(source_record(source), store_id=f"{len(name):032x}")
+        store.put(keys.JOB_KEY, [record.encode()])
+        return store
+
+    def filled(store: FileBackend) -> bool:
+        return fill(source, store, journal.refresh, record=source_record(source)).ok
+
+    vote = make_record(
+        Tag("late", SnapshotId(1, 10)),
+        job=held.job,
+        seq=held.next_seq,
+        epoch=held.epoch,
+        write_id="late",
+        prev=held.head_digest,
+    ).encode()
+    store = emptied("new")
+    store.put(keys.log_key(held.next_seq), [vote])
+    assert filled(store)
+    other = emptied("other")
+    other.put(keys.log_key(held.next_seq), [vote])
+    journal.tag("another", SnapshotId(1, 20))
+    assert filled(other)
+    assert folded(other) == folded(source)
+    alien = emptied("alien")
+    alien.put(keys.log_key(held.next_seq + 1), [vote])
+    with pytest.raises(ConflictError, match="further"):
+        filled(alien)
+
+
 def test_interrupted_by_a_full_store_it_goes_on_when_there_is_room(
     source: FileBackend, tmp_path: Path
 ) -> None:
