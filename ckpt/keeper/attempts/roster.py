@@ -265,8 +265,8 @@ def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterA
         failing=event.failing,
     )
     roster = replace(roster, members={**roster.members, entry.rank: entry})
-    if event.failing is not None and not ended and event.failing.kind != PREEMPTED_KIND:
-        failure = _of_exception(event.rank, event.failing, event.status or 1, event.at_s)
+    if event.status is not None and not ended and not _stopped_in_the_gap(event):
+        failure = _of_end_of_trainer(event.rank, event.failing, event.status, event.at_s)
         roster = replace(roster, failures=(*roster.failures, failure))
     leaves: list[RosterAction] = [LeaveOne(event.rank, event.status or 0)] if ended else []
     if roster.state is not RosterState.GATHERING or len(roster.members) < roster.ranks:
@@ -283,6 +283,13 @@ def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterA
     return roster, [*leaves, *actions]
 
 
+def _stopped_in_the_gap(event: SupervisorJoined) -> bool:
+    """Whether a trainer that ended while there was no keeper was asked to stop."""
+    if event.failing is None:
+        return event.status in _STOPPED
+    return event.failing.kind == PREEMPTED_KIND and event.status != -signal.SIGINT
+
+
 def _after_the_gap(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     """Go on after what trainers failed of while there was no keeper, if they did. It counts like
     any failure; what failed before it, only the lost keeper knew."""
@@ -294,7 +301,8 @@ def _after_the_gap(roster: Roster) -> tuple[Roster, list[RosterAction]]:
         return _start(roster)
     if not failure.final:
         # The most steps that are known; the keeper that saw the others is gone.
-        roster = replace(roster, record=after_failure(roster.record, failure.step))
+        completed = max(one.step for one in roster.failures)
+        roster = replace(roster, record=after_failure(roster.record, completed))
     roster, reason = _judge(roster, failure)
     return _start_later(roster) if reason is None else _leave(roster, replace(failure, text=reason))
 
@@ -424,34 +432,31 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
         return replace(
             roster, state=RosterState.OVER, status=event.status
         ) if ended else roster, leaves
-    # A trainer that reported an exception before it died is judged by that, not by its status.
     roster = _seat(roster, event.rank, seat=RankState.DEAD)
     failing = entry.failing
-    if event.status == -signal.SIGINT:  # a person wants the end, whatever else went wrong
-        text = f"rank {event.rank} {status_text(event.status)}"
-        failure = Failure(event.rank, "died", text, event.status, event.at_s, final=True)
-    elif roster.shared and _stopped_for_another(entry, event):
+    failure = _of_end_of_trainer(event.rank, failing, event.status, event.at_s)
+    interrupted = event.status == -signal.SIGINT
+    if not interrupted and roster.shared and _stopped_for_another(entry, event):
         if any(entry.seat in _LIVE for entry in roster.members.values()):
             return roster, []  # the others stop as well; once the next epoch comes they are killed
         text = f"rank {event.rank} stopped with all others, because another node is asked to go"
         failure = Failure(event.rank, "stopped", text, event.status, event.at_s)
-    elif failing is not None:
-        failure = _of_exception(event.rank, failing, event.status, event.at_s)
-    elif event.overdue:
+    elif not interrupted and failing is None and event.overdue:
         text = (
             f"rank {event.rank} was stopped, because its node had lost contact with the job's "
             "other nodes"
         )
         failure = Failure(event.rank, "overdue", text, event.status, event.at_s)
-    else:
-        failure = Failure(
-            event.rank,
-            "died",
-            f"rank {event.rank} {status_text(event.status)}",
-            event.status,
-            event.at_s,
-        )
     return _fail(roster, failure, event.completed)
+
+
+def _of_end_of_trainer(rank: int, failing: Failing | None, status: int, at_s: float) -> Failure:
+    """One that reported an exception before it died is judged by that, not by its status."""
+    interrupted = status == -signal.SIGINT  # a person wants the end, whatever else went wrong
+    if failing is not None and not interrupted:
+        return _of_exception(rank, failing, status, at_s)
+    text = f"rank {rank} {status_text(status)}"
+    return Failure(rank, "died", text, status, at_s, final=interrupted)
 
 
 def _of_exception(rank: int, failing: Failing, status: int, at_s: float) -> Failure:

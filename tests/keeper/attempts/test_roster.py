@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -617,6 +618,24 @@ def test_error_that_no_keeper_heard_of_counts_like_one_that_it_heard_of() -> Non
     leave = told.fail(told=failing(step=7), status=1, completed=7)[-1]
     assert isinstance(leave, LeaveAll)
     assert "the same error at the same step 2 times in a row" in leave.text
+
+
+def test_error_that_no_keeper_heard_of_is_the_echo_of_a_death_that_none_heard_of() -> None:
+    told = Told(2, attempt=4)
+    echo = failing(fingerprint="broken collective", step=7)
+    told(SupervisorJoined(0, 0, 1, 1, echo, 90.2))
+    assert told(SupervisorJoined(1, 1, 1, -9, None, 90.0)) == [StartAll(5)]
+    record = told.roster.record
+    assert (record.fingerprint, record.completed) == ("", 7), "no error of the program"
+
+
+@pytest.mark.parametrize("told_of", [None, failing(step=7)])
+def test_interrupt_that_no_keeper_heard_of_ends_the_job(told_of: Failing | None) -> None:
+    told = Told(2, attempt=4)
+    told(SupervisorJoined(0, 0, 1))
+    leave = told(SupervisorJoined(1, 1, 1, -signal.SIGINT, told_of, 90.0))[-1]
+    assert isinstance(leave, LeaveAll)
+    assert (leave.status, leave.text) == (130, "rank 1 died of SIGINT")
 
 
 def test_error_that_no_keeper_heard_of_and_another_one_after_it_are_two() -> None:
