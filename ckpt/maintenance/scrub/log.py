@@ -358,9 +358,13 @@ def _counted_records(
     merged = merge_stores(state, _without_doubt(state, copies), urls)
     chain = _chain(state, merged.state, copies)
     hole, next_seq = merged.state.hole, merged.state.next_seq
+    members = merged.state.stores
     if (
         hole is None
         and next_seq < stop
+        # With several stores it was decided above whether what is damaged may have counted: a vote
+        # that reached too few is none.
+        and (members is None or len(members.ids) == 1)
         and any(isinstance(copy, StoreRecords) and next_seq in copy.damaged for copy in copies)
     ):
         hole = Hole(next_seq, "no store has a readable record there.")

@@ -298,6 +298,15 @@ def test_last_record_on_too_few_stores_is_not_copied_unless_truth_says_so(
     assert all(bytes_of(store, keys.log_key(record.seq)) == record.encode() for store in trio)
 
 
+def test_damaged_vote_that_reached_too_few_stores_is_no_hole(trio: list[FileBackend]) -> None:
+    """A writer died over it: whatever it was, it was told to nobody."""
+    state = folded(trio[0])
+    trio[1].put(keys.log_key(state.next_seq), [b'{"torn'])
+    report = scrubbed(list(trio))
+    assert report.ok
+    assert report.hole is None
+
+
 def test_record_that_lost_a_race_stays_and_the_right_one_goes_to_the_second_key(
     trio: list[FileBackend],
 ) -> None:
