@@ -282,13 +282,18 @@ class Run:
     def gc(self, dice: random.Random, quiet: bool) -> str:
         """Drop what is not among the newest few, and sweep."""
         if quiet:
-            self.look(dice, quiet)  # which of what is in doubt is true: that decides what is kept
+            self.look(dice, quiet)
         last = dice.randint(1, 4)
         policy = parse_policy(f"last={last}")
         with closing(self.backend()) as backend:
             journal = Journal.open(backend)
-            plan = preview(backend, journal.refresh(), policy, now_unix_s=time.time())
-            for world in self.truth.worlds if plan.drops and quiet else ():
+            state = journal.refresh()
+            plan = preview(backend, state, policy, now_unix_s=time.time())
+            # What is in doubt may be decided by the drop itself: only what was seen counts here.
+            seen = self.truth.fitting(
+                frozenset(entry.snapshot for entry in state.snapshots), state.newest()
+            )
+            for world in seen if plan.drops and quiet else ():
                 kept = set(world.line()[:last])
                 assert not kept & set(plan.drops), (
                     f"drops what the policy keeps. drops={plan.drops} keep={sorted(kept)}"

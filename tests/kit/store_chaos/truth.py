@@ -115,14 +115,18 @@ class Truth:
             }
         )
 
-    def see(self, found: frozenset[Pair], newest: Pair | None) -> str:
-        """All snapshots were found where enough stores answer. What contradicts the truth, in
-        words; empty for nothing."""
-        fitting = frozenset(
+    def fitting(self, found: frozenset[Pair], newest: Pair | None) -> frozenset[LogTruth]:
+        """The worlds in which these are all snapshots, and that one the newest."""
+        return frozenset(
             world
             for world in self.worlds
             if world.existing().keys() == found and next(iter(world.line()), None) == newest
         )
+
+    def see(self, found: frozenset[Pair], newest: Pair | None) -> str:
+        """All snapshots were found where enough stores answer. What contradicts the truth, in
+        words; empty for nothing."""
+        fitting = self.fitting(found, newest)
         if not fitting:
             known = [
                 (sorted(world.existing()), next(iter(world.line()), None)) for world in self.worlds
