@@ -5,7 +5,7 @@
 
     @app.app.post("/predict")
     async def predict(request: Request):
-        g = request.scope["ckpt.generation"]
+        g = request.scope["ckpt-generation"]
         return {"y": g.model(await request.json())}
 
 Each HTTP request has one generation, pinned until its last byte is sent, and each response names it
@@ -32,7 +32,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 HEADER = b"x-ckpt-generation"
-SCOPE_KEY = "ckpt.generation"
+SCOPE_KEY = "ckpt-generation"
 RETRY_AFTER_S = 1
 
 

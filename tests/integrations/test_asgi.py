@@ -69,13 +69,13 @@ class Site:
 
 
 def _sum(request: Request) -> JSONResponse:
-    generation = request.scope["ckpt.generation"]
+    generation = request.scope["ckpt-generation"]
     return JSONResponse(generation.model(torch.ones(8)).item())
 
 
 def _slow(request: Request) -> StreamingResponse:
     """Answers in two parts; the second computes after others were swapped in."""
-    generation = request.scope["ckpt.generation"]
+    generation = request.scope["ckpt-generation"]
 
     def parts() -> Iterator[str]:
         yield "["
