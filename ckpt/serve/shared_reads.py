@@ -4,14 +4,17 @@ Replicas of one model on a machine follow the same snapshots, so they plan the s
 that needs a range locks its file, reads the store and writes the file; the others wait for the lock
 and read memory. Nothing here is trusted: readers check every chunk against its digest as if it came
 from a store. Locks are the kernel's and go with their holder, and one that hangs is waited for two
-seconds, no longer. Files are in ``/dev/shm``, for this user alone, and live a minute.
+seconds, no longer. Files are in ``/dev/shm``, for this user alone, and live a
+minute. The last follower that closes or exits removes them; after a SIGKILL of all, the next one.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +30,8 @@ LIFETIME_S = 60.0
 WAIT_S = 2.0
 """How long a range is waited for that another process reads."""
 PAUSE_S = 0.002
+MEMBERS = "members"
+"""The file that every follower of the log holds a shared lock on."""
 FREE_SHARE_MIN = 0.1
 """A range is kept only while this share of the file system is free."""
 
@@ -39,7 +44,8 @@ class SharedReads:
         self.shared_bytes = 0
         """What came from here rather than from the store."""
         self._folder = (folder or _private_folder()) / log_id
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._member: int | None = _joined(self._folder)
+        atexit.register(self.close)
 
     @contextlib.contextmanager
     def range(self, pack: str, offset_bytes: int, size_bytes: int) -> Iterator[CachedRange | None]:
@@ -62,13 +68,31 @@ class SharedReads:
         with self._lock:
             self.shared_bytes += size_bytes
 
+    def close(self) -> None:
+        """Leave; the last one removes all that is left. Idempotent."""
+        member, self._member = self._member, None
+        if member is None:
+            return
+        atexit.unregister(self.close)
+        try:
+            fcntl.flock(member, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass  # others still use it
+        else:
+            # Who joins now waits for this lock, sees that its file is gone, and makes another.
+            shutil.rmtree(self._folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another log's followers
+                self._folder.parent.rmdir()
+        finally:
+            os.close(member)
+
     def tidy(self) -> None:
         """Remove ranges that are older than a minute. Call it after a fill."""
         oldest = time.time() - LIFETIME_S
         with contextlib.suppress(FileNotFoundError):
             for entry in os.scandir(self._folder):
                 with contextlib.suppress(FileNotFoundError):
-                    if entry.stat().st_mtime < oldest:
+                    if entry.name != MEMBERS and entry.stat().st_mtime < oldest:
                         Path(entry.path).unlink()
 
 
@@ -100,6 +124,20 @@ class _SharedRange:
                 at += os.pwrite(self._handle, data[at:], at)
         except OSError:
             os.ftruncate(self._handle, 0)
+
+
+def _joined(folder: Path) -> int:
+    """The folder's file of members, locked for sharing."""
+    while True:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            member = os.open(folder / MEMBERS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue  # the last one of before was removing the folder
+        fcntl.flock(member, fcntl.LOCK_SH)
+        if os.fstat(member).st_nlink:
+            return member
+        os.close(member)
 
 
 def _locked(path: Path) -> int | None:

@@ -157,7 +157,9 @@ class GenerationSource:
         return Generation(buffer.model, info_of(index.manifest, state)), report
 
     def close(self) -> None:
-        """Close the stores, unless the user opened them."""
+        """Close the stores, unless the user opened them, and leave what replicas share."""
+        if self._shared is not None:
+            self._shared.close()
         if self._own:
             self._backend.close()
 

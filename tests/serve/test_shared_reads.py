@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made() -> nn.Module:
     return nn.Linear(1500, 1500)
+
+
+def ranges_of(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != "members"]
 
 
 def test_eight_followers_read_what_changed_once(tmp_path: Path) -> None:
@@ -108,7 +113,7 @@ def test_torn_file_is_not_a_range(tmp_path: Path) -> None:
     with reads.range("packs/a", 0, 5) as first:
         assert first is not None
         first.keep(memoryview(b"hello"))
-    (file,) = (tmp_path / "log").iterdir()
+    (file,) = ranges_of(tmp_path / "log")
     file.write_bytes(b"hel")
     with reads.range("packs/a", 0, 5) as torn:
         assert torn is not None
@@ -122,23 +127,43 @@ def test_old_ranges_are_removed(tmp_path: Path) -> None:
             assert made_range is not None
             made_range.keep(memoryview(b"hello"))
             if pack == "packs/old":
-                (file,) = (tmp_path / "log").iterdir()
+                (file,) = ranges_of(tmp_path / "log")
     os.utime(file, (time.time() - 100, time.time() - 100))
     reads.tidy()
-    assert len(list((tmp_path / "log").iterdir())) == 1
+    assert len(ranges_of(tmp_path / "log")) == 1
+
+
+def test_last_one_that_closes_removes_everything(tmp_path: Path) -> None:
+    folder = tmp_path / "shm"
+    first, second = SharedReads("log", folder=folder), SharedReads("log", folder=folder)
+    with first.range("packs/a", 0, 5) as kept:
+        assert kept is not None
+        kept.keep(memoryview(b"hello"))
+    first.close()
+    first.close()
+    assert len(list((folder / "log").iterdir())) == 2
+    second.close()
+    assert not folder.exists()
+    third = SharedReads("log", folder=folder)
+    third.close()
+    assert not folder.exists()
 
 
 def test_damage_in_shared_memory_is_read_from_the_store(tmp_path: Path) -> None:
     model = made()
     with Checkpointer(tmp_path / "store", job="t") as checkpointer:
         checkpointer.save({"model": model}, step=1)
-    with Follower(tmp_path / "store", into=made, share_reads=True) as follower:
-        follower.wait(timeout_s=WAIT_S)
-    for file in tmp_path.glob("ckpt-reads-*/*/*"):
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data)
-    with Follower(tmp_path / "store", into=made, share_reads=True) as follower:
+    with (
+        Follower(tmp_path / "store", into=made, share_reads=True) as first,
+        ExitStack() as stack,
+    ):
+        first.wait(timeout_s=WAIT_S)
+        for folder in tmp_path.glob("ckpt-reads-*/*"):
+            for file in ranges_of(folder):
+                data = bytearray(file.read_bytes())
+                data[len(data) // 2] ^= 1
+                file.write_bytes(data)
+        follower = stack.enter_context(Follower(tmp_path / "store", into=made, share_reads=True))
         served = follower.wait(timeout_s=WAIT_S).model
         assert torch.equal(served.weight, model.weight)  # type: ignore[union-attr]
         assert not follower.status().refused
