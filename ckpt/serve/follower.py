@@ -350,6 +350,7 @@ class Follower:
 
     def _note(self, candidate: Generation, report: FillReport) -> None:
         now = self._state
+        now.waits_for = ""
         now.swaps += 1
         now.read_bytes += report.read_bytes
         now.reused_bytes += report.reused_bytes

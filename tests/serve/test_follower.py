@@ -267,7 +267,8 @@ def test_store_that_is_gone_stops_no_request(
     with Follower(store, into=make_model, poll_s=0.02, emit=events.append) as follower:
         follower.wait(step=1, timeout_s=WAIT_S)
         away = store.rename(store.with_name("away"))
-        wait_until(lambda: bool(follower.status().waits_for))
+        wait_until(lambda: any(event.kind == "serving-waits" for event in events))
+        assert follower.status().waits_for
         with follower.generation() as g:
             assert weight(g) == 1.0
         away.rename(store)
