@@ -19,6 +19,7 @@ from ckpt.backends.base import Buffer, Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import CkptError, KeyExistsError, UnavailableError, UsageError
 from ckpt.format import keys
+from ckpt.log.high_water import FILES
 from ckpt.log.replicas import Enough
 from ckpt.log.sequencers import STATE_VARIABLE
 from kit.logs.ledger import Body, Ledger
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 DEPTH_MAX = 3
 LATE_MAX = 20
+MARKS_WAIT_S = 60.0
 
 
 class Death(BaseException):
@@ -316,6 +318,8 @@ class Process:
                 del os.environ[STATE_VARIABLE]
             else:
                 os.environ[STATE_VARIABLE] = folder
+            # Marks are written in threads; one seed is one run only if each is there afterwards.
+            assert FILES.settle(MARKS_WAIT_S), "marks are not written"
 
     def die(self) -> None:
         """It is killed here, unless it can't be."""
