@@ -73,7 +73,7 @@ def set_step(model: Served, step: int) -> None:
         model.rest.uniform_()
 
 
-# ---- the trainer: a process that commits when it is told
+# ---- the trainer: a process that commits on order
 
 
 def train(folder: str, size_bytes: int, orders: multiprocessing.SimpleQueue[int]) -> None:

@@ -45,6 +45,7 @@ from ckpt.log.catalog import info_of
 from ckpt.log.fold import fold, require_counted, void_error, void_if_appended
 from ckpt.log.high_water import FILES, HighWaterMark
 from ckpt.log.open import open_log
+from ckpt.log.quorum import is_placeholder
 from ckpt.log.reader import LogNote
 from ckpt.log.replicated import ReplicatedLog
 from ckpt.log.select import ResumeChoice, require_newest
@@ -342,8 +343,16 @@ class Journal:
         was made.
 
         Raises ConflictError if the set changed in the meantime, because that change would be
-        undone.
+        undone; UsageError for a write quorum that the stores which exist can't meet: no record
+        could ever follow, not even one that takes it back.
         """
+        never_made = [store_id for store_id in body.ids if is_placeholder(store_id)]
+        if body.write_quorum > len(body.ids) - len(never_made):
+            raise UsageError(
+                "the write quorum is more than the stores of the set that exist, so nothing could "
+                f"be recorded any more. write_quorum={body.write_quorum} ids={list(body.ids)} "
+                f"never_made={never_made} take a smaller one, or remove or replace those first"
+            )
 
         def draft(state: LogState) -> tuple[Body, int]:
             if state.stores != before:

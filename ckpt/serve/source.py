@@ -350,7 +350,7 @@ def _digest(region: NDArray[np.uint8]) -> Digest:
 
 
 def _bump(tensor: torch.Tensor) -> None:
-    """Tell autograd and whoever watches the counter that the tensor was written to."""
+    """Advance autograd's version counter: the tensor was written to."""
     local = local_of(tensor)
     if not local.is_inference():
         torch.autograd.graph.increment_version(local)

@@ -470,7 +470,10 @@ class Operator(Person):
         return self.process
 
     def failed(self, error: CkptError) -> None:
+        known = ("positions", "more than the stores of the set that exist")
         assert (
-            not isinstance(error, UsageError) or "positions" in str(error) or self.scene.strays()
+            not isinstance(error, UsageError)
+            or any(text in str(error) for text in known)
+            or self.scene.strays()
         ), error
         self.world.note("changes that failed")

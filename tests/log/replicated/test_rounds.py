@@ -419,3 +419,18 @@ def test_two_stores_that_were_declared_lost_against_each_other_are_not_read_as_o
     with pytest.raises(IntegrityError, match="two histories"):
         Journal.open(several(stores)).tag("x", NEWEST)
     Journal.open(stores[0]).tag("x", NEWEST)
+
+
+def test_a_write_quorum_that_the_stores_which_exist_cannot_meet_is_refused() -> None:
+    """A store that did not answer when the log was made is in the set by name alone: with it
+    counted, no record could ever follow, not even one that takes the quorum back."""
+    stores = three()
+    stores[2].up = False
+    journal = made(stores)
+    members = journal.refresh().stores
+    assert members is not None
+    body = Stores(members.ids, 3, members.sequencer)
+    with pytest.raises(UsageError, match="more than the stores of the set that exist"):
+        journal.change_stores(body, before=members)
+    commit(journal, journal.open_epoch(resume=None), 1)
+    assert journal.refresh().newest() == NEWEST
