@@ -1,0 +1,1 @@
+"""The processes of ``ckpt serve``: replicas, the front, and the one that starts them."""
