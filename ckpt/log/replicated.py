@@ -704,9 +704,10 @@ class ReplicatedLog:
         Raises UnavailableError if those that are left may lack what was acknowledged, or do not all
         answer.
         """
-        real = {store_id for store_id in members.ids if not is_placeholder(store_id)}
-        lost = self._outside.lost.intersection(real).difference(self._ids)
-        left = len(real) - len(lost)
+        lost = self._outside.lost.intersection(members.ids).difference(self._ids)
+        # A store that was never made is not left either, whoever is lost; of a set whose W counts
+        # on it, nothing was acknowledged.
+        left = sum(not is_placeholder(store_id) for store_id in set(members.ids) - lost)
         if not lost or left >= members.write_quorum:
             return members.write_quorum
         answering = len(self.full(members))

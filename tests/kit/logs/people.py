@@ -342,33 +342,36 @@ class Operator(Person):
         ids = tuple(store_id for store_id in members.ids if store_id in left)
         if not self._may_give_up(ids, members):
             return
-        # As `remove` does: what was recorded when W was lower is on fewer stores.
-        for site in world.sites:
-            if site.body.store_id in ids:
-                self._fill(site.number)
-        store_id = ""
-        if number is not None and world.may_lose(number):
-            store_id = self._prepare(number)
-            ids = (*ids, store_id)
-            world.unfilled.add(number)
-        elif len(ids) == 1 and members.sequencer != BY_STORES:
+        if number is not None and not world.may_lose(number):
+            number = None
+        if number is None and len(ids) == 1 and members.sequencer != BY_STORES:
             return  # what overwrites holds no log alone
         journal = self._everywhere()
         assert isinstance(journal.access, ReplicatedLog)
-        quorum = len(ids) // 2 + 1
-        world.quorum_min = min(world.quorum_min, quorum)
         here = {site.body.store_id for site in world.sites if not site.lost}
         pending = {store_id for one in world.ledger.sets() for store_id in one}
         world.ledger.give_up(pending - here)
         with journal.access.declared_lost(world.ledger.declared_lost):
+            # First of all: what is not decided yet is, and what is filled has all of it.
             state = journal.refresh_confirmed()
+            if state.head_digest:
+                self.scene.told(journal)  # who gave stores up before may have died in between
             if state.stores != members:
-                if state.head_digest:
-                    self.scene.told(journal)  # who gave stores up before died in between
                 return  # or nothing was heard of the log
+            # As `remove` does: what was recorded when W was lower is on fewer stores.
+            for site in world.sites:
+                if site.body.store_id in ids:
+                    self._fill(site.number)
+            store_id = ""
+            if number is not None:
+                store_id = self._prepare(number)
+                ids = (*ids, store_id)
+                world.unfilled.add(number)
+            quorum = len(ids) // 2 + 1
+            world.quorum_min = min(world.quorum_min, quorum)
             self._change(journal, Stores(ids, quorum, members.sequencer), members)
         world.note("gave up stores")
-        if number is not None and store_id:
+        if number is not None:
             self._fill(number)
             self._healed(number, store_id)
 

@@ -26,6 +26,7 @@ from ckpt.events import Event
 from ckpt.format import keys
 from ckpt.format.records import RECORD_BYTES_MAX, Stores, Tag, make_record
 from ckpt.log.journal import Journal
+from ckpt.log.quorum import is_placeholder
 from ckpt.log.replicated import ReplicatedLog
 from ckpt.maintenance import store_set
 from ckpt.maintenance.replica import SyncLimits
@@ -434,3 +435,37 @@ def test_a_write_quorum_that_the_stores_which_exist_cannot_meet_is_refused() -> 
         journal.change_stores(body, before=members)
     commit(journal, journal.open_epoch(resume=None), 1)
     assert journal.refresh().newest() == NEWEST
+
+
+def test_a_log_whose_quorum_counts_on_a_store_that_was_never_made_is_freed_by_removing_that(
+    one_by_one: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier releases took such a quorum. Nothing could be acknowledged since, so a person's word
+    that the store does not exist is enough."""
+    stores = three()
+    stores[2].up = False
+    journal = made(stores)
+    commit(journal, journal.open_epoch(resume=None), 1)
+    members = journal.refresh().stores
+    assert members is not None
+    monkeypatch.setattr("ckpt.log.journal.is_placeholder", lambda store_id: False)
+    with pytest.raises(CommitUnknownError):  # it counts, and cannot be brought to three stores
+        journal.change_stores(Stores(members.ids, 3, members.sequencer), before=members)
+    monkeypatch.undo()
+    journal = Journal.open(several(stores))
+    with pytest.raises((UnavailableError, CommitUnknownError)):
+        journal.tag("x", NEWEST)
+    (never_made,) = (store_id for store_id in members.ids if is_placeholder(store_id))
+    two = stores[:2]
+    with closing(ReplicatedBackend(two, write_quorum=2, emit=_ignore)) as backend:
+        journal = Journal.open(backend)
+        with pytest.raises(UnavailableError, match="repeat with --lost"):
+            store_set.remove(journal, backend, [never_made], emit=_ignore)
+        stores[1].up = False
+        with pytest.raises(UnavailableError, match="all stores but the lost ones must answer"):
+            store_set.remove(journal, backend, [never_made], lost=True, emit=_ignore)
+        stores[1].up = True
+        after = store_set.remove(journal, backend, [never_made], lost=True, emit=_ignore)
+    assert (len(after.ids), after.write_quorum) == (2, 2)
+    Journal.open(several(two)).tag("x", NEWEST)
+    assert Journal.open(several(two)).refresh().tags["x"] == NEWEST
