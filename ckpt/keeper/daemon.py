@@ -214,8 +214,8 @@ class Daemon:
         uid = peer_uid(sock)
         if uid not in (None, os.geteuid()):
             # The folder's mode keeps other users out; this holds too where it was opened.
-            sock.close()
             self._listener.strangers += 1
+            sock.close()
             text = "refused a connection of another user; look who can enter the keeper's folder"
             facts = {"uid": uid, "refused": self._listener.strangers}
             self._emit(Event("stranger-refused", text, facts, alarm=True))
