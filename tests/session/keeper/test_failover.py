@@ -167,9 +167,15 @@ def test_two_ranks_hand_in_and_their_keeper_dies(
     ranks = Ranks(store, make_channels, monkeypatch)
     ranks.durable([ranks.save(rank, 1) for rank in range(2)])
     dies_at_the_next_submission(ranks.sessions[dies_at])
+    decided = [threading.Event() for _ in (2, 3)]  # rank 0 saved this step; 1 may not be ahead
 
     def go_on(rank: int) -> list[SnapshotId]:
-        pending = [ranks.save(rank, step) for step in (2, 3)]
+        pending = []
+        for step, at_0 in zip((2, 3), decided, strict=True):
+            assert rank == 0 or at_0.wait(WAIT_S)
+            pending.append(ranks.save(rank, step))
+            if rank == 0:
+                at_0.set()
         return [one.durable(WAIT_S).id for one in pending]
 
     first, second = ranks.pool.map(go_on, range(2))
