@@ -3,6 +3,7 @@ if it never had been."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import time
@@ -173,16 +174,18 @@ def test_own_loop_goes_on_bit_for_bit_wherever_it_is_cut(
 
 @pytest.mark.slow
 def test_accumulation_takes_snapshots_behind_optimizer_steps_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, logger="ckpt")
 
     def report(step: int, loss: float) -> None:
         deadline_s = time.monotonic() + RUN_S_MAX
         # Steps of microseconds: without a pause the store would be behind, and the next one
-        # skipped.
-        while step == 60 and ckpt.Checkpointer(accumulate.STORE).latest() is None:
+        # skipped. This process must have heard of the commit: the slot is free from then on.
+        while step == 60 and "is durable" not in caplog.text:
             assert time.monotonic() < deadline_s, f"no snapshot became durable. loss={loss}"
+            time.sleep(0.01)
 
     accumulate.train(118, report=report)
     steps = [info.step for info in ckpt.Checkpointer(accumulate.STORE).snapshots()]

@@ -179,7 +179,7 @@ def test_all_are_told_that_another_writer_took_over(pair) -> None:
 def test_next_launch_on_the_same_keeper_is_not_fenced_by_what_fenced_the_last(
     serve: Serve,
 ) -> None:
-    served = serve(Policy(linger_s=2.0, hang_s=0.0))
+    served = serve(Policy(linger_s=60.0, hang_s=0.0))
     supervisors = served.supervisors(1, launch="first")
     trainer = served.trainer(launch="first")
     open_epoch(trainer)
