@@ -226,11 +226,13 @@ def test_no_worker_is_left_running_after_an_error(big: np.ndarray) -> None:
     backend = GatedBackend()
     index = write(backend, [[tensor("w", big)]])
     plan = plan_reads(index, [Want("w", None, Box.whole(big.shape))], coalesce_bytes=0)
-    with Fetcher(backend, threads=2) as fetcher, pytest.raises(UnavailableError):
-        fetcher.fetch(plan, [np.zeros_like(big)])
-    # The other worker may begin one more before it sees the error; none goes on after it.
-    assert backend.begun
-    assert sorted(backend.ended) == sorted(backend.begun)
+    with Fetcher(backend, threads=2) as fetcher:
+        with pytest.raises(UnavailableError):
+            fetcher.fetch(plan, [np.zeros_like(big)])
+        # The other worker may begin one more before it sees the error. At the return, while the
+        # fetcher still lives, all have ended: the memory is the caller's again.
+        assert backend.begun
+        assert sorted(backend.ended) == sorted(backend.begun)
 
 
 def test_small_budget_still_reads(stored, big: np.ndarray) -> None:

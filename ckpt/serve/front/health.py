@@ -70,9 +70,11 @@ def after(health: ReplicaHealth, signal: HealthSignal, *, now_s: float) -> Repli
 
 
 def _failed(health: ReplicaHealth, now_s: float) -> ReplicaHealth:
+    if now_s < health.ejected_until_s:
+        # Requests that were under way when it was ejected fail too, and prove nothing more.
+        return health
     failures = health.failures + 1
-    # Requests that were under way when it was ejected fail too, and prove nothing more.
-    if failures < FAILURES_MAX or now_s < health.ejected_until_s:
+    if failures < FAILURES_MAX:
         return replace(health, failures=failures)
     ejections = health.ejections + 1
     until_s = now_s + ejection_s(ejections)
@@ -86,11 +88,11 @@ def ejection_s(ejections: int) -> float:
     return min(EJECTED_S_MAX, EJECTED_S * 2.0 ** min(ejections - 1, 16))
 
 
-def usable(healths: Mapping[str, ReplicaHealth], *, now_s: float) -> tuple[str, ...]:
-    """The names of the replicas that may get the next request, in the mapping's order.
+def usable_replicas(healths: Mapping[str, ReplicaHealth], *, now_s: float) -> tuple[str, ...]:
+    """Which of the serving replicas may get the next request, by name in the mapping's order.
 
-    Never empty unless ``healths`` is: if all are dead, one of them may have come back, and to ask
-    it costs one refused connection.
+    Never empty unless ``healths`` is: if all are dead, one of them may have come back since its
+    last probe, and a request can only gain by asking it.
     """
     alive = [name for name, health in healths.items() if not health.dead]
     if not alive:
@@ -100,8 +102,12 @@ def usable(healths: Mapping[str, ReplicaHealth], *, now_s: float) -> tuple[str, 
 
 
 def suspects(healths: Mapping[str, ReplicaHealth], *, now_s: float) -> frozenset[str]:
-    """The replicas that standbys are to replace: all that get no requests from this front."""
+    """The replicas that others are to replace: all that this front would not send to.
+
+    ``healths`` has the standbys too, which are probed as well. If none of all these answers, the
+    front is more likely the one that is cut off, and it suspects nobody; a lone serving replica
+    that hangs beside a standby that answers is suspected.
+    """
     if all(health.dead for health in healths.values()):
-        # More likely the front is the one that is cut off.
         return frozenset()
-    return frozenset(healths) - frozenset(usable(healths, now_s=now_s))
+    return frozenset(healths) - frozenset(usable_replicas(healths, now_s=now_s))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from ckpt.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
@@ -108,17 +110,21 @@ def supermarket_tail(load: float, *, choices: int, length_max: int = 64) -> tupl
     of ``choices`` random queues: load^((d^k - 1) / (d - 1)), and load^k for one choice.
 
     ``load``: arrivals per server and mean service time, 0 ≤ load < 1. The limit for many servers
-    (Mitzenmacher 2001, theorem 1). Ends where the share falls below 1e-12.
+    (Mitzenmacher 2001, theorem 1). Ends where the share falls below 1e-12. Raises UsageError.
     """
+    if not 0 <= load < 1 or choices < 1:
+        raise UsageError(
+            f"queues have a limit for 0 <= load < 1 and one choice or more. load={load} "
+            f"choices={choices}"
+        )
     exponents = (
         length if choices == 1 else (choices**length - 1) // (choices - 1)
         for length in range(1, length_max + 1)
     )
-    # The exponent is doubly exponential: what is far below any share that is asked for is not
-    # computed.
+    # As a float an exponent may be too large; its share is 0 long before.
     return tuple(
         takewhile(
             lambda share: share >= 1e-12,
-            (load ** min(exponent, 10_000) for exponent in exponents),
+            (load ** min(exponent, 10**300) for exponent in exponents),
         )
     )

@@ -15,7 +15,7 @@ from ckpt.serve.front.health import (
     after,
     ejection_s,
     suspects,
-    usable,
+    usable_replicas,
 )
 
 GOOD = ReplicaHealth()
@@ -69,7 +69,11 @@ def test_each_ejection_in_a_row_is_twice_as_long_up_to_a_limit() -> None:
 
 def test_failures_of_what_was_under_way_do_not_lengthen_an_ejection() -> None:
     ejected = fold(*["failed"] * FAILURES_MAX)
-    assert fold(*["failed"] * 20, health=ejected).ejected_until_s == ejected.ejected_until_s
+    assert fold(*["failed"] * 20, health=ejected) == ejected
+    # Nor do they count once it is over: one failure more is one.
+    late = fold(*["failed"] * 20, "probe-answered", health=ejected)
+    assert fold("failed", health=late, now_s=ejected.ejected_until_s).usable(1e9)
+    assert fold("failed", health=late, now_s=ejected.ejected_until_s).ejections == 1
 
 
 def test_ejection_is_forgotten_after_as_long_a_time_of_answers() -> None:
@@ -84,14 +88,14 @@ def test_half_may_be_ejected_and_no_more() -> None:
     ejected = fold(*["failed"] * FAILURES_MAX)
     dead = fold("refused")
     four = {"a": GOOD, "b": GOOD, "c": ejected, "d": ejected}
-    assert usable(four, now_s=10.0) == ("a", "b")
-    assert usable({**four, "b": ejected}, now_s=10.0) == ("a", "b", "c", "d")
+    assert usable_replicas(four, now_s=10.0) == ("a", "b")
+    assert usable_replicas({**four, "b": ejected}, now_s=10.0) == ("a", "b", "c", "d")
     # The dead count neither way, and get nothing even then.
-    assert usable({**four, "b": dead}, now_s=10.0) == ("a", "c", "d")
-    assert usable({"a": ejected}, now_s=10.0) == ("a",)
-    assert usable({"a": GOOD, "b": dead}, now_s=10.0) == ("a",)
-    assert usable({"a": dead, "b": dead}, now_s=10.0) == ("a", "b")
-    assert usable({}, now_s=10.0) == ()
+    assert usable_replicas({**four, "b": dead}, now_s=10.0) == ("a", "c", "d")
+    assert usable_replicas({"a": ejected}, now_s=10.0) == ("a",)
+    assert usable_replicas({"a": GOOD, "b": dead}, now_s=10.0) == ("a",)
+    assert usable_replicas({"a": dead, "b": dead}, now_s=10.0) == ("a", "b")
+    assert usable_replicas({}, now_s=10.0) == ()
 
 
 def test_front_that_reaches_nobody_suspects_nobody() -> None:
@@ -113,10 +117,10 @@ def test_any_history_leaves_somebody_to_ask(
             now_s += passed_s
             health = after(health, signal, now_s=now_s)
             assert health.ejected_until_s <= now_s + EJECTED_S_MAX
-            assert health.failures < FAILURES_MAX or now_s < health.ejected_until_s
+            assert health.failures < FAILURES_MAX
         healths[name] = health
         last_s = max(last_s, now_s)
-    chosen = usable(healths, now_s=last_s)
+    chosen = usable_replicas(healths, now_s=last_s)
     assert set(chosen) <= set(healths)
     assert bool(chosen) == bool(healths)
     assert not set(chosen) & suspects(healths, now_s=last_s)

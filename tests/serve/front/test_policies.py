@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt.errors import UsageError
 from ckpt.serve.front.policies import (
     POLICIES,
     ReplicaLoad,
@@ -124,3 +125,14 @@ def test_tail_of_the_model_ends() -> None:
     assert supermarket_tail(0.0, choices=2) == ()
     assert supermarket_tail(0.5, choices=2)[:3] == pytest.approx((0.5, 0.125, 0.5**7))
     assert supermarket_tail(0.5, choices=1)[:3] == pytest.approx((0.5, 0.25, 0.125))
+    # Queues are long only near the limit of what servers can do, and end there too.
+    almost = supermarket_tail(0.9999, choices=2)
+    assert almost[12] == pytest.approx(0.9999 ** (2**13 - 1))
+    assert len(almost) == 18
+    assert len(supermarket_tail(0.9, choices=60_000)) == 1
+
+
+@pytest.mark.parametrize(("load", "choices"), [(1.0, 2), (-0.1, 2), (float("nan"), 2), (0.5, 0)])
+def test_load_without_a_limit_is_refused(load: float, choices: int) -> None:
+    with pytest.raises(UsageError, match="choices="):
+        supermarket_tail(load, choices=choices)
