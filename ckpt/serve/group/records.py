@@ -12,7 +12,8 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from ckpt.errors import IntegrityError
+from ckpt.errors import IntegrityError, UsageError
+from ckpt.values import SnapshotId
 
 REPLICAS = "replicas/"
 ROLES = "roles"
@@ -27,7 +28,8 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     ``address``: ``host:port`` that answers requests. ``generation``: the served one, ``kept``:
     those that it can serve at once; ``order``: the serial of the last order that it carried out,
-    ``problem`` why it could not.
+    ``problem`` why it could not. ``repeatable``: paths whose requests may be sent again, to another
+    replica, when nobody knows whether one was answered.
     """
 
     name: str
@@ -39,6 +41,18 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True):
     kept: tuple[str, ...] = ()
     order: int = 0
     problem: str = ""
+    repeatable: tuple[str, ...] = ()
+
+    @property
+    def served(self) -> SnapshotId | None:
+        """The served generation; None if it serves none, or names none that can be read."""
+        return _read_generation(self.generation)
+
+    @property
+    def in_memory(self) -> tuple[SnapshotId, ...]:
+        """The kept generations, without names that cannot be read."""
+        read = map(_read_generation, self.kept)
+        return tuple(generation for generation in read if generation is not None)
 
 
 class RolesRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,8 +68,7 @@ class OrderRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator asked of all replicas; ``serial`` counts orders.
 
     ``follow``: what to follow (``latest``, ``tag:NAME`` or a step). ``generation``, if not empty:
-    serve that one from memory and stay there (a rollback); it wins over ``follow``. A generation of
-    ``-``: the one before the served one.
+    serve that one, from memory where it is kept, and stay there; it wins over ``follow``.
     """
 
     serial: int
@@ -87,6 +100,26 @@ class GroupView:
         names = self.roles.serving if self.roles is not None else ()
         found = (self.replicas.get(name) for name in names)
         return tuple(replica for replica in found if replica and replica.state == "ready")
+
+
+def generation_name(generation: SnapshotId) -> str:
+    """What replies and records call it: ``EPOCH-STEP``."""
+    return f"{generation.epoch}-{generation.step}"
+
+
+def parse_generation(text: str) -> SnapshotId:
+    """The generation of that name. Raises UsageError."""
+    epoch, _, step = text.partition("-")
+    if not all(part.isascii() and part.isdigit() for part in (epoch, step)):
+        raise UsageError(f"a generation is named EPOCH-STEP, as replies do. generation={text!r}")
+    return SnapshotId(int(epoch), int(step))
+
+
+def _read_generation(text: str) -> SnapshotId | None:
+    try:
+        return parse_generation(text)
+    except UsageError:
+        return None
 
 
 Record = ReplicaRecord | RolesRecord | OrderRecord
