@@ -134,6 +134,11 @@ KINDS: Final[Mapping[str, str]] = {
     "generation-refused": "a snapshot is not served, because something is wrong with it",
     "serving-waits": "a follower can't see what is newest; it serves what it has",
     "serving-follows": "a follower sees the log again",
+    "replica-promoted": "a replica of a serving group gets requests from now on",
+    "group-empty": "no replica of a serving group can serve",
+    "group-silent": "the records of a serving group can't be read or written",
+    "group-unreadable": "a record of a serving group is broken and counts as missing",
+    "group-well": "the records of a serving group can be read again",
     "on-swap-failed": "the user's on_swap raised",
     # ---- maintenance
     "gc": "snapshots that no policy keeps were dropped",

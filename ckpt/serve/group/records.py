@@ -133,7 +133,12 @@ def encode(record: Record) -> bytes:
 
 def decode_replica(key: str, data: bytes) -> ReplicaRecord:
     """Raises IntegrityError that names the key, as the other two."""
-    return _decode(key, data, ReplicaRecord)
+    replica = _decode(key, data, ReplicaRecord)
+    if key != REPLICAS + replica.name:
+        raise IntegrityError(
+            f"a replica's record lies under another name. key={key} name={replica.name!r}"
+        )
+    return replica
 
 
 def decode_roles(data: bytes) -> RolesRecord:
