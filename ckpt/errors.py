@@ -6,13 +6,16 @@
      ├─ NotFoundError (LookupError)  no such store, snapshot, tag, leaf or object         exit 10
      ├─ UnavailableError             a store or peer does not answer: repeat later        exit 11
      │   ├─ StoreFullError           no space or quota is left
-     │   └─ StoreDeniedError         permissions or credentials are missing
+     │   ├─ StoreDeniedError         permissions or credentials are missing
+     │   ├─ OverloadedError          replicas have too much to do: ask again later
+     │   └─ DeadlineError            no replica answered in time
      ├─ ConflictError                another write came first: read, then decide          exit 12
      │   ├─ KeyExistsError           a create-once key already holds other bytes
      │   ├─ NewerSnapshotError       a newer snapshot became durable: choose again
      │   ├─ FencedError              a newer epoch is open: this writer must stop
      │   └─ SupersededError          the job's nodes have another writer now: look who is who
      ├─ CommitUnknownError           the reply was lost: repeat the same bytes, same key  exit 13
+     ├─ AnswerLostError              a replica was lost while it computed                 exit 13
      ├─ IntegrityError               bytes differ from their digest, or are inconsistent  exit 20
      └─ InternalError                a bug in ckpt                                        exit 70
 
@@ -76,6 +79,18 @@ class StoreDeniedError(UnavailableError):
     code = "store-denied"
 
 
+class OverloadedError(UnavailableError):
+    """No replica took the request: nothing of it was begun."""
+
+    code = "overloaded"
+
+
+class DeadlineError(UnavailableError):
+    """A request's deadline passed while a replica computed."""
+
+    code = "deadline"
+
+
 class ConflictError(CkptError):
     """Another writer's bytes came first."""
 
@@ -114,6 +129,13 @@ class CommitUnknownError(CkptError):
 
     code = "commit-unknown"
     retry = True
+    exit_code = 13
+
+
+class AnswerLostError(CkptError):
+    """A request that must not be repeated by itself was sent, and its answer was lost."""
+
+    code = "answer-lost"
     exit_code = 13
 
 

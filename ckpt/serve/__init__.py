@@ -1,7 +1,7 @@
 """Serving: models in memory that follow the snapshots of a training job.
 
-``Follower`` is the part that fits into any server. Names load on first use, so that commands which
-only look at replicas never import torch.
+``Follower`` is the part that fits into any server; ``Replica`` declares what ``ckpt serve`` runs.
+Names load on first use, so that commands which only look at replicas never import torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ckpt.serve.follower import Follower as Follower
     from ckpt.serve.follower import FollowerStatus as FollowerStatus
     from ckpt.serve.generations import Generation as Generation
+    from ckpt.serve.replica import ModelRequest as ModelRequest
+    from ckpt.serve.replica import Replica as Replica
     from ckpt.serve.shared_reads import SharedReads as SharedReads
     from ckpt.serve.source import SwapReport as SwapReport
 
@@ -20,6 +22,8 @@ _HOMES = {
     "Follower": "ckpt.serve.follower",
     "FollowerStatus": "ckpt.serve.follower",
     "Generation": "ckpt.serve.generations",
+    "ModelRequest": "ckpt.serve.replica",
+    "Replica": "ckpt.serve.replica",
     "SharedReads": "ckpt.serve.shared_reads",
     "SwapReport": "ckpt.serve.source",
 }
