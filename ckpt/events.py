@@ -135,6 +135,7 @@ KINDS: Final[Mapping[str, str]] = {
     "serving-waits": "a follower can't see what is newest; it serves what it has",
     "serving-follows": "a follower sees the log again",
     "front": "a front of a serving group listens, or answers",
+    "replica-ended": "a replica process ended and is started again",
     "replica-drains": "a replica of a serving group leaves",
     "replica-failed": "a replica of a serving group can't begin",
     "request-failed": "a handler of a serving group's requests raised",

@@ -39,6 +39,7 @@ COMMANDS = {
     "top": "ckpt.cli.commands.top",
     "logs": "ckpt.cli.commands.logs",
     "standby": "ckpt.cli.commands.standby",
+    "serve": "ckpt.cli.commands.serve",
     "completion": "ckpt.cli.commands.completion",
 }
 """Each command and the module that holds it as ``command``."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,8 @@ from ckpt.keyspace.base import Keyspace
 from ckpt.serve import headers
 from ckpt.serve.group.member import open_group, read_view
 from ckpt.serve.group.records import GroupView
-from ckpt.serve.processes.options import ReplicaOptions, encode_options
+from ckpt.serve.processes.options import ReplicaOptions
+from ckpt.serve.processes.supervisor import replica_words
 from ckpt.session.checkpointer import Checkpointer
 from kit.keepers.served import until
 from kit.programs import answering
@@ -100,19 +105,10 @@ class ReplicaProcess(ServerProcess):
         self.name = options.name
         self.port = options.port
         super().__init__(
-            [
-                sys.executable,
-                "-m",
-                "ckpt.serve.processes.replica",
-                encode_options(options),
-            ],
+            replica_words(options),
             ready_url=f"http://127.0.0.1:{options.port}{headers.STATUS}",
             log=folder / f"{options.name}.log",
-            env={
-                "ANSWERING_STORE": str(store),
-                "PYTHONPATH": f"{PROGRAMS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-                "OMP_NUM_THREADS": "1",
-            },
+            env=program_environment(store),
         )
 
     @property
@@ -130,6 +126,7 @@ class ServingGroup:
         self.wanted = wanted
         self.keyspace: Keyspace = open_group(group)
         self.replicas: dict[str, ReplicaProcess] = {}
+        self.fronts: list[FrontProcess] = []
 
     def start(self, name: str, **options: Any) -> ReplicaProcess:
         """Start a replica; it is there when it says so in the group."""
@@ -140,6 +137,14 @@ class ServingGroup:
             self.store,
         )
         return self.replicas[name]
+
+    def front(self, *words: str) -> FrontProcess:
+        """Start a front; it listens when this returns."""
+        given = ("front", "--group", self.group, "--replicas", str(self.wanted), *words)
+        front = FrontProcess(self.folder, *given, port=free_port(), env={})
+        self.fronts.append(front)
+        front.wait_ready()
+        return front
 
     def view(self) -> GroupView:
         return read_view(self.keyspace)[0]
@@ -162,6 +167,126 @@ class ServingGroup:
         until(ready)
 
     def close(self) -> None:
-        for replica in self.replicas.values():
-            replica.kill()
+        for process in [*self.replicas.values(), *self.fronts]:
+            process.kill()
         self.keyspace.close()
+
+
+class FrontProcess(ServerProcess):
+    """A front of a group, or with ``words`` another ``ckpt serve``, in a process of its own."""
+
+    def __init__(self, folder: Path, *words: str, port: int, env: dict[str, str]) -> None:
+        self.port = port
+        super().__init__(
+            [sys.executable, "-m", "ckpt", "serve", *words, "--port", str(port)],
+            ready_url=f"http://127.0.0.1:{port}{headers.STATUS}",
+            log=folder / f"front-{port}.log",
+            env=env,
+        )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+def program_environment(store: Path) -> dict[str, str]:
+    """The environment in which ``answering:replica`` is found, and its store."""
+    return {
+        "ANSWERING_STORE": str(store),
+        "PYTHONPATH": f"{PROGRAMS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """One request of a load: when it was due and how long after that its answer was there."""
+
+    due_s: float
+    seconds: float
+    status: int
+    step: int
+    replica: str
+    problem: str
+
+
+class Load:
+    """Requests at a fixed rate, whatever their answers do, from threads of this process.
+
+    A latency counts from the time at which a request was due, so requests that others held up count
+    as late (no coordinated omission). Each answer is compared with what its generation must answer.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        *,
+        rate: float,
+        workers: int = 16,
+        method: str = "POST",
+        path: str = "/answer",
+        deadline_ms: int = 60_000,
+    ) -> None:
+        self._port = port
+        self._method = method
+        self._path = path
+        self._deadline_ms = deadline_ms
+        self._due = self._ticks(rate)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self.results: list[LoadResult] = []
+        self._threads = [threading.Thread(target=self._work) for _ in range(workers)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def failed(self) -> list[LoadResult]:
+        return [result for result in self.results if result.problem]
+
+    def wait_for(self, number: int) -> None:
+        """Until so many more requests are answered."""
+        before = len(self.results)
+        until(lambda: len(self.results) >= before + number)
+
+    def percentile_s(self, share: float) -> float:
+        """The latency that ``share`` of the requests are within."""
+        times = sorted(result.seconds for result in self.results)
+        return times[min(len(times) - 1, int(share * len(times)))]
+
+    @staticmethod
+    def _ticks(rate: float) -> Iterator[float]:
+        begun_s = time.monotonic()
+        yield from (begun_s + number / rate for number in itertools.count())
+
+    def _work(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+        given = {headers.DEADLINE_MS: str(self._deadline_ms)}
+        while not self._stop.is_set():
+            with self._lock:
+                due_s = next(self._due)
+            if self._stop.wait(max(0.0, due_s - time.monotonic())):
+                break
+            try:
+                connection.request(self._method, self._path, body=b"x", headers=given)
+                response = connection.getresponse()
+                reply = HttpReply(response.status, dict(response.headers), response.read())
+                step = check_reply(reply)
+                problem = ""
+            except AssertionError as error:
+                step, problem = -1, str(error)
+            except OSError as error:
+                connection.close()
+                reply, step, problem = HttpReply(0, {}, b""), -1, repr(error)
+            seconds = time.monotonic() - due_s
+            self.results.append(
+                LoadResult(due_s, seconds, reply.status, step, reply.replica, problem)
+            )
+        connection.close()

@@ -66,7 +66,7 @@ class FrontCollector(Collector):
             ("retries", "Requests that were sent to another replica.", counts.retries),
             ("hedges", "Requests that were sent to a second replica too.", counts.hedges),
             ("refused", "Requests that were refused before they began.", counts.refused),
-            ("promotions", "Replicas that came to serve after the first.", targets.promotions),
+            ("promotions", "Replicas that took the place of another one.", targets.promotions),
         ):
             yield CounterMetricFamily(f"ckpt_front_{name}", text, value=value)
         usable = {target.name for target in targets.usable()}
@@ -92,6 +92,8 @@ class FrontProxy:
         self._dispatcher = dispatcher
         self._deadline_s = deadline_s
         self._body_bytes_max = body_bytes_max
+        self.leaves = False
+        """Set when the front ends: requests on connections that are still open go elsewhere."""
         self.metrics = RequestMetrics("front")
         self.metrics.registry.register(FrontCollector(dispatcher))
 
@@ -139,11 +141,15 @@ class FrontProxy:
             try:
                 response = await self._passed_on(request, begun_s)
             except CkptError as error:
-                response = _refused(error)
+                response = refused = _refused(error)
+                if self.leaves:
+                    refused.force_close()
         self.metrics.answered(response.status, loop.time() - begun_s)
         return response
 
     async def _passed_on(self, request: web.Request, begun_s: float) -> web.StreamResponse:
+        if self.leaves:
+            raise OverloadedError("this front leaves; connect again")
         left_s = deadline_s(request.headers, self._deadline_s)
         body = await request.read()
         paths = self._dispatcher.targets.paths()

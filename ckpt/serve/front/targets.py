@@ -77,7 +77,7 @@ class ReplicaTargets:
         self._targets: dict[str, ReplicaTarget] = {}
         self._turn = 0
         self.promotions = 0
-        """How often a replica came to serve after the first ones did."""
+        """How often a replica came to serve in the place of another one."""
         self.suspects: frozenset[str] = frozenset()
         """The replicas that others are to replace. May be read in any thread."""
 
@@ -106,7 +106,7 @@ class ReplicaTargets:
                 target.serving = name in serving
             if not target.present and not target.serving and not target.outstanding:
                 del self._targets[name]
-        if served_before:
+        if serving and served_before - serving:
             self.promotions += len(serving - served_before)
 
     def signal(self, target: ReplicaTarget, signal: HealthSignal) -> None:

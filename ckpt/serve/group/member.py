@@ -271,7 +271,9 @@ class GroupMember:
                 instead = f" in the place of {', '.join(gone)}" if gone else ""
                 text = f"{name} serves from now on{instead}"
                 self._emit(Event("replica-promoted", text, {"replica": name}))
-        if before and not roles.serving:
+        # A group that is ended drains all of its replicas; that is nobody's loss.
+        ended = view.replicas and all(one.state == "draining" for one in view.replicas.values())
+        if before and not roles.serving and not ended:
             text = "no replica can serve; requests are refused until one can"
             self._emit(Event("group-empty", text, alarm=True))
 

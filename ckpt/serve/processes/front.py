@@ -30,13 +30,13 @@ async def run_front(
     options: FrontOptions,
     *,
     emit: Emit,
-    beside: Callable[[asyncio.Event], Awaitable[None]] | None = None,
+    beside: Callable[[asyncio.Event], Awaitable[object]] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then answer what was begun, and return.
 
-    ``beside`` runs meanwhile and gets the event that stops both; the front ends when it does, and
-    it is waited for. Raises UsageError, UnavailableError if the address is taken, and what
-    ``beside`` raises.
+    ``beside`` runs meanwhile and gets an event that is set when the front has answered all; it is
+    waited for. If it ends or raises, so does the front. Raises UsageError, UnavailableError if the
+    address is taken, and what ``beside`` raises.
     """
     policy = POLICIES.get(options.policy)
     if policy is None:
@@ -74,15 +74,33 @@ async def run_front(
             keepalive_timeout=KEEPALIVE_S,
             shutdown_timeout=SHUTDOWN_S,
         )
+        end = asyncio.Event()
+        others = asyncio.ensure_future((beside or asyncio.Event.wait)(end))
+        stopped = asyncio.ensure_future(stop.wait())
         try:
             await runner.setup()
-            await web.SockSite(runner, listener).start()
-            if beside is not None:
-                await beside(stop)
-            await stop.wait()
+            site = web.SockSite(runner, listener)
+            await site.start()
+            await asyncio.wait({others, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            # First what was begun is answered; only then those go who answer.
+            proxy.leaves = True
+            await site.stop()
+            await _until_answered(dispatcher)
         finally:
-            await runner.cleanup()
-            await loop.run_in_executor(None, member.close)
+            end.set()
+            stopped.cancel()
+            try:
+                await others
+            finally:
+                await runner.cleanup()
+                await loop.run_in_executor(None, member.close)
+
+
+async def _until_answered(dispatcher: Dispatcher) -> None:
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + SHUTDOWN_S
+    while dispatcher.counts.held and loop.time() < until_s:
+        await asyncio.sleep(0.01)
 
 
 def listen(host: str, port: int) -> socket.socket:

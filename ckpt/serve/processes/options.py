@@ -90,7 +90,9 @@ def emit_to_stderr(name: str) -> Emit:
     lock = threading.Lock()
 
     def emit(event: Event) -> None:
-        facts = " ".join(f"{key}={value}" for key, value in event.facts.items())
+        facts = " ".join(
+            f"{key}={value}" for key, value in event.facts.items() if str(value) not in event.text
+        )
         alarm = "warning: " if event.alarm else ""
         line = f"{name}: {alarm}{event.text}{f' ({facts})' if facts else ''}\n"
         with lock:

@@ -57,6 +57,14 @@ def test_view_without_anybody_takes_nobody_away() -> None:
     targets.see(view(record("c"), serving="c"))
     assert names(targets.usable()) == "c"
     assert names(list(targets)) == "c"
+
+
+def test_promotion_is_one_that_comes_for_one_that_goes() -> None:
+    targets = make()
+    targets.see(view(*map(record, "ab"), serving="a"))
+    targets.see(view(*map(record, "ab"), serving="ab"))
+    assert targets.promotions == 0
+    targets.see(view(*map(record, "bc"), serving="bc"))
     assert targets.promotions == 1
 
 

@@ -128,6 +128,16 @@ def test_own_record_is_written_when_it_changes(group: Group) -> None:
 
     until(written)
     until(lambda: group.serving() == "")
+    assert "group-empty" not in group.kinds(), "a group that is ended is nobody's loss"
+
+
+def test_group_without_anybody_who_can_serve_is_said(group: Group) -> None:
+    member = group.join("a")
+    until(lambda: group.serving() == "a")
+    other = group.join("b")
+    until(lambda: len(group.serving()) == 2)
+    other.update(state="warming")
+    member.update(state="draining")
     until(lambda: "group-empty" in group.kinds())
 
 
