@@ -29,7 +29,7 @@ from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
 from ckpt.restore.apply.apply import apply
 from ckpt.restore.apply.targets import TensorFill, bytes_of, fill_tensors, is_direct
-from ckpt.restore.fetch import Fetcher
+from ckpt.restore.fetch import Fetcher, threads_best
 from ckpt.restore.plan import ChunkCopy, ReadPlan, Want, plan_reads
 from ckpt.serve.delta import HeldBytes, Place, delta_of
 from ckpt.serve.generations import DeviceTensor, Generation, ModelBuffer
@@ -40,6 +40,8 @@ from ckpt.values import Digest, SnapshotId
 IDENTIFY_S = 2.0
 """How often it is asked whether the store is still the same one: a small read."""
 READ_BUDGET_BYTES = 64 << 20
+FILL_SHARE = 4
+"""A fill beside requests uses the number of readers that is best for the store, by this."""
 NAMES_SHOWN_MAX = 5
 
 
@@ -135,8 +137,11 @@ class GenerationSource:
         indexed = time.monotonic()
         shared_bytes = self._shared.shared_bytes if self._shared is not None else 0
         coalesce_bytes = self._backend.capabilities().read_bytes_best
+        # While something is served a fill is in no hurry, and its threads compete with requests.
+        share = FILL_SHARE if donors else 1
         with Fetcher(
             self._backend,
+            threads=threads_best(self._backend) // share,
             budget_bytes=READ_BUDGET_BYTES,
             places_of=ChunkPlaces(self._backend, self.state, index),
             cache=self._shared,
@@ -190,14 +195,26 @@ def require_numbers(fills: Sequence[TensorFill]) -> None:
     """Raise IntegrityError that names tensors with a NaN. Infinities are legal: masks hold them."""
     spoilt = []
     for fill in fills:
-        local = local_of(fill.tensor)
-        if (local.is_floating_point() or local.is_complex()) and bool(torch.isnan(local).any()):
+        if _has_nan(local_of(fill.tensor)):
             spoilt.append(fill.want.leaf)
     if spoilt:
         raise IntegrityError(
             f"the model has values that are not numbers (NaN). tensors={len(spoilt)} "
             f"first={spoilt[:NAMES_SHOWN_MAX]}"
         )
+
+
+def _has_nan(tensor: torch.Tensor) -> bool:
+    """Whether a value is NaN: the greatest value is, then. A tenth of the time of looking at each,
+    and no memory; types that have no greatest value are looked at."""
+    if tensor.is_complex():
+        return _has_nan(torch.view_as_real(tensor))
+    if not tensor.is_floating_point() or not tensor.numel():
+        return False
+    try:
+        return bool(torch.isnan(tensor.amax()))
+    except (NotImplementedError, RuntimeError):  # float8
+        return bool(torch.isnan(tensor.float()).any())
 
 
 class _Filling:

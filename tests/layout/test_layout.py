@@ -342,6 +342,7 @@ def _unresolved(script: Path) -> Iterator[str]:
 
 
 OUTSIDE = (
+    "aiohttp",
     "cryptography",
     "msgspec",
     "numpy",
