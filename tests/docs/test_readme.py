@@ -6,8 +6,11 @@ from __future__ import annotations
 import os
 import pkgutil
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,6 +151,14 @@ def test_readme_runs_and_prints_what_it_shows(tmp_path: Path) -> None:
                 )
             ran += 1
     assert ran > 10
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(tmp_path: Path) -> Iterator[None]:
+    """A server that the README starts, and does not end because the test failed before."""
+    yield
+    with suppress(FileNotFoundError, ProcessLookupError):
+        os.kill(int((tmp_path / "serve.pid").read_text()), signal.SIGKILL)
 
 
 @pytest.mark.slow
