@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ckpt.serve.client import Client as Client
+    from ckpt.serve.client import ClientReply as ClientReply
     from ckpt.serve.follower import Follower as Follower
     from ckpt.serve.follower import FollowerStatus as FollowerStatus
     from ckpt.serve.generations import Generation as Generation
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from ckpt.serve.source import SwapReport as SwapReport
 
 _HOMES = {
+    "Client": "ckpt.serve.client",
+    "ClientReply": "ckpt.serve.client",
     "Follower": "ckpt.serve.follower",
     "FollowerStatus": "ckpt.serve.follower",
     "Generation": "ckpt.serve.generations",

@@ -124,6 +124,7 @@ class Dispatcher:
         with contextlib.suppress(asyncio.CancelledError):
             await self._probing
         await self._session.close()
+        await asyncio.sleep(0)  # closed transports let go of their sockets in the loop's next turn
 
     async def __aenter__(self) -> Dispatcher:
         return self
@@ -300,16 +301,19 @@ class Dispatcher:
     async def _probe(self) -> None:
         """Probe each replica for ever, each in its own rhythm: one that hangs delays no other."""
         probing: dict[str, asyncio.Task[None]] = {}
-        while True:
-            for target in self.targets:
-                task = probing.get(target.name)
-                if task is None or task.done():
-                    probing[target.name] = asyncio.get_running_loop().create_task(
-                        self._probe_once(target)
-                    )
-            self.targets.look_at_health()
-            await asyncio.sleep(PROBE_EVERY_S)
-            probing = {name: task for name, task in probing.items() if not task.done()}
+        try:
+            while True:
+                for target in self.targets:
+                    if target.name not in probing:
+                        probe = self._probe_once(target)
+                        probing[target.name] = asyncio.get_running_loop().create_task(probe)
+                self.targets.look_at_health()
+                await asyncio.sleep(PROBE_EVERY_S)
+                probing = {name: task for name, task in probing.items() if not task.done()}
+        finally:
+            for task in probing.values():
+                task.cancel()
+            await asyncio.gather(*probing.values(), return_exceptions=True)
 
     async def _probe_once(self, target: ReplicaTarget) -> None:
         timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)

@@ -112,12 +112,12 @@ class ReplicaTargets:
     def signal(self, target: ReplicaTarget, signal: HealthSignal) -> None:
         """Learn what became of a request or a probe.
 
-        Of a replica that has just died, the tries that may be repeated are cancelled, so they go
-        elsewhere at once.
+        Of a replica that is dead, the tries that may be repeated are cancelled and go elsewhere:
+        when it dies, and at each further probe, since it is tried again if all are dead.
         """
         before = target.health
         target.health = after(before, signal, now_s=self._clock())
-        if target.health.dead and not before.dead:
+        if target.health.dead and (signal == "probe-failed" or not before.dead):
             for attempt in list(target.attempts):
                 attempt.cancel()
         if target.health != before:

@@ -174,9 +174,9 @@ class GroupMember:
     """A process of a group, from construction until ``close``, which closes ``keyspace`` too.
 
     ``replica``: its own record, if it is a replica; it lives under a lease of ``ttl_s``.
-    ``wanted``: how many replicas are to serve, for a group that has no roles yet. ``suspects``: the
-    replicas that this process gets no answer from. ``on_view`` gets each view, in a thread of the
-    member's, and must be quick.
+    ``wanted``: how many replicas are to serve, for a group that has no roles yet; None: this
+    process only looks, and leaves decisions to others. ``suspects``: the replicas that this process
+    gets no answer from. ``on_view`` gets each view, in a thread of the member's, and must be quick.
 
     While the keyspace does not answer, the last view holds and nothing is decided. A lease that ran
     out meanwhile is replaced by a new one.
@@ -186,7 +186,7 @@ class GroupMember:
         self,
         keyspace: Keyspace,
         *,
-        wanted: int,
+        wanted: int | None,
         emit: Emit,
         replica: ReplicaRecord | None = None,
         ttl_s: float = LEASE_TTL_S,
@@ -261,6 +261,8 @@ class GroupMember:
                 return
 
     def _settle(self, view: GroupView, suspects: frozenset[str]) -> None:
+        if self._wanted is None:
+            return
         roles = decide_roles(view, wanted=self._wanted, suspects=suspects)
         if roles is None or not _write(self._keyspace, view, roles):
             return  # another process came first; its write wakes this one

@@ -109,6 +109,10 @@ def test_death_cancels_the_tries_that_can_go_elsewhere_and_suspects() -> None:
     assert attempt.cancelled
     assert targets.suspects == {"a"}
     assert names(targets.usable()) == "b"
+    later = Attempt()
+    a.attempts.add(later)  # all others were dead too
+    targets.signal(a, "probe-failed")
+    assert later.cancelled
     targets.signal(a, "probe-answered")
     assert targets.suspects == frozenset()
 
