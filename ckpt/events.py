@@ -134,6 +134,7 @@ KINDS: Final[Mapping[str, str]] = {
     "generation-refused": "a snapshot is not served, because something is wrong with it",
     "serving-waits": "a follower can't see what is newest; it serves what it has",
     "serving-follows": "a follower sees the log again",
+    "haproxy": "an HAProxy follows a serving group, or can't",
     "front": "a front of a serving group listens, or answers",
     "replica-ended": "a replica process ended and is started again",
     "replica-drains": "a replica of a serving group leaves",

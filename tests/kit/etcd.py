@@ -13,7 +13,12 @@ import pytest
 
 from kit.servers.process import POLL_S, READY_S, ServerProcess, free_port
 
-PACKAGES = {"etcd": "etcd-server", "etcdctl": "etcd-client", "openssl": "openssl"}
+PACKAGES = {
+    "etcd": "etcd-server",
+    "etcdctl": "etcd-client",
+    "haproxy": "haproxy",
+    "openssl": "openssl",
+}
 """The programs that these tests need, and Debian's packages that have them."""
 
 

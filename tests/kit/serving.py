@@ -6,15 +6,17 @@ import http.client
 import itertools
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from multidict import CIMultiDict
 
 from ckpt.keyspace.base import Keyspace
 from ckpt.serve import headers
@@ -23,6 +25,7 @@ from ckpt.serve.group.records import GroupView
 from ckpt.serve.processes.options import ReplicaOptions
 from ckpt.serve.processes.supervisor import replica_words
 from ckpt.session.checkpointer import Checkpointer
+from kit.etcd import require
 from kit.keepers.served import until
 from kit.programs import answering
 from kit.servers.process import ServerProcess, free_port
@@ -35,7 +38,7 @@ class HttpReply:
     """What came back for a request."""
 
     status: int
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     body: bytes
 
     @property
@@ -66,7 +69,7 @@ def ask(
         named = {key.replace("_", "-"): value for key, value in given.items()}
         connection.request(method, path, body=body, headers=named)
         response = connection.getresponse()
-        return HttpReply(response.status, dict(response.headers), response.read())
+        return HttpReply(response.status, CIMultiDict(response.headers.items()), response.read())
     finally:
         connection.close()
 
@@ -76,7 +79,7 @@ def check_reply(reply: HttpReply) -> int:
     assert reply.status == 200, (reply.status, reply.body)
     step = reply.json["step"]
     assert reply.json["values"] == [float(step)], "two generations in one reply"
-    assert reply.generation.endswith(f"-{step}")
+    assert reply.generation.endswith(f"-{step}"), f"the reply names {reply.generation}"
     return int(step)
 
 
@@ -277,11 +280,13 @@ class Load:
             try:
                 connection.request(self._method, self._path, body=b"x", headers=given)
                 response = connection.getresponse()
-                reply = HttpReply(response.status, dict(response.headers), response.read())
+                reply = HttpReply(
+                    response.status, CIMultiDict(response.headers.items()), response.read()
+                )
                 step = check_reply(reply)
                 problem = ""
             except AssertionError as error:
-                step, problem = -1, str(error)
+                step, problem = -1, str(error) or "a wrong answer"
             except OSError as error:
                 connection.close()
                 reply, step, problem = HttpReply(0, {}, b""), -1, repr(error)
@@ -290,3 +295,50 @@ class Load:
                 LoadResult(due_s, seconds, reply.status, step, reply.replica, problem)
             )
         connection.close()
+
+
+class HaproxyProcess(ServerProcess):
+    """A real HAProxy in front of a group, and the process that keeps it up to date."""
+
+    def __init__(self, group: ServingGroup, *words: str) -> None:
+        self.port = free_port()
+        self.socket = group.folder / "ha.sock"
+        self._folder = group.folder
+        self._controls = ("--group", group.group, "--socket", str(self.socket))
+        shown = subprocess.run(
+            [
+                *(sys.executable, "-m", "ckpt", "serve", "haproxy", "--config", *self._controls),
+                *("--port", str(self.port), *words),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        self.config = group.folder / "haproxy.cfg"
+        self.config.write_text(shown.stdout)
+        super().__init__(
+            [require("haproxy"), "-f", str(self.config)],
+            ready_url=f"http://127.0.0.1:{self.port}/answer",
+            log=group.folder / "haproxy.log",
+            env={},
+        )
+        self.controller = self.control()
+
+    def control(self) -> subprocess.Popen[bytes]:
+        """Start the process that tells HAProxy who serves."""
+        with (self._folder / "controller.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "ckpt", "serve", "haproxy", *self._controls],
+                stdout=log,
+                stderr=log,
+            )
+
+    @property
+    def said(self) -> str:
+        """What the controller said."""
+        return (self._folder / "controller.log").read_text()
+
+    def close(self) -> None:
+        self.controller.kill()
+        self.controller.wait()
+        self.kill()

@@ -18,6 +18,7 @@ from ckpt.cli.output import table
 from ckpt.errors import ConflictError, NotFoundError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.keyspace.base import Keyspace
+from ckpt.serve.front.haproxy import render_config
 from ckpt.serve.front.policies import POLICIES
 from ckpt.serve.group.decide import (
     drained,
@@ -315,6 +316,76 @@ def front_command(
     )
     _run_front(options)
     return 0
+
+
+@command.command(name="haproxy")
+@_replicas
+@_group
+@click.option(
+    "--socket",
+    "socket_path",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="HAProxy's runtime socket.",
+)
+@click.option("--config", "prints", is_flag=True, help="Print HAProxy's configuration, and end.")
+@click.option(
+    "--repeatable",
+    metavar="PATH",
+    multiple=True,
+    help="With --config: a path whose requests may be sent again; by default those that the "
+    "group's replicas declare.",
+)
+@_front_options
+def haproxy_command(  # noqa: PLR0913  each is an option of the command line
+    *,
+    replicas: int,
+    group: str,
+    socket_path: Path,
+    prints: bool,
+    repeatable: tuple[str, ...],
+    host: str,
+    port: int,
+    policy: str,
+    queue: int,
+    deadline: float,
+    hedge: float,
+) -> int:
+    """Keep an HAProxy up to date with a group, instead of `ckpt serve front`.
+
+    First print its configuration (--config) and start it with that; this command then tells it
+    through its runtime socket who serves. HAProxy goes on alone while this is restarted.
+    """
+    if hedge:
+        raise UsageError("HAProxy sends no request twice; leave out --hedge")
+    if not prints:
+        controller = importlib.import_module("ckpt.serve.processes.haproxy")
+        emit = emit_to_stderr("haproxy")
+        controller.run_haproxy_controller(group, socket_path, wanted=replicas, emit=emit)
+        return 0
+    click.echo(
+        render_config(
+            bind=f"{host}:{port}",
+            socket=str(socket_path.absolute()),
+            policy=policy,
+            queue=queue,
+            deadline_s=deadline,
+            repeatable=repeatable or _declared_paths(group),
+        ),
+        nl=False,
+    )
+    return 0
+
+
+def _declared_paths(group: str) -> tuple[str, ...]:
+    """The paths that all replicas of a group declare repeatable."""
+    keyspace = open_group(group)
+    try:
+        declared = [set(one.repeatable) for one in read_view(keyspace)[0].replicas.values()]
+        return tuple(sorted(set.intersection(*declared))) if declared else ()
+    finally:
+        keyspace.close()
 
 
 def _run_front(

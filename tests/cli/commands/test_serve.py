@@ -196,4 +196,4 @@ def test_every_command_has_help_and_those_that_show_facts_take_json() -> None:
         assert command.help, name
         flags = {flag for one in command.params for flag in one.opts}
         assert "--group" in flags
-        assert ("--json" in flags) == (name not in ("run", "replica", "front"))
+        assert ("--json" in flags) == (name not in ("run", "replica", "front", "haproxy"))
