@@ -12,7 +12,6 @@ and they get better. By hand, in ``examples/``:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -120,11 +119,8 @@ def main(folder: Path) -> None:
     right: list[bool] = []
     generations: set[str] = set()
     try:
-        listening = False
-        while not listening:  # requests then wait for the first replica
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", PORT)):
-                listening = True
-            time.sleep(0.1)
+        while socket.socket().connect_ex(("127.0.0.1", PORT)):
+            time.sleep(0.1)  # once the front listens, requests wait for the first replica
         for number in range(QUESTIONS):
             text, good = headline()
             said, generation = ask(text)
@@ -139,9 +135,8 @@ def main(folder: Path) -> None:
             process.terminate()
             process.wait()
     print(f"{QUESTIONS} questions, all answered, by {len(generations)} generations")
-    print(
-        f"right: {sum(right[:20]) / 20:.0%} of the first 20, {sum(right[-20:]) / 20:.0%} of the last"
-    )
+    first, last = sum(right[:20]) / 20, sum(right[-20:]) / 20
+    print(f"right: {first:.0%} of the first 20, {last:.0%} of the last")
 
 
 if __name__ == "__main__":
