@@ -5,7 +5,8 @@ that needs a range locks its file, reads the store and writes the file; the othe
 and read memory. Nothing here is trusted: readers check every chunk against its digest as if it came
 from a store. Locks are the kernel's and go with their holder, and one that hangs is waited for two
 seconds, no longer. Files are in ``/dev/shm``, for this user alone, and live a
-minute. The last follower that closes or exits removes them; after a SIGKILL of all, the next one.
+minute. The last follower that closes or exits removes them; after a SIGKILL of all, the next one
+that starts, of whichever log.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class SharedReads:
         self._lock = threading.Lock()
         self.shared_bytes = 0
         """What came from here rather than from the store."""
-        self._folder = (folder or _private_folder()) / log_id
+        private = folder or _private_folder()
+        remove_unused(private)
+        self._folder = private / log_id
         self._member: int | None = _joined(self._folder)
         atexit.register(self.close)
 
@@ -94,6 +97,21 @@ class SharedReads:
                 with contextlib.suppress(FileNotFoundError):
                     if entry.name != MEMBERS and entry.stat().st_mtime < oldest:
                         Path(entry.path).unlink()
+
+
+def remove_unused(folder: Path | None = None) -> None:
+    """Remove what followers left that were killed: the folders of logs that nobody follows."""
+    with contextlib.suppress(OSError):
+        for log in (folder or _private_folder()).iterdir():
+            with contextlib.suppress(OSError):  # in use, or removed by another one
+                member = os.open(log / MEMBERS, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(member, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Who joins now waits for this lock, sees that its file is gone, and makes
+                    # another.
+                    shutil.rmtree(log, ignore_errors=True)
+                finally:
+                    os.close(member)
 
 
 class _SharedRange:

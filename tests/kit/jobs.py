@@ -57,6 +57,12 @@ def wait_for(
         time.sleep(poll_s)
 
 
+def is_a_jobs(name: str) -> bool:
+    """Whether a name in shared memory is of training; what replicas share is of serving tests that
+    run beside."""
+    return "ckpt" in name and not name.startswith("ckpt-reads-")
+
+
 @dataclass
 class Losses:
     """A loss file as it grows: all that was computed for each step. A step done again has several
@@ -267,7 +273,7 @@ class Fleet:
         # Another test may have something of its own there for a moment.
         wait_for(
             lambda: (
-                not [path for path in Path("/dev/shm").iterdir() if "ckpt" in path.name.lower()]
+                not [path for path in Path("/dev/shm").iterdir() if is_a_jobs(path.name.lower())]
             ),
             "the end of shared memory by name",
             wait_s=wait_s,

@@ -24,6 +24,7 @@ from ckpt.serve.group.member import open_group, read_view
 from ckpt.serve.group.records import GroupView
 from ckpt.serve.processes.options import ReplicaOptions
 from ckpt.serve.processes.supervisor import replica_words
+from ckpt.serve.shared_reads import remove_unused
 from ckpt.session.checkpointer import Checkpointer
 from kit.etcd import require
 from kit.keepers.served import until
@@ -173,6 +174,7 @@ class ServingGroup:
         for process in [*self.replicas.values(), *self.fronts]:
             process.kill()
         self.keyspace.close()
+        remove_unused()
 
 
 class FrontProcess(ServerProcess):

@@ -33,6 +33,21 @@ def ranges_of(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name != "members"]
 
 
+def test_what_killed_followers_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    """Of whichever log; what is in use stays."""
+    used = SharedReads("used", folder=tmp_path)
+    left = SharedReads("left", folder=tmp_path)
+    for name in ("used", "left"):
+        (tmp_path / name / "range").write_bytes(b"x")
+    assert left._member is not None
+    os.close(left._member)  # as the kernel does when its process is killed
+    left._member = None
+    SharedReads("next", folder=tmp_path).close()
+    assert not (tmp_path / "left").exists()
+    assert (tmp_path / "used" / "range").exists()
+    used.close()
+
+
 def test_eight_followers_read_what_changed_once(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = made()

@@ -412,10 +412,24 @@ def _require_http() -> None:
 
 @command.command(name="status", epilog=_STATUS_EPILOG)
 @_group
+@click.option(
+    "--wait",
+    "wait_s",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Wait up to so long until as many serve as are wanted.",
+)
 @job_command
-def status_command(*, group: str, as_json: bool) -> int:
+def status_command(*, group: str, wait_s: float, as_json: bool) -> int:
     """Show a group: who serves which generation, and who stands by."""
+
+    def complete(view: GroupView) -> bool:
+        return view.roles is not None and len(view.serving) >= view.roles.wanted
+
     with _OpenedGroup(group) as keyspace:
+        if wait_s:
+            await_view(keyspace, complete, timeout_s=wait_s)
         return _show(group, _existing(group, keyspace), as_json=as_json)
 
 

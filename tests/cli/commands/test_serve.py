@@ -119,6 +119,18 @@ def test_status_shows_who_serves_what(ckpt: Ckpt, three: None) -> None:
     }
 
 
+def test_status_waits_until_enough_serve(ckpt: Ckpt, start: Callable[..., ObedientReplica]) -> None:
+    start("a")
+    until(lambda: serving() == ["a"])
+    assert ckpt("serve", "status", "--group", GROUP, "--wait", "0.1").code == 11
+    later = threading.Timer(0.3, lambda: start("b"))
+    later.start()
+    done = ckpt("serve", "status", "--group", GROUP, "--wait", "60")
+    later.join()
+    assert done.code == 0
+    assert "2 of 2 serve" in done.out
+
+
 def test_roles_are_moved(ckpt: Ckpt, three: None) -> None:
     assert ckpt("serve", "promote", "c", "--group", GROUP).code == 0
     assert serving() == ["a", "c"]
