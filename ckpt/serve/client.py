@@ -148,6 +148,8 @@ class Client:
         """
         if not self._thread.is_alive():
             raise UnavailableError("the client is closed; make another one")
+        if not (path.startswith("/") and path.isascii() and path.isprintable()) or " " in path:
+            raise UsageError(f"a path begins with / and is quoted as in a URL. path={path!r}")
         given = dict(headers or {})
         if generation is not None:
             given[names.GENERATION] = generation

@@ -97,5 +97,10 @@ def test_group_without_replicas_is_waited_for_until_the_deadline(tmp_path: Path)
         pytest.raises(OverloadedError, match="no replica could take it"),
     ):
         client.get("/answer", deadline_s=0.2)
+    with (
+        ckpt.serve.Client(f"g{tmp_path.name}") as client,
+        pytest.raises(UsageError, match="a path begins with /"),
+    ):
+        client.get("/a b")
     with pytest.raises(UsageError, match="no such policy"):
         ckpt.serve.Client("g", policy="best")

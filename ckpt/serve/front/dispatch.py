@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
 import aiohttp
 from multidict import CIMultiDict
+from yarl import URL
 
 from ckpt.errors import AnswerLostError, DeadlineError, NotFoundError, OverloadedError
 from ckpt.serve.front.decide import AttemptEnd, goes_elsewhere, refusal
@@ -29,6 +31,7 @@ request."""
 BUFFER_BYTES_MAX = 1 << 20
 """An answer of known length up to this is read whole before any of it is passed on, so a replica
 that dies in the middle costs nothing."""
+PART_BYTES_MAX = 64 << 10
 PAUSE_S = 0.02
 """Between two looks for a replica that can take a request, while there is none."""
 
@@ -90,6 +93,11 @@ class _TryFailed(Exception):  # noqa: N818  never leaves this module
     def __init__(self, end: AttemptEnd, why: str) -> None:
         super().__init__(why)
         self.end = end
+
+
+def _sendable(body: bytes) -> bytes | io.BytesIO | None:
+    """A body as aiohttp sends it without holding the event loop: a long one in parts."""
+    return io.BytesIO(body) if len(body) > PART_BYTES_MAX else body or None
 
 
 def _close_unused(task: asyncio.Task[DispatchedReply]) -> None:
@@ -268,15 +276,17 @@ class Dispatcher:
         try:
             response = await self._session.request(
                 request.method,
-                f"http://{target.record.address}{request.path}",
-                data=request.body or None,
+                # As it came: nothing of the path is quoted anew, or shortened.
+                URL(f"http://{target.record.address}{request.path}", encoded=True),
+                data=_sendable(request.body),
                 headers=given,
                 allow_redirects=False,
             )
             length = response.content_length
             whole = request.method == "HEAD" or (length is not None and length <= BUFFER_BYTES_MAX)
             body = await response.read() if whole else None
-        except aiohttp.ClientConnectorError as error:
+        except (aiohttp.ClientConnectorError, ValueError) as error:
+            # A ValueError is of an address that is none; the path came through a server's parser.
             self.targets.signal(target, "refused")
             raise _TryFailed("refused", str(error)) from error
         except aiohttp.ConnectionTimeoutError as error:
@@ -322,7 +332,7 @@ class Dispatcher:
                 f"http://{target.record.address}{HEALTH}", timeout=timeout
             ) as response:
                 await response.read()
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+        except (aiohttp.ClientError, OSError, ValueError, asyncio.TimeoutError):
             self.targets.signal(target, "probe-failed")
         else:
             self.targets.signal(target, "probe-answered")

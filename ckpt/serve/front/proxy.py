@@ -156,7 +156,7 @@ class FrontProxy:
         reply = await self._dispatcher.send(
             DispatchedRequest(
                 request.method,
-                request.path_qs,
+                request.rel_url.raw_path_qs,
                 _passing(request.headers, request.remote or ""),
                 body,
                 repeatable(request.method, request.path, request.headers, paths),

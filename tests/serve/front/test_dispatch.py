@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import replace
 
+import msgspec
 import pytest
 from aiohttp import web
+from kit.faulty_replicas import DEADLINE_S, replicas, view
 
 from ckpt.errors import AnswerLostError, DeadlineError, NotFoundError, OverloadedError
 from ckpt.serve import headers
@@ -17,94 +17,8 @@ from ckpt.serve.front.dispatch import (
     BUFFER_BYTES_MAX,
     DispatchedReply,
     DispatchedRequest,
-    Dispatcher,
 )
-from ckpt.serve.front.policies import round_robin
-from ckpt.serve.front.targets import ReplicaTargets
-from ckpt.serve.group.records import GroupView, ReplicaRecord, RolesRecord
-
-DEADLINE_S = 60.0
-
-
-class FaultyReplica:
-    """A real HTTP server whose next answers a test chooses."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.requests: list[web.Request] = []
-        self.answer: Callable[[web.Request], Awaitable[web.StreamResponse]] = self.well
-        self.hangs = False
-        self.port = 0
-        self._runner: web.AppRunner | None = None
-
-    async def well(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({"name": self.name, "body": (await request.read()).decode()})
-
-    async def busy(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({}, status=503, headers={headers.NOT_HANDLED: headers.BUSY})
-
-    async def away(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({}, status=503, headers={headers.NOT_HANDLED: headers.AWAY})
-
-    async def broken(self, request: web.Request) -> web.StreamResponse:
-        assert request.transport is not None
-        request.transport.abort()
-        return web.Response()
-
-    async def silent(self, request: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(DEADLINE_S)
-        return web.Response()
-
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
-        if self.hangs:
-            await asyncio.sleep(DEADLINE_S)
-        if request.path == headers.HEALTH:
-            return web.json_response({})
-        self.requests.append(request)
-        return await self.answer(request)
-
-    async def start(self) -> None:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
-
-    async def stop(self) -> None:
-        assert self._runner is not None
-        await self._runner.cleanup()
-
-    def record(self) -> ReplicaRecord:
-        return ReplicaRecord(
-            name=self.name,
-            address=f"127.0.0.1:{self.port}",
-            state="ready",
-            generation="1-1",
-            kept=("1-1",),
-        )
-
-
-@asynccontextmanager
-async def replicas(
-    number: int = 2, **options: Any
-) -> AsyncIterator[tuple[list[FaultyReplica], Dispatcher]]:
-    made = [FaultyReplica(name) for name in "abcd"[:number]]
-    for replica in made:
-        await replica.start()
-    targets = ReplicaTargets(round_robin, clock=asyncio.get_running_loop().time, draw=lambda: 0.0)
-    targets.see(view(*made))
-    given = {"queue": 100, **options}
-    async with Dispatcher(targets, **given) as dispatcher:
-        yield made, dispatcher
-    for replica in made:
-        await replica.stop()
-
-
-def view(*serving: FaultyReplica) -> GroupView:
-    records = {replica.name: replica.record() for replica in serving}
-    return GroupView(1, records, RolesRecord(wanted=len(records), serving=tuple(records)), 1)
+from ckpt.serve.group.records import GroupView, RolesRecord
 
 
 def request(
@@ -259,6 +173,31 @@ def test_replica_that_hangs_loses_its_requests_to_another() -> None:
             a.hangs = False
             while dispatcher.targets.suspects:
                 await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+
+
+def test_path_arrives_as_it_was_sent() -> None:
+    async def run() -> None:
+        async with replicas(1) as ((a,), dispatcher):
+            for path in ("/a%2Fb%20c?x=%26&y=+", "//a/../b", "/a%3Fb?c?d", "/%E4%BD%A0"):
+                sent = replace(request(), path=path)
+                assert (await dispatcher.send(sent)).status == 200
+                assert a.requests[-1].raw_path == path
+
+    asyncio.run(run())
+
+
+def test_address_that_is_none_is_a_replica_that_is_dead() -> None:
+    async def run() -> None:
+        async with replicas() as ((a, b), dispatcher):
+            wrong = msgspec.structs.replace(a.record(), address="not an address:x")
+            records = {"a": wrong, "b": b.record()}
+            roles = RolesRecord(wanted=2, serving=("a", "b"))
+            dispatcher.targets.see(GroupView(2, records, roles, 2))
+            for _ in range(4):
+                assert b'"b"' in answered_by(await dispatcher.send(request("POST")))
+            assert [target.outstanding for target in dispatcher.targets] == [0, 0]
 
     asyncio.run(run())
 
