@@ -188,8 +188,8 @@ def test_next_launch_on_the_same_keeper_is_not_fenced_by_what_fenced_the_last(
         trainer.calls.ask(GetChoices(), Choices)
     trainer.leave()
     for supervisor in supervisors:
-        supervisor.leave()
-    # The keeper lingers, and the program is started again with as many ranks.
+        supervisor.leave(planned=False)
+    # So the keeper lingers, and the program is started again with as many ranks.
     supervisors = served.supervisors(1, launch="second")
     trainer = served.trainer(launch="second")
     assert open_epoch(trainer) == 3
